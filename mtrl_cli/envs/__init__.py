@@ -1,0 +1,1 @@
+"""Packs of tasks: K vector environments stepped as one."""

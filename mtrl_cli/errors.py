@@ -1,0 +1,25 @@
+"""What a run can end with, each with the exit code that the command line promises."""
+
+
+class UserError(ValueError):
+    """The command, the configuration or a given folder is wrong; nothing was created. One or two plain lines. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The run failed while it was running (a loss that is not finite, a full disk). One or two plain lines. Exit code 1."""
+
+    exit_code = 1
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Exit code 128 + the signal's number, after saving.
+
+    Not an `Exception`, so that no library's `except Exception` can swallow a request to stop.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

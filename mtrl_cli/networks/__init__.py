@@ -1,0 +1,1 @@
+"""The multi-task network: torsos, sharing structures, heads."""

@@ -1,0 +1,1 @@
+"""How the losses of tasks become one gradient."""
