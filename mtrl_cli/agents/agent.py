@@ -1,0 +1,66 @@
+"""What a learning algorithm is to the loop and to the learner."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.replay import Batch
+
+
+@dataclass
+class Losses:
+    """What one batch says.
+
+    Attributes:
+        loss_KB: float32 `[K, B]`, with its gradient.
+        error_KB: float32 `[K, B]`, absolute temporal-difference errors.
+        q_K: float32 `[K]`, mean value of the batch's actions.
+    """
+
+    loss_KB: torch.Tensor
+    error_KB: torch.Tensor
+    q_K: torch.Tensor
+
+
+class Agent(ABC):
+    """An algorithm over a multi-task network.
+
+    Attributes:
+        network: the network that acts and is trained.
+        batch_size: samples per task and update.
+        samples_per_step: replayed samples per environment step.
+        learning_starts: steps per task before the first update.
+        n_step: rewards per sample.
+    """
+
+    network: MultiTaskNetwork
+    batch_size: int
+    samples_per_step: float
+    learning_starts: int
+    n_step: int
+
+    @abstractmethod
+    def epsilon(self, step: int) -> np.ndarray:
+        """Each task's share of random actions at a step, float32 `[K]`."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> Losses:
+        """Losses of every sample of every task."""
+
+    @abstractmethod
+    def after_update(self, updates: int) -> None:
+        """What follows the `updates`-th step of the optimizer (the target network)."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """State besides the network's."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""

@@ -1,0 +1,22 @@
+"""What is done to a batch's observations before the learner sees them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from mtrl_cli.replay import Batch
+
+
+class Augmentation(ABC):
+    """A batch to a batch of the same shapes."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with other observations."""
+
+
+class NoAugmentation(Augmentation):
+    """The batch as it is."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        return batch

@@ -1,0 +1,124 @@
+"""The learner: updates that are due, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mtrl_cli.agents.agent import Agent
+from mtrl_cli.augmentation import Augmentation
+from mtrl_cli.errors import RunError
+from mtrl_cli.optimizers import Optimizer
+from mtrl_cli.replay import Replay
+from mtrl_cli.task_weights.base import TaskWeights
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Learner:
+    """Trains the agent's network from the replay.
+
+    Args:
+        agent, replay, augmentation, task_weights, optimizer: the parts of an update.
+        task_names: for messages and figures.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        replay: Replay,
+        augmentation: Augmentation,
+        task_weights: TaskWeights,
+        optimizer: Optimizer,
+        task_names: list[str],
+    ):
+        self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
+        self._augmentation = augmentation
+        self._task_names = task_names
+        self.updates = 0
+        self._learns_from, self._updates_before = agent.learning_starts, 0
+        K, device = len(task_names), replay.spec.device
+        self._figures = {name: torch.zeros(K, device=device) for name in ("loss", "q", "weight")} | {"norm": torch.zeros((), device=device)}
+        self._updates_in_row = 0
+        self._bad_step_K = torch.full((K,), _NEVER, dtype=torch.int64, device=device)
+
+    def updates_due(self, step: int) -> int:
+        """How many updates a run should have made by a step (per task)."""
+        since = step - self._learns_from
+        if since < 0 or not self.replay.ready:
+            return self.updates
+        return self._updates_before + int(since * self.agent.samples_per_step / self.agent.batch_size)
+
+    def learn_what_is_due(self, step: int) -> None:
+        """Make the updates that are due at a step (per task)."""
+        due = self.updates_due(step)
+        while self.updates < due:
+            self.update(step)
+
+    def update(self, step: int) -> None:
+        """One update of the network."""
+        batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
+        losses = self.agent.losses(batch)
+        loss_K = losses.loss_KB.mean(1)
+        weight_K = self.task_weights.backward(loss_K, self.optimizer.parameters)
+        norm = self.optimizer.step()
+        self.updates += 1
+        self.agent.after_update(self.updates)
+        self.replay.update_priorities(batch, losses.error_KB)
+        self._record(step, loss_K.detach(), losses.q_K, weight_K, norm)
+
+    def _record(self, step: int, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
+        # Figures gather on the device: nothing here waits for it.
+        self._bad_step_K = torch.where(torch.isfinite(loss_K), self._bad_step_K, self._bad_step_K.clamp_max(step))
+        for name, value in (("loss", loss_K), ("q", q_K), ("weight", weight_K), ("norm", norm)):
+            self._figures[name] += value
+        self._updates_in_row += 1
+
+    def check_finite(self) -> None:
+        """Look whether all losses since the start were finite (waits for the device).
+
+        Raises:
+            RunError: one was not; names the task and the step.
+        """
+        first, task = self._bad_step_K.min(0)
+        if first.item() != _NEVER:
+            raise RunError(
+                f"the loss of task {self._task_names[int(task)]} is not finite at step {int(first)}; "
+                "a lower optimizer.lr or optimizer.max_grad_norm may help"
+            )
+
+    def row(self) -> dict[str, float]:
+        """Means of the figures since the last row (waits for the device), and start anew."""
+        count, self._updates_in_row = self._updates_in_row, 0
+        figures: dict[str, float] = {}
+        if count:
+            means = {name: (total / count).tolist() for name, total in self._figures.items()}
+            for k, name in enumerate(self._task_names):
+                figures |= {f"loss/{name}": means["loss"][k], f"q/mean/{name}": means["q"][k], f"weight/{name}": means["weight"][k]}
+            figures["grad/norm"] = means["norm"]
+        for total in self._figures.values():
+            total.zero_()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "learns_from": self._learns_from,
+            "updates_before": self._updates_before,
+            "updates_in_row": self._updates_in_row,
+            "figures": dict(self._figures),
+            "task_weights": self.task_weights.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        self._learns_from, self._updates_before = int(state["learns_from"]), int(state["updates_before"])
+        self._updates_in_row = int(state["updates_in_row"])
+        for name, total in self._figures.items():
+            total.copy_(state["figures"][name])
+        self.task_weights.load_state_dict(state["task_weights"])
+
+    def refill_from(self, step: int) -> None:
+        """Start over with an empty replay at a step: gather as much as at the start, and make up for no update."""
+        self._learns_from, self._updates_before = step + self.agent.learning_starts, self.updates

@@ -1,0 +1,52 @@
+"""The multi-task network: a torso, a sharing structure and a head made one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mtrl_cli.networks.heads import Head
+from mtrl_cli.networks.sharing import Sharing
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters: those that all tasks share, and those of each task alone."""
+
+    shared: int
+    per_task: list[int]
+
+    @property
+    def total(self) -> int:
+        return self.shared + sum(self.per_task)
+
+
+class MultiTaskNetwork(nn.Module):
+    """Action values of all tasks in one forward.
+
+    Args:
+        sharing: observations to features.
+        head: features to action values.
+        observation_scale: what observations are divided by (255 for bytes of an image).
+        autocast: the dtype in which the torso computes, or None for float32. Heads always compute in float32.
+    """
+
+    def __init__(self, sharing: Sharing, head: Head, observation_scale: float, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.sharing = sharing
+        self.head = head
+        self._scale = 1.0 / observation_scale
+        self._autocast = autocast
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid."""
+        dtype = self._autocast or torch.float32
+        with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
+            features = self.sharing(observation.to(dtype) * self._scale)
+        return self.head(features.float())
+
+    def parameter_counts(self) -> ParameterCounts:
+        shared, torsos = self.sharing.parameter_counts()
+        return ParameterCounts(shared, [torso + head for torso, head in zip(torsos, self.head.parameter_counts(), strict=True)])

@@ -1,0 +1,72 @@
+"""One module per task, evaluated for all tasks at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+
+class PerTask(nn.Module):
+    """K modules of one structure with parameters of their own, as one module over stacked parameters.
+
+    The modules may differ in the sizes of their inputs: their parameters are then padded with zeros to the widest. Padded
+    inputs are zero, so the padding neither adds to an output nor receives a gradient, and stays zero.
+
+    Args:
+        modules: one per task, of the same class and layers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.num_tasks = len(modules)
+        self.sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+        each = [dict(module.named_parameters()) for module in modules]
+        # '.' separates modules in a name; ':' keeps each stacked tensor a plain parameter of this one.
+        self.stacked = nn.ParameterDict(
+            {name.replace(".", ":"): nn.Parameter(_stack_padded([parameters[name].detach() for parameters in each])) for name in each[0]}
+        )
+        # In a list, so that it is no submodule: only its structure is used, never its parameters.
+        self._structure = [modules[0]]
+
+    def forward(self, x_KB: torch.Tensor) -> torch.Tensor:
+        """Inputs `[K, B, ...]` to outputs `[K, B, ...]`, each task's through its own module."""
+        parameters = {name.replace(":", "."): parameter for name, parameter in self.stacked.items()}
+        if self.num_tasks == 1:
+            return self._call({name: parameter[0] for name, parameter in parameters.items()}, x_KB[0]).unsqueeze(0)
+        return vmap(self._call)(parameters, x_KB)
+
+    def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
+        return functional_call(self._structure[0], parameters, (x_B,))
+
+
+def _stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    widest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    stacked = torch.zeros(len(tensors), *widest)
+    for row, tensor in zip(stacked, tensors, strict=True):
+        row[tuple(slice(size) for size in tensor.shape)] = tensor
+    return stacked
+
+
+class TaskLinear(nn.Module):
+    """A linear layer per task: `[K, B, I]` to `[K, B, O]`, initialised as `nn.Linear` is.
+
+    Args:
+        outputs: how many outputs each task uses; rows beyond a task's own are zero and stay unused.
+    """
+
+    def __init__(self, inputs: int, outputs: Sequence[int]):
+        super().__init__()
+        self.sizes = [(inputs + 1) * own for own in outputs]
+        bound = 1 / math.sqrt(inputs)
+        used = torch.arange(max(outputs)) < torch.tensor(outputs)[:, None]  # [K, O]
+        weight = torch.empty(len(outputs), inputs, max(outputs)).uniform_(-bound, bound)
+        bias = torch.empty(len(outputs), 1, max(outputs)).uniform_(-bound, bound)
+        self.weight = nn.Parameter(weight * used[:, None])
+        self.bias = nn.Parameter(bias * used[:, None])
+
+    def forward(self, x_KBI: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x_KBI, self.weight)

@@ -1,0 +1,175 @@
+"""Torsos: how a task's observations become features.
+
+A torso is a recipe of two modules, so that a sharing structure can decide which tasks share which: the *stem* is the first
+layer and reads a task's own observations (its input adapter, where tasks differ in shape), the *body* is everything after it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from mtrl_cli.fields import PositiveFloat, PositiveInt
+
+
+class Torso(ABC):
+    """The recipe of a torso.
+
+    Attributes:
+        observation_kind: "image" (observations `[C, H, W]`) or "vector" (`[D]`).
+        num_features: length of the feature vector that the body gives.
+    """
+
+    observation_kind: ClassVar[str]
+    num_features: int
+
+    @abstractmethod
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        """The first layer, for observations `[B, *shape]` (float)."""
+
+    @abstractmethod
+    def body(self, shape: tuple[int, ...]) -> nn.Module:
+        """The rest: from what the stem gives for observations of `shape` to features `[B, num_features]` (float)."""
+
+
+def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int, layer_norm: bool) -> nn.Sequential:
+    # One group over all channels is LayerNorm over channels and positions (with an affine map per channel),
+    # and unlike nn.LayerNorm needs no image size.
+    norm = [nn.GroupNorm(1, channels_out)] if layer_norm else []
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, stride), *norm, nn.ReLU())
+
+
+def _linear(features_in: int, features_out: int, layer_norm: bool) -> nn.Sequential:
+    norm = [nn.LayerNorm(features_out)] if layer_norm else []
+    return nn.Sequential(nn.Linear(features_in, features_out), *norm, nn.ReLU())
+
+
+def _flat_size(layers: nn.Module, shape: tuple[int, ...]) -> int:
+    with torch.device("meta"):
+        return layers.to("meta")(torch.zeros(1, *shape)).numel()
+
+
+class NatureCNN(Torso):
+    """Three convolutions and a linear layer (Mnih et al. 2015, "Human-level control", Methods).
+
+    Args:
+        features: units of the last layer.
+        width: factor on the channels 32, 64, 64.
+        layer_norm: normalise after each layer (Gallici et al. 2024).
+    """
+
+    observation_kind = "image"
+
+    def __init__(self, *, features: PositiveInt = 512, width: PositiveFloat = 1.0, layer_norm: bool = False):
+        self.num_features = features
+        self._channels = [max(1, round(width * channels)) for channels in (32, 64, 64)]
+        self._layer_norm = layer_norm
+
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        return _convolution(shape[0], self._channels[0], 8, 4, self._layer_norm)
+
+    def body(self, shape: tuple[int, ...]) -> nn.Module:
+        def convolutions() -> nn.Sequential:
+            return nn.Sequential(
+                _convolution(self._channels[0], self._channels[1], 4, 2, self._layer_norm),
+                _convolution(self._channels[1], self._channels[2], 3, 1, self._layer_norm),
+                nn.Flatten(),
+            )
+
+        flat = _flat_size(nn.Sequential(self.stem(shape), convolutions()), shape)
+        return nn.Sequential(*convolutions(), _linear(flat, self.num_features, self._layer_norm))
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+class ImpalaCNN(Torso):
+    """The residual network of IMPALA (Espeholt et al. 2018, figure 3, right), without its LSTM.
+
+    Args:
+        width: factor on the channels 16, 32, 32.
+        features: units of the last layer.
+        layer_norm: normalise before the last activation.
+    """
+
+    observation_kind = "image"
+
+    def __init__(self, *, width: PositiveInt = 1, features: PositiveInt = 256, layer_norm: bool = False):
+        self.num_features = features
+        self._channels = [16 * width, 32 * width, 32 * width]
+        self._layer_norm = layer_norm
+
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        return nn.Conv2d(shape[0], self._channels[0], 3, padding=1)
+
+    def body(self, shape: tuple[int, ...]) -> nn.Module:
+        def blocks() -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for index, channels in enumerate(self._channels):
+                if index:
+                    layers.append(nn.Conv2d(self._channels[index - 1], channels, 3, padding=1))
+                layers += [nn.MaxPool2d(3, 2, padding=1), _Residual(channels), _Residual(channels)]
+            return nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+
+        flat = _flat_size(nn.Sequential(self.stem(shape), blocks()), shape)
+        return nn.Sequential(*blocks(), _linear(flat, self.num_features, self._layer_norm))
+
+
+class MLP(Torso):
+    """Fully connected layers for vector observations; the first is the stem.
+
+    Args:
+        hidden: units of each layer.
+        layer_norm: normalise after each layer.
+    """
+
+    observation_kind = "vector"
+
+    def __init__(self, *, hidden: list[PositiveInt], layer_norm: bool = False):
+        if not hidden:
+            raise ValueError("network.hidden is empty: name the units of one layer at least, for example network.hidden=[256,256]")
+        self.num_features = hidden[-1]
+        self._hidden = hidden
+        self._layer_norm = layer_norm
+
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        return _linear(shape[0], self._hidden[0], self._layer_norm)
+
+    def body(self, shape: tuple[int, ...]) -> nn.Module:
+        sizes = zip(self._hidden, self._hidden[1:], strict=False)
+        return nn.Sequential(*(_linear(before, after, self._layer_norm) for before, after in sizes))
+
+
+class MinAtarCNN(Torso):
+    """One 3x3 convolution and a linear layer (Young and Tian 2019, "MinAtar", section 4).
+
+    Args:
+        channels: filters of the convolution.
+        features: units of the linear layer.
+        layer_norm: normalise after each layer.
+    """
+
+    observation_kind = "image"
+
+    def __init__(self, *, channels: PositiveInt = 16, features: PositiveInt = 128, layer_norm: bool = False):
+        self.num_features = features
+        self._channels = channels
+        self._layer_norm = layer_norm
+
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        return _convolution(shape[0], self._channels, 3, 1, self._layer_norm)
+
+    def body(self, shape: tuple[int, ...]) -> nn.Module:
+        flat = _flat_size(nn.Sequential(self.stem(shape), nn.Flatten()), shape)
+        return nn.Sequential(nn.Flatten(), _linear(flat, self.num_features, self._layer_norm))

@@ -1,0 +1,70 @@
+"""How gradients move parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from mtrl_cli.fields import NonNegativeFloat, PositiveFloat
+
+
+class Optimizer(ABC):
+    """A torch optimizer with gradient clipping.
+
+    Args:
+        parameters: what is trained.
+        max_grad_norm: gradients are scaled down to this global norm; 0: never.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], max_grad_norm: float):
+        self.parameters = parameters
+        self._max_grad_norm = max_grad_norm
+        self._optimizer = self.make(parameters)
+
+    @abstractmethod
+    def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """torch's optimizer."""
+
+    def step(self) -> torch.Tensor:
+        """Clip, move, and forget the gradients. Returns the gradient's global norm before clipping (scalar, on the device)."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm or torch.inf)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of each parameter, by its position: `{"0": {"exp_avg": ...}, ...}`. Options come from the configuration."""
+        return {str(index): dict(values) for index, values in self._optimizer.state_dict()["state"].items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": {int(index): values for index, values in state.items()}, "param_groups": groups})
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015).
+
+    Args:
+        lr: step size.
+        eps: added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+        max_grad_norm: gradients are scaled down to this global norm; 0: never.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        *,
+        lr: PositiveFloat,
+        eps: PositiveFloat,
+        weight_decay: NonNegativeFloat,
+        max_grad_norm: NonNegativeFloat,
+    ):
+        self._options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, max_grad_norm)
+
+    def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, **self._options, fused=True)
