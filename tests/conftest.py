@@ -1,0 +1,62 @@
+"""What tests share: few threads, and the real `mtrl` command in a clean environment."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch: small tensors are quicker on one thread, and every command started here is given the same.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mtrl:
+    """The installed `mtrl` command, in a process of its own, which inherits nothing of the caller's environment but PATH.
+
+    Args:
+        folder: what commands run in; their home.
+        executable: the console script.
+    """
+
+    def __init__(self, folder: Path, executable: Path = Path(sys.executable).parent / "mtrl"):
+        self.folder = folder
+        self.executable = executable
+
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        """Start it, with pipes for stdout and stderr; further keywords are environment variables."""
+        clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [str(self.executable), *map(str, arguments)],
+            cwd=self.folder,
+            env=clean | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: object, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run it to its end and check its exit code (None: any)."""
+        process = self.start(*arguments, **environment)
+        stdout, stderr = process.communicate()
+        if code is not None:
+            assert process.returncode == code, f"mtrl {arguments}: exit code {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def mtrl(tmp_path: Path) -> Mtrl:
+    """`mtrl("train", "env=classic_pack", code=0)` in this test's own folder."""
+    return Mtrl(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
