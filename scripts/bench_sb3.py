@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Speed against stable-baselines3's DQN at equal work: the same game, the Nature network with a plain head, no double
+Q-learning, one-step returns, 8 replayed samples per step. Each side is a process of its own, in turns; medians of the rounds.
+
+    pip install 'mtrl_cli[bench]'
+    python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
+
+`mtrl train` is the real command, with its logging; the figures are the rows of its metrics.jsonl once it learns and has compiled.
+Evaluation and checkpoints are only at its end. The machine's speed drifts: only the ratios of one run mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bench_startup import environment
+
+SAMPLES_PER_STEP = 8
+CAPACITY = 10_000  # transitions in all, on either side
+LEARNING_STARTS, WARM_UP = 1000, 1000  # steps in all
+EPSILON = 0.05
+ROWS = 8  # of metrics.jsonl, in the timed part
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work.
+
+    Attributes:
+        name: in the table.
+        games: `env.tasks`.
+        batch_size: samples per task and update.
+    """
+
+    name: str
+    games: tuple[str, ...]
+    batch_size: int
+
+
+GAMES = ("pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway")
+PEER = Side("stable-baselines3, breakout", ("breakout",), 32)
+ONE = Side("mtrl, breakout", ("breakout",), 128)
+ALL = Side("mtrl, eight games", GAMES, 32)
+
+
+def run(command: list[str], folder: str) -> str:
+    """A command's stdout; where it fails, its last words and the end of this script."""
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+    return done.stdout
+
+
+def time_peer(steps: int, folder: str) -> dict[str, float]:
+    """stable-baselines3 in its own process."""
+    script = Path(__file__).with_name("bench_sb3_peer.py")
+    sizes = {"steps": steps, "capacity": CAPACITY, "learning-starts": LEARNING_STARTS, "epsilon": EPSILON}
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    result: dict[str, float] = json.loads(run([sys.executable, str(script), *words], folder).splitlines()[-1])
+    return result
+
+
+def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
+    """`mtrl train` in its own process, from the rows of its metrics."""
+    tasks = len(side.games)
+    skipped = (LEARNING_STARTS + WARM_UP) // tasks
+    run_dir = tempfile.mkdtemp(dir=folder)
+    overrides = {
+        "env": "atari_pack",
+        "network": "nature",
+        "network/head": "plain",
+        "env.tasks": f"[{','.join(side.games)}]",
+        "env.protocol": "nature",
+        "agent.double": "false",
+        "agent.n_step": 1,
+        "agent.samples_per_step": SAMPLES_PER_STEP,
+        "agent.batch_size": side.batch_size,
+        "agent.learning_starts": LEARNING_STARTS // tasks,
+        "agent.epsilon_start": EPSILON,
+        "agent.epsilon_end": EPSILON,
+        "replay.capacity": CAPACITY // tasks,
+        "steps_per_task": skipped + steps // tasks,
+        "log.every": steps // tasks // ROWS,
+        "eval.every": 0,
+        "eval.episodes": 1,
+        "eval.max_steps": 10,
+        "checkpoint.every": 0,
+        "checkpoint.replay": "false",
+        "run_dir": run_dir,
+    }
+    run([str(Path(sys.executable).parent / "mtrl"), "train", *(f"{key}={value}" for key, value in overrides.items())], folder)
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return steady_rates(rows, skipped, tasks, side.batch_size)
+
+
+def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_size: int) -> dict[str, float]:
+    """Rates over the rows that begin at or after step `skipped` (per task): total work over total time."""
+    timed = [row for row in rows if "perf/steps_per_second" in row]
+    pairs = [(before, after) for before, after in pairwise(timed) if before["step"] >= skipped]
+    steps = [(after["step"] - before["step"]) * tasks for before, after in pairs]
+    seconds = sum(count / after["perf/steps_per_second"] for count, (_, after) in zip(steps, pairs, strict=True))
+    updates = pairs[-1][1]["updates"] - pairs[0][0]["updates"]
+    return {
+        "steps_per_second": sum(steps) / seconds,
+        "updates_per_second": updates / seconds,
+        "samples_per_step": updates * batch_size * tasks / sum(steps),
+    }
+
+
+def measure(rounds: int, steps: int) -> dict[str, Any]:
+    """All sides in turns, `rounds` times: every round's rates, and the ratios of the medians to the peer's."""
+    rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in (PEER, ONE, ALL)}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+            rates[PEER.name].append(time_peer(steps, folder))
+            for side in (ONE, ALL):
+                rates[side.name].append(time_mtrl(side, steps, folder))
+    speeds = {name: [rate["steps_per_second"] for rate in found] for name, found in rates.items()}
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "sides": rates,
+        "ratio": {name: median / medians[PEER.name] for name, median in medians.items()},
+        "ratio_by_round": {name: [a / b for a, b in zip(values, speeds[PEER.name], strict=True)] for name, values in speeds.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as lines of text."""
+    lines = [f"{'medians':<30}{'batch':>9}{'samples/step':>14}{'updates/s':>11}{'steps/s':>9}{'ratio':>7}   ratio by round"]
+    for side in (PEER, ONE, ALL):
+        keys = ("samples_per_step", "updates_per_second", "steps_per_second")
+        samples, updates, steps = (statistics.median(rate[key] for rate in result["sides"][side.name]) for key in keys)
+        batch, ratio = f"{len(side.games)} x {side.batch_size}", result["ratio"][side.name]
+        by_round = " ".join(f"{each:.2f}" for each in result["ratio_by_round"][side.name])
+        lines.append(f"{side.name:<30}{batch:>9}{samples:>14.2f}{updates:>11.1f}{steps:>9.1f}{ratio:>7.2f}   {by_round}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4096, help="timed steps of each side and round, all games together")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    result = measure(options.rounds, options.steps)
+    print(json.dumps(result) if options.json else table(result))
+
+
+if __name__ == "__main__":
+    main()
