@@ -1,0 +1,195 @@
+"""What this machine lets the process use: cores, memory, devices and a compiler, within cgroup limits and affinity."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtrl_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path("/")
+
+
+def cores(root: Path = ROOT) -> int:
+    """Cores that the process may use: its affinity, and no more than the cgroup's quota (a quota of 1.5 cores counts as 1)."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quotas = [float(allowed)]
+    for folder in _cgroup_folders("cpu", root):
+        both = (_read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}").split()
+        if len(both) == 2 and all(map(str.isdecimal, both)) and int(both[1]) > 0:  # "max" and -1 mean no limit
+            quotas.append(int(both[0]) / int(both[1]))
+    return max(1, int(min(quotas)))
+
+
+def memory_available(root: Path = ROOT) -> int:
+    """Bytes of memory that can still be taken without swapping: the machine's, and no more than the cgroup's limit leaves."""
+    return _memory(root)[0]
+
+
+def memory_total(root: Path = ROOT) -> int:
+    """Bytes of memory in all: the machine's, or the cgroup's limit where that is less."""
+    return _memory(root)[1]
+
+
+def _memory(root: Path) -> tuple[int, int]:
+    """(available, total) bytes."""
+    available, total = _machine_memory(root)
+    for folder in _cgroup_folders("memory", root):
+        limit, used = _count(folder / "memory.max"), _count(folder / "memory.current")
+        cache = "inactive_file"
+        if used is None:
+            limit, used = _count(folder / "memory.limit_in_bytes"), _count(folder / "memory.usage_in_bytes")
+            cache = "total_inactive_file"
+        if limit is None or used is None:
+            continue
+        # Usage counts cached files, which the kernel gives back before it refuses memory.
+        reclaimable = _table(folder / "memory.stat").get(cache, 0)
+        total = min(total, limit)
+        available = min(available, limit - used + reclaimable)
+    return max(0, min(available, total)), total
+
+
+def _machine_memory(root: Path) -> tuple[int, int]:
+    table = _table(root / "proc/meminfo")
+    if "MemTotal:" in table:
+        total = table["MemTotal:"] * 1024
+        return table.get("MemAvailable:", table.get("MemFree:", 0)) * 1024, total
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total
+
+
+def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """The process's cgroup and those above it, whose limits all hold, for cgroup v2 and v1.
+
+    In a container the path in /proc/self/cgroup may be the host's and not be visible; the mount's root is then our own group.
+    """
+    mounts = root / "sys/fs/cgroup"
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers == "":
+            top = mounts
+        elif controller in controllers.split(","):
+            top = mounts / controllers if (mounts / controllers).is_dir() else mounts / controller
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while folder != top:
+            if folder.is_dir():
+                yield folder
+            folder = folder.parent
+        yield top
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _count(path: Path) -> int | None:
+    text = _read(path)
+    return int(text) if text is not None and text.isdecimal() else None
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The first number on each line of `path`, by the line's first word."""
+    words = (line.split() for line in (_read(path) or "").splitlines())
+    return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
+
+
+def resident_memory(root: Path = ROOT) -> int:
+    """Bytes of physical memory that this process holds now; where the system does not say, the most it has held."""
+    fields = (_read(root / "proc/self/statm") or "").split()
+    if len(fields) > 1 and fields[1].isdecimal():
+        return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(available, total) bytes of memory on `device`."""
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        # What torch has reserved but not given out is free to us too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    return _memory(ROOT)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `auto` (the first GPU if there is one), `cpu`, `cuda` or `cuda:<index>` means here. Raises UserError."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if count else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()) or name.endswith(":"):
+        raise UserError(f"device={name} is not known; give auto, cpu, cuda or cuda:<index>.")
+    if count == 0:
+        reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise UserError(f"device={name}: {reason}; give device=cpu or device=auto.")
+    if index and int(index) >= count:
+        raise UserError(f"device={name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}.")
+    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor itself multiplies bfloat16 (AVX-512 BF16, AMX, ARM BF16), rather than having it emulated."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN accepts any AVX-512 and emulates, which is slower than float32.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return True
+
+
+def compiler() -> str | None:
+    """The C++ compiler that runs here: $CXX, or else g++ or clang++.
+
+    torch.compile looks for $CXX or g++ and nothing else: where this gives clang++, set CXX to it first.
+    """
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["g++", "clang++"]:
+        path = shutil.which(name)
+        if path is None:
+            continue
+        try:
+            works = subprocess.run([path, "--version"], capture_output=True, timeout=30, check=False).returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            works = False
+        if works:
+            return name
+    return None
+
+
+def missing_for_compile() -> str | None:
+    """Why torch.compile cannot work on the CPU here, in a few words, or None if it can."""
+    if compiler() is None:
+        named = os.environ.get("CXX")
+        return f"CXX={named} does not run" if named else "there is no C++ compiler (g++ or clang++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "Python's headers (Python.h) are not installed"
+    return None
+
+
+def compiler_available() -> bool:
+    """Whether torch.compile can work on the CPU here."""
+    return missing_for_compile() is None

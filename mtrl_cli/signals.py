@@ -1,0 +1,65 @@
+"""Stopping when asked: SIGINT and SIGTERM become a request that the loop honours where its state is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from mtrl_cli.errors import Stopped
+
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class StopRequest:
+    """A context in which SIGINT and SIGTERM are noted rather than obeyed at once.
+
+    `received` is the first signal's number, or None. The loop calls `check()` where it can be left. A second signal ends the
+    process at once with the same exit code. Outside the main thread, where Python allows no handlers, it never receives any.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._interruptible = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if sys.stdout is not None and sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live table had hidden it
+            os._exit(128 + number)
+        self.received = number
+        if self._interruptible:
+            raise Stopped(number)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has arrived."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped right where it arrives: for long work with no state worth saving (compilation)."""
+        self._interruptible += 1
+        try:
+            self.check()
+            yield
+        finally:
+            self._interruptible -= 1
+        self.check()  # in case a library swallowed the exception
