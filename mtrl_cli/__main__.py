@@ -1,0 +1,6 @@
+"""`python -m mtrl_cli` is `mtrl`."""
+
+from mtrl_cli.cli import main
+
+if __name__ == "__main__":
+    main()

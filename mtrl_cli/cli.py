@@ -1,0 +1,221 @@
+"""The command line: parses, hands over, and turns what went wrong into a line and an exit code. Imports lazily, decides nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from mtrl_cli import __version__
+from mtrl_cli.errors import RunError, Stopped, UserError
+
+app = typer.Typer(
+    help="""One Q-network learns many games, and tells you what sharing it cost and gained.
+
+\b
+Examples:
+  mtrl ls env                               what there is to learn
+  mtrl train env=atari_pack                 eight Atari games, one network
+  mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
+  mtrl resume runs/atari_pack/…             go on where a run stopped
+  mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
+
+Every command tells more: mtrl train --help.""",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+QUIET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What the disk may do to a run: the user's to repair, so a line says it all."""
+
+
+def _completions(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from mtrl_cli import completion
+
+    command = ctx.info_name or ""
+    typed = completion.words_of_bash()
+    if typed is None:
+        return completion.complete(command, ctx.params.get("overrides") or [], incomplete)
+    given, word = typed
+    before = word[: len(word) - len(incomplete)]  # bash keeps what stands before its own word
+    return [(found.removeprefix(before), line) for found, line in completion.complete(command, given, word)]
+
+
+def _groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from mtrl_cli import catalogue
+
+    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()]) if name.startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="What to set, in Hydra's grammar.", autocompletion=_completions, show_default=False),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"mtrl {__version__}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
+    or_resume: Annotated[bool, typer.Option("--or-resume", help="Go on with run_dir if a run is there already.")] = False,
+) -> None:
+    """Train one network on a pack of tasks.
+
+    \b
+    Choose an option of a group with GROUP=OPTION (mtrl ls), set a value with KEY=VALUE.
+    Counts of steps are per task; a step is one decision in one environment.
+
+    \b
+    Examples:
+      mtrl train env=atari_pack experiment=quickstart
+      mtrl train env=atari_pack network=impala agent.n_step=5 seed=1
+      mtrl train env=atari_pack 'env.tasks=[pong,breakout]' steps_per_task=1000000
+      mtrl train env=minatar_pack network/sharing=independent
+      mtrl train env=classic_pack run_dir=runs/mine --or-resume
+      mtrl train env=mine 'hydra.searchpath=[file:///home/me/conf]'
+    """
+    from mtrl_cli import config
+
+    composed = config.compose_training(overrides or [])
+    if dry_run:
+        print(config.dump(composed), end="")
+        return
+    from mtrl_cli.train import train as run
+
+    run(composed, command=_command(), or_resume=or_resume)
+
+
+@app.command()
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run that stopped, exactly as if it had not.
+
+    \b
+    Its configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
+
+    \b
+    Examples:
+      mtrl resume runs/atari_pack/20250101-120000_s0
+      mtrl resume runs/mine steps_per_task=5000000 device=cuda:1
+    """
+    from mtrl_cli.train import resume as go_on
+
+    go_on(run, overrides or [], command=_command())
+
+
+@app.command("eval")
+def evaluate(run: Run, overrides: Overrides = None) -> None:
+    """Play whole games with what a run has learned.
+
+    \b
+    The scores go into the run's folder. What can be set: eval.episodes, eval.max_steps, eval.epsilon, eval.seed, video=true,
+    checkpoint=latest|best|STEP, device, trusted_packages. The rest is as in the run.
+
+    \b
+    Examples:
+      mtrl eval runs/mine
+      mtrl eval runs/mine eval.episodes=100 checkpoint=best
+      mtrl eval runs/mine eval.episodes=1 video=true
+    """
+    from mtrl_cli import config
+
+    options = config.compose_evaluation(overrides or [])
+    from mtrl_cli.evaluate import evaluate_run
+
+    evaluate_run(run, options, command=_command())
+
+
+@app.command()
+def ls(
+    group: Annotated[
+        str | None, typer.Argument(metavar="[GROUP]", help="Such as env or network/sharing.", autocompletion=_groups, show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[hydra.searchpath=[…]]", help="Folders of your own.", show_default=False)
+    ] = None,
+) -> None:
+    """List what there is to choose: the groups, or the options of one.
+
+    \b
+    Examples:
+      mtrl ls
+      mtrl ls env
+      mtrl ls env 'hydra.searchpath=[file:///home/me/conf]'
+    """
+    from mtrl_cli import listing
+
+    words = [word for word in (group, *(overrides or [])) if word]
+    print(listing.list_words(words))
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions and devices, for bug reports."""
+    import json
+
+    from mtrl_cli import info as facts
+
+    collected = facts.collect()
+    print(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
+
+
+def _command() -> list[str]:
+    return ["mtrl", *sys.argv[1:]]
+
+
+def main() -> NoReturn:
+    """The entry point of `mtrl`: run the command, and exit with what the design promises."""
+    code = 1
+    try:
+        result = typer.main.get_command(app).main(prog_name="mtrl", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except typer.TyperException as error:  # the parser's own
+        code = _say(_in_one_line(error), getattr(error, "exit_code", 2))
+    except (UserError, RunError) as error:
+        code = _say(str(error), error.exit_code)
+    except Stopped as stopped:
+        code = stopped.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except OSError as error:
+        if error.errno not in QUIET_ERRORS:
+            raise
+        code = _say(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
+    _flush()
+    sys.exit(code)
+
+
+def _in_one_line(error: typer.TyperException) -> str:
+    context: Any = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message} (see {context.command_path if context else 'mtrl'} --help)"
+
+
+def _say(message: str, code: int) -> int:
+    """One or two plain lines on stderr. What a stranger's file put into them cannot steer the terminal."""
+    plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
+    print(f"mtrl: error: {plain}", file=sys.stderr)
+    return code
+
+
+def _flush() -> None:
+    """Hand over what was printed; whoever reads may have gone (`mtrl ls | head`), which is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,140 @@
+"""What the shell offers after TAB: groups, options, keys, values and games."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from mtrl_cli import catalogue
+from mtrl_cli.errors import UserError
+
+
+def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
+    """The words that may stand where `incomplete` stands, each with a line of help (which may be empty).
+
+    Args:
+        command: `train`, `eval` or `resume`.
+        given: the whole words of the command line before it.
+        incomplete: what has been typed of the word, such as `env=at` or `agent.n_`.
+    """
+    try:
+        return _complete(command, [word for word in given if "=" in word], incomplete)
+    except (UserError, OSError):
+        return []
+
+
+def words_of_bash() -> tuple[list[str], str] | None:
+    """The words before the cursor and the word at it, as they were typed, or None outside bash.
+
+    Bash takes `env=at` apart into three words and expects only what comes after the `=`.
+    """
+    if "COMP_WORDS" not in os.environ or not os.environ.get("COMP_CWORD", "").isdecimal():
+        return None
+    lexer = shlex.shlex(os.environ["COMP_WORDS"], posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words: list[str] = []
+    try:
+        for word in lexer:
+            words.append(word)
+    except ValueError:  # a quotation that is still open
+        words.append(lexer.token)
+    position = int(os.environ["COMP_CWORD"])
+    words = [*words, *[""] * (position + 1 - len(words))][: position + 1]
+    joined: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if joined and (word == "=" or before == "="):
+            joined[-1] += word
+        else:
+            joined.append(word)
+    return joined[:-1], joined[-1]
+
+
+def _complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
+    from mtrl_cli import config
+
+    folders = config.search_path(given) if any("hydra.searchpath" in word for word in given) else [catalogue.conf_folder()]
+    groups = catalogue.groups(folders) if command == "train" else []
+    key, equals, value = incomplete.partition("=")
+    if not equals and incomplete == "":
+        return [(f"{group}=", "") for group in groups] + [(f"{name}=", "") for name in _keys(command, given)[0] if "." not in name]
+    if key in groups:
+        return (
+            _options(key, value, folders)
+            if equals
+            else [*_options(key, "", folders), *_names(key, [each for each in groups if each != key])]
+        )
+    annotations, content = _keys(command, given)
+    if equals:
+        return _values(key, value, annotations, content, folders)
+    found = [*_names(key, groups), *_names(key, annotations)]
+    if len(found) > 1 or not found:
+        return found
+    only = found[0][0].removesuffix("=")
+    return _options(only, "", folders) if only in groups else _values(only, "", annotations, content, folders)
+
+
+def _names(prefix: str, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"{name}=", "") for name in names if name.startswith(prefix)]
+
+
+def _options(group: str, prefix: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
+    files = catalogue.options(group, folders)
+    return [(f"{group}={name}", catalogue.description(file)) for name, file in files.items() if name.startswith(prefix)]
+
+
+def _keys(command: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All keys with their annotations, and the configuration as it would be."""
+    from mtrl_cli import config, schema
+
+    if command == "resume":
+        everything = schema.keys_of(schema.Training)
+        return {name: everything[name].annotation for name in config.RESUMABLE}, {}
+    try:
+        content = config.compose_unchecked(command, given)
+    except UserError:
+        content = config.compose_unchecked(command, [])
+    return schema.dotted_keys(content, command=command), content
+
+
+def _at(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, Mapping) else None
+    return content
+
+
+def _values(
+    key: str, prefix: str, annotations: Mapping[str, Any], content: Mapping[str, Any], folders: Sequence[Path]
+) -> list[tuple[str, str]]:
+    """`key=value` for each value that can be named: choices, games, and else what it is now."""
+    if key not in annotations:
+        return []
+    if key == "env.tasks":
+        return _tasks(prefix, sorted(catalogue.known_tasks(_at(content, "env._target_"), folders) or []))
+    choices = _choices(annotations[key])
+    now = _at(content, key)
+    if now is not None and not isinstance(now, list | dict | bool) and str(now) not in choices:
+        choices = ["", *choices, str(now)]  # the empty one keeps the shell from adding a space behind the only value
+    return [(f"{key}={choice}", "") for choice in choices if choice.startswith(prefix)]
+
+
+def _tasks(prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:
+    """`env.tasks=[pong,br` to `env.tasks=[pong,breakout`."""
+    before, _, last = prefix.lstrip("[").rpartition(",")
+    start = "[" + (f"{before}," if before else "")
+    return [(f"env.tasks={start}{name}", "") for name in known if name.startswith(last) and name not in before.split(",")]
+
+
+def _choices(annotation: Any) -> list[str]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _choices(arguments[0])
+    if origin is Literal:
+        return [str(each) for each in arguments]
+    if origin in (typing.Union, types.UnionType):
+        return [choice for each in arguments for choice in _choices(each)]
+    return ["true", "false"] if annotation is bool else []

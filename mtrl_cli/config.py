@@ -1,0 +1,338 @@
+"""Composing, saving and loading configurations. What leaves this module is a plain dictionary that `schema.validate` has let through.
+
+Composing is for the user's own words and folders: Hydra's grammar, interpolations resolved. Loading is for run folders, which may come from
+a stranger: plain YAML of bounded size, no aliases, no interpolation, and no say in which packages are trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtrl_cli import catalogue, files, schema
+from mtrl_cli.errors import UserError
+
+LARGEST_FILE = 256 * 1024
+DEEPEST = 16
+RESUMABLE = ("steps_per_task", "device", "trusted_packages")
+"""What may be changed when a run is resumed."""
+
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Plain YAML without anchors, even where one list stands at two keys."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _each in (_Loader, _Dumper):  # YAML 1.1 reads 1e-4 as text; with this it is a number, as it is in an override
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+@dataclass(frozen=True)
+class _Override:
+    """One positional override: its key, its value where it is a plain one, and what Hydra is given for it."""
+
+    key: str
+    value: Any
+    for_hydra: str
+
+
+def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `mtrl train` is to run: conf/train.yaml with the overrides, resolved and checked; `auto` stays.
+
+    Raises:
+        UserError: an override cannot be read, or names a group, option, key, value, game or class that there is not.
+    """
+    config, folders, trusted = _compose("train", overrides)
+    checked = schema.validate(config, trusted=trusted)
+    _check_known_tasks(checked["env"], folders)
+    if checked["run_dir"] is not None:
+        checked["run_dir"] = os.path.expanduser(checked["run_dir"])
+    return checked
+
+
+def compose_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `mtrl eval` is to play: conf/eval.yaml with the overrides, checked; null means as the run has it.
+
+    Raises:
+        UserError: an override cannot be read, or names a key or value that there is not.
+    """
+    of_training = {*schema.KINDS, *schema.keys_of(schema.Training), *schema.SECTIONS["train"], "experiment"}
+    of_training -= {*schema.keys_of(schema.Evaluation), *schema.SECTIONS["eval"]}
+    for text in overrides:
+        top = re.split(r"[./=@]", text.lstrip("+~"), maxsplit=1)[0]
+        if top in of_training:
+            raise UserError(
+                f"{text}: mtrl eval takes a run's {top} as it was trained\n"
+                "It can be told eval.episodes, eval.max_steps, eval.epsilon, eval.seed, checkpoint, video, device and trusted_packages"
+            )
+    config, _, trusted = _compose("eval", overrides)
+    return schema.validate(config, command="eval", trusted=trusted)
+
+
+def compose_unchecked(command: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `train` or `eval` would be given, resolved but not checked: for whoever asks what there is to set.
+
+    Raises:
+        UserError: an override cannot be read, or names a group or option that there is not.
+    """
+    return _compose(command, overrides)[0]
+
+
+def load_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration of a run folder, with what may be changed when it is resumed.
+
+    Args:
+        run: the run folder.
+        overrides: `steps_per_task=…` (no less than before), `device=…` and `trusted_packages=[…]`.
+
+    Raises:
+        UserError: the folder is no run, its configuration is not acceptable, or an override is none of these.
+    """
+    given = [_parse(text) for text in overrides]
+    for each, text in zip(given, overrides, strict=True):
+        if each.key not in RESUMABLE:
+            raise UserError(
+                f"{text}: a run is resumed as it was started; only {', '.join(RESUMABLE[:-1])} and {RESUMABLE[-1]} can be given"
+            )
+    config = load(run / "config.yaml", trusted=trusted_packages(overrides))
+    changes = {each.key: each.value for each in given if each.key != "trusted_packages"}
+    if not changes:
+        return config
+    changed = schema.validate({**config, **changes}, trusted=config["trusted_packages"])
+    if changed["steps_per_task"] < config["steps_per_task"]:
+        raise UserError(
+            f"steps_per_task={changed['steps_per_task']}: the run was started with {config['steps_per_task']}, "
+            "and its budget can only be raised"
+        )
+    return changed
+
+
+def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read and check a run folder's config.yaml. Nothing that it names is imported, unless the user trusts its package.
+
+    Args:
+        path: the file.
+        trusted: packages that the user named; None: those of the user's settings. The file's own list does not count: this replaces it.
+
+    Raises:
+        UserError: it is no such file, too large, no plain YAML, or no valid configuration.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
+    content = _parse_plain(path, files.read_bytes(path, path.parent, LARGEST_FILE))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values")
+    trusted = list(trusted_packages() if trusted is None else trusted)
+    try:
+        return schema.validate({**content, "trusted_packages": trusted}, trusted=trusted)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _parse_plain(path: Path, content: bytes) -> Any:
+    """YAML without aliases, interpolations, tags of Python, or depth."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8") from None
+    if "${" in text:
+        raise UserError(f"{path} holds an interpolation ('${{'), which is not resolved in a loaded file: write the value itself")
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=_Loader):
+            if getattr(event, "anchor", None) is not None:
+                raise UserError(f"{path} holds an anchor or alias ({schema.show(event.anchor)}): write the value itself")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise UserError(f"{path} is nested deeper than {DEEPEST} levels: no configuration of ours")
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read as plain YAML: {schema.show(' '.join(str(error).split()))}") from None
+
+
+def dump(config: dict[str, Any]) -> str:
+    """A configuration as YAML, in the order of its keys; `load` gives the same back."""
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def save(config: dict[str, Any], path: Path) -> None:
+    """Write a configuration, whole or not at all. Raises OSError."""
+    files.replace(path, dump(config).encode())
+
+
+def settings_file() -> Path:
+    """The user's own settings: `$XDG_CONFIG_HOME/mtrl/settings.yaml`, by default under ~/.config."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mtrl" / "settings.yaml"
+
+
+def trusted_packages(overrides: Sequence[str] = ()) -> list[str]:
+    """The packages whose classes may be named beside ours: from the overrides, MTRL_TRUSTED_PACKAGES (by commas) and the user's settings.
+
+    Raises:
+        UserError: the override or the settings are not a list of dotted names.
+    """
+    named = [name.strip() for name in os.environ.get("MTRL_TRUSTED_PACKAGES", "").split(",") if name.strip()]
+    path = settings_file()
+    if path.is_file():
+        settings = catalogue.read_yaml(path)
+        for key in settings:
+            if key != "trusted_packages":
+                raise UserError(f"{path}: {schema.show(key)}: there is no such key; expected trusted_packages")
+        named += schema.check_value(f"{path}: trusted_packages", settings.get("trusted_packages", []), list[str])
+    for each in (_parse(text) for text in overrides if "trusted_packages" in text):
+        if each.key == "trusted_packages":
+            named += schema.check_value("trusted_packages", each.value, list[str])
+    for name in named:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"trusted_packages: {schema.show(name)}: expected the dotted name of a package")
+    return list(dict.fromkeys(named))
+
+
+def search_path(overrides: Sequence[str] = ()) -> list[Path]:
+    """Our configuration's folder, then the user's own, from `hydra.searchpath=[file:///home/me/conf]`.
+
+    Raises:
+        UserError: one of them is no folder.
+    """
+    folders = [catalogue.conf_folder()]
+    for each in (_parse(text) for text in overrides if "hydra.searchpath" in text):
+        entries = [each.value] if isinstance(each.value, str) else each.value
+        for entry in schema.check_value("hydra.searchpath", entries, list[str]):
+            folder = Path(entry.removeprefix("file://")).expanduser().absolute()
+            if "://" in entry.removeprefix("file://") or not folder.is_dir():
+                raise UserError(
+                    f"hydra.searchpath: {schema.show(entry)} is no folder: expected such as hydra.searchpath=[file:///home/me/conf]"
+                )
+            folders.append(folder)
+    return folders
+
+
+def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Path], list[str]]:
+    """The composed and resolved content, the folders that it came from, and the packages that the user trusts."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    folders = search_path(overrides)
+    trusted = trusted_packages(overrides)
+    given = [_parse(text) for text in overrides]
+    known = catalogue.groups(folders) if name == "train" else []
+    for_hydra = [_checked(each, known, folders) for each in given if each.key != "hydra.searchpath"]
+    if len(folders) > 1:
+        for_hydra.append("hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders[1:]) + "]")
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="mtrl"):
+            content = OmegaConf.to_container(compose(name, overrides=for_hydra), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError("The configuration cannot be composed: " + _first_line(error)) from None
+    assert isinstance(content, dict)
+    content = {str(key): value for key, value in content.items()} | {"trusted_packages": trusted}
+    if "${" in str(content):
+        raise UserError("The configuration holds '${' after resolving: write the value itself")
+    return content, folders, trusted
+
+
+def _parse(text: str) -> _Override:
+    """Read one override in Hydra's grammar; what it cannot read as a value is taken as text (`run_dir=~/a=b`)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Override, QuotedString
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    key, equals, value = text.partition("=")
+    parsed: Override | None = None
+    for attempt in (text, f"{key}={_quoted(value)}"):
+        try:
+            parsed = parser.parse_override(attempt)
+            break
+        except HydraException:
+            if not equals or value[:1] in ("[", "{", '"', "'", "("):
+                break
+    if parsed is None or parsed.key_or_group == "":
+        raise UserError(f"{schema.show(text)}: {_how_to_write(text)}")
+    if parsed.is_sweep_override():
+        raise UserError(
+            f"{text}: expected one value; for a list write {key}=[{value}]" if "," in value else f"{text}: expected one value, not a sweep"
+        )
+    if parsed.package is not None:
+        raise UserError(f"{text}: a group has one place here; write {parsed.key_or_group}={value}")
+    value_given: Any = parsed.value()
+    plain = value_given.text if isinstance(value_given, QuotedString) else value_given
+    deletes = parsed.is_delete()
+    return _Override(parsed.key_or_group, plain, str(parsed.input_line) if deletes else str(parsed.input_line).lstrip("+"))
+
+
+def _how_to_write(text: str) -> str:
+    if "=" not in text:
+        folders = [catalogue.conf_folder()]
+        for group in catalogue.groups(folders):
+            if text in catalogue.options(group, folders):
+                return f"did you mean {group}={text}?"
+    return "expected KEY=VALUE, such as env=atari_pack, agent.n_step=5 or env.tasks=[pong,breakout]"
+
+
+def _checked(override: _Override, known: Sequence[str], folders: Sequence[Path]) -> str:
+    """The override as Hydra is to have it, once its group, option or section is known to exist.
+
+    A key is always added (`++`), existing or not: the schema's word on a key that does not exist is better than Hydra's.
+    """
+    key, for_hydra = override.key, override.for_hydra
+    if key == "hydra" or key.startswith("hydra."):
+        raise UserError(f"{key}: of Hydra's own settings only hydra.searchpath=[file:///home/me/conf] has a meaning here")
+    if for_hydra.startswith("~"):
+        return for_hydra
+    if key in known:
+        choices = catalogue.options(key, folders)
+        if key == "experiment" and override.value is None:
+            return for_hydra
+        if override.value not in list(choices):
+            word = schema.show(override.value)
+            raise UserError(f"{key}={word}: there is no such option; {catalogue.did_you_mean(word, choices)}")
+        return for_hydra
+    if "/" in key:
+        raise UserError(f"{key}: there is no such group; {catalogue.did_you_mean(key, known)}")
+    if key.replace(".", "/") in known and not isinstance(override.value, dict):
+        raise UserError(f"{for_hydra}: to choose an option write {key.replace('.', '/')}={schema.show(override.value)}")
+    return f"++{for_hydra}"
+
+
+def _check_known_tasks(env: dict[str, Any], folders: Sequence[Path]) -> None:
+    known = catalogue.known_tasks(env["_target_"], folders)
+    for name in env.get("tasks", []) if known is not None else []:
+        if known is not None and name not in known:
+            also = catalogue.did_you_mean(name, sorted(known), f"see {catalogue.conf_folder() / 'env'} for those there are")
+            raise UserError(f"env.tasks: {env['name']} has no task {schema.show(name)}; {also}")
+
+
+def _quoted(value: str) -> str:
+    """A text in Hydra's double quotes: a backslash is doubled only before a quote."""
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', re.sub(r"(\\+)$", r"\1\1", value)) + '"'
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return schema.show(lines[0])[:300] if lines else type(error).__name__
