@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every figure that the project promises, measured in one run and printed beside its bar. (A bar missed is shown, not an error.)
 
-make bench                                   or   python scripts/bench.py [--rounds 3] [--json]
+Run it with `make bench`, or as `python scripts/bench.py [--rounds 3] [--json]`.
 """
 
 from __future__ import annotations
