@@ -111,7 +111,7 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     given = [_parse(text) for text in overrides]
     for each, text in zip(given, overrides, strict=True):
-        if each.key not in RESUMABLE:
+        if each.key not in RESUMABLE or text.startswith("~"):
             raise UserError(
                 f"{text}: a run is resumed as it was started; only {', '.join(RESUMABLE[:-1])} and {RESUMABLE[-1]} can be given"
             )
@@ -161,7 +161,7 @@ def _parse_plain(path: Path, content: bytes) -> Any:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=_Loader):
-            if getattr(event, "anchor", None) is not None:
+            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
                 raise UserError(f"{path} holds an anchor or alias ({schema.show(event.anchor)}): write the value itself")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
@@ -265,7 +265,9 @@ def _parse(text: str) -> _Override:
     parser = OverridesParser.create()
     key, equals, value = text.partition("=")
     parsed: Override | None = None
-    for attempt in (text, f"{key}={_quoted(value)}"):
+    as_text = f"{key}={_quoted(value)}"
+    is_path = key == "run_dir" and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
+    for attempt in (as_text,) if is_path else (text, as_text):
         try:
             parsed = parser.parse_override(attempt)
             break

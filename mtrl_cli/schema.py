@@ -200,15 +200,11 @@ class _Checker:
     def unknown(self, path: str, name: Any, node: Mapping[str, Any]) -> str:
         """What to say about a key that does not exist: the nearest here, else the nearest anywhere."""
         word = _join(path, show(name))
-        here = [_join(path, each) for each in (*self.keys(path, node), *self.children(path))]
-        everywhere = dict(self.walk("", self.whole))
-        same_leaf = [each for each in everywhere if each.rpartition(".")[2] == word.rpartition(".")[2]]
-        near = nearest(word, here) or (same_leaf[0] if same_leaf else nearest(word, everywhere))
-        what = (
-            f"did you mean {near}?"
-            if near
-            else f"{_dotted(path) or 'it'} takes " + (", ".join(each.rpartition(".")[2] for each in here) or "no keys")
-        )
+        here = [*self.keys(path, node), *self.children(path)]
+        elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
+        near = nearest(str(name), here)
+        meant = _join(path, near) if near else elsewhere.get(nearest(str(name), elsewhere) or "")
+        what = f"did you mean {meant}?" if meant else f"{_dotted(path) or 'it'} takes {', '.join(here) or 'no keys'}"
         return f"{word}: there is no such key{_of(node, path)}; {what}"
 
 
@@ -239,7 +235,7 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(str(each) for each in arguments)
     if origin is list:
-        return f"a list, each {describe(arguments[0])}"
+        return "a list of names" if arguments[0] is str else f"a list, each {describe(arguments[0])}"
     if origin is dict:
         return f"names with values, each {describe(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
@@ -259,7 +255,7 @@ def _describe_annotated(base: Any, metadata: Sequence[Any]) -> str:
         elif Ge in bounds:
             words += f" of at least {bounds[Ge].ge}"
         elif MinLen in bounds:
-            words = words.replace("a list", "a list that is not empty")
+            words += f"{',' if ',' in words else ''} that is not empty"
     return words
 
 

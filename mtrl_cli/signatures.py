@@ -65,7 +65,7 @@ def read(key: str, target: Any, kind: str, trusted: Sequence[str] = (), root: Pa
     """
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise UserError(f"{key}={target!r}: expected the dotted path of a class, such as {PACKAGE}.networks.torsos.MLP")
-    if target.split(".")[0] == PACKAGE:
+    if target.startswith(f"{PACKAGE}."):
         return _read_ours(key, target, kind, root or Path(__file__).parent)
     if is_trusted(target, trusted):
         return _read_trusted(key, target, kind, trusted)

@@ -1,0 +1,297 @@
+"""Composing what ships with us, saving, loading, and what is said about each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtrl_cli import catalogue, config
+from mtrl_cli.errors import UserError
+
+CONF = catalogue.conf_folder()
+GROUPS = catalogue.groups([CONF])
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
+    monkeypatch.delenv("MTRL_TRUSTED_PACKAGES", raising=False)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's own folder with a pack built on ours, an optimizer, and a recipe."""
+    folder = tmp_path / "own conf"
+    (folder / "env").mkdir(parents=True)
+    (folder / "optimizer").mkdir()
+    (folder / "env" / "two.yaml").write_text(
+        "# @package _global_\n# Two games of mine\ndefaults: [atari_pack, _self_]\nenv: {name: two, tasks: [pong, tetris]}\nseed: 7\n"
+    )
+    (folder / "optimizer" / "slow.yaml").write_text("# Slow\ndefaults: [adam, _self_]\nlr: 1e-6\n")
+    return folder
+
+
+def other(group: str, option: str) -> list[str]:
+    """The overrides with which an option composes: some go only with a pack."""
+    more = {"mlp": ["env=classic_pack"], "minatar": ["env=minatar_pack"], "gymnasium": ["env.tasks=[CartPole-v1]"]}
+    return [*more.get(option, []), f"{group}={option}"]
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in catalogue.options(group, [CONF])])
+def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> None:
+    composed = config.compose_training(other(group, option))
+    assert catalogue.description(catalogue.options(group, [CONF])[option]), "the first comment describes the option"
+    if group == "env":
+        assert composed["env"]["name"] == option
+
+
+@pytest.mark.parametrize("env", catalogue.options("env", [CONF]))
+def test_every_pack_composes_with_every_choice_that_does_not_depend_on_it(env: str) -> None:
+    choices = ["network/sharing=independent", "network/head=plain", "replay=prioritized", "agent/value_scale=clip"]
+    composed = config.compose_training([*other("env", env), *choices])
+    assert composed["network"]["sharing"]["_target_"].endswith(".IndependentSharing")
+    assert composed["agent"]["value_scale"] == {"_target_": "mtrl_cli.agents.value_scale.ClipRewards", "limit": 1.0}
+
+
+def test_the_packs_hold_the_games_that_they_are_known_for() -> None:
+    def tasks(env: str) -> list[str]:
+        return config.compose_training([f"env={env}"])["env"]["tasks"]
+
+    names = [line.split(",")[0] for line in (Path(config.__file__).parent / "envs/data/atari57_scores.csv").read_text().splitlines()[1:]]
+    assert tasks("atari_57") == names
+    assert len(names) == 57
+    assert tasks("atari_pack") == ["pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway"]
+    assert len(tasks("atari_26")) == 26
+    assert set(tasks("atari_26")) <= set(names)
+    assert tasks("minatar_pack") == ["asterix", "breakout", "freeway", "seaquest", "space_invaders"]
+    assert tasks("classic_pack") == ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+
+
+def test_a_pack_brings_its_network_and_the_command_line_has_the_last_word() -> None:
+    classic = config.compose_training(["env=classic_pack"])
+    assert classic["network"]["_target_"].endswith(".MLP")
+    assert classic["agent"]["value_scale"]["_target_"].endswith(".NoValueScale")
+    assert config.compose_training(["env=classic_pack", "agent.n_step=2", "agent/value_scale=clip"])["agent"]["n_step"] == 2
+    assert config.compose_training(["agent.n_step=2", "experiment=pong_breakout"])["agent"]["n_step"] == 2
+    assert config.compose_training(["network=impala"])["network"]["_target_"].endswith(".ImpalaCNN")
+    assert config.compose_training(["env=minatar_pack", "network=minatar", "network.features=32"])["network"]["features"] == 32
+
+
+def test_whole_numbers_become_floats_where_floats_are_expected_and_auto_stays() -> None:
+    composed = config.compose_training(["agent.samples_per_step=4", "optimizer.lr=1e-4"])
+    assert repr(composed["agent"]["samples_per_step"]) == "4.0"
+    assert composed["optimizer"]["lr"] == 1e-4
+    assert [composed[key] for key in ("device", "precision", "compile", "threads")] == ["auto"] * 4
+    assert composed["replay"]["capacity"] == "auto"
+
+
+def test_run_dir_may_be_any_path() -> None:
+    for path in ("/tmp/a=b", "relative/x y", "a,b", "ä", "2025", "[x", 'quote"s', "back\\slash"):
+        assert config.compose_training([f"run_dir={path}"])["run_dir"] == path
+    assert config.compose_training(["run_dir=~/runs"])["run_dir"] == str(Path.home() / "runs")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env=atari_pak", "env=atari_pak: there is no such option; did you mean atari_pack?"),
+        ("env=zzz", "expected one of: atari_26, atari_57, atari_pack, classic_pack, gymnasium, minatar_pack"),
+        ("env=[atari_pack,minatar_pack]", "there is no such option"),
+        ("agent=null", "agent=null: there is no such option"),
+        ("network/shring=hard", "network/shring: there is no such group; did you mean network/sharing?"),
+        ("netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
+        ("+netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
+        ("agent.n_stp=3", "did you mean agent.n_step?"),
+        ("++agent.n_stp=3", "did you mean agent.n_step?"),
+        ("lr=3", "did you mean optimizer.lr?"),
+        ("agent.n_step=three", "agent.n_step=three: expected a whole number above 0"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: expected a number above 0"),
+        ("steps_per_task=0", "steps_per_task=0: expected a whole number above 0"),
+        ("steps_per_task=1e6", "steps_per_task=1000000.0: expected a whole number above 0"),
+        ("seed=1,2", "seed=1,2: expected one value; for a list write seed=[1,2]"),
+        ("seed=range(3)", "seed=range(3): expected one value, not a sweep"),
+        ("seed=choice(1,2)", "expected one value"),
+        ("env.tasks=[pong,breakot]", "env.tasks: atari_pack has no task breakot; did you mean breakout?"),
+        ("env.tasks=[SpaceInvaders]", "did you mean space_invaders?"),
+        ("env.tasks=[]", "env.tasks=[]: expected a list of names that is not empty"),
+        ("env.tasks=[pong,pong]", "env.tasks names pong twice"),
+        ("env.tasks=pong", "env.tasks=pong: expected a list of names"),
+        ("network.sharing=hard", "network.sharing=hard: to choose an option write network/sharing=hard"),
+        ("env@pack=atari_pack", "a group has one place here; write env=atari_pack"),
+        ("hydra.run.dir=x", "of Hydra's own settings only hydra.searchpath"),
+        ("hydra.searchpath=[/nowhere/at/all]", "hydra.searchpath: /nowhere/at/all is no folder"),
+        ("hydra.searchpath=[pkg://os]", "is no folder"),
+        ("atari_pack", "atari_pack: did you mean env=atari_pack?"),
+        ("quickstart", "did you mean experiment=quickstart?"),
+        ("nonsense", "nonsense: expected KEY=VALUE"),
+        ("", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("env.tasks=[pong", "expected KEY=VALUE"),
+        ("~network", "network has no _target_"),
+        ("~agent.gamma", "agent.gamma is missing"),
+        ("~agent.gama", "cannot be composed"),
+        ("seed=${oc.env:NO_SUCH_VARIABLE_HERE}", "cannot be composed"),
+        ("seed=???", "cannot be composed"),
+        ("env.tasks.x=3", "cannot be composed"),
+        ("run_dir='\\${x}'", "holds '${'"),
+        ("++network._target_=os.system", "network._target_=os.system: expected a class of mtrl_cli"),
+        ("++network._target_=mtrl_cli.train.shutil.copy", "expected a Torso that mtrl_cli itself defines"),
+    ],
+)
+def test_each_mistake_is_named_in_two_lines_at_most(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.compose_training([override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_users_own_folder_adds_options_packs_and_games(own: Path) -> None:
+    composed = config.compose_training(["env=two", "optimizer=slow", f"hydra.searchpath=[file://{own}]"])
+    assert composed["env"]["tasks"] == ["pong", "tetris"]
+    assert composed["seed"] == 7
+    assert composed["optimizer"] == {**config.compose_training([])["optimizer"], "lr": 1e-6}
+    assert "two" in catalogue.options("env", config.search_path([f"hydra.searchpath=[{own}]"]))
+
+
+def test_an_option_of_ones_own_may_not_hide_one_of_ours(own: Path) -> None:
+    (own / "optimizer" / "adam.yaml").write_text("# Mine\nlr: 1\n")
+    with pytest.raises(UserError, match="rename your own"):
+        config.compose_training(["optimizer=adam", f"hydra.searchpath=[{own}]"])
+
+
+def test_a_broken_yaml_of_ones_own_is_named(own: Path) -> None:
+    (own / "env" / "broken.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        config.compose_training([f"hydra.searchpath=[{own}]"])
+
+
+def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+    for overrides in ([], ["env=classic_pack", "optimizer.lr=1e-7", "agent.epsilon_tasks={CartPole-v1:0.2}", "run_dir=1e5"]):
+        composed = config.compose_training(overrides)
+        config.save(composed, tmp_path / "config.yaml")
+        assert config.load(tmp_path / "config.yaml") == composed
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["config.yaml"]
+    assert "&" not in config.dump({"a": (shared := ["x"]), "b": shared})
+
+
+def test_a_number_that_was_typed_into_a_saved_file_is_read_as_a_number(tmp_path: Path) -> None:
+    composed = config.compose_training([])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(composed).replace("lr: 0.0001", "lr: 1e-4"))
+    assert "1e-4" in path.read_text()
+    assert config.load(path) == composed
+
+
+def test_trust_comes_from_the_command_line_and_the_users_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.trusted_packages() == []
+    assert config.trusted_packages(["trusted_packages=[mine]"]) == ["mine"]
+    monkeypatch.setenv("MTRL_TRUSTED_PACKAGES", "a.b, c")
+    settings = tmp_path / "no-settings" / "mtrl" / "settings.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("trusted_packages: [d, c]\n")
+    assert config.trusted_packages(["trusted_packages=[mine]"]) == ["a.b", "c", "d", "mine"]
+    assert config.compose_training(["trusted_packages=[mine]"])["trusted_packages"] == ["a.b", "c", "d", "mine"]
+    monkeypatch.delenv("MTRL_TRUSTED_PACKAGES")
+    settings.unlink()
+    own = config.compose_training([]) | {"trusted_packages": ["os"]}
+    config.save(own, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml")["trusted_packages"] == []
+
+
+@pytest.mark.parametrize("content", ["trusted_packages: os", "trust: [a]", "trusted_packages: ['a;b']", "- a"])
+def test_wrong_settings_are_named(content: str, tmp_path: Path) -> None:
+    settings = tmp_path / "no-settings" / "mtrl" / "settings.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(content)
+    with pytest.raises(UserError):
+        config.trusted_packages()
+
+
+def test_a_recipe_cannot_name_packages_to_trust(own: Path) -> None:
+    (own / "experiment").mkdir()
+    (own / "experiment" / "evil.yaml").write_text("# @package _global_\n# Evil\ntrusted_packages: [os]\nnetwork: {_target_: os.system}\n")
+    with pytest.raises(UserError, match="expected a class of mtrl_cli"):
+        config.compose_training(["experiment=evil", f"hydra.searchpath=[{own}]"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config.save(config.compose_training(["device=cpu"]), folder / "config.yaml")
+    return folder
+
+
+def test_a_run_is_resumed_with_a_larger_budget_or_on_another_device(run: Path) -> None:
+    before = config.load_run(run)
+    assert before["device"] == "cpu"
+    after = config.load_run(run, ["steps_per_task=9000000", "device=cuda:1", "trusted_packages=[mine]"])
+    assert after == {**before, "steps_per_task": 9000000, "device": "cuda:1", "trusted_packages": ["mine"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=3", "seed=3: a run is resumed as it was started; only steps_per_task, device and trusted_packages can be given"),
+        ("env.tasks=[pong,qbert]", "a run is resumed as it was started"),
+        ("network=impala", "a run is resumed as it was started"),
+        ("steps_per_task=1000", "nothing would be learned"),
+        ("steps_per_task=20000", "its budget can only be raised"),
+        ("steps_per_task=many", "expected a whole number above 0"),
+        ("steps_per_task=", "expected a whole number above 0"),
+        ("device=gpu", "expected auto, cpu"),
+        ("~device", "a run is resumed as it was started"),
+        ("nonsense", "KEY=VALUE"),
+    ],
+)
+def test_nothing_else_changes_on_resume(run: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load_run(run, [override])
+    assert message in str(caught.value)
+
+
+def test_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="is no run folder"):
+            config.load_run(folder)
+
+
+def test_evaluation_takes_the_runs_own_unless_told() -> None:
+    nothing: dict[str, Any] = {"episodes": None, "max_steps": None, "epsilon": None, "seed": None}
+    assert config.compose_evaluation([]) == {
+        "checkpoint": "latest", "video": False, "device": None, "trusted_packages": [], "eval": nothing,
+    }  # fmt: skip
+    told = config.compose_evaluation(["eval.episodes=10", "video=true", "checkpoint=20000", "device=cpu", "eval.epsilon=0"])
+    assert told["eval"] == {**nothing, "episodes": 10, "epsilon": 0.0}
+    assert (told["checkpoint"], told["video"], told["device"]) == (20000, True, "cpu")
+    assert config.compose_evaluation(["checkpoint=best"])["checkpoint"] == "best"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.episode=1", "did you mean eval.episodes?"),
+        ("eval.episodes=0", "expected a whole number above 0"),
+        ("checkpoint=newest", "expected latest or best or a whole number"),
+        ("checkpoint=-1", "expected latest or best"),
+        ("video=yes please", "video=yes please: expected true or false"),
+        ("env.tasks=[pong]", "mtrl eval takes a run's env as it was trained"),
+        ("seed=1", "mtrl eval takes a run's seed as it was trained"),
+        ("network=impala", "mtrl eval takes a run's network as it was trained"),
+        ("eval.every=3", "there is no such key"),
+        ("vido=true", "did you mean video?"),
+    ],
+)
+def test_evaluation_refuses_what_it_cannot_change(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.compose_evaluation([override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_every_number_in_a_written_configuration_is_plain_yaml() -> None:
+    composed = config.compose_training(["optimizer.lr=1e-9"])
+    assert yaml.safe_load(config.dump(composed)) == composed
