@@ -6,6 +6,7 @@ cutting back to a checkpoint is a matter of copying records.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -137,10 +138,8 @@ class Logger(NullLogger):
             self.flush()
         finally:
             for file in (self._rows, self._events):
-                try:
+                with contextlib.suppress(OSError):  # the flush has told already
                     file.close()
-                except OSError:
-                    pass  # the flush has told already
 
     def _failed(self, error: OSError) -> RunError:
         trouble = error.strerror or str(error)
@@ -240,7 +239,10 @@ def _hparams_values(config: Mapping[str, Any], metrics: list[str]) -> Iterator[A
 
 
 def cut_metrics(path: Path, resume_at: int | None) -> None:
-    """Keep the rows with step <= `resume_at`, none if that is None. What is no row, like a half-written last line, goes too. Raises OSError."""
+    """Keep the rows with step <= `resume_at`, none if that is None. Raises OSError.
+
+    What is no row, like a half-written last line, goes too.
+    """
     if not os.path.lexists(path):
         return
     if resume_at is None or not path.is_file():
@@ -285,7 +287,7 @@ def _records(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _is_kept(record: bytes, resume_at: int) -> bool:
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     try:

@@ -41,7 +41,7 @@ class RunFolder:
         """Raise UserError unless `create(path)` would succeed. Makes nothing: for before the work of building."""
         path = Path(path).expanduser()
         if _exists(path):
-            if not path.is_dir():
+            if not os.path.isdir(path):
                 raise UserError(f"run_dir={path} is not a folder.")
             holds = next((entry.name for entry in _list(path) if not _is_unborn(entry)), None)
             if holds is not None:
@@ -50,7 +50,7 @@ class RunFolder:
         ancestor = path
         while not _exists(ancestor):
             ancestor = ancestor.parent
-        if not ancestor.is_dir():
+        if not os.path.isdir(ancestor):
             raise UserError(f"run_dir={path} cannot be made: {ancestor} is not a folder.")
         if not os.access(ancestor, os.W_OK | os.X_OK):
             raise UserError(f"run_dir={path} cannot be made: {ancestor} is not writable.")
@@ -100,19 +100,19 @@ class RunFolder:
         path = Path(path).expanduser()
         which: int | str | None = None
         absolute = Path(os.path.abspath(path))
-        if not (path / "config.yaml").exists() and absolute.parent.name == "checkpoints":
+        if not _exists(path / "config.yaml") and absolute.parent.name == "checkpoints":
             if absolute.name in ("latest", "best"):
                 which, path = absolute.name, absolute.parent.parent
             elif absolute.name.isdecimal() and len(absolute.name) <= 18:
                 which, path = int(absolute.name), absolute.parent.parent
         if not _exists(path):
             raise UserError(f"{path} does not exist; give the folder of a run.")
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"{path} is not the folder of a run.")
         folder = cls(path)
         if not _exists(folder.config):
             raise UserError(f"{path} is no run: it has no config.yaml. Give a folder that mtrl train made.")
-        if not folder.config.is_file() or not files.is_inside(folder.config, path):
+        if not os.path.isfile(folder.config) or not files.is_inside(folder.config, path):
             raise UserError(f"{path} is no run: its config.yaml is not a file of its own.")
         return folder, which
 
@@ -138,7 +138,7 @@ class RunFolder:
     def discard(self) -> None:
         """Remove what `create` made, as far as it is still empty: for a run that turned out wrong before it began."""
         self.unlock()
-        if self._made and self.path.is_dir() and all(_is_unborn(entry) for entry in self.path.iterdir()):
+        if self._made and os.path.isdir(self.path) and all(_is_unborn(entry) for entry in self.path.iterdir()):
             for entry in self.path.iterdir():
                 entry.unlink()
         try:
