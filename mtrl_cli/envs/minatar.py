@@ -1,0 +1,138 @@
+"""The five MinAtar games (Young and Tian 2019), from the package `minatar`, which is an extra.
+
+Observations are `[C, 10, 10]` of 0 and 1, where C, the number of kinds of things in the game, is 4 to 10.
+Some games need never end, so ours are cut off (truncated) after `max_episode_steps`, which the published scores were not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mtrl_cli.envs.pack import Pack, Task, VectorTask, check_names
+from mtrl_cli.envs.scores import scores
+from mtrl_cli.envs.serial import SerialVectorTask
+from mtrl_cli.errors import UserError
+from mtrl_cli.fields import Fraction, Names, PositiveInt
+
+GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
+ACTION_MEANINGS = ("NOOP", "LEFT", "UP", "RIGHT", "DOWN", "FIRE")
+FRAMES_PER_SECOND = 10
+PIXELS = 16  # of a picture, to a side of a cell
+
+# One colour for each channel, far apart from each other on black; a cell shows the last of its channels.
+PALETTE = np.array(
+    [
+        (0, 0, 0), (230, 230, 230), (230, 80, 60), (60, 160, 230), (250, 200, 60), (90, 200, 110),
+        (190, 110, 220), (240, 140, 50), (80, 210, 210), (150, 150, 150), (230, 120, 170),
+    ],
+    np.uint8,
+)  # fmt: skip
+
+
+class MinAtarPack(Pack):
+    """MinAtar games by name, with sticky actions, difficulty that rises, and each game's minimal set of actions, as the paper has them."""
+
+    observation_kind = "image"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tasks: Names,
+        num_envs: PositiveInt,
+        sticky: Fraction = 0.1,
+        difficulty_ramping: bool = True,
+        minimal_actions: bool = True,
+        max_episode_steps: PositiveInt = 10_000,
+    ) -> None:
+        check_names(tasks, GAMES, "a MinAtar game")
+        self._package = _minatar()
+        self.sticky = sticky
+        self.difficulty_ramping = difficulty_ramping
+        self.minimal_actions = minimal_actions
+        self.max_episode_steps = max_episode_steps
+        super().__init__(name=name, tasks=[self._task(game) for game in tasks], num_envs=num_envs, observation_dtype=np.uint8)
+
+    def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> VectorTask:
+        """See `Pack.vector`."""
+        games = [self._game(self.tasks[task_index].name) for _ in range(num_envs)]
+        return SerialVectorTask(games, self.tasks[task_index].observation_shape, self.observation_dtype)
+
+    def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
+        """See `Pack.render`."""
+        game = self._game(self.tasks[task_index].name)
+        yield _picture(game.reset(seed))
+        for action in actions:
+            yield _picture(game.step(action)[0])
+
+    def render_fps(self, task_index: int) -> int:
+        """See `Pack.render_fps`."""
+        return FRAMES_PER_SECOND
+
+    def _task(self, name: str) -> Task:
+        game = self._game(name)
+        random_score, reference_score = scores("minatar", name)
+        meanings = tuple(ACTION_MEANINGS[action] for action in game.actions)
+        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, random_score, reference_score)
+
+    def _game(self, name: str) -> MinAtarGame:
+        environment = self._package.Environment(name, sticky_action_prob=self.sticky, difficulty_ramping=self.difficulty_ramping)
+        actions = environment.minimal_action_set() if self.minimal_actions else list(range(len(ACTION_MEANINGS)))
+        return MinAtarGame(environment, actions, self.max_episode_steps)
+
+
+class MinAtarGame:
+    """One game, a `mtrl_cli.envs.serial.Game`. `actions` are the numbers that MinAtar gives to the task's actions."""
+
+    def __init__(self, environment: Any, actions: Sequence[int], max_episode_steps: int) -> None:
+        self._environment = environment
+        self._max_episode_steps = max_episode_steps
+        self._steps = 0
+        self.actions = list(actions)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start the episode of `seed`."""
+        self._environment.seed(seed)
+        self._environment.last_action = 0  # MinAtar's reset leaves the last game's, which the first sticky action would repeat
+        self._environment.reset()
+        self._steps = 0
+        return self._observation()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        """Returns observation, reward, terminated, truncated."""
+        reward, terminated = self._environment.act(self.actions[action])
+        self._steps += 1
+        return self._observation(), reward, terminated, self._steps >= self._max_episode_steps and not terminated
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _observation(self) -> np.ndarray:
+        """uint8 `[C, 10, 10]`."""
+        state: np.ndarray = self._environment.state()
+        return state.transpose(2, 0, 1).view(np.uint8)
+
+
+def _picture(observation: np.ndarray) -> np.ndarray:
+    """RGB uint8 `[160, 160, 3]` of an observation `[C, 10, 10]`, in nearest-neighbour blocks."""
+    numbers = np.arange(1, len(observation) + 1)[:, None, None]
+    picture = PALETTE[(observation * numbers).max(axis=0)]
+    return picture.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)
+
+
+def _minatar() -> ModuleType:
+    """The package, whose warning that it cannot draw (without matplotlib and seaborn) says nothing to us, as we draw ourselves."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return import_module("minatar")
+    except ImportError:
+        raise UserError("env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]'") from None
+    finally:
+        logging.disable(disabled)

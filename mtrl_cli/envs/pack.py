@@ -1,0 +1,373 @@
+"""A pack: K tasks, each with N environments, stepped together as one.
+
+`Pack` is the suite that a configuration describes (its tasks, their shapes and actions); `TaskPack` is what plays it. Arrays are
+task-major: observations `[K, N, *padded]`, actions, rewards and flags `[K, N]`. K tasks, N environments per task.
+
+Every episode starts from a seed that depends only on (stream, run seed, task name, environment, episode), so that an environment is
+described in full by its episode's number and the actions since: that is what a checkpoint holds, and what `load_state_dict` plays again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mtrl_cli.errors import RunError, UserError
+
+MOST_ACTIONS = 256  # journals hold an action in one byte
+FIRST_JOURNAL_CAPACITY = 1024
+
+Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One game of a pack, as it is by itself: its observation (one frame, unpadded, `[C, H, W]` or `[D]`), its actions and its scores."""
+
+    name: str
+    observation_shape: tuple[int, ...]
+    num_actions: int
+    action_meanings: tuple[str, ...]
+    frames_per_step: int
+    random_score: float | None
+    reference_score: float | None
+
+
+class VectorTask(Protocol):
+    """N environments of one task. Nothing restarts by itself: whoever sees `done` resets before the next `send`.
+
+    What `reset` and `recv` return may be written over by the next call.
+    """
+
+    def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Start new episodes where `mask` (bool `[N]`) holds, from `seeds` (int64, 31 bits, one for each). The first call is for all.
+
+        Returns:
+            the observations of all N environments, `[N, *own shape]`; those that were not reset keep theirs.
+        """
+
+    def send(self, actions: np.ndarray) -> None:
+        """Begin a step with `actions`, int64 `[N]`, each at least 0 and below the task's number of actions."""
+
+    def recv(self) -> Received:
+        """Wait for the step: observation `[N, *own shape]`, reward float32, terminated, truncated and done, bool, `[N]`.
+
+        `done`: the game is over or cut off. `terminated`: nothing of value comes after for the learner, which a lost life may mean as well.
+        """
+
+    def close(self) -> None:
+        """Free the environments."""
+
+
+class Pack:
+    """The tasks that one network is to learn, and how their observations share one array.
+
+    Subclasses set `observation_kind` to "image" or "vector". Their keyword-only parameters are the keys of `conf/env/*.yaml`.
+
+    Attributes:
+        name: of the suite; runs are filed under it.
+        tasks: in the configuration's order.
+        num_envs: environments per task, in training.
+        observation_shape: one frame, padded: to the most channels, or to the longest vector.
+        observation_dtype: uint8 for images, float32 for vectors.
+        observation_scale: what a network divides observations by to get about unit size.
+        stack: how many frames the learner stacks.
+    """
+
+    observation_kind: str
+
+    def __init__(
+        self, *, name: str, tasks: Sequence[Task], num_envs: int, observation_dtype: Any, observation_scale: float = 1.0, stack: int = 1
+    ) -> None:
+        for task in tasks:
+            if task.num_actions > MOST_ACTIONS:
+                raise UserError(f"env.tasks: {task.name} has {task.num_actions} actions; at most {MOST_ACTIONS} are supported")
+        self.name = name
+        self.tasks = tuple(tasks)
+        self.num_envs = num_envs
+        self.observation_shape = padded_shape(self.tasks)
+        self.observation_dtype = np.dtype(observation_dtype)
+        self.observation_scale = observation_scale
+        self.stack = stack
+
+    def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> VectorTask:
+        """`num_envs` environments of one task, on `num_threads` threads where the emulator has its own."""
+        raise NotImplementedError
+
+    def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
+        """Play an episode again from its seed and actions: its first frame, then one for each action, RGB uint8 `[H, W, 3]`.
+
+        Raises:
+            UserError: a package that drawing needs is not installed, or the task cannot be drawn.
+        """
+        raise NotImplementedError
+
+    def render_fps(self, task_index: int) -> int:
+        """How many of `render`'s frames make a second at the game's own speed."""
+        raise NotImplementedError
+
+
+def padded_shape(tasks: Sequence[Task]) -> tuple[int, ...]:
+    """The smallest shape that holds each task's frame: vectors to the longest, images to the most channels.
+
+    Raises:
+        UserError: vectors and images together, or images of different height or width.
+    """
+    first = tasks[0]
+    for task in tasks:
+        if len(task.observation_shape) != len(first.observation_shape):
+            raise UserError(
+                f"env.tasks mixes vectors and images: {first.name} has observations of shape {first.observation_shape},"
+                f" {task.name} of {task.observation_shape}\nA pack holds one kind of observation; put them in separate runs"
+            )
+        if task.observation_shape[1:] != first.observation_shape[1:]:
+            sizes = [f"{each.name} has {'x'.join(map(str, each.observation_shape[1:]))}" for each in (first, task)]
+            raise UserError(f"env.tasks: the images of one pack need one height and width, but {' and '.join(sizes)}")
+    return (max(task.observation_shape[0] for task in tasks), *first.observation_shape[1:])
+
+
+def check_names(names: Sequence[str], known: Collection[str], what: str) -> None:
+    """Refuse an empty list, a name given twice, and a name that is not `known`, suggesting what may have been meant.
+
+    Args:
+        what: what the names are, for messages: "an Atari game".
+
+    Raises:
+        UserError
+    """
+    if not names:
+        raise UserError(f"env.tasks is empty: name at least one task, {what} each, such as env.tasks=[{min(known, default='...')}]")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"env.tasks names {name} {count} times: each task may be given once")
+        if name not in known:
+            lowered = {each.lower(): each for each in sorted(known)}
+            meant = [lowered[each] for each in difflib.get_close_matches(name.lower(), lowered)]
+            choices = sorted(known) if len(known) <= 20 else []
+            hint = f"did you mean {' or '.join(meant)}?" if meant else f"choose from {', '.join(choices)}" if choices else ""
+            raise UserError(f"env.tasks: {name!r} is not {what}" + (f"; {hint}" if hint else ""))
+
+
+@dataclass
+class Step:
+    """What came of one action in each of K x N environments; rows of tasks that were not stepped are zero.
+
+    observation `[K, N, *padded]`: what to act on next; where an episode is done, the first of the new one. It stays as it is until the next
+    `recv` has returned. reward float32 `[K, N]`: the game's own, never clipped. terminated, truncated, done: bool `[K, N]`, see
+    `VectorTask.recv`.
+    """
+
+    observation: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    done: np.ndarray
+
+
+class TaskPack:
+    """K tasks with `num_envs` environments each, as one: `send` sets them going, `recv` waits for them and restarts what is done.
+
+    Args:
+        seed: the run's; with `stream` (such as "train" or "eval") it decides every episode's seed.
+        num_threads: emulator threads in all, divided between the tasks, at least one each.
+        training: whether a protocol that treats training and evaluation differently is in training.
+    """
+
+    def __init__(self, pack: Pack, *, num_envs: int, seed: int, num_threads: int, training: bool, stream: str) -> None:
+        self.pack = pack
+        self.tasks = pack.tasks
+        self.num_envs = num_envs
+        self.seed = seed
+        self.stream = stream
+        shape = (len(self.tasks), num_envs)
+        self.episodes = np.zeros(shape, np.int64)
+        self._lengths = np.zeros(shape, np.int64)
+        self._journals = np.zeros((*shape, FIRST_JOURNAL_CAPACITY), np.uint8)
+        self._num_actions = np.array([[task.num_actions] for task in self.tasks])
+        self._in_flight: np.ndarray | None = None
+        # Two buffers take turns: what the caller holds stays whole while the next observation is written.
+        self._buffers = [np.zeros((*shape, *pack.observation_shape), pack.observation_dtype) for _ in range(2)]
+        self._own_parts = [
+            [buffer[index][:, *(slice(size) for size in task.observation_shape)] for index, task in enumerate(self.tasks)]
+            for buffer in self._buffers
+        ]
+        threads = max(1, num_threads // len(self.tasks))
+        self._vectors = [pack.vector(index, num_envs, threads, training) for index in range(len(self.tasks))]
+
+    def episode_seed(self, task: int, env: int, episode: int) -> int:
+        """The 31-bit seed of an episode. It hangs on the task's name, not its place, so that the rest of the pack does not matter."""
+        words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{env}/{episode}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") & 0x7FFFFFFF
+
+    def journal(self, task: int, env: int) -> tuple[int, np.ndarray]:
+        """The seed of an environment's episode, and its actions so far, uint8 `[length]`: enough to play it again."""
+        seed = self.episode_seed(task, env, int(self.episodes[task, env]))
+        return seed, self._journals[task, env, : self._lengths[task, env]].copy()
+
+    def reset(self) -> np.ndarray:
+        """Start every environment at its first episode. Returns the observations, `[K, N, *padded]`."""
+        self.episodes[:] = 0
+        self._lengths[:] = 0
+        self._in_flight = None
+        everything = np.ones(self.num_envs, bool)
+        return self._fill([vector.reset(self._seeds(task, everything), everything) for task, vector in enumerate(self._vectors)])
+
+    def send(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
+        """Set the environments going; `recv` takes what came of it.
+
+        Args:
+            actions: int64 `[K, N]`.
+            active: bool `[K]`, the tasks to step; all where it is left out.
+
+        Raises:
+            ValueError: an action that its task does not have (the emulator would wait for ever).
+        """
+        assert self._in_flight is None, "send was called twice without recv"
+        active = np.ones(len(self.tasks), bool) if active is None else np.array(active, bool)
+        self._check_actions(actions, active)
+        self._record(actions, active)
+        self._in_flight = active
+        for task in np.flatnonzero(active):
+            self._vectors[task].send(np.ascontiguousarray(actions[task], np.int64))
+
+    def recv(self) -> Step:
+        """Wait for the step that `send` began; restart the environments that are done."""
+        active = self._in_flight
+        assert active is not None, "recv was called without send"
+        shape = active.size, self.num_envs
+        reward = np.zeros(shape, np.float32)
+        terminated, truncated, done = np.zeros((3, *shape), bool)
+        observations: list[np.ndarray | None] = [None] * len(self.tasks)
+        for task in np.flatnonzero(active).tolist():
+            observations[task], reward[task], terminated[task], truncated[task], done[task] = self._vectors[task].recv()
+            if done[task].any():
+                observations[task] = self._begin_next_episodes(task, done[task])
+        self._in_flight = None
+        return Step(self._fill(observations), reward, terminated, truncated, done)
+
+    def close(self) -> None:
+        """Free the environments. The pack cannot be used after."""
+        for vector in self._vectors:
+            vector.close()
+        self._vectors = []
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Where every environment is: its episode's number and its actions since the episode's start.
+
+        Returns:
+            episode and lengths, int64 `[K, N]`; actions, uint8, all journals one after the other, in the order of `lengths.ravel()`.
+        """
+        assert self._in_flight is None, "state_dict was called between send and recv"
+        played = np.arange(self._journals.shape[-1]) < self._lengths[..., None]
+        return {"episode": self.episodes.copy(), "actions": self._journals[played], "lengths": self._lengths.copy()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Bring every environment to where it was, by playing its actions again from its episode's seed. All that follows is identical.
+
+        Returns:
+            the observations, `[K, N, *padded]`.
+
+        Raises:
+            UserError: the state is not of a pack like this one.
+            RunError: an episode ended before its actions did: this is not the emulator that wrote them.
+        """
+        episodes, lengths = (np.asarray(state[key], np.int64) for key in ("episode", "lengths"))
+        actions = np.asarray(state["actions"], np.uint8)
+        shapes_fit = episodes.shape == lengths.shape == self.episodes.shape
+        if not shapes_fit or lengths.min() < 0 or lengths.max() > actions.size or lengths.sum() != actions.size:
+            raise UserError(
+                f"The saved environments do not fit: expected {self.episodes.shape[0]} tasks with {self.num_envs} environments each,"
+                f" found {episodes.shape} with {int(lengths.sum())} actions of which {actions.size} are there"
+            )
+        self._in_flight = None
+        self.episodes[:] = episodes
+        self._lengths[:] = lengths
+        self._reserve(int(lengths.max()))
+        self._journals[np.arange(self._journals.shape[-1]) < lengths[..., None]] = actions
+        self._check_journals()
+        return self._fill(self._replay())
+
+    def _replay(self) -> list[np.ndarray]:
+        """Play the journals again so that all end together: an environment with a short one starts late, and none is stepped past its end.
+
+        An environment that still waits for its start is stepped with action 0, as its neighbours cannot be stepped alone.
+        """
+        longest = int(self._lengths.max())
+        starts = longest - self._lengths
+        observations: dict[int, np.ndarray] = {}
+        finished = np.zeros_like(starts, bool)
+        for tick in range(longest + 1):
+            running = [task for task in range(len(self.tasks)) if starts[task].min() <= tick]
+            for task in running:
+                first = task not in observations
+                mask = np.ones(self.num_envs, bool) if first else (starts[task] == tick) | finished[task]
+                if mask.any():
+                    observations[task] = self._vectors[task].reset(self._seeds(task, mask), mask)
+            if tick == longest:
+                break
+            for task in running:
+                place = tick - starts[task]
+                actions = self._journals[task, np.arange(self.num_envs), np.maximum(place, 0)].astype(np.int64)
+                self._vectors[task].send(np.where(place >= 0, actions, 0))
+            for task in running:
+                observations[task], _, _, _, finished[task] = self._vectors[task].recv()
+                diverged = finished[task] & (starts[task] <= tick)
+                if diverged.any():
+                    self._refuse_divergence(task, int(diverged.argmax()))
+        return [observations[task] for task in range(len(self.tasks))]
+
+    def _refuse_divergence(self, task: int, env: int) -> None:
+        raise RunError(
+            f"Environment {env} of {self.tasks[task].name} did not repeat itself: its game ended before its"
+            f" {self._lengths[task, env]} saved actions did.\nResume with the versions of the packages that run.json names"
+        )
+
+    def _begin_next_episodes(self, task: int, done: np.ndarray) -> np.ndarray:
+        self.episodes[task, done] += 1
+        self._lengths[task, done] = 0
+        return self._vectors[task].reset(self._seeds(task, done), done)
+
+    def _seeds(self, task: int, mask: np.ndarray) -> np.ndarray:
+        return np.array([self.episode_seed(task, env, self.episodes[task, env]) for env in np.flatnonzero(mask).tolist()], np.int64)
+
+    def _fill(self, observations: Sequence[np.ndarray | None]) -> np.ndarray:
+        """Copy the tasks' own observations into the buffer whose turn it is; zeros for a task that has none."""
+        self._buffers.reverse()
+        self._own_parts.reverse()
+        for part, observation in zip(self._own_parts[0], observations, strict=True):
+            part[...] = 0 if observation is None else observation
+        return self._buffers[0]
+
+    def _record(self, actions: np.ndarray, active: np.ndarray) -> None:
+        self._reserve(int(self._lengths.max()) + 1)
+        tasks, envs = np.nonzero(np.broadcast_to(active[:, None], self._lengths.shape))
+        self._journals[tasks, envs, self._lengths[tasks, envs]] = actions[tasks, envs]
+        self._lengths[active] += 1
+
+    def _reserve(self, length: int) -> None:
+        """Make room for journals of `length` actions, at least doubling, so that a step costs the same however long the game."""
+        missing = length - self._journals.shape[-1]
+        if missing > 0:
+            more = max(missing, self._journals.shape[-1])
+            self._journals = np.concatenate([self._journals, np.zeros((*self._lengths.shape, more), np.uint8)], axis=-1)
+
+    def _check_actions(self, actions: np.ndarray, active: np.ndarray) -> None:
+        if actions.shape != self.episodes.shape:
+            raise ValueError(f"actions have shape {actions.shape}; expected {self.episodes.shape}")
+        wrong = ((actions < 0) | (actions >= self._num_actions)) & active[:, None]
+        if wrong.any():
+            task, env = np.argwhere(wrong)[0]
+            name, most = self.tasks[task].name, self.tasks[task].num_actions - 1
+            raise ValueError(f"{name} has no action {actions[task, env]} (environment {env}); expected 0 to {most}")
+
+    def _check_journals(self) -> None:
+        for index, task in enumerate(self.tasks):
+            played = self._journals[index][np.arange(self._journals.shape[-1]) < self._lengths[index][:, None]]
+            if played.size and played.max() >= task.num_actions:
+                raise UserError(f"The saved environments do not fit: {task.name} has no action {played.max()}, which was saved for it")

@@ -1,0 +1,55 @@
+"""N games written in Python, played one after the other, as one vector task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mtrl_cli.envs.pack import Received
+
+
+class Game(Protocol):
+    """One environment. Observations have the task's own shape."""
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start the episode of `seed`; nothing of the one before may be left. Returns the first observation."""
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        """Returns observation, reward, terminated and truncated."""
+
+    def close(self) -> None:
+        """Free what the game holds."""
+
+
+class SerialVectorTask:
+    """A `VectorTask` of `games`. There is no thread to work in the background, so `send` keeps the actions and `recv` plays them."""
+
+    def __init__(self, games: Sequence[Game], shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._games = games
+        self._observation = np.zeros((len(games), *shape), dtype)
+        self._actions: list[int] = []
+
+    def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """See `VectorTask.reset`."""
+        for index, seed in zip(np.flatnonzero(mask).tolist(), seeds.tolist(), strict=True):
+            self._observation[index] = self._games[index].reset(seed)
+        return self._observation
+
+    def send(self, actions: np.ndarray) -> None:
+        """See `VectorTask.send`."""
+        self._actions = actions.tolist()
+
+    def recv(self) -> Received:
+        """See `VectorTask.recv`."""
+        reward = np.zeros(len(self._games), np.float32)
+        terminated, truncated = np.zeros((2, len(self._games)), bool)
+        for index, (game, action) in enumerate(zip(self._games, self._actions, strict=True)):
+            self._observation[index], reward[index], terminated[index], truncated[index] = game.step(action)
+        return self._observation, reward, terminated, truncated, terminated | truncated
+
+    def close(self) -> None:
+        """See `VectorTask.close`."""
+        for game in self._games:
+            game.close()

@@ -1,0 +1,46 @@
+"""Videos that a browser plays: MP4 with H.264 in yuv420p, written by PyAV, which is an extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from mtrl_cli.errors import UserError
+
+
+def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+    """Write frames, RGB uint8 `[H, W, 3]`, all of one size, as a video at `path`, in one move: there is never half a file.
+
+    An odd height or width gets one more row or column, since yuv420p halves both.
+
+    Raises:
+        UserError: PyAV is not installed.
+        ValueError: there are no frames.
+        OSError: the file cannot be written.
+    """
+    try:
+        import av
+    except ImportError:
+        raise UserError("Videos need the av package: pip install 'mtrl_cli[video]'") from None
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    count = 0
+    try:
+        # faststart puts the index first, so that a browser plays while it still loads.
+        with av.open(temporary, "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.pix_fmt = "yuv420p"
+            for count, frame in enumerate(frames, start=1):
+                even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+                if count == 1:
+                    stream.height, stream.width = even.shape[:2]
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")))
+            if count:
+                container.mux(stream.encode())
+        if count == 0:
+            raise ValueError(f"{path}: there are no frames to write")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
