@@ -68,6 +68,15 @@ class Learner:
         self.replay.update_priorities(batch, losses.error_KB)
         self._record(step, loss_K.detach(), losses.q_K, weight_K, norm)
 
+    def warm_up(self) -> None:
+        """Compile what is compiled, on samples of no meaning. Leaves no trace in what is learned."""
+        shape = (len(self._task_names), self.agent.batch_size)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
+        batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
+        self.agent.losses(batch).loss_KB.mean().backward()
+        for parameter in self.optimizer.parameters:
+            parameter.grad = None
+
     def _record(self, step: int, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
         self._bad_step_K = torch.where(torch.isfinite(loss_K), self._bad_step_K, self._bad_step_K.clamp_max(step))

@@ -234,12 +234,13 @@ class Replay(ABC):
         return {name: tensor[:, slots].cpu() for name, tensor in stored.items()}
 
     def import_rows(self, start: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Put rows back where `export_rows(start, ...)` took them from; the newest win where the ring is shorter."""
-        slots = torch.arange(start, start + tensors["flags"].shape[1], device=self.spec.device) % self.capacity_rows
-        self._frames_KTN[:, slots] = tensors["frames"].to(self.spec.device)
-        self._actions[:, slots] = tensors["actions"].to(self.spec.device)
-        self._rewards[:, slots] = tensors["rewards"].to(self.spec.device)
-        self._flags[:, slots] = tensors["flags"].to(self.spec.device)
+        """Put rows back where `export_rows(start, ...)` took them from. Of more than the ring holds, the newest stay."""
+        rows = tensors["flags"].shape[1]
+        newest = slice(max(0, rows - self.capacity_rows), rows)
+        slots = torch.arange(start + newest.start, start + rows, device=self.spec.device) % self.capacity_rows
+        stored = {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
+        for name, tensor in stored.items():
+            tensor[:, slots] = tensors[name][:, newest].to(self.spec.device)
 
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
         """Tell how far off the values of a batch were (absolute temporal-difference errors `[K, B]`)."""

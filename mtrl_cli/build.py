@@ -1,0 +1,296 @@
+"""Configuration to objects: the only reader of a configuration's values."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtrl_cli import hardware
+from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.agents.agent import Agent
+from mtrl_cli.envs.pack import Pack, TaskPack
+from mtrl_cli.errors import UserError
+from mtrl_cli.evaluator import Evaluator
+from mtrl_cli.frame_stack import FrameStack
+from mtrl_cli.learner import Learner
+from mtrl_cli.loop import Loop
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.replay import Replay, ReplaySpec
+from mtrl_cli.schema import KINDS
+from mtrl_cli.stats import EpisodeStatistics
+
+Config = dict[str, Any]
+
+# `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
+# and, where checkpoints hold the replay, this share of the free disk.
+_LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When things happen, in steps per task; 0: only at the end."""
+
+    total: int
+    log: int
+    evaluate: int
+    checkpoint: int
+
+
+@dataclass
+class Run:
+    """Everything that a training run is made of, before its emulators are started."""
+
+    pack: Pack
+    agent: Agent
+    replay: Replay
+    learner: Learner
+    evaluator: Evaluator
+    intervals: Intervals
+    device: torch.device
+    compiled: bool
+    open_loop: Callable[[], Loop]
+
+
+def make(config: Config, group: str, *args: Any, trusted: tuple[str, ...] = ()) -> Any:
+    """The object that a group's section of the configuration names, given `args` and the section's keys.
+
+    Raises:
+        UserError: what it names is not a class of the group's kind, or refuses its values.
+    """
+    node = config
+    for part in group.split("/"):
+        node = node[part]
+    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")}
+    values = {key: value for key, value in node.items() if key != "_target_" and key not in below}
+    module_name, _, class_name = node["_target_"].rpartition(".")
+    kind_module, _, kind_name = KINDS[group].rpartition(".")
+    kind = getattr(importlib.import_module(kind_module), kind_name)
+    found = getattr(importlib.import_module(module_name), class_name, None)
+    ours = isinstance(found, type) and found.__module__ == module_name and module_name.split(".")[0] in ("mtrl_cli", *trusted)
+    if not ours or not issubclass(found, kind):
+        raise UserError(f"{group}._target_={node['_target_']} is not a class of the kind that {group} holds ({kind_name})")
+    try:
+        return found(*args, **values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def derived_seed(seed: int, label: str) -> int:
+    """An independent seed for one purpose of a run, 63 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{label}/{seed}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+# -- what only the machine can decide ---------------------------------------------------------------------------------------
+
+
+def settle(config: Config, say: Callable[[str], None]) -> Config:
+    """A configuration in which every `auto` is what this machine makes of it.
+
+    Raises:
+        UserError: a device that is not there, precision that it does not have, a replay that does not fit.
+    """
+    device = hardware.resolve_device(config["device"])
+    settled = config | {"device": str(device)}
+    pack = make_pack(config)
+    image = len(pack.observation_shape) == 3
+    if config["threads"] == "auto":
+        # The products of a small vector network are over before a second thread has begun.
+        settled["threads"] = hardware.cores() if image else 1
+    if config["precision"] == "auto":
+        fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
+        settled["precision"] = "bf16" if fast else "fp32"
+    if config["compile"] in ("auto", True):
+        missing = hardware.missing_for_compile() if device.type == "cpu" else None
+        if missing and config["compile"] is True:
+            raise UserError(f"compile=true needs {missing}; install it, or use compile=auto")
+        if missing and image:
+            say(f"compile: off, since {missing} is missing (about two times slower)")
+        # Small vector networks gain too little to pay for compiling.
+        settled["compile"] = (config["compile"] is True or image) and not missing
+    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device)}
+    return settled
+
+
+def _settle_capacity(config: Config, pack: Pack, device: torch.device) -> int:
+    spec = _replay_spec(config, pack, device)
+    each = spec.bytes_per_transition * spec.num_tasks
+    free = hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
+    capacity = config["replay"]["capacity"]
+    if capacity == "auto":
+        room = free * _MEMORY_SHARE
+        if config["checkpoint"]["replay"]:
+            room = min(room, _free_disk(config["run_dir"]) * _DISK_SHARE)
+        capacity = min(_LARGEST_CAPACITY, config["steps_per_task"], int(room // each))
+        return max(capacity, (spec.n_step + spec.stack + 1) * spec.num_envs)
+    if capacity * each > free:
+        raise UserError(
+            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks and {free / 2**30:.1f} GiB are free; "
+            f"at most {int(free // each)} fit, or replay.capacity=auto"
+        )
+    return capacity
+
+
+def _free_disk(run_dir: str | None) -> int:
+    folder = Path(run_dir or ".").expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def describe(config: Config) -> list[str]:
+    """What a settled configuration is about to take, in lines for a person."""
+    env, replay = config["env"], config["replay"]
+    pack = make_pack(config)
+    spec = _replay_spec(config, pack, torch.device(config["device"]))
+    taken = replay["capacity"] * spec.bytes_per_transition * spec.num_tasks
+    tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
+    return [
+        f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
+        f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
+        f"replay: {replay['capacity']:,} transitions per task, {taken / 2**30:.2f} GiB in all ({spec.bytes_per_transition:,} bytes each)",
+    ]
+
+
+def next_steps(config: Config, run: str) -> list[str]:
+    """Commands to go on with after a run, in lines for a person."""
+    env = config["env"]["name"]
+    return [f"train on     mtrl resume {run} steps_per_task={2 * config['steps_per_task']}", f"a full run   mtrl train env={env}"]
+
+
+# -- objects ------------------------------------------------------------------------------------------------------------------
+
+
+def make_pack(config: Config) -> Pack:
+    """The tasks. Packages that the user trusts are imported first, so that environments which they register can be named.
+
+    Raises:
+        UserError: such a package is not installed, or the tasks do not make a pack.
+    """
+    for package in config["trusted_packages"]:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"trusted_packages: {package} cannot be imported: {error}") from error
+    return make(config, "env", trusted=tuple(config["trusted_packages"]))
+
+
+def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskNetwork:
+    """The network, initialised from the run's seed.
+
+    Raises:
+        UserError: a torso for another kind of observation.
+    """
+    trusted = tuple(config["trusted_packages"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config["seed"], "network"))
+        torso = make(config, "network", trusted=trusted)
+        kind = "image" if len(pack.observation_shape) == 3 else "vector"
+        if torso.observation_kind != kind:
+            raise UserError(
+                f"network={type(torso).__name__} reads {torso.observation_kind} observations; those of env={config['env']['name']} are {kind}s"
+            )
+        # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
+        shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
+        num_actions = [task.num_actions for task in pack.tasks]
+        try:
+            sharing = make(config, "network/sharing", torso, shapes, trusted=trusted)
+        except RuntimeError as error:  # torch: an image too small for the convolutions
+            raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
+        head = make(config, "network/head", torso.num_features, num_actions, trusted=trusted)
+    autocast = torch.bfloat16 if config["precision"] == "bf16" else None
+    return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast).to(device)
+
+
+def _stacked(pack: Pack) -> tuple[int, ...]:
+    return (pack.stack * pack.observation_shape[0], *pack.observation_shape[1:])
+
+
+def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
+    """What plays the evaluation games."""
+    games = config["eval"]
+    return Evaluator(
+        pack,
+        episodes=games["episodes"],
+        max_steps=games["max_steps"],
+        epsilon=games["epsilon"],
+        seed=games["seed"],
+        num_threads=hardware.cores(),
+        device=device,
+    )
+
+
+def make_run(config: Config) -> Run:
+    """All parts of a training run. Nothing is written, and no emulator started.
+
+    Raises:
+        UserError: parts that do not fit together.
+    """
+    device, trusted = torch.device(config["device"]), tuple(config["trusted_packages"])
+    torch.set_num_threads(config["threads"])
+    pack = make_pack(config)
+    names = [task.name for task in pack.tasks]
+    network = make_network(config, pack, device)
+    compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
+    agent = make(config, "agent", network, make(config, "agent/value_scale", trusted=trusted), names, compile_with, trusted=trusted)
+    replay = make(config, "replay", _replay_spec(config, pack, device), trusted=trusted)
+    optimizer = make(config, "optimizer", list(network.parameters()), trusted=trusted)
+    augmentation, task_weights = make(config, "augmentation", trusted=trusted), make(config, "task_weights", trusted=trusted)
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
+
+    def open_loop() -> Loop:
+        seed, num_envs = config["seed"], pack.num_envs
+        envs = TaskPack(pack, num_envs=num_envs, seed=seed, num_threads=hardware.cores(), training=True, stream="train")
+        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(seed, "exploration"))
+        frames = FrameStack(len(names), num_envs, pack.stack, pack.observation_shape, replay.spec.dtype, device)
+        return Loop(envs, actor, replay, learner, frames, EpisodeStatistics(names, num_envs), device)
+
+    return Run(
+        pack=pack,
+        agent=agent,
+        replay=replay,
+        learner=learner,
+        evaluator=make_evaluator(config, pack, device),
+        intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
+        device=device,
+        compiled=bool(config["compile"]),
+        open_loop=open_loop,
+    )
+
+
+def for_evaluation(config: Config, device: str | None) -> Config:
+    """A run's configuration as this machine evaluates it: on `device` (None: the run's own, where it is here)."""
+    wanted = device or config["device"]
+    if device is None and wanted.startswith("cuda") and not torch.cuda.is_available():
+        wanted = "auto"  # a run from a GPU, looked at on a laptop
+    resolved = hardware.resolve_device(wanted)
+    return config | {"device": str(resolved), "precision": config["precision"] if str(resolved) == config["device"] else "fp32"}
+
+
+def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:
+    """The parts of an evaluation: the tasks, a network to load weights into, and what plays."""
+    device = torch.device(config["device"])
+    torch.set_num_threads(hardware.cores())
+    pack = make_pack(config)
+    return pack, make_network(config, pack, device), make_evaluator(config, pack, device)
+
+
+def _replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
+    return ReplaySpec(
+        num_tasks=len(pack.tasks),
+        num_envs=pack.num_envs,
+        frame_shape=pack.observation_shape,
+        dtype=torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype,
+        stack=pack.stack,
+        n_step=config["agent"]["n_step"],
+        device=device,
+        seed=derived_seed(config["seed"], "replay"),
+        total_steps=config["steps_per_task"],
+    )

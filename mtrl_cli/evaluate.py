@@ -1,0 +1,63 @@
+"""`mtrl eval`: play whole games with a checkpoint of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtrl_cli import build, evaluator, files, video
+from mtrl_cli import config as configuration
+from mtrl_cli.checkpoint import CheckpointStore, Which
+from mtrl_cli.display import console, evaluation_table
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.errors import UserError
+from mtrl_cli.rundir import RunFolder
+from mtrl_cli.signals import StopRequest
+
+
+def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str]) -> None:
+    """Play games with a checkpoint, print the table and write `eval/<step>.json`.
+
+    Args:
+        run_path: the run folder, or one of its checkpoints.
+        options: `checkpoint`, `video`, `device`, `trusted_packages` and `eval`; None means as the run has it.
+        command: the command line.
+
+    Raises:
+        UserError: no such run or checkpoint. Stopped: by a signal; nothing is written.
+    """
+    folder, named = RunFolder.open(run_path)
+    config = configuration.load(folder.config, trusted=options["trusted_packages"])
+    config["eval"] = config["eval"] | {key: value for key, value in options["eval"].items() if value is not None}
+    config = build.for_evaluation(config, options["device"])
+    with StopRequest() as stop:
+        with stop.interruptible():
+            which: Which = options["checkpoint"] if named is None else named
+            step, state = CheckpointStore(folder.checkpoints, keep=1, with_replay=False).load(which, warn=print)
+            pack, network, player = build.make_evaluation(config)
+            if options["video"]:
+                video.require()
+            try:
+                network.load_state_dict(state["model"])
+            except (KeyError, RuntimeError) as error:
+                raise UserError(f"checkpoint {step} of {folder.path} does not fit its configuration: {str(error).splitlines()[0]}") from error
+            games = player.play(network, stop.check)
+            summary = evaluator.summarise(games, pack, step, str(step))
+            try:
+                folder.write(f"eval/{step}.json", files.to_json(summary))
+                if options["video"]:
+                    _write_videos(folder, pack, games)
+            except OSError as error:
+                raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
+    console(sys.stdout).print(evaluation_table(summary, player.max_steps))
+    print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
+
+
+def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:
+    """The first game of every task, played again from its seed and actions."""
+    folder.videos.mkdir(exist_ok=True)
+    for index, task in enumerate(pack.tasks):
+        seed, actions = games.first[task.name]
+        frames = pack.render(index, seed, actions)
+        video.write_mp4(folder.videos / f"{task.name}.mp4", frames, fps=pack.render_fps(index))

@@ -1,0 +1,40 @@
+"""The observations that the network acts on: the newest frames of every environment."""
+
+from __future__ import annotations
+
+import torch
+
+
+class FrameStack:
+    """The newest S frames of K x N environments, zeros where an episode is younger than that.
+
+    Args:
+        num_tasks, num_envs: K and N.
+        stack: S.
+        frame_shape, dtype: of one frame.
+        device: where it is kept.
+    """
+
+    def __init__(
+        self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ):
+        self.observation = torch.zeros((num_tasks, num_envs, stack, *frame_shape), dtype=dtype, device=device)
+        self.start = torch.ones((num_tasks, num_envs), dtype=torch.bool, device=device)
+
+    @property
+    def newest(self) -> torch.Tensor:
+        """The newest frame, `[K, N, *frame]`."""
+        return self.observation[:, :, -1]
+
+    def push(self, frame: torch.Tensor, start: torch.Tensor) -> None:
+        """Take the next frame `[K, N, *frame]`; `start` (bool `[K, N]`) marks the first of an episode."""
+        older = self.observation[:, :, 1:] * (~start).view(*start.shape, *(1,) * (self.observation.dim() - 2))
+        self.observation = torch.cat([older, frame[:, :, None]], 2)
+        self.start = start
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"observation": self.observation, "start": self.start}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.observation = state["observation"].to(self.observation.device)
+        self.start = state["start"].to(self.start.device)
