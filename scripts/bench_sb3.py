@@ -69,12 +69,10 @@ def time_peer(steps: int, folder: str) -> dict[str, float]:
     return result
 
 
-def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
-    """`mtrl train` in its own process, from the rows of its metrics."""
+def overrides(side: Side, steps: int, run_dir: str) -> list[str]:
+    """What `mtrl train` is told."""
     tasks = len(side.games)
-    skipped = (LEARNING_STARTS + WARM_UP) // tasks
-    run_dir = tempfile.mkdtemp(dir=folder)
-    overrides = {
+    values = {
         "env": "atari_pack",
         "network": "nature",
         "network/head": "plain",
@@ -88,7 +86,7 @@ def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
         "agent.epsilon_start": EPSILON,
         "agent.epsilon_end": EPSILON,
         "replay.capacity": CAPACITY // tasks,
-        "steps_per_task": skipped + steps // tasks,
+        "steps_per_task": (LEARNING_STARTS + WARM_UP + steps) // tasks,
         "log.every": steps // tasks // ROWS,
         "eval.every": 0,
         "eval.episodes": 1,
@@ -97,9 +95,16 @@ def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
         "checkpoint.replay": "false",
         "run_dir": run_dir,
     }
-    run([str(Path(sys.executable).parent / "mtrl"), "train", *(f"{key}={value}" for key, value in overrides.items())], folder)
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
+    """`mtrl train` in its own process, from the rows of its metrics."""
+    run_dir = tempfile.mkdtemp(dir=folder)
+    run([str(Path(sys.executable).parent / "mtrl"), "train", *overrides(side, steps, run_dir)], folder)
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return steady_rates(rows, skipped, tasks, side.batch_size)
+    tasks = len(side.games)
+    return steady_rates(rows, (LEARNING_STARTS + WARM_UP) // tasks, tasks, side.batch_size)
 
 
 def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_size: int) -> dict[str, float]:
