@@ -124,7 +124,7 @@ def test_episode_seeds_are_31_bits_and_differ_in_everything_that_decides_them() 
     packs = [make(), make(seed=8), make(stream="eval")]
     seeds = [pack.episode_seed(k, n, e) for pack in packs for k in range(3) for n in range(3) for e in range(50)]
     assert len(set(seeds)) == len(seeds)
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < 2**31
     assert make().episode_seed(0, 0, 0) == 1453533189  # from `printf train/7/a/0/0 | b2sum -l 64`: begun runs must go on
 

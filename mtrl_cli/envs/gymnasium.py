@@ -1,7 +1,7 @@
 """Any environments that gymnasium has registered, with Box observations and Discrete actions.
 
 Vectors (1-D Box) become float32, each component that has finite bounds scaled from them to [-1, 1], the others left as they are.
-Images (3-D uint8 Box) become `[C, H, W]`. Episodes may be as long as the id was registered with, or `max_episode_steps` where that is given.
+Images (3-D uint8 Box) become `[C, H, W]`. Episodes may be as long as the id was registered with, or `max_episode_steps` if that is given.
 """
 
 from __future__ import annotations
@@ -76,30 +76,30 @@ class GymnasiumPack(Pack):
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
         """See `Pack.render`."""
         name = self.tasks[task_index].name
-        spec = gymnasium.spec(name.partition(":")[2] or name)
+        if "rgb_array" not in self._metadata(name).get("render_modes", []):
+            raise UserError(f"{name} cannot be drawn: it has no render mode rgb_array")
+        game = GymnasiumGame(self._make(name, render_mode="rgb_array"))
         try:
-            env = self._make(name, render_mode="rgb_array")
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise _cannot_draw(name, error) from None
-        game = GymnasiumGame(env)
-        try:
-            if "rgb_array" not in env.metadata.get("render_modes", []):
-                raise UserError(f"{spec.id} cannot be drawn: it has no render mode rgb_array")
             game.reset(seed)
             yield game.picture()
             for action in actions:
                 game.step(action)
                 yield game.picture()
         except gymnasium.error.DependencyNotInstalled as error:
-            raise _cannot_draw(name, error) from None
+            raise UserError(
+                f"{name} cannot be drawn: {' '.join(str(error).split())}\nFor classic control: pip install 'mtrl_cli[video]'"
+            ) from None
         finally:
             game.close()
 
     def render_fps(self, task_index: int) -> int:
         """See `Pack.render_fps`."""
-        env = self._make(self.tasks[task_index].name)
+        return int(self._metadata(self.tasks[task_index].name).get("render_fps", USUAL_FRAMES_PER_SECOND))
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        env = self._make(name)
         env.close()
-        return int(env.metadata.get("render_fps", USUAL_FRAMES_PER_SECOND))
+        return env.metadata
 
     def _make(self, name: str, **options: Any) -> gymnasium.Env:
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -109,8 +109,6 @@ class GymnasiumPack(Pack):
             # The checker warns about spaces that we refuse with a plain line, and slows every step.
             return gymnasium.make(registered, max_episode_steps=limit, disable_env_checker=True, **options)
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-            if options:
-                raise
             raise UserError(f"env.tasks: {name} needs a package that is not installed\n{' '.join(str(error).split())}") from None
 
 
@@ -185,7 +183,3 @@ def _converter(space: Any) -> Convert:
     if first < min(middle, last):
         return lambda observation: observation
     raise ValueError(space.shape)
-
-
-def _cannot_draw(name: str, error: Exception) -> UserError:
-    return UserError(f"{name} cannot be drawn: {' '.join(str(error).split())}\nFor classic control: pip install 'mtrl_cli[video]'")
