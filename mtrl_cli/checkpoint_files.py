@@ -76,9 +76,6 @@ def _read_files(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, byt
     complete, described = folder / "COMPLETE", folder / "state.json"
     if not complete.exists():
         raise UserError(f"{folder} is unfinished: it has no COMPLETE")
-    sums = files.read_json(complete, root).get("files")
-    if not isinstance(sums, dict):
-        raise UserError(f"{complete} is damaged: it names no files")
     contents = {"state.json": files.read_bytes(described, root, files.LARGEST_JSON)}
     header = files.parse_json(contents["state.json"], described)
     version = header.get("format")
@@ -86,6 +83,9 @@ def _read_files(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, byt
         raise NewerFormat(f"{folder} has format {str(version)[:20]}, and this mtrl reads up to {FORMAT}: install a newer mtrl.")
     if type(version) is not int or version != FORMAT:
         raise UserError(f"{described} is no checkpoint of mtrl: its format is {str(version)[:20]}")
+    sums = files.read_json(complete, root).get("files")
+    if not isinstance(sums, dict):
+        raise UserError(f"{complete} is damaged: it names no files")
     for name in FILES:
         path, expected = folder / name, sums.get(name)
         if not isinstance(expected, dict) or type(expected.get("bytes")) is not int:

@@ -198,11 +198,18 @@ def is_live(out: TextIO) -> bool:
     return _is_terminal(out) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the error through, where rich would end the process."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def console(out: TextIO) -> Console:
     """A rich console on `out`; where that is no terminal, plain and wide enough for every table."""
     if is_live(out):
-        return Console(file=out)
-    return Console(file=out, force_terminal=False, no_color=True, color_system=None, width=None if _is_terminal(out) else 120)
+        return _Console(file=out)
+    return _Console(file=out, force_terminal=False, no_color=True, color_system=None, width=None if _is_terminal(out) else 120)
 
 
 def _is_terminal(out: TextIO) -> bool:
