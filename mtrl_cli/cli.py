@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -62,10 +64,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", sh
 @app.callback(invoke_without_command=True)
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(f"mtrl {__version__}")
+        _show(f"mtrl {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+        _show(ctx.get_help())
         raise typer.Exit
 
 
@@ -94,7 +96,7 @@ def train(
 
     composed = config.compose_training(overrides or [])
     if dry_run:
-        print(config.dump(composed), end="")
+        _show(config.dump(composed).rstrip("\n"))
         return
     from mtrl_cli.train import train as run
 
@@ -160,7 +162,7 @@ def ls(
     from mtrl_cli import listing
 
     words = [word for word in (group, *(overrides or [])) if word]
-    print(listing.list_words(words))
+    _show(listing.list_words(words))
 
 
 @app.command()
@@ -171,7 +173,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     from mtrl_cli import info as facts
 
     collected = facts.collect()
-    print(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
+    _show(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
 
 
 def _command() -> list[str]:
@@ -196,7 +198,8 @@ def main() -> NoReturn:
         if error.errno not in QUIET_ERRORS:
             raise
         code = _say(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
-    _flush()
+    with _reader_may_leave():
+        sys.stdout.flush()
     sys.exit(code)
 
 
@@ -213,9 +216,15 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _flush() -> None:
-    """Hand over what was printed; whoever reads may have gone (`mtrl ls | head`), which is no error."""
+def _show(text: str) -> None:
+    with _reader_may_leave():
+        print(text, flush=True)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Whoever reads what is printed may have gone (`mtrl ls | head -1`), which is no error."""
     try:
-        sys.stdout.flush()
+        yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -115,11 +115,10 @@ def _values(
         return []
     if key == "env.tasks":
         return _tasks(prefix, sorted(catalogue.known_tasks(_at(content, "env._target_"), folders) or []))
-    choices = _choices(annotations[key])
-    now = _at(content, key)
-    if now is not None and not isinstance(now, list | dict | bool) and str(now) not in choices:
+    choices, now = _choices(annotations[key]), _at(content, key)
+    if isinstance(now, str | int | float) and not isinstance(now, bool) and str(now) not in choices:
         choices = ["", *choices, str(now)]  # the empty one keeps the shell from adding a space behind the only value
-    return [(f"{key}={choice}", "") for choice in choices if choice.startswith(prefix)]
+    return [(f"{key}={choice}", "") for choice in choices or [""] if choice.startswith(prefix)]
 
 
 def _tasks(prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:

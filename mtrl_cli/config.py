@@ -1,4 +1,4 @@
-"""Composing, saving and loading configurations. What leaves this module is a plain dictionary that `schema.validate` has let through.
+"""Composing, writing and loading configurations. What leaves this module is a plain dictionary that `schema.validate` has let through.
 
 Composing is for the user's own words and folders: Hydra's grammar, interpolations resolved. Loading is for run folders, which may come from
 a stranger: plain YAML of bounded size, no aliases, no interpolation, and no say in which packages are trusted.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,9 @@ def _parse_plain(path: Path, content: bytes) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read as plain YAML: {schema.show(' '.join(str(error).split()))}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''} cannot be read as plain YAML: {schema.show(problem)}") from None
 
 
 def dump(config: dict[str, Any]) -> str:
@@ -178,9 +180,13 @@ def dump(config: dict[str, Any]) -> str:
     return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def save(config: dict[str, Any], path: Path) -> None:
-    """Write a configuration, whole or not at all. Raises OSError."""
-    files.replace(path, dump(config).encode())
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A configuration's values by dotted key: `agent.n_step`."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def settings_file() -> Path:

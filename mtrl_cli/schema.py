@@ -24,6 +24,8 @@ from mtrl_cli.signatures import MISSING, UNKNOWN, Key, Signature, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
 
+LARGEST = 2**63
+
 KINDS = {
     "env": "mtrl_cli.envs.pack.Pack",
     "network": "mtrl_cli.networks.torsos.Torso",
@@ -219,6 +221,8 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     Raises:
         UserError: it is something else.
     """
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise UserError(f"{key}={show(value)}: expected a number below 2**63")
     try:
         return TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError:

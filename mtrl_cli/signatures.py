@@ -11,6 +11,7 @@ import ast
 import builtins
 import importlib
 import inspect
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,8 @@ def read(key: str, target: Any, kind: str, trusted: Sequence[str] = (), root: Pa
     if is_trusted(target, trusted):
         return _read_trusted(key, target, kind, trusted)
     package = target.split(".")[0]
-    raise UserError(
-        f"{key}={target}: expected a class of {PACKAGE}\n"
-        f"If you trust the package {package} with running code, say so on the command line: trusted_packages=[{package}]"
-    )
+    advice = f"\nIf you trust the package {package} with running code, say so on the command line: trusted_packages=[{package}]"
+    raise UserError(f"{key}={target}: expected a class of {PACKAGE}" + ("" if package in sys.stdlib_module_names else advice))
 
 
 def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:

@@ -171,9 +171,8 @@ def test_a_broken_yaml_of_ones_own_is_named(own: Path) -> None:
 def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
     for overrides in ([], ["env=classic_pack", "optimizer.lr=1e-7", "agent.epsilon_tasks={CartPole-v1:0.2}", "run_dir=1e5"]):
         composed = config.compose_training(overrides)
-        config.save(composed, tmp_path / "config.yaml")
+        (tmp_path / "config.yaml").write_text(config.dump(composed))
         assert config.load(tmp_path / "config.yaml") == composed
-        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["config.yaml"]
     assert "&" not in config.dump({"a": (shared := ["x"]), "b": shared})
 
 
@@ -197,7 +196,7 @@ def test_trust_comes_from_the_command_line_and_the_users_settings_alone(tmp_path
     monkeypatch.delenv("MTRL_TRUSTED_PACKAGES")
     settings.unlink()
     own = config.compose_training([]) | {"trusted_packages": ["os"]}
-    config.save(own, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.dump(own))
     assert config.load(tmp_path / "config.yaml")["trusted_packages"] == []
 
 
@@ -221,7 +220,7 @@ def test_a_recipe_cannot_name_packages_to_trust(own: Path) -> None:
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    config.save(config.compose_training(["device=cpu"]), folder / "config.yaml")
+    (folder / "config.yaml").write_text(config.dump(config.compose_training(["device=cpu"])))
     return folder
 
 

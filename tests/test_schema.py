@@ -35,7 +35,8 @@ class Small(Torso):
     observation_kind: ClassVar[str] = "image"
     computed = len("abc")
 
-    def __init__(self, shape: tuple[int, ...], *, size: PositiveInt = 3, mode: Literal["a", "b"], names: dict[str, Fraction] = {}, rest: float = 1 / 3):
+    def __init__(self, shape: tuple[int, ...], *, size: PositiveInt = 3, mode: Literal["a", "b"],
+                 names: dict[str, Fraction] = {}, rest: float = 1 / 3):
         pass
 
 class Bare(Torso):
@@ -197,6 +198,7 @@ def test_values_of_the_right_type_pass(annotation: Any, value: Any, result: Any)
         (PositiveFloat, True, "a number above 0"),
         (PositiveFloat, float("inf"), "a number above 0"),
         (PositiveFloat, float("nan"), "a number above 0"),
+        (PositiveInt, 2**63, "a number below 2**63"),
         (Fraction, 1.5, "a number from 0 to 1"),
         (Fraction, float("nan"), "a number from 0 to 1"),
         (bool, 1, "true or false"),
