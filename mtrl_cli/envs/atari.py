@@ -108,7 +108,7 @@ class AtariVectorTask:
         self._lives = np.zeros(env.num_envs, np.int32)
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """See `VectorTask.reset`."""
+        """See `VectorTask.reset`. To ale-py -1, our `ANY_SEED`, means a restart without loading, which takes a twentieth of the time."""
         observation, info = self._env.reset(seed=seeds, options={"reset_mask": mask})
         self._lives = info["lives"]
         return observation

@@ -22,6 +22,7 @@ from mtrl_cli.errors import RunError, UserError
 
 MOST_ACTIONS = 256  # journals hold an action in one byte
 FIRST_JOURNAL_CAPACITY = 1024
+ANY_SEED = -1
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -47,6 +48,8 @@ class VectorTask(Protocol):
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Start new episodes where `mask` (bool `[N]`) holds, from `seeds` (int64, 31 bits, one for each). The first call is for all.
+
+        Of an episode whose seed is `ANY_SEED` nothing will be looked at, so it may start in whatever way is quickest.
 
         Returns:
             the observations of all N environments, `[N, *own shape]`; those that were not reset keep theirs.
@@ -296,7 +299,7 @@ class TaskPack:
     def _replay(self) -> list[np.ndarray]:
         """Play the journals again so that all end together: an environment with a short one starts late, and none is stepped past its end.
 
-        An environment that still waits for its start is stepped with action 0, as its neighbours cannot be stepped alone.
+        An environment that waits for its start plays anything meanwhile, as its neighbours cannot be stepped alone.
         """
         longest = int(self._lengths.max())
         starts = longest - self._lengths
@@ -308,7 +311,8 @@ class TaskPack:
                 first = task not in observations
                 mask = np.ones(self.num_envs, bool) if first else (starts[task] == tick) | finished[task]
                 if mask.any():
-                    observations[task] = self._vectors[task].reset(self._seeds(task, mask), mask)
+                    seeds = np.where(starts[task][mask] == tick, self._seeds(task, mask), ANY_SEED)
+                    observations[task] = self._vectors[task].reset(seeds, mask)
             if tick == longest:
                 break
             for task in running:

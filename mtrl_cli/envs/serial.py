@@ -34,7 +34,7 @@ class SerialVectorTask:
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """See `VectorTask.reset`."""
         for index, seed in zip(np.flatnonzero(mask).tolist(), seeds.tolist(), strict=True):
-            self._observation[index] = self._games[index].reset(seed)
+            self._observation[index] = self._games[index].reset(max(seed, 0))  # ANY_SEED: 0 is as good
         return self._observation
 
     def send(self, actions: np.ndarray) -> None:
