@@ -22,4 +22,4 @@ class EpsilonSchedule:
     def __call__(self, step: int) -> np.ndarray:
         """Epsilon of each task at a step, float32 `[K]`."""
         progress = min(1.0, step / self._steps) if self._steps else 1.0
-        return (self._start + progress * (self._ends - self._start)).astype(np.float32)
+        return ((1 - progress) * self._start + progress * self._ends).astype(np.float32)

@@ -14,7 +14,9 @@ from mtrl_cli.replay import Batch, PrioritizedReplay, ReplaySpec
 ENDLESS = {"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}
 
 
-def prioritized(chosen: ReplaySpec, capacity_rows: int, rows: int = 0, alpha: float = 0.6, beta: float = 0.4, **ends: float) -> PrioritizedReplay:
+def prioritized(
+    chosen: ReplaySpec, capacity_rows: int, rows: int = 0, alpha: float = 0.6, beta: float = 0.4, **ends: float
+) -> PrioritizedReplay:
     replay = PrioritizedReplay(chosen, capacity=capacity_rows * chosen.num_envs, alpha=alpha, beta=beta)
     for row in islice(random_rows(chosen, 0, **ends), rows):
         replay.add(**row)

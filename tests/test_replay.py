@@ -95,7 +95,9 @@ def test_every_sample_is_what_whole_episodes_say(seed: int) -> None:
     assert (first, stop) == (2 * capacity_rows + chosen.stack - 1, 3 * capacity_rows - chosen.n_step)
 
 
-@pytest.mark.parametrize("ends", [{"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}, {"terminated": 0.5, "truncated": 0.4}])
+@pytest.mark.parametrize(
+    "ends", [{"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}, {"terminated": 0.5, "truncated": 0.4}]
+)
 def test_samples_without_any_end_and_with_little_else(ends: dict[str, float]) -> None:
     replay, slow = filled(spec(stack=4, n_step=5), 12, 31, **ends)
     assert_every_start(replay, slow)

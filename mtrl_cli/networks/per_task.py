@@ -33,8 +33,9 @@ class PerTask(nn.Module):
         self._structure = [modules[0]]
 
     def forward(self, x_KB: torch.Tensor) -> torch.Tensor:
-        """Inputs `[K, B, ...]` to outputs `[K, B, ...]`, each task's through its own module."""
-        parameters = {name.replace(":", "."): parameter for name, parameter in self.stacked.items()}
+        """Inputs `[K, B, ...]` to outputs `[K, B, ...]`, each task's through its own module, in the dtype of the inputs."""
+        # vmap does not see autocast: what it computes has the dtype of what it is given.
+        parameters = {name.replace(":", "."): parameter.to(x_KB.dtype) for name, parameter in self.stacked.items()}
         if self.num_tasks == 1:
             return self._call({name: parameter[0] for name, parameter in parameters.items()}, x_KB[0]).unsqueeze(0)
         return vmap(self._call)(parameters, x_KB)

@@ -1,0 +1,85 @@
+"""Acting: greedy, at random, and in between."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.networks.network import MultiTaskNetwork
+
+ACTIONS = [3, 1, 5]
+
+
+class Likes(nn.Module):
+    """A network that finds each task's last action best, whatever it sees."""
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        assert observation.shape[2:] == (4, 2), "frames are stacked as channels"
+        q = torch.arange(5.0).expand(*observation.shape[:2], 5)
+        return q.masked_fill(torch.arange(5) >= torch.tensor(ACTIONS)[:, None, None], -torch.inf)
+
+
+def actor(seed: int = 0) -> EpsilonGreedy:
+    network: MultiTaskNetwork = Likes()  # type: ignore[assignment]
+    return EpsilonGreedy(network, ACTIONS, torch.device("cpu"), seed)
+
+
+def act(of: EpsilonGreedy, epsilon: list[float], envs: int = 3000) -> torch.Tensor:
+    return of.act(torch.zeros(3, envs, 2, 2, 2), np.array(epsilon, np.float32))
+
+
+def test_without_epsilon_the_best_action_is_taken() -> None:
+    action = act(actor(), [0.0] * 3)
+    assert action.dtype == torch.int64
+    assert action.shape == (3, 3000)
+    assert (action == torch.tensor([[2], [0], [4]])).all()
+
+
+def test_random_actions_are_each_tasks_own_equally_often() -> None:
+    action = act(actor(), [1.0] * 3)
+    for task, number in enumerate(ACTIONS):
+        counts = torch.bincount(action[task])
+        assert len(counts) == number
+        assert (counts / 3000 - 1 / number).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 0.9])
+def test_epsilon_is_the_share_of_random_actions(epsilon: float) -> None:
+    """A random action of five is another than the best in four cases of five."""
+    other = (act(actor(), [0.0, 1.0, epsilon], envs=20_000)[2] != 4).float().mean()
+    assert float(other) == pytest.approx(epsilon * 0.8, abs=0.02)
+
+
+def test_every_task_has_its_own_epsilon() -> None:
+    action = act(actor(), [0.0, 0.0, 1.0])
+    assert (action[0] == 2).all()
+    assert len(action[2].unique()) == 5
+
+
+def test_environments_explore_independently_and_anew_every_step() -> None:
+    of = actor()
+    one, two = act(of, [1.0] * 3), act(of, [1.0] * 3)
+    assert not torch.equal(one, two)
+    assert len(one[2, :50].unique()) > 1
+
+
+def test_the_seed_decides() -> None:
+    assert torch.equal(act(actor(1), [0.5] * 3), act(actor(1), [0.5] * 3))
+    assert not torch.equal(act(actor(1), [0.5] * 3), act(actor(2), [0.5] * 3))
+
+
+def test_it_goes_on_identically_from_its_state() -> None:
+    one, two = actor(1), actor(2)
+    act(one, [0.5] * 3)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(act(one, [0.5] * 3), act(two, [0.5] * 3))
+
+
+def test_acting_needs_no_gradient() -> None:
+    linear = nn.Linear(4, 2)
+    greedy: MultiTaskNetwork = linear  # type: ignore[assignment]
+    EpsilonGreedy(greedy, [2], torch.device("cpu"), 0).act(torch.ones(1, 3, 1, 4), np.zeros(1, np.float32))
+    assert linear.weight.grad is None

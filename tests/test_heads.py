@@ -1,0 +1,109 @@
+"""Heads: every task's own, with the actions that it has and no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead
+from mtrl_cli.networks.per_task import TaskLinear
+
+HEADS = [PlainHead, DuelingHead]
+ACTIONS = [3, 1, 5, 2]
+
+
+def features(batch: int = 6, size: int = 7) -> torch.Tensor:
+    return torch.randn(len(ACTIONS), batch, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(kind: type[Head]) -> None:
+    q = kind(7, ACTIONS)(features())
+    assert q.shape == (4, 6, 5)
+    for task, number in enumerate(ACTIONS):
+        assert q[task, :, :number].isfinite().all()
+        assert (q[task, :, number:] == -torch.inf).all()
+
+
+def test_a_plain_head_is_a_linear_layer_per_task() -> None:
+    head = PlainHead(7, ACTIONS)
+    q = head(features())
+    for task, number in enumerate(ACTIONS):
+        weight, bias = head.linear.weight[task, :, :number], head.linear.bias[task, 0, :number]
+        assert torch.allclose(q[task, :, :number], torch.nn.functional.linear(features()[task], weight.T, bias), atol=1e-6)
+
+
+def test_dueling_takes_the_mean_over_the_tasks_own_actions_only() -> None:
+    """Wang et al. 2016, equation 9, each task by itself."""
+    head = DuelingHead(7, ACTIONS)
+    q = head(features())
+    for task, number in enumerate(ACTIONS):
+        value = features()[task] @ head.value.weight[task] + head.value.bias[task]
+        advantage = features()[task] @ head.advantage.weight[task, :, :number] + head.advantage.bias[task, :, :number]
+        assert torch.allclose(q[task, :, :number], value + advantage - advantage.mean(1, keepdim=True), atol=1e-5)
+        # so that the mean of a task's action values is its state value
+        assert torch.allclose(q[task, :, :number].mean(1, keepdim=True), value, atol=1e-5)
+
+
+def test_dueling_by_hand() -> None:
+    """One feature, 1; value 10; advantages 1 and 3 of mean 2; the padded third action does not count."""
+    head = DuelingHead(1, [2, 3])
+    with torch.no_grad():
+        for layer in (head.value, head.advantage):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        head.value.bias[0] = 10.0
+        head.advantage.bias[0, 0] = torch.tensor([1.0, 3.0, 0.0])
+    assert head(torch.ones(2, 1, 1))[0, 0].tolist() == [9.0, 11.0, -torch.inf]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type[Head]) -> None:
+    state_value = 8 if kind is DuelingHead else 0
+    assert kind(7, ACTIONS).parameter_counts() == [8 * number + state_value for number in ACTIONS]
+    same = kind(7, [4, 4])
+    assert sum(same.parameter_counts()) == sum(parameter.numel() for parameter in same.parameters())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_tasks_loss_moves_its_own_head_only(kind: type[Head]) -> None:
+    for task, number in enumerate(ACTIONS):
+        head = kind(7, ACTIONS)
+        head(features())[task, :, :number].square().sum().backward()
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None
+            # A single action has no advantage: its deviation from its own mean is always 0.
+            assert parameter.grad[task].any() or (number == 1 and "advantage" in name)
+            others = [other for other in range(4) if other != task]
+            assert not parameter.grad[others].any()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", HEADS)
+def test_padding_stays_zero_while_training(kind: type[Head], weight_decay: float) -> None:
+    head = kind(7, ACTIONS)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1, weight_decay=weight_decay)
+    for _ in range(5):
+        q = head(features())
+        q[q.isfinite()].square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = [layer for layer in head.modules() if isinstance(layer, TaskLinear)]
+    for layer in layers:
+        for task in range(4):
+            own = layer.sizes[task] // 8
+            assert not layer.weight[task, :, own:].any()
+            assert not layer.bias[task, :, own:].any()
+            assert layer.weight[task, :, :own].all()
+
+
+def test_a_layer_starts_as_torchs_does() -> None:
+    """Uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), weights and biases (torch.nn.Linear)."""
+    torch.manual_seed(0)
+    layer = TaskLinear(25, [400, 300])
+    for tensor in (layer.weight, layer.bias):
+        own = torch.cat([tensor[0].flatten(), tensor[1, :, :300].flatten()])
+        assert own.abs().max() <= 0.2
+        assert own.abs().max() > 0.19
+        assert abs(own.mean()) < 0.02
+        assert abs(own.std() - 0.2 / 3**0.5) < 0.01

@@ -1,0 +1,174 @@
+"""Sharing structures, and one module per task evaluated at once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mtrl_cli.networks.per_task import PerTask
+from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
+from mtrl_cli.networks.torsos import MLP, MinAtarCNN, NatureCNN, Torso
+
+VECTORS = [(4,), (6,), (2,)]
+IMAGES = [(4, 10, 10), (7, 10, 10), (6, 10, 10)]
+CASES = [
+    (MLP(hidden=[8, 5]), VECTORS),
+    (MLP(hidden=[8], layer_norm=True), VECTORS),
+    (MinAtarCNN(channels=3, features=5), IMAGES),
+    (MinAtarCNN(channels=3, features=5, layer_norm=True), [(4, 10, 10)] * 3),
+    (MLP(hidden=[8, 5]), [(4,)] * 3),
+]
+
+
+def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -> torch.Tensor:
+    """`[K, B, *padded]`, zero where a task's own observation ends."""
+    padded = (max(shape[0] for shape in shapes), *shapes[0][1:])
+    observation = torch.zeros(len(shapes), batch, *padded)
+    random = torch.Generator().manual_seed(seed)
+    for task, shape in enumerate(shapes):
+        observation[task, :, : shape[0]] = torch.randn(batch, *shape, generator=random)
+    return observation
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# -- PerTask ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_all_at_once_is_one_after_the_other(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    """Values and gradients, against a Python loop over the modules."""
+    modules = [nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes]
+    together = PerTask(modules)
+    observation = observations(shapes)
+    out = together(observation)
+    for task, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
+        assert torch.allclose(out[task], module(observation[task, :, : shape[0]]), atol=1e-5)
+        module(observation[task, :, : shape[0]]).square().sum().backward()
+    out.square().sum().backward()
+    for name, parameter in together.stacked.items():
+        assert parameter.grad is not None
+        for task, module in enumerate(modules):
+            own = module.get_parameter(name.replace(":", ".")).grad
+            assert own is not None
+            place = tuple(slice(size) for size in own.shape)
+            assert torch.allclose(parameter.grad[task][place], own, atol=1e-4)
+            padding = parameter.grad[task].clone()
+            padding[place] = 0
+            assert not padding.any()
+
+
+def test_one_task_alone_is_its_module() -> None:
+    module = nn.Linear(3, 2)
+    together, x = PerTask([module]), torch.randn(1, 5, 3)
+    assert torch.allclose(together(x)[0], module(x[0]))
+    assert together.sizes == [8]
+
+
+def test_a_copy_is_independent_of_its_original() -> None:
+    together = PerTask([nn.Linear(3, 2), nn.Linear(2, 2)])
+    twin, x = copy.deepcopy(together), observations([(3,), (2,)])
+    before = together(x)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(together(x), before)
+    assert not torch.allclose(twin(x), before)
+    twin.load_state_dict(together.state_dict())
+    assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_padding_stays_zero_while_training(weight_decay: float) -> None:
+    together = PerTask([nn.Linear(size, 5) for size in (4, 6, 2)])
+    optimizer = torch.optim.Adam(together.parameters(), lr=0.1, weight_decay=weight_decay)
+    for seed in range(5):
+        together(observations(VECTORS, seed=seed)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = together.stacked["weight"]
+    assert weight.shape == (3, 5, 6)
+    for task, size in enumerate((4, 6, 2)):
+        assert not weight[task, :, size:].any()
+        assert weight[task, :, :size].all()
+
+
+# -- sharing structures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_features_are_task_major_and_every_tasks_its_own(kind: type[Sharing], torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, observation = kind(torso, shapes), observations(shapes)
+    features = sharing(observation)
+    assert features.shape == (3, 4, torso.num_features)
+    assert sharing.num_features == torso.num_features
+    for task in range(3):
+        other = observation.clone()
+        other[task] = observations(shapes, seed=1)[task]
+        changed = (sharing(other) != features).flatten(1).any(1)
+        assert changed.tolist() == [each == task for each in range(3)]
+
+
+def test_tasks_of_one_shape_share_the_whole_torso() -> None:
+    torso = MLP(hidden=[8, 5])
+    sharing = HardSharing(torso, [(4,)] * 3)
+    observation = observations([(4,)] * 3)
+    alone = nn.Sequential(sharing.stem, sharing.body)
+    for task in range(3):
+        assert torch.allclose(sharing(observation)[task], alone(observation[task]), atol=1e-6)
+    assert sharing.parameter_counts() == (5 * 8 + 9 * 5, [0, 0, 0])
+
+
+def test_tasks_of_different_shapes_share_all_but_the_stem() -> None:
+    torso = MLP(hidden=[8, 5])
+    sharing = HardSharing(torso, VECTORS)
+    observation = observations(VECTORS)
+    assert sharing.parameter_counts() == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
+    stemmed = sharing.stem(observation)
+    for task in range(3):
+        assert torch.allclose(sharing(observation)[task], sharing.body(stemmed[task]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_independent_tasks_have_the_parameters_of_torsos_built_alone(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    alone = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
+    assert IndependentSharing(torso, shapes).parameter_counts() == (0, alone)
+
+
+@pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])
+def test_natures_parameters_are_counted(kind: type[Sharing]) -> None:
+    shared, own = kind(NatureCNN(), [(4, 84, 84)] * 2).parameter_counts()
+    assert (shared, own) == ((1_684_128, [0, 0]) if kind is HardSharing else (0, [1_684_128] * 2))
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_a_loss_of_one_independent_task_moves_nothing_of_another(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    for task in range(3):
+        sharing = IndependentSharing(torso, shapes)
+        sharing(observations(shapes))[task].square().sum().backward()
+        grads = [parameter.grad for parameter in sharing.parameters()]
+        moved = torch.stack([grad.flatten(1).any(1) for grad in grads if grad is not None]).any(0)
+        assert moved.tolist() == [each == task for each in range(3)]
+
+
+def test_a_loss_of_one_task_moves_its_own_stem_and_the_shared_body() -> None:
+    for task in range(3):
+        sharing = HardSharing(MLP(hidden=[8, 5]), VECTORS)
+        sharing(observations(VECTORS))[task].square().sum().backward()
+        for parameter in sharing.stem.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.flatten(1).any(1).tolist() == [each == task for each in range(3)]
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in sharing.body.parameters())
+
+
+def test_independent_torsos_start_out_different() -> None:
+    sharing = IndependentSharing(MLP(hidden=[8, 5]), [(4,)] * 2)
+    same = torch.randn(1, 6, 4).expand(2, -1, -1)
+    features = sharing(same)
+    assert not torch.allclose(features[0], features[1])
