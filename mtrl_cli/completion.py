@@ -125,7 +125,10 @@ def _tasks(prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:
     """`env.tasks=[pong,br` to `env.tasks=[pong,breakout`."""
     before, _, last = prefix.lstrip("[").rpartition(",")
     start = "[" + (f"{before}," if before else "")
-    return [(f"env.tasks={start}{name}", "") for name in known if name.startswith(last) and name not in before.split(",")]
+    found = [f"env.tasks={start}{name}" for name in known if name.startswith(last) and name not in before.split(",")]
+    if len(found) == 1:
+        found = [f"{found[0]}]", f"{found[0]},"]  # two, so that the shell adds no space
+    return [(word, "") for word in found]
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -48,7 +48,7 @@ def test_options_come_with_their_description() -> None:
         ("env.protocol=n", ["env.protocol=nature"]),
         ("replay.capacity=", ["replay.capacity=auto"]),
         ("netw", ["network=", "network/sharing=", "network/head=", "network.features=", "network.width=", "network.layer_norm="]),
-        ("env.tasks=[pong,brea", ["env.tasks=[pong,breakout"]),
+        ("env.tasks=[pong,brea", ["env.tasks=[pong,breakout]", "env.tasks=[pong,breakout,"]),
         ("nothing", []),
         ("nothing=", []),
         ("agent.nothing=", []),
