@@ -1,0 +1,91 @@
+"""A pack of made-up games: quick, reproducible from a seed, and different in shape, actions and length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtrl_cli.envs.pack import Pack, Received, Task
+from mtrl_cli.envs.serial import SerialVectorTask
+
+# name: length of an observation, number of actions, longest episode
+TASKS = {"short": (3, 2, 6), "middle": (5, 4, 12), "long": (2, 3, 40)}
+
+
+class FakeGame:
+    """Noise to look at; the reward is the action's number plus a tenth of a coin. It ends at a random moment, or is cut off there.
+
+    Attributes:
+        lost_life: the last step cost a life, of which the game has enough.
+    """
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._longest = TASKS[task.name][2]
+        self.closed = False
+
+    def reset(self, seed: int) -> np.ndarray:
+        self._random = np.random.default_rng(seed)
+        self._left = int(self._random.integers(1, self._longest + 1))
+        self._cut = self._random.random() < 0.3
+        self.lost_life = False
+        return self._look()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        assert 0 <= action < self._task.num_actions
+        assert self._left > 0, "stepped past its end"
+        self._left -= 1
+        over = self._left == 0
+        self.lost_life = not over and bool(self._random.random() < 0.1)
+        return self._look(), action + 0.1 * self._random.integers(2), over and not self._cut, over and self._cut
+
+    def _look(self) -> np.ndarray:
+        return self._random.normal(size=self._task.observation_shape).astype(np.float32)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeVectorTask(SerialVectorTask):
+    """In training a lost life ends the return, but not the game."""
+
+    def __init__(self, games: Sequence[FakeGame], task: Task, training: bool):
+        super().__init__(games, task.observation_shape, np.dtype(np.float32))
+        self._fakes, self._training = games, training
+
+    def recv(self) -> Received:
+        observation, reward, terminated, truncated, done = super().recv()
+        lost = np.array([game.lost_life for game in self._fakes])
+        return observation, reward, terminated | (lost & self._training), truncated, done
+
+
+class FakePack(Pack):
+    """Some of the made-up games."""
+
+    observation_kind = "vector"
+
+    def __init__(self, tasks: Sequence[str] = tuple(TASKS), num_envs: int = 2, stack: int = 1, scores: bool = True):
+        known = (0.0, 10.0) if scores else (None, None)
+        made = [Task(name, TASKS[name][:1], TASKS[name][1], tuple("abcd")[: TASKS[name][1]], 1, *known) for name in tasks]
+        super().__init__(name="fake", tasks=made, num_envs=num_envs, observation_dtype=np.float32, stack=stack)
+        self.games: list[FakeGame] = []
+
+    def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> FakeVectorTask:
+        games = [FakeGame(self.tasks[task_index]) for _ in range(num_envs)]
+        self.games += games
+        return FakeVectorTask(games, self.tasks[task_index], training)
+
+
+class LikesTheLast(nn.Module):
+    """A network that finds each task's last action best, whatever it sees."""
+
+    def __init__(self, pack: Pack):
+        super().__init__()
+        self._last = torch.tensor([task.num_actions - 1 for task in pack.tasks])
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        best = nn.functional.one_hot(self._last, int(self._last.max()) + 1).float()
+        return best[:, None].expand(-1, observation.shape[1], -1)
