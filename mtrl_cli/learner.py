@@ -79,7 +79,9 @@ class Learner:
 
     def _record(self, step: int, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
-        self._bad_step_K = torch.where(torch.isfinite(loss_K), self._bad_step_K, self._bad_step_K.clamp_max(step))
+        # One task's bad loss ruins the shared parameters, and with them every task's next loss: only the first is to blame.
+        first = ~torch.isfinite(loss_K) & (self._bad_step_K == _NEVER).all()
+        self._bad_step_K = torch.where(first, step, self._bad_step_K)
         for name, value in (("loss", loss_K), ("q", q_K), ("weight", weight_K), ("norm", norm)):
             self._figures[name] += value
         self._updates_in_row += 1
