@@ -104,7 +104,7 @@ class Learner:
         count, self._updates_in_row = self._updates_in_row, 0
         figures: dict[str, float] = {}
         if count:
-            means = {name: (total / count).tolist() for name, total in self._figures.items()}
+            means: dict[str, Any] = {name: (total / count).tolist() for name, total in self._figures.items()}
             for k, name in enumerate(self._task_names):
                 figures |= {f"loss/{name}": means["loss"][k], f"q/mean/{name}": means["q"][k], f"weight/{name}": means["weight"][k]}
             figures["grad/norm"] = means["norm"]
