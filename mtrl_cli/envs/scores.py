@@ -17,8 +17,13 @@ def scores(suite: str, task: str) -> tuple[float | None, float | None]:
     return _table().get((suite, task), (None, None))
 
 
-def normalised(score: float, random: float, reference: float) -> float:
-    """0 for random play, 1 for the reference, linear between and beyond: (score - random) / (reference - random)."""
+def normalised(score: float, random: float | None, reference: float | None) -> float | None:
+    """0 for random play, 1 for the reference, linear between and beyond: (score - random) / (reference - random).
+
+    None for a task of which one of the two is not known.
+    """
+    if random is None or reference is None:
+        return None
     return (score - random) / (reference - random)
 
 

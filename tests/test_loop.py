@@ -1,0 +1,241 @@
+"""The loop: what is stored is what was played, updates keep step, and a run goes on identically from its state."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_pack import TASKS, FakePack
+
+from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.agents.dqn import DQN
+from mtrl_cli.agents.value_scale import NoValueScale
+from mtrl_cli.augmentation import NoAugmentation
+from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.frame_stack import FrameStack
+from mtrl_cli.learner import Learner
+from mtrl_cli.loop import Clock, Loop
+from mtrl_cli.networks.heads import DuelingHead
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
+from mtrl_cli.optimizers import Adam
+from mtrl_cli.replay import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
+from mtrl_cli.state_tree import put_together, take_apart
+from mtrl_cli.stats import EpisodeStatistics
+from mtrl_cli.task_weights.losses import Uniform
+
+CPU = torch.device("cpu")
+NAMES = list(TASKS)
+
+
+def loop_of(replay_kind: type[Replay] = UniformReplay, weights_seed: int = 0, capacity: int = 40, **settings: Any) -> Loop:
+    """Three made-up games, two environments each, one small network."""
+    pack = FakePack()
+    torch.manual_seed(weights_seed)
+    torso = MLP(hidden=[8, 6])
+    sharing = HardSharing(torso, [task.observation_shape for task in pack.tasks])
+    network = MultiTaskNetwork(sharing, DuelingHead(6, [task.num_actions for task in pack.tasks]), observation_scale=1.0)
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "samples_per_step": 1.0,
+        "learning_starts": 8,
+        "gamma": 0.9,
+        "n_step": 2,
+        "double": True,
+        "huber": 1.0,
+        "target_period": 5,
+        "target_tau": 0.0,
+        "epsilon_start": 1.0,
+        "epsilon_end": 0.1,
+        "epsilon_steps": 50,
+        "epsilon_tasks": {},
+    }
+    agent = DQN(network, NoValueScale(), NAMES, lambda function: function, **(options | settings))
+    spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
+    replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
+    optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
+    learner = Learner(agent, replay, NoAugmentation(), Uniform(), optimizer, NAMES)
+    actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
+    frames = FrameStack(3, 2, 1, pack.observation_shape, torch.float32, CPU)
+    return Loop(task_pack(pack), actor, replay, learner, frames, EpisodeStatistics(NAMES, 2), CPU)
+
+
+def task_pack(pack: FakePack) -> TaskPack:
+    return TaskPack(pack, num_envs=2, seed=3, num_threads=1, training=True, stream="train")
+
+
+def run(loop: Loop, ticks: int) -> list[int]:
+    return list(islice(loop.ticks(), ticks))
+
+
+def test_steps_are_counted_per_task() -> None:
+    loop = loop_of()
+    loop.begin()
+    assert run(loop, 3) == [2, 4, 6]
+    assert loop.step == 6
+    assert run(loop, 2) == [8, 10]
+
+
+def test_what_is_stored_is_what_was_played() -> None:
+    """The games played again with the stored actions give the stored frames, rewards and ends."""
+    loop = loop_of(capacity=200)
+    loop.begin()
+    run(loop, 60)
+    stored = loop.replay.export_rows(0, 60)
+    again = task_pack(FakePack())
+    observation, start = again.reset(), np.ones((3, 2), bool)
+    ends = 0
+    for row in range(60):
+        assert np.array_equal(stored["frames"][:, row].numpy(), observation)
+        flags = stored["flags"][:, row].numpy()
+        assert np.array_equal((flags & 4) != 0, start)
+        again.send(stored["actions"][:, row].numpy().astype(np.int64))
+        step = again.recv()
+        assert np.array_equal(stored["rewards"][:, row].numpy(), step.reward)
+        assert np.array_equal((flags & 1) != 0, step.terminated)
+        assert np.array_equal((flags & 2) != 0, step.truncated & ~step.terminated)
+        observation, start = step.observation, step.done
+        ends += int(step.done.sum())
+    assert ends > 10
+    flags = stored["flags"]
+    life_lost = ((flags[:, :-1] & 1) != 0) & ((flags[:, 1:] & 4) == 0)
+    assert life_lost.any(), "the test holds no life that was lost"
+    assert ((flags & 2) != 0).any(), "the test holds no truncation"
+
+
+def test_actions_follow_the_network_and_epsilon() -> None:
+    """With epsilon 0 every stored action is the best of its stored observation, as long as nothing is learned."""
+    loop = loop_of(epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000)
+    loop.begin()
+    run(loop, 10)
+    stored = loop.replay.export_rows(0, 10)
+    q = loop.learner.agent.network(stored["frames"].flatten(1, 2))
+    assert torch.equal(q.argmax(-1), stored["actions"].flatten(1).long())
+
+
+def test_updates_keep_step_with_play() -> None:
+    """Before the tick that plays steps 41 and 42, (40 - 8) * 1 / 4 updates are due."""
+    loop = loop_of()
+    loop.begin()
+    run(loop, 4)
+    assert loop.learner.updates == 0
+    run(loop, 17)
+    assert loop.step == 42
+    assert loop.learner.updates == 8
+
+
+def test_the_learner_works_while_the_emulators_do() -> None:
+    loop, calls = loop_of(), []
+
+    def noted(part: Any, method: str) -> None:
+        call = getattr(part, method)
+
+        def wrapper(*args: Any) -> Any:
+            calls.append(method)
+            return call(*args)
+
+        setattr(part, method, wrapper)
+
+    loop.begin()
+    for part, method in ((loop.pack, "send"), (loop.pack, "recv"), (loop.learner, "learn_what_is_due"), (loop.replay, "add")):
+        noted(part, method)
+    run(loop, 2)
+    assert calls == ["send", "learn_what_is_due", "recv", "add"] * 2
+
+
+def test_statistics_show_the_games_own_scores() -> None:
+    """Means over the games that ended, added up from the same games played again."""
+    loop = loop_of(capacity=200)
+    loop.begin()
+    run(loop, 60)
+    actions = loop.replay.export_rows(0, 60)["actions"].numpy().astype(np.int64)
+    again = task_pack(FakePack())
+    again.reset()
+    total, length = np.zeros((3, 2)), np.zeros((3, 2))
+    ended: dict[str, list[float]] = {f"train/{what}/{name}": [] for name in NAMES for what in ("return", "length")}
+    for row in range(60):
+        again.send(actions[:, row])
+        step = again.recv()
+        total, length = total + step.reward, length + 1
+        for task, env in np.argwhere(step.done):
+            ended[f"train/return/{NAMES[task]}"].append(total[task, env])
+            ended[f"train/length/{NAMES[task]}"].append(length[task, env])
+        total, length = total * ~step.done, length * ~step.done
+    assert all(ended.values())
+    assert loop.statistics.row() == pytest.approx({name: np.mean(values) for name, values in ended.items()})
+
+
+def saved(loop: Loop) -> dict[str, Any]:
+    """Its state, through the form in which it is written."""
+    learner = loop.learner
+    state = {
+        "model": learner.agent.network.state_dict(),
+        "agent": learner.agent.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "loop": loop.state_dict(),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    tree = take_apart(state, tensors)
+    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
+    if rows_of is not None:
+        oldest = max(0, rows_of.rows - rows_of.capacity_rows)
+        loop.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
+    loop.learner.agent.network.load_state_dict(state["model"])
+    loop.learner.agent.load_state_dict(state["agent"])
+    loop.learner.optimizer.load_state_dict(state["optimizer"])
+    loop.load_state_dict(state["loop"], rows_restored=rows_of is not None)
+    return loop
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [33], [3, 4, 5, 30, 50]])
+@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
+def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(replay_kind: type[Replay], stops: list[int]) -> None:
+    alone = loop_of(replay_kind)
+    alone.begin()
+    run(alone, 70)
+    resumed, played = loop_of(replay_kind), 0
+    resumed.begin()
+    for stop in stops:
+        run(resumed, stop - played)
+        played = stop
+        resumed = restored(loop_of(replay_kind, weights_seed=9), saved(resumed), resumed.replay)
+    run(resumed, 70 - played)
+    assert resumed.step == alone.step == 140
+    assert resumed.learner.updates == alone.learner.updates > 20
+    for name, tensor in alone.learner.agent.network.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.agent.network.state_dict()[name]), name
+    assert alone.statistics.row() == resumed.statistics.row()
+    assert alone.learner.row() == resumed.learner.row()
+
+
+def test_without_its_replay_a_run_gathers_anew_before_it_learns_on() -> None:
+    loop = loop_of(learning_starts=20)
+    loop.begin()
+    run(loop, 30)
+    made = loop.learner.updates
+    assert made > 0
+    resumed = restored(loop_of(learning_starts=20), saved(loop), None)
+    assert resumed.step == 60
+    run(resumed, 11)  # the last of these ticks begins at step 80
+    assert resumed.learner.updates == made
+    run(resumed, 3)  # and this at 86: 6 steps are one update of 4 samples
+    assert resumed.learner.updates == made + 1
+
+
+def test_the_clock_adds_up_and_starts_anew_at_every_reading() -> None:
+    clock = Clock(("act", "learn"))
+    with clock.time("act"):
+        pass
+    with clock.time("act"):
+        pass
+    first = clock.read()
+    assert first["act"] > 0
+    assert first["learn"] == 0
+    assert clock.read() == {"act": 0.0, "learn": 0.0}
