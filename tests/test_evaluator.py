@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_pack import FakeGame, FakePack, LikesTheLast
 
+from fake_pack import FakeGame, FakePack, LikesTheLast
 from mtrl_cli.errors import Stopped
 from mtrl_cli.evaluator import Evaluator, Games, figures, ranking, summarise
 from mtrl_cli.networks.network import MultiTaskNetwork

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from replay_reference import random_rows, spec
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent, Losses
@@ -24,6 +23,7 @@ from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.task_weights.losses import Uniform
+from replay_reference import random_rows, spec
 
 NAMES = ["pong", "qbert"]
 SPEC = spec(frame_shape=(5,), stack=1)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_pack import TASKS, FakePack
 
+from fake_pack import TASKS, FakePack
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale

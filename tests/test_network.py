@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_sharing import observations
 
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.targets import bootstrap_value
@@ -17,6 +16,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
 from mtrl_cli.task_weights.losses import Uniform
+from test_sharing import observations
 
 KINDS = list(itertools.product([HardSharing, IndependentSharing], [PlainHead, DuelingHead]))
 Shapes = list[tuple[int, ...]]

@@ -7,9 +7,9 @@ from itertools import islice
 
 import pytest
 import torch
-from replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
 
 from mtrl_cli.replay import Batch, PrioritizedReplay, ReplaySpec
+from replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
 
 ENDLESS = {"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}
 

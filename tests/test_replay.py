@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
-from replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
 
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.replay import Batch, ReplaySpec, UniformReplay
+from replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
 
 
 def random_spec(seed: int) -> tuple[ReplaySpec, int]:
@@ -48,7 +48,10 @@ def assert_same(batch: Batch, other: Batch) -> None:
 
 
 def test_a_window_by_hand() -> None:
-    """One environment, stacks of 2 frames, 3-step windows; the episode's frames are 1, 2, 3 (truncated), then 4, 5 (life lost), 6, 7 (over), 8, 9, 9, 9."""
+    """One environment, stacks of 2 frames, windows of 3 steps.
+
+    Frames by episode: 1, 2, 3 and truncated; 4, 5 where a life is lost, 6, 7 and over; 8 and then nines.
+    """
     chosen = spec(num_tasks=1, num_envs=1, frame_shape=(1,))
     replay = UniformReplay(chosen, capacity=20)
     terminated, truncated, starts = {5, 7}, {3, 7}, {1, 4, 8}
@@ -231,7 +234,7 @@ def test_a_replay_goes_on_identically_from_its_state_and_its_rows(rows: int, pie
     twin = UniformReplay(chosen, capacity=capacity_rows * 3)
     oldest = max(0, rows - capacity_rows)
     cuts = [oldest + (rows - oldest) * piece // pieces for piece in range(pieces + 1)]
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         twin.import_rows(start, replay.export_rows(start, stop))
     twin.load_state_dict(replay.state_dict(), rows_restored=True)
     assert twin.eligible_rows == replay.eligible_rows
