@@ -63,7 +63,12 @@ class FakeVectorTask(SerialVectorTask):
 
 
 class FakePack(Pack):
-    """Some of the made-up games."""
+    """Some of the made-up games.
+
+    Attributes:
+        games: all that were ever made.
+        training: of each task that was started, whether for training.
+    """
 
     observation_kind = "vector"
 
@@ -72,10 +77,12 @@ class FakePack(Pack):
         made = [Task(name, TASKS[name][:1], TASKS[name][1], tuple("abcd")[: TASKS[name][1]], 1, *known) for name in tasks]
         super().__init__(name="fake", tasks=made, num_envs=num_envs, observation_dtype=np.float32, stack=stack)
         self.games: list[FakeGame] = []
+        self.training: list[bool] = []
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> FakeVectorTask:
         games = [FakeGame(self.tasks[task_index]) for _ in range(num_envs)]
         self.games += games
+        self.training.append(training)
         return FakeVectorTask(games, self.tasks[task_index], training)
 
 

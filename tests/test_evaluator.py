@@ -45,6 +45,7 @@ def test_every_task_plays_its_episodes_to_their_ends() -> None:
     pack = FakePack()
     games = play(pack, episodes=20)
     assert games.cut == {"short": 0, "middle": 0, "long": 0}
+    assert pack.training == [False] * 3
     for task in pack.tasks:
         returns = games.returns[task.name]
         assert len(returns) == 20

@@ -250,7 +250,7 @@ def test_it_learns_what_actions_are_worth() -> None:
         reward = torch.stack([action[0] == 3, action[1] == 0]).float()
         ends, frame = torch.ones(shape, dtype=torch.bool), torch.zeros(*shape, 5)
         learner.replay.add(frame, ends, action, reward, ends, ~ends)
-    for step in range(400):
+    for step in range(250):
         learner.update(step)
     q_KBA = learner.agent.network(torch.zeros(2, 1, 5))[:, 0]
     assert torch.allclose(q_KBA[0], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=0.1)

@@ -78,6 +78,13 @@ def test_an_empty_tree_says_that_nothing_was_drawn() -> None:
     assert int(index.max()) < 5
 
 
+def test_rounding_up_to_one_stays_within_what_has_a_priority() -> None:
+    """(B - 1 + u) / B is 1 for u just below 1: the last of B strata may be asked for what is past the end."""
+    index, probability = tree_of([[1.0, 2.0, 0.0, 0.0, 0.0]]).draw(torch.ones((1, 1), dtype=torch.float64))
+    assert index.tolist() == [[1]]
+    assert probability.item() == pytest.approx(2 / 3)
+
+
 def test_draws_follow_the_priorities() -> None:
     priorities = torch.tensor([1.0, 2.0, 0.0, 4.0, 8.0], dtype=torch.float64)
     tree = SumTree(1, 5, CPU)
