@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -123,6 +124,10 @@ def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_siz
 
 def measure(rounds: int, steps: int) -> dict[str, Any]:
     """All sides in turns, `rounds` times: every round's rates, and the ratios of the medians to the peer's."""
+    if (load := os.getloadavg()[0]) > 1:
+        print(
+            f"the machine is busy (load {load:.1f}): two threads that wait for each other suffer most, and no ratio holds", file=sys.stderr
+        )
     rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in (PEER, ONE, ALL)}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
