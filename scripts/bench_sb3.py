@@ -125,9 +125,7 @@ def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_siz
 def measure(rounds: int, steps: int) -> dict[str, Any]:
     """All sides in turns, `rounds` times: every round's rates, and the ratios of the medians to the peer's."""
     if (load := os.getloadavg()[0]) > 1:
-        print(
-            f"the machine is busy (load {load:.1f}): two threads that wait for each other suffer most, and no ratio holds", file=sys.stderr
-        )
+        print(f"the machine is busy (load {load:.1f}): threads that wait for each other suffer most: no ratio holds", file=sys.stderr)
     rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in (PEER, ONE, ALL)}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
