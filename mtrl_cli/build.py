@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtrl_cli import hardware
+from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.envs.pack import Pack, TaskPack
@@ -59,24 +59,32 @@ class Run:
     open_loop: Callable[[], Loop]
 
 
-def make(config: Config, group: str, *args: Any, trusted: tuple[str, ...] = ()) -> Any:
-    """The object that a group's section of the configuration names, given `args` and the section's keys.
+def _class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
+    """The class that a group's section of the configuration names, and the section's keys for it.
 
     Raises:
-        UserError: what it names is not a class of the group's kind, or refuses its values.
+        UserError: what it names is not a class of the group's kind.
     """
     node = config
     for part in group.split("/"):
         node = node[part]
     below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")}
-    values = {key: value for key, value in node.items() if key != "_target_" and key not in below}
-    module_name, _, class_name = node["_target_"].rpartition(".")
-    kind_module, _, kind_name = KINDS[group].rpartition(".")
-    kind = getattr(importlib.import_module(kind_module), kind_name)
-    found = getattr(importlib.import_module(module_name), class_name, None)
-    ours = isinstance(found, type) and found.__module__ == module_name and module_name.split(".")[0] in ("mtrl_cli", *trusted)
-    if not ours or not issubclass(found, kind):
-        raise UserError(f"{group}._target_={node['_target_']} is not a class of the kind that {group} holds ({kind_name})")
+    target = node["_target_"]
+    # The schema has looked at the source alone; this looks at what was really imported.
+    ours = signatures.is_trusted(target, ["mtrl_cli", *config["trusted_packages"]])
+    found = signatures.import_class(target) if ours else object
+    if found.__module__ != target.rpartition(".")[0] or not issubclass(found, signatures.import_class(KINDS[group])):
+        raise UserError(f"{group}._target_={target} is not a class of the kind that {group} holds ({KINDS[group].rpartition('.')[2]})")
+    return found, {key: value for key, value in node.items() if key != "_target_" and key not in below}
+
+
+def make(config: Config, group: str, *args: Any) -> Any:
+    """The object that a group's section of the configuration names, given `args` and the section's keys.
+
+    Raises:
+        UserError: what it names is not a class of the group's kind, or refuses its values.
+    """
+    found, values = _class_of(config, group)
     try:
         return found(*args, **values)
     except ValueError as error:
@@ -121,7 +129,7 @@ def settle(config: Config, say: Callable[[str], None]) -> Config:
 
 def _settle_capacity(config: Config, pack: Pack, device: torch.device) -> int:
     spec = _replay_spec(config, pack, device)
-    each = spec.bytes_per_transition * spec.num_tasks
+    each = _bytes_per_transition(config, spec) * spec.num_tasks
     free = hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
     capacity = config["replay"]["capacity"]
     if capacity == "auto":
@@ -132,10 +140,16 @@ def _settle_capacity(config: Config, pack: Pack, device: torch.device) -> int:
         return max(capacity, (spec.n_step + spec.stack + 1) * spec.num_envs)
     if capacity * each > free:
         raise UserError(
-            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks and {free / 2**30:.1f} GiB are free; "
-            f"at most {int(free // each)} fit, or replay.capacity=auto"
+            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
+            f"and {free / 2**30:.1f} GiB are free; at most {int(free // each)} fit, or replay.capacity=auto"
         )
     return capacity
+
+
+def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
+    found, _ = _class_of(config, "replay")
+    assert issubclass(found, Replay)
+    return found.bytes_per_transition(spec)
 
 
 def _free_disk(run_dir: str | None) -> int:
@@ -150,12 +164,13 @@ def describe(config: Config) -> list[str]:
     env, replay = config["env"], config["replay"]
     pack = make_pack(config)
     spec = _replay_spec(config, pack, torch.device(config["device"]))
-    taken = replay["capacity"] * spec.bytes_per_transition * spec.num_tasks
+    each = _bytes_per_transition(config, spec)
+    taken = replay["capacity"] * each * spec.num_tasks
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"replay: {replay['capacity']:,} transitions per task, {taken / 2**30:.2f} GiB in all ({spec.bytes_per_transition:,} bytes each)",
+        f"replay: {replay['capacity']:,} transitions per task, {taken / 2**30:.2f} GiB in all ({each:,} bytes each)",
     ]
 
 
@@ -179,7 +194,7 @@ def make_pack(config: Config) -> Pack:
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(f"trusted_packages: {package} cannot be imported: {error}") from error
-    return make(config, "env", trusted=tuple(config["trusted_packages"]))
+    return make(config, "env")
 
 
 def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskNetwork:
@@ -188,23 +203,25 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     Raises:
         UserError: a torso for another kind of observation.
     """
-    trusted = tuple(config["trusted_packages"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config["seed"], "network"))
-        torso = make(config, "network", trusted=trusted)
+        torso = make(config, "network")
         kind = "image" if len(pack.observation_shape) == 3 else "vector"
         if torso.observation_kind != kind:
             raise UserError(
-                f"network={type(torso).__name__} reads {torso.observation_kind} observations; those of env={config['env']['name']} are {kind}s"
+                f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
+                f"those of env={config['env']['name']} are {kind}s"
             )
         # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
         shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
         num_actions = [task.num_actions for task in pack.tasks]
         try:
-            sharing = make(config, "network/sharing", torso, shapes, trusted=trusted)
+            sharing = make(config, "network/sharing", torso, shapes)
         except RuntimeError as error:  # torch: an image too small for the convolutions
-            raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
-        head = make(config, "network/head", torso.num_features, num_actions, trusted=trusted)
+            raise UserError(
+                f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]
+            ) from error
+        head = make(config, "network/head", torso.num_features, num_actions)
     autocast = torch.bfloat16 if config["precision"] == "bf16" else None
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast).to(device)
 
@@ -233,16 +250,16 @@ def make_run(config: Config) -> Run:
     Raises:
         UserError: parts that do not fit together.
     """
-    device, trusted = torch.device(config["device"]), tuple(config["trusted_packages"])
+    device = torch.device(config["device"])
     torch.set_num_threads(config["threads"])
     pack = make_pack(config)
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    agent = make(config, "agent", network, make(config, "agent/value_scale", trusted=trusted), names, compile_with, trusted=trusted)
-    replay = make(config, "replay", _replay_spec(config, pack, device), trusted=trusted)
-    optimizer = make(config, "optimizer", list(network.parameters()), trusted=trusted)
-    augmentation, task_weights = make(config, "augmentation", trusted=trusted), make(config, "task_weights", trusted=trusted)
+    agent = make(config, "agent", network, make(config, "agent/value_scale"), names, compile_with)
+    replay = make(config, "replay", _replay_spec(config, pack, device))
+    optimizer = make(config, "optimizer", list(network.parameters()))
+    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights")
     learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
 
     def open_loop() -> Loop:

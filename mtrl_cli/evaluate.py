@@ -8,7 +8,7 @@ from typing import Any
 
 from mtrl_cli import build, evaluator, files, video
 from mtrl_cli import config as configuration
-from mtrl_cli.checkpoint import CheckpointStore, Which
+from mtrl_cli.checkpoint import CheckpointStore, parse_which
 from mtrl_cli.display import console, evaluation_table
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
@@ -31,25 +31,24 @@ def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str])
     config = configuration.load(folder.config, trusted=options["trusted_packages"])
     config["eval"] = config["eval"] | {key: value for key, value in options["eval"].items() if value is not None}
     config = build.for_evaluation(config, options["device"])
-    with StopRequest() as stop:
-        with stop.interruptible():
-            which: Which = options["checkpoint"] if named is None else named
-            step, state = CheckpointStore(folder.checkpoints, keep=1, with_replay=False).load(which, warn=print)
-            pack, network, player = build.make_evaluation(config)
+    with StopRequest() as stop, stop.interruptible():
+        which = parse_which(options["checkpoint"] if named is None else named)
+        step, state = CheckpointStore(folder.checkpoints, keep=1, with_replay=False).load(which, warn=print)
+        pack, network, player = build.make_evaluation(config)
+        if options["video"]:
+            video.require()
+        try:
+            network.load_state_dict(state["model"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"checkpoint {step} of {folder.path} does not fit its configuration: {str(error).splitlines()[0]}") from error
+        games = player.play(network, stop.check)
+        summary = evaluator.summarise(games, pack, step, str(step))
+        try:
+            folder.write(f"eval/{step}.json", files.to_json(summary))
             if options["video"]:
-                video.require()
-            try:
-                network.load_state_dict(state["model"])
-            except (KeyError, RuntimeError) as error:
-                raise UserError(f"checkpoint {step} of {folder.path} does not fit its configuration: {str(error).splitlines()[0]}") from error
-            games = player.play(network, stop.check)
-            summary = evaluator.summarise(games, pack, step, str(step))
-            try:
-                folder.write(f"eval/{step}.json", files.to_json(summary))
-                if options["video"]:
-                    _write_videos(folder, pack, games)
-            except OSError as error:
-                raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
+                _write_videos(folder, pack, games)
+        except OSError as error:
+            raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
     print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
 

@@ -48,9 +48,7 @@ class Evaluator:
         device: where the network is.
     """
 
-    def __init__(
-        self, pack: Pack, *, episodes: int, max_steps: int, epsilon: float, seed: int, num_threads: int, device: torch.device
-    ):
+    def __init__(self, pack: Pack, *, episodes: int, max_steps: int, epsilon: float, seed: int, num_threads: int, device: torch.device):
         self.pack, self.episodes, self.max_steps, self._epsilon = pack, episodes, max_steps, epsilon
         self._seed, self._num_threads, self._device = seed, num_threads, device
 
@@ -72,14 +70,15 @@ class Evaluator:
         epsilon_K = np.full(K, self._epsilon, np.float32)
         try:
             frames.push(torch.from_numpy(envs.reset()).to(self._device), torch.ones_like(frames.start))
-            total, running = np.zeros((K, num_envs)), np.ones((K, num_envs), bool)
+            total: np.ndarray = np.zeros((K, num_envs))
+            running: np.ndarray = np.ones((K, num_envs), bool)
             first_game: list[list[int]] = [[] for _ in range(K)]
             for _ in range(self.max_steps):
                 check()
                 action = actor.act(frames.observation, epsilon_K).cpu().numpy()
-                for k in np.flatnonzero(running[:, 0]):
-                    first_game[k].append(int(action[k, 0]))
-                envs.send(action, running.any(1))
+                for player in np.flatnonzero(running[:, 0]):
+                    first_game[player].append(int(action[player, 0]))
+                envs.send(action, np.asarray(running.any(1)))
                 step = envs.recv()
                 total += step.reward * running
                 running &= ~step.done

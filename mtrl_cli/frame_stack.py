@@ -15,9 +15,7 @@ class FrameStack:
         device: where it is kept.
     """
 
-    def __init__(
-        self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.observation = torch.zeros((num_tasks, num_envs, stack, *frame_shape), dtype=dtype, device=device)
         self.start = torch.ones((num_tasks, num_envs), dtype=torch.bool, device=device)
 

@@ -63,7 +63,7 @@ class Adam(Optimizer):
         weight_decay: NonNegativeFloat,
         max_grad_norm: NonNegativeFloat,
     ):
-        self._options = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        self._options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
         super().__init__(parameters, max_grad_norm)
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -46,11 +46,6 @@ class ReplaySpec:
     seed: int
     total_steps: int
 
-    @property
-    def bytes_per_transition(self) -> int:
-        """Frame, action, reward and flags."""
-        return int(np.prod(self.frame_shape)) * self.dtype.itemsize + 1 + 4 + 1
-
 
 @dataclass
 class Batch:
@@ -87,6 +82,11 @@ class Replay(ABC):
         ValueError: fewer rows than one window and one stack need.
     """
 
+    @classmethod
+    def bytes_per_transition(cls, spec: ReplaySpec) -> int:
+        """Memory that a transition takes at most: frame, action, reward and flags."""
+        return int(np.prod(spec.frame_shape)) * spec.dtype.itemsize + 1 + 4 + 1
+
     def __init__(self, spec: ReplaySpec, capacity: int):
         self.spec = spec
         self.capacity_rows = capacity // spec.num_envs
@@ -98,8 +98,7 @@ class Replay(ABC):
             )
         K, T, N = spec.num_tasks, self.capacity_rows, spec.num_envs
         # One row more than is stored stays zero: what a stack shows before its episode's start.
-        self._frames = torch.empty((K * T * N + 1, *spec.frame_shape), dtype=spec.dtype, device=spec.device)
-        self._frames[-1].zero_()
+        self._frames = torch.zeros((K * T * N + 1, *spec.frame_shape), dtype=spec.dtype, device=spec.device)
         self._actions = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
         self._rewards = torch.zeros((K, T, N), dtype=torch.float32, device=spec.device)
         self._flags = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
@@ -213,7 +212,12 @@ class Replay(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the rows, which `export_rows` gives."""
-        return {"rows": self.rows, "first_row": self._first_kept, "capacity_rows": self.capacity_rows, "generator": self._generator.get_state()}
+        return {
+            "rows": self.rows,
+            "first_row": self._first_kept,
+            "capacity_rows": self.capacity_rows,
+            "generator": self._generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
         """Take a state; without its rows the replay starts empty.
@@ -277,6 +281,11 @@ class PrioritizedReplay(Replay):
         alpha: exponent of the priorities; 0 is uniform.
         beta: exponent of the importance weights at the start, annealed linearly to 1 over the run.
     """
+
+    @classmethod
+    def bytes_per_transition(cls, spec: ReplaySpec) -> int:
+        """As every replay's, and two nodes of a tree of float64 whose leaves are rounded up to a power of two."""
+        return super().bytes_per_transition(spec) + 32
 
     def __init__(self, spec: ReplaySpec, *, capacity: PositiveInt | Auto, alpha: Fraction = 0.6, beta: Fraction = 0.4):
         super().__init__(spec, int(capacity))

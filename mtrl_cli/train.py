@@ -10,8 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-
-from mtrl_cli import build, config as configuration, evaluator, files, hardware
+from mtrl_cli import build, evaluator, files, hardware
+from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
 from mtrl_cli.display import Display, evaluation_table
 from mtrl_cli.envs.scores import normalised
@@ -302,9 +302,7 @@ class _Training:
     def _log_parameters(self) -> None:
         counts = self.run.agent.network.parameter_counts()
         figures = {"parameters/total": float(counts.total), "parameters/shared": float(counts.shared)}
-        figures |= {
-            f"parameters/{task.name}": float(count) for task, count in zip(self.run.pack.tasks, counts.per_task, strict=True)
-        }
+        figures |= {f"parameters/{task.name}": float(count) for task, count in zip(self.run.pack.tasks, counts.per_task, strict=True)}
         self.logger.row(0, 0, self.seconds, 0, figures)
 
     def _finish(self) -> None:

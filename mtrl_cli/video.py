@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from mtrl_cli.errors import UserError
+
+
+def require() -> None:
+    """Raise UserError unless videos can be written: for before the work of playing."""
+    if importlib.util.find_spec("av") is None:
+        raise UserError("Videos need the av package: pip install 'mtrl_cli[video]'")
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
@@ -21,10 +28,9 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
         ValueError: there are no frames.
         OSError: the file cannot be written.
     """
-    try:
-        import av
-    except ImportError:
-        raise UserError("Videos need the av package: pip install 'mtrl_cli[video]'") from None
+    require()
+    import av
+
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     count = 0
     try:

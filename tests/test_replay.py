@@ -186,7 +186,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
 
 
 def test_an_atari_transition_takes_its_frame_and_six_bytes() -> None:
-    assert spec(frame_shape=(1, 84, 84), dtype=torch.uint8).bytes_per_transition == 84 * 84 + 6
+    assert UniformReplay.bytes_per_transition(spec(frame_shape=(1, 84, 84), dtype=torch.uint8)) == 84 * 84 + 6
 
 
 def test_transitions_are_counted_to_the_capacity() -> None:

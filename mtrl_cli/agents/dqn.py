@@ -120,7 +120,8 @@ class DQN(Agent):
     def after_update(self, updates: int) -> None:
         if self._target_period and updates % self._target_period:
             return
-        online, target = list(self.network.parameters()), list(self.target_network.parameters())
+        online: list[torch.Tensor] = list(self.network.parameters())
+        target: list[torch.Tensor] = list(self.target_network.parameters())
         with torch.no_grad():
             if self._target_period:
                 torch._foreach_copy_(target, online)
