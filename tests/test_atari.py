@@ -41,19 +41,41 @@ def whole_game(played: TaskPack, action: int) -> list[Step]:
     return taken
 
 
+@pytest.mark.parametrize("steps_between_seeds", [None, 150], ids=["seeded at the start only", "seeded again"])
 @pytest.mark.parametrize("protocol", ["machado", "nature"])
-def test_a_state_taken_in_the_middle_of_games_brings_them_back_to_the_last_pixel(protocol: str) -> None:
-    left_alone = make("breakout", "freeway", num_envs=2, protocol=protocol)
+def test_a_state_taken_after_several_games_brings_them_back_to_the_last_pixel(
+    protocol: str, steps_between_seeds: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if steps_between_seeds:
+        monkeypatch.setattr(AtariPack, "steps_between_seeds", steps_between_seeds)
+    games = ["breakout", "road_runner"]  # the first takes about 200 steps, the second 100
+    left_alone = make(*games, num_envs=2, protocol=protocol)
     left_alone.reset()
-    before = play(left_alone, 230, seed=0)
+    before = play(left_alone, 250, seed=0)
     state = left_alone.state_dict()
-    lengths = state["lengths"]
-    assert len(set(lengths[0].tolist())) == 2, "the Breakout games should have ended at different times"
-    assert 0 < lengths.min() < lengths.max() == 230
-    resumed = make("breakout", "freeway", num_envs=2, num_threads=4, protocol=protocol)
+    assert state["episode"].max() > state["episode"].min() > 0
+    if steps_between_seeds:
+        assert (state["episode"] > state["seeded_episode"]).any()
+        assert (state["seeded_episode"] > 0).any()
+        assert len(np.unique(state["lengths"])) >= 3
+    else:
+        assert not state["seeded_episode"].any(), "seeds are for every few thousand steps"
+        assert (state["lengths"] == 250).all()
+    resumed = make(*games, num_envs=2, num_threads=4, protocol=protocol)
     assert np.array_equal(resumed.load_state_dict(state), before[-1].observation)
     after = zip(play(left_alone, 60, seed=9), play(resumed, 60, seed=9), strict=True)
     assert all(same(one, other) for one, other in after)
+
+
+def test_games_that_begin_without_a_seed_do_not_repeat_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atari, "MOST_FRAMES", 200)
+    played = make("breakout")
+    played.reset()
+    actions = np.random.default_rng(0).integers(0, 4, 50)
+    games = [tuple(play_one(played, action).observation.tobytes() for action in actions) for _ in range(3)]
+    assert played.episodes.item() == 3
+    assert played.state_dict()["seeded_episode"].item() == 0
+    assert len(set(games)) == 3
 
 
 def test_machado_starts_every_game_alike_and_then_repeats_actions_by_chance() -> None:
@@ -97,7 +119,6 @@ def test_a_lost_life_starts_no_new_episode() -> None:
         pass
     assert not lost.done.item()
     assert played.episodes.item() == 0
-    assert len(played.journal(0, 0)[1]) > 0
 
 
 def play_one(played: TaskPack, action: int) -> Step:
@@ -159,8 +180,8 @@ def test_rendering_plays_the_very_game_again_in_colour() -> None:
     played = make("breakout", num_envs=2)
     played.reset()
     observation = play(played, 60, seed=3)[-1].observation[0, :, 0]
-    seed, actions = played.journal(0, 1)
-    frames = list(played.pack.render(0, seed, actions.tolist()))
+    actions = played.state_dict()["actions"].reshape(2, 60)[1]
+    frames = list(played.pack.render(0, played.episode_seed(0, 1, 0), actions.tolist()))
     assert len(frames) == 61
     assert {(frame.shape, frame.dtype.name) for frame in frames} == {((210, 160, 3), "uint8")}
     grey = area_average(frames[-1] @ np.array([0.299, 0.587, 0.114]), 84)

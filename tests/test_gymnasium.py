@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,8 +83,10 @@ def play(played: TaskPack, steps: int, seed: int) -> list[np.ndarray]:
     return taken
 
 
+@pytest.mark.parametrize("steps_between_seeds", [0, 100])
 @pytest.mark.parametrize("steps", [1, 75, 420])
-def test_a_state_brings_every_environment_back(steps: int) -> None:
+def test_a_state_brings_every_environment_back(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GymnasiumPack, "steps_between_seeds", steps_between_seeds)
     left_alone, resumed = start(make(*CLASSIC)), start(make(*CLASSIC))
     left_alone.reset()
     before = play(left_alone, steps, seed=1)
@@ -185,25 +188,23 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     gymnasium.registry.pop("Stranger-v0", None)
 
 
-@pytest.mark.parametrize("trusted", [(), ("strange",), ("other", "")])
-def test_an_id_imports_no_package_that_is_not_trusted(stranger: Path, trusted: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"trusted_packages=\[stranger\]"):
-        GymnasiumPack(trusted, name="test", tasks=["stranger:Stranger-v0"], num_envs=1)
+def test_an_id_that_names_a_package_imports_nothing_and_is_refused(stranger: Path) -> None:
+    with pytest.raises(UserError, match=r"give the id alone, Stranger-v0\n.* trusted_packages=\[stranger\]"):
+        make("stranger:Stranger-v0")
     assert not stranger.exists()
 
 
-def test_an_id_may_name_a_trusted_package(stranger: Path) -> None:
-    pack = GymnasiumPack(("stranger",), name="test", tasks=["stranger:Stranger-v0"], num_envs=1)
-    assert stranger.exists()
-    played = start(pack)
+@pytest.mark.parametrize("name", ["absent_package:Env-v0", ":CartPole-v1", "CartPole-v1:"])
+def test_an_id_with_a_colon_is_refused_wherever_it_leads(name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        make(name)
+
+
+def test_what_an_imported_package_registered_can_be_played(stranger: Path) -> None:
+    importlib.import_module("stranger")
+    played = start(make("Stranger-v0"))
     played.reset()
     assert play(played, 9, seed=0)[-1].all()
-
-
-@pytest.mark.parametrize("name", ["stranger:Nothing-v0", "absent_package:Env-v0", ":CartPole-v1"])
-def test_a_prefixed_id_that_leads_nowhere_is_refused(stranger: Path, name: str) -> None:
-    with pytest.raises(UserError, match=name):
-        GymnasiumPack(("stranger", "absent_package"), name="test", tasks=[name], num_envs=1)
 
 
 def test_rendering_draws_the_episode_again() -> None:

@@ -34,8 +34,10 @@ def play(played: TaskPack, steps: int, seed: int) -> list[np.ndarray]:
     return taken
 
 
+@pytest.mark.parametrize("steps_between_seeds", [0, 100])
 @pytest.mark.parametrize("steps", [1, 40, 333])
-def test_a_state_brings_every_game_back(steps: int) -> None:
+def test_a_state_brings_every_game_back(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MinAtarPack, "steps_between_seeds", steps_between_seeds)
     left_alone, resumed = start(make()), start(make())
     left_alone.reset()
     before = play(left_alone, steps, seed=1)
@@ -111,10 +113,12 @@ def test_rendering_shows_each_cell_as_a_block() -> None:
     pack = make("breakout")
     played = start(pack)
     played.reset()
-    while len(played.journal(0, 0)[1]) < 5:
-        observation = play(played, 1, seed=0)[0]
-    seed, actions = played.journal(0, 0)
-    frames = list(pack.render(0, seed, actions.tolist()))
+    actions = [0, 1, 2, 1, 0]
+    for action in actions:
+        played.send(np.full((1, 2), action))
+        observation = played.recv().observation
+    assert not played.episodes.any()
+    frames = list(pack.render(0, played.episode_seed(0, 0, 0), actions))
     assert len(frames) == len(actions) + 1
     assert frames[-1].shape == (160, 160, 3)
     assert frames[-1].dtype == np.uint8

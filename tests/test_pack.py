@@ -17,17 +17,26 @@ def task(name: str, shape: tuple[int, ...] = (3,), num_actions: int = 2) -> Task
 
 
 class Dice:
-    """A game whose every number hangs on its seed and all its actions; it ends by a throw of the dice."""
+    """A game whose every number hangs on its last seed and all actions since; it ends by a throw of the dice.
+
+    Attributes:
+        steps: since that seed. seeds: all that it was given.
+    """
 
     def __init__(self, shape: tuple[int, ...], ends: float) -> None:
         self.shape, self.ends = shape, ends
-        self.steps = 0
+        self.steps, self.sum = 0, 0
+        self.generator = np.random.default_rng()
+        self.seeds: list[int] = []
         self.over = True
 
-    def reset(self, seed: int) -> np.ndarray:
-        self.generator = np.random.default_rng(seed)
-        self.sum, self.steps, self.over = 0, 0, False
-        return self.generator.random(self.shape)
+    def reset(self, seed: int | None) -> np.ndarray:
+        if seed is not None:
+            self.generator = np.random.default_rng(seed)
+            self.steps, self.sum = 0, 0
+            self.seeds.append(seed)
+        self.over = False
+        return self.generator.random(self.shape) + self.sum
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
         assert not self.over, "stepped past the end"
@@ -45,9 +54,9 @@ class Dice:
 class DicePack(Pack):
     observation_kind = "vector"
 
-    def __init__(self, tasks: list[Task], ends: float = 0.05) -> None:
+    def __init__(self, tasks: list[Task], ends: float = 0.05, steps_between_seeds: int = 0) -> None:
         super().__init__(name="dice", tasks=tasks, num_envs=3, observation_dtype=np.float32)
-        self.ends = ends
+        self.ends, self.steps_between_seeds = ends, steps_between_seeds
         self.games: dict[str, list[Dice]] = {}
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> SerialVectorTask:
@@ -59,9 +68,9 @@ class DicePack(Pack):
 TASKS = [task("a", (3,), 2), task("b", (5,), 4), task("c", (1,), 3)]
 
 
-def make(tasks: list[Task] = TASKS, ends: float = 0.05, **options: Any) -> TaskPack:
+def make(tasks: list[Task] = TASKS, ends: float = 0.05, steps_between_seeds: int = 0, **options: Any) -> TaskPack:
     options = {"num_envs": 3, "seed": 7, "num_threads": 1, "training": True, "stream": "train", **options}
-    return TaskPack(DicePack(tasks, ends), **options)
+    return TaskPack(DicePack(tasks, ends, steps_between_seeds), **options)
 
 
 def random_actions(played: TaskPack, generator: np.random.Generator) -> np.ndarray:
@@ -84,13 +93,15 @@ def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("steps_between_seeds", [0, 20, 1000])
 @pytest.mark.parametrize("trial", range(12))
-def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int) -> None:
-    left_alone = make(ends=[0.3, 0.05, 0.004][trial % 3], seed=trial)
+def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int, steps_between_seeds: int) -> None:
+    options = {"ends": [0.3, 0.05, 0.004][trial % 3], "seed": trial, "steps_between_seeds": steps_between_seeds}
+    left_alone = make(**options)
     left_alone.reset()
     before = play(left_alone, steps=trial * 7, seed=trial, with_active=trial % 2 == 0)
     state = left_alone.state_dict()
-    resumed = make(ends=[0.3, 0.05, 0.004][trial % 3], seed=trial)
+    resumed = make(**options)
     observation = resumed.load_state_dict(state)
     if before and trial % 2:
         assert np.array_equal(observation, before[-5])
@@ -101,17 +112,41 @@ def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int) -> Non
     assert all(np.array_equal(left_alone.state_dict()[key], resumed.state_dict()[key]) for key in state)
 
 
-def test_a_journal_plays_an_episode_again_however_long_it_is() -> None:
-    played = make(ends=0.0)
+@pytest.mark.parametrize("ends", [0.0, 0.05])
+def test_a_state_holds_all_actions_since_the_seed_however_many(ends: float) -> None:
+    played = make(ends=ends, steps_between_seeds=2000)
     played.reset()
-    observations = play(played, steps=1500, seed=0)[0::5]
-    seed, actions = played.journal(1, 2)
-    assert len(actions) == 1500
-    assert seed == played.episode_seed(1, 2, 0)
-    game = Dice((5,), 0.0)
-    game.reset(seed)
-    for action, observation in zip(actions.tolist(), observations, strict=True):
-        assert np.array_equal(game.step(action)[0].astype(np.float32), observation[1, 2])
+    steps = play(played, steps=1500, seed=0)
+    state = played.state_dict()
+    assert state["lengths"].tolist() == [[1500] * 3] * 3
+    assert state["seeded_episode"].tolist() == [[0] * 3] * 3
+    assert state["episode"].tolist() == np.sum(steps[4::5], axis=0).tolist()
+    game = Dice((5,), ends)
+    game.reset(played.episode_seed(1, 2, 0))
+    actions = state["actions"].reshape(3, 3, 1500)[1, 2]
+    for action, observation, done in zip(actions.tolist(), steps[0::5], steps[4::5], strict=True):
+        seen = game.step(action)[0]
+        if done[1, 2]:
+            seen = game.reset(None)
+        assert np.array_equal(seen.astype(np.float32), observation[1, 2])
+
+
+@pytest.mark.parametrize("steps_between_seeds", [0, 1, 30, 90])
+def test_an_episode_is_seeded_when_enough_steps_were_taken_since_the_last_seed(steps_between_seeds: int) -> None:
+    played = make(ends=0.1, steps_between_seeds=steps_between_seeds)
+    played.reset()
+    done = np.array(play(played, steps=400, seed=0)[4::5])
+    for k, n in np.ndindex(3, 3):
+        seeds, last, ended = [played.episode_seed(k, n, 0)], 0, 0
+        for step in np.flatnonzero(done[:, k, n]) + 1:
+            ended += 1
+            if step - last >= steps_between_seeds:
+                seeds.append(played.episode_seed(k, n, ended))
+                last = step
+        assert played.pack.games[TASKS[k].name][n].seeds == seeds  # type: ignore[attr-defined]
+        assert played.episodes[k, n] == ended
+        assert 2 < len(seeds) <= 1 + ended
+        assert (len(seeds) == 1 + ended) == (steps_between_seeds <= 1)
 
 
 def test_episodes_hang_on_the_tasks_name_and_not_on_its_place_or_neighbours() -> None:
@@ -141,7 +176,7 @@ def test_after_the_end_the_observation_is_the_first_of_the_next_episode() -> Non
             shape = TASKS[k].observation_shape
             first = Dice(shape, 0).reset(played.episode_seed(k, n, int(played.episodes[k, n])))
             assert np.array_equal(step.observation[k, n, : shape[0]], first.astype(np.float32))
-            assert len(played.journal(k, n)[1]) == 0
+            assert played.state_dict()["lengths"][k, n] == 0
     assert played.episodes.min() > 0
 
 
@@ -202,12 +237,13 @@ def test_an_action_that_the_task_does_not_have_reaches_no_environment(place: tup
     played.recv()
 
 
-def test_a_game_that_does_not_repeat_itself_is_noticed() -> None:
-    played = make(ends=0.0)
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.2), (0.2, 0.0), (0.1, 0.3)], ids=["more ends", "fewer ends", "other ends"])
+def test_a_game_that_does_not_repeat_itself_is_noticed(then: float, now: float) -> None:
+    played = make(ends=then, steps_between_seeds=1000)
     played.reset()
     play(played, 40, seed=0)
-    with pytest.raises(RunError, match="did not repeat itself"):
-        make(ends=0.2).load_state_dict(played.state_dict())
+    with pytest.raises(RunError, match="Environment 0 of a did not repeat itself: its 40 saved actions ended"):
+        make(ends=now, steps_between_seeds=1000).load_state_dict(played.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -215,12 +251,27 @@ def test_a_game_that_does_not_repeat_itself_is_noticed() -> None:
     [
         {"lengths": np.zeros((2, 3), np.int64)},
         {"episode": np.zeros((3, 4), np.int64)},
+        {"seeded_episode": np.zeros((3, 4), np.int64)},
+        {"seeded_episode": np.ones((3, 3), np.int64)},
+        {"seeded_episode": np.full((3, 3), -1, np.int64)},
+        {"episode": np.full((3, 3), 11, np.int64)},
         {"actions": np.zeros(3, np.uint8)},
         {"actions": np.full(90, 9, np.uint8)},
         {"lengths": np.array([[100, -10, 0], [0, 0, 0], [0, 0, 0]])},
         {"lengths": np.array([[2**62, 2**62, 2**62], [2**62, 90, 0], [0, 0, 0]])},
     ],
-    ids=["fewer tasks", "more environments", "too few actions", "no such actions", "negative", "overflow"],
+    ids=[
+        "fewer tasks",
+        "more environments",
+        "more seeds",
+        "seeded later",
+        "seeded before the first",
+        "more ends than steps",
+        "too few actions",
+        "no such actions",
+        "negative",
+        "overflow",
+    ],
 )
 def test_a_state_that_does_not_fit_is_refused(change: dict[str, np.ndarray]) -> None:
     played = make(ends=0.0)

@@ -42,6 +42,7 @@ class AtariPack(Pack):
     """Atari games by their ROM names (pong, space_invaders), each with its minimal set of actions unless `full_action_space`."""
 
     observation_kind = "image"
+    steps_between_seeds = 4_000  # a seed costs as much as some 200 steps
 
     def __init__(
         self,
@@ -98,8 +99,9 @@ class AtariPack(Pack):
 class AtariVectorTask:
     """A `VectorTask` of one game; see `mtrl_cli.envs.pack`.
 
-    A seeded reset loads the ROM anew, which makes an episode depend on nothing but its seed and actions, and takes about 0.12 s of a core.
-    It must come right after `done`: ale-py restarts the game by itself in the next step, with the random numbers that the last one left.
+    A seeded reset loads the ROM anew, which makes all that follows depend on nothing but the seed and the actions, and takes 0.12 s of a
+    core. Without a seed the game restarts within 0.01 s, and sticky actions and no-op starts go on with the random numbers as they are.
+    Both must come right after `done`: in the next step ale-py would restart the game by itself.
     """
 
     def __init__(self, env: AtariVectorEnv, lost_life_terminates: bool) -> None:
@@ -108,7 +110,7 @@ class AtariVectorTask:
         self._lives = np.zeros(env.num_envs, np.int32)
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """See `VectorTask.reset`. To ale-py -1, our `ANY_SEED`, means a restart without loading, which takes a twentieth of the time."""
+        """See `VectorTask.reset`. To ale-py, too, -1 means without a seed."""
         observation, info = self._env.reset(seed=seeds, options={"reset_mask": mask})
         self._lives = info["lives"]
         return observation

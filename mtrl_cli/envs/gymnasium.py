@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -31,13 +30,12 @@ class GymnasiumPack(Pack):
     """Registered environments by id (CartPole-v1), all with vectors or all with images: `observation_kind` is decided from their spaces.
 
     Args:
-        trusted_packages: packages that an id may name (`package:Env-v0`), which imports them; never taken from a configuration.
+        tasks: their ids. Gymnasium would import the package of an id like `package:Env-v0`; such ids are refused.
         max_episode_steps: steps after which an episode is truncated; 0: what each id was registered with.
     """
 
     def __init__(
         self,
-        trusted_packages: tuple[str, ...] = (),
         *,
         name: str,
         tasks: Names,
@@ -45,10 +43,8 @@ class GymnasiumPack(Pack):
         max_episode_steps: NonNegativeInt = 0,
     ) -> None:
         for each in tasks:
-            _import_prefix(each, trusted_packages)
-        registered = set(gymnasium.registry)
-        prefixed = {each for each in tasks if ":" in each and each.partition(":")[2] in registered}
-        check_names(tasks, registered | prefixed, "an id that gymnasium has registered")
+            _refuse_prefix(each)
+        check_names(tasks, set(gymnasium.registry), "an id that gymnasium has registered")
         self.max_episode_steps = max_episode_steps
         described, kinds, highest = [], [], []
         for each in tasks:
@@ -103,11 +99,10 @@ class GymnasiumPack(Pack):
 
     def _make(self, name: str, **options: Any) -> gymnasium.Env:
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        registered = name.partition(":")[2] or name
         limit = self.max_episode_steps or None
         try:
             # The checker warns about spaces that we refuse with a plain line, and slows every step.
-            return gymnasium.make(registered, max_episode_steps=limit, disable_env_checker=True, **options)
+            return gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True, **options)
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
             raise UserError(f"env.tasks: {name} needs a package that is not installed\n{' '.join(str(error).split())}") from None
 
@@ -120,8 +115,8 @@ class GymnasiumGame:
         self._start = int(env.action_space.start)  # type: ignore[attr-defined]
         self._convert = _converter(env.observation_space)
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start the episode of `seed`."""
+    def reset(self, seed: int | None) -> np.ndarray:
+        """Start an episode; without a seed, with the random numbers that the last one left."""
         return self._convert(self._env.reset(seed=seed)[0])
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
@@ -138,20 +133,13 @@ class GymnasiumGame:
         self._env.close()
 
 
-def _import_prefix(name: str, trusted_packages: Sequence[str]) -> None:
-    """Import the package that an id names, as gymnasium would do unasked, if it is trusted."""
-    package, colon, _ = name.partition(":")
-    if not colon:
-        return
-    if not any(package == trusted or package.startswith(f"{trusted}.") for trusted in trusted_packages):
+def _refuse_prefix(name: str) -> None:
+    package, colon, rest = name.partition(":")
+    if colon:
         raise UserError(
-            f"env.tasks: {name} would import the package {package!r}\n"
-            f"If you trust it with running code, say so on the command line: trusted_packages=[{package.split('.')[0]}]"
+            f"env.tasks: {name} would import the package {package!r}; give the id alone, {rest}\n"
+            f"If you trust the package with running code, name it on the command line: trusted_packages=[{package}]"
         )
-    try:
-        import_module(package)
-    except ImportError as error:
-        raise UserError(f"env.tasks: {name}: the package {package} cannot be imported ({error})") from None
 
 
 def _task(name: str, env: gymnasium.Env) -> Task:

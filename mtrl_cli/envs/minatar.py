@@ -96,9 +96,10 @@ class MinAtarGame:
         self._steps = 0
         self.actions = list(actions)
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start the episode of `seed`."""
-        self._environment.seed(seed)
+    def reset(self, seed: int | None) -> np.ndarray:
+        """Start an episode; without a seed, with the random numbers that the last one left."""
+        if seed is not None:
+            self._environment.seed(seed)
         self._environment.last_action = 0  # MinAtar's reset leaves the last game's, which the first sticky action would repeat
         self._environment.reset()
         self._steps = 0

@@ -3,8 +3,9 @@
 `Pack` is the suite that a configuration describes (its tasks, their shapes and actions); `TaskPack` is what plays it. Arrays are
 task-major: observations `[K, N, *padded]`, actions, rewards and flags `[K, N]`. K tasks, N environments per task.
 
-Every episode starts from a seed that depends only on (stream, run seed, task name, environment, episode), so that an environment is
-described in full by its episode's number and the actions since: that is what a checkpoint holds, and what `load_state_dict` plays again.
+An environment is seeded at its first episode and again every so often (`Pack.steps_between_seeds`), from what depends only on (stream, run
+seed, task name, environment, episode); the episodes between go on with the random numbers that the one before left. So it is described in
+full by the number of the episode that was seeded and all actions since: that is what a checkpoint holds, and `load_state_dict` plays again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mtrl_cli.envs.journal import MOST_ACTIONS, Journals
 from mtrl_cli.errors import RunError, UserError
 
-MOST_ACTIONS = 256  # journals hold an action in one byte
-FIRST_JOURNAL_CAPACITY = 1024
-ANY_SEED = -1
+UNSEEDED = -1
 
 Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -49,7 +49,8 @@ class VectorTask(Protocol):
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Start new episodes where `mask` (bool `[N]`) holds, from `seeds` (int64, 31 bits, one for each). The first call is for all.
 
-        Of an episode whose seed is `ANY_SEED` nothing will be looked at, so it may start in whatever way is quickest.
+        A seed must make all that follows depend on nothing but itself and the actions, over any number of episodes that start `UNSEEDED`:
+        with the random numbers that the one before left. (An environment that was never seeded may take any.)
 
         Returns:
             the observations of all N environments, `[N, *own shape]`; those that were not reset keep theirs.
@@ -81,9 +82,12 @@ class Pack:
         observation_dtype: uint8 for images, float32 for vectors.
         observation_scale: what a network divides observations by to get about unit size.
         stack: how many frames the learner stacks.
+        steps_between_seeds: an episode is seeded if at least so many steps were taken since the last seed; 0: each one. More costs less
+            where seeding is slow, and makes a resume slower, which plays all steps since the last seed again.
     """
 
     observation_kind: str
+    steps_between_seeds = 0
 
     def __init__(
         self, *, name: str, tasks: Sequence[Task], num_envs: int, observation_dtype: Any, observation_scale: float = 1.0, stack: int = 1
@@ -177,9 +181,12 @@ class TaskPack:
     """K tasks with `num_envs` environments each, as one: `send` sets them going, `recv` waits for them and restarts what is done.
 
     Args:
-        seed: the run's; with `stream` (such as "train" or "eval") it decides every episode's seed.
+        seed: the run's; with `stream` (such as "train" or "eval") it decides all seeds of episodes.
         num_threads: emulator threads in all, divided between the tasks, at least one each.
         training: whether a protocol that treats training and evaluation differently is in training.
+
+    Attributes:
+        episodes: int64 `[K, N]`, the number of each environment's episode, from 0.
     """
 
     def __init__(self, pack: Pack, *, num_envs: int, seed: int, num_threads: int, training: bool, stream: str) -> None:
@@ -190,8 +197,8 @@ class TaskPack:
         self.stream = stream
         shape = (len(self.tasks), num_envs)
         self.episodes = np.zeros(shape, np.int64)
-        self._lengths = np.zeros(shape, np.int64)
-        self._journals = np.zeros((*shape, FIRST_JOURNAL_CAPACITY), np.uint8)
+        self._seeded_episodes = np.zeros(shape, np.int64)
+        self._journals = Journals(*shape)  # since those episodes began
         self._num_actions = np.array([[task.num_actions] for task in self.tasks])
         self._in_flight: np.ndarray | None = None
         # Two buffers take turns: what the caller holds stays whole while the next observation is written.
@@ -204,22 +211,23 @@ class TaskPack:
         self._vectors = [pack.vector(index, num_envs, threads, training) for index in range(len(self.tasks))]
 
     def episode_seed(self, task: int, env: int, episode: int) -> int:
-        """The 31-bit seed of an episode. It hangs on the task's name, not its place, so that the rest of the pack does not matter."""
+        """The 31-bit seed of an episode, if that is one which is seeded, as number 0 is.
+
+        It hangs on the task's name, not its place, so that the rest of the pack does not matter.
+        """
         words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{env}/{episode}"
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") & 0x7FFFFFFF
-
-    def journal(self, task: int, env: int) -> tuple[int, np.ndarray]:
-        """The seed of an environment's episode, and its actions so far, uint8 `[length]`: enough to play it again."""
-        seed = self.episode_seed(task, env, int(self.episodes[task, env]))
-        return seed, self._journals[task, env, : self._lengths[task, env]].copy()
 
     def reset(self) -> np.ndarray:
         """Start every environment at its first episode. Returns the observations, `[K, N, *padded]`."""
         self.episodes[:] = 0
-        self._lengths[:] = 0
+        self._seeded_episodes[:] = 0
+        self._journals.lengths[:] = 0
         self._in_flight = None
         everything = np.ones(self.num_envs, bool)
-        return self._fill([vector.reset(self._seeds(task, everything), everything) for task, vector in enumerate(self._vectors)])
+        return self._fill(
+            [vector.reset(self._seeds(task, everything, everything), everything) for task, vector in enumerate(self._vectors)]
+        )
 
     def send(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
         """Set the environments going; `recv` takes what came of it.
@@ -234,7 +242,7 @@ class TaskPack:
         assert self._in_flight is None, "send was called twice without recv"
         active = np.ones(len(self.tasks), bool) if active is None else np.array(active, bool)
         self._check_actions(actions, active)
-        self._record(actions, active)
+        self._journals.record(actions, active)
         self._in_flight = active
         for task in np.flatnonzero(active):
             self._vectors[task].send(np.ascontiguousarray(actions[task], np.int64))
@@ -261,84 +269,81 @@ class TaskPack:
         self._vectors = []
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Where every environment is: its episode's number and its actions since the episode's start.
+        """Where every environment is: the numbers of its episode and of the last one that was seeded, and its actions since that began.
 
         Returns:
-            episode and lengths, int64 `[K, N]`; actions, uint8, all journals one after the other, in the order of `lengths.ravel()`.
+            episode, seeded_episode and lengths, int64 `[K, N]`; actions, uint8, all journals one after the other, in the order of
+            `lengths.ravel()`.
         """
         assert self._in_flight is None, "state_dict was called between send and recv"
-        played = np.arange(self._journals.shape[-1]) < self._lengths[..., None]
-        return {"episode": self.episodes.copy(), "actions": self._journals[played], "lengths": self._lengths.copy()}
+        return {
+            "episode": self.episodes.copy(),
+            "seeded_episode": self._seeded_episodes.copy(),
+            "actions": self._journals.flat(),
+            "lengths": self._journals.lengths.copy(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
-        """Bring every environment to where it was, by playing its actions again from its episode's seed. All that follows is identical.
+        """Bring every environment to where it was, by playing its actions again from its last seed. All that follows is identical.
 
         Returns:
             the observations, `[K, N, *padded]`.
 
         Raises:
             UserError: the state is not of a pack like this one.
-            RunError: an episode ended before its actions did: this is not the emulator that wrote them.
+            RunError: more or fewer episodes ended on the way than then: this is not the emulator that wrote them.
         """
-        episodes, lengths = (np.asarray(state[key], np.int64) for key in ("episode", "lengths"))
+        episodes, seeded, lengths = (np.asarray(state[key], np.int64) for key in ("episode", "seeded_episode", "lengths"))
         actions = np.asarray(state["actions"], np.uint8)
-        shapes_fit = episodes.shape == lengths.shape == self.episodes.shape
-        if not shapes_fit or lengths.min() < 0 or lengths.max() > actions.size or lengths.sum() != actions.size:
-            raise UserError(
-                f"The saved environments do not fit: expected {self.episodes.shape[0]} tasks with {self.num_envs} environments each,"
-                f" found {episodes.shape} with {int(lengths.sum())} actions of which {actions.size} are there"
-            )
+        self._check_state(episodes, seeded, lengths, actions)
         self._in_flight = None
         self.episodes[:] = episodes
-        self._lengths[:] = lengths
-        self._reserve(int(lengths.max()))
-        self._journals[np.arange(self._journals.shape[-1]) < lengths[..., None]] = actions
-        self._check_journals()
+        self._seeded_episodes[:] = seeded
+        self._journals.load(actions, lengths)
         return self._fill(self._replay())
 
     def _replay(self) -> list[np.ndarray]:
         """Play the journals again so that all end together: an environment with a short one starts late, and none is stepped past its end.
 
-        An environment that waits for its start plays anything meanwhile, as its neighbours cannot be stepped alone.
+        An environment that waits for its start plays anything meanwhile, as its neighbours cannot be stepped alone. Where an episode ends
+        within a journal, the next one was not seeded: an environment is seeded only where its journal begins.
         """
-        longest = int(self._lengths.max())
-        starts = longest - self._lengths
+        longest = int(self._journals.lengths.max())
+        starts = longest - self._journals.lengths
         observations: dict[int, np.ndarray] = {}
         finished = np.zeros_like(starts, bool)
+        ended = np.zeros_like(starts)
         for tick in range(longest + 1):
             running = [task for task in range(len(self.tasks)) if starts[task].min() <= tick]
             for task in running:
                 first = task not in observations
                 mask = np.ones(self.num_envs, bool) if first else (starts[task] == tick) | finished[task]
                 if mask.any():
-                    seeds = np.where(starts[task][mask] == tick, self._seeds(task, mask), ANY_SEED)
-                    observations[task] = self._vectors[task].reset(seeds, mask)
+                    observations[task] = self._vectors[task].reset(self._seeds(task, mask, starts[task] == tick), mask)
             if tick == longest:
                 break
             for task in running:
                 place = tick - starts[task]
-                actions = self._journals[task, np.arange(self.num_envs), np.maximum(place, 0)].astype(np.int64)
-                self._vectors[task].send(np.where(place >= 0, actions, 0))
+                self._vectors[task].send(np.where(place >= 0, self._journals.at(task, np.maximum(place, 0)), 0))
             for task in running:
                 observations[task], _, _, _, finished[task] = self._vectors[task].recv()
-                diverged = finished[task] & (starts[task] <= tick)
-                if diverged.any():
-                    self._refuse_divergence(task, int(diverged.argmax()))
+                ended[task] += finished[task] & (starts[task] <= tick)
+        self._check_repeated(ended)
         return [observations[task] for task in range(len(self.tasks))]
-
-    def _refuse_divergence(self, task: int, env: int) -> None:
-        raise RunError(
-            f"Environment {env} of {self.tasks[task].name} did not repeat itself: its game ended before its"
-            f" {self._lengths[task, env]} saved actions did.\nResume with the versions of the packages that run.json names"
-        )
 
     def _begin_next_episodes(self, task: int, done: np.ndarray) -> np.ndarray:
         self.episodes[task, done] += 1
-        self._lengths[task, done] = 0
-        return self._vectors[task].reset(self._seeds(task, done), done)
+        due = done & (self._journals.lengths[task] >= self.pack.steps_between_seeds)
+        self._seeded_episodes[task, due] = self.episodes[task, due]
+        self._journals.lengths[task, due] = 0
+        return self._vectors[task].reset(self._seeds(task, done, due), done)
 
-    def _seeds(self, task: int, mask: np.ndarray) -> np.ndarray:
-        return np.array([self.episode_seed(task, env, self.episodes[task, env]) for env in np.flatnonzero(mask).tolist()], np.int64)
+    def _seeds(self, task: int, mask: np.ndarray, due: np.ndarray) -> np.ndarray:
+        """For the environments in `mask`: the seeds of those that are due for one, `UNSEEDED` for the others."""
+        envs = np.flatnonzero(mask).tolist()
+        return np.array(
+            [self.episode_seed(task, env, self._seeded_episodes[task, env]) if due[env] else UNSEEDED for env in envs], np.int64
+        )
 
     def _fill(self, observations: Sequence[np.ndarray | None]) -> np.ndarray:
         """Copy the tasks' own observations into the buffer whose turn it is; zeros for a task that has none."""
@@ -347,19 +352,6 @@ class TaskPack:
         for part, observation in zip(self._own_parts[0], observations, strict=True):
             part[...] = 0 if observation is None else observation
         return self._buffers[0]
-
-    def _record(self, actions: np.ndarray, active: np.ndarray) -> None:
-        self._reserve(int(self._lengths.max()) + 1)
-        tasks, envs = np.nonzero(np.broadcast_to(active[:, None], self._lengths.shape))
-        self._journals[tasks, envs, self._lengths[tasks, envs]] = actions[tasks, envs]
-        self._lengths[active] += 1
-
-    def _reserve(self, length: int) -> None:
-        """Make room for journals of `length` actions, at least doubling, so that a step costs the same however long the game."""
-        missing = length - self._journals.shape[-1]
-        if missing > 0:
-            more = max(missing, self._journals.shape[-1])
-            self._journals = np.concatenate([self._journals, np.zeros((*self._lengths.shape, more), np.uint8)], axis=-1)
 
     def _check_actions(self, actions: np.ndarray, active: np.ndarray) -> None:
         if actions.shape != self.episodes.shape:
@@ -370,8 +362,27 @@ class TaskPack:
             name, most = self.tasks[task].name, self.tasks[task].num_actions - 1
             raise ValueError(f"{name} has no action {actions[task, env]} (environment {env}); expected 0 to {most}")
 
-    def _check_journals(self) -> None:
-        for index, task in enumerate(self.tasks):
-            played = self._journals[index][np.arange(self._journals.shape[-1]) < self._lengths[index][:, None]]
-            if played.size and played.max() >= task.num_actions:
-                raise UserError(f"The saved environments do not fit: {task.name} has no action {played.max()}, which was saved for it")
+    def _check_state(self, episodes: np.ndarray, seeded: np.ndarray, lengths: np.ndarray, actions: np.ndarray) -> None:
+        shapes_fit = episodes.shape == seeded.shape == lengths.shape == self.episodes.shape
+        if not shapes_fit or lengths.min() < 0 or lengths.max() > actions.size or lengths.sum() != actions.size:
+            raise UserError(
+                f"The saved environments do not fit: expected {self.episodes.shape[0]} tasks with {self.num_envs} environments each,"
+                f" found {episodes.shape} with {int(lengths.sum())} actions of which {actions.size} are there"
+            )
+        if ((seeded < 0) | (seeded > episodes) | (episodes - seeded > lengths)).any():  # an episode takes a step at least
+            raise UserError("The saved environments do not fit: their episodes are not numbered from the last one that was seeded")
+        task_of = np.repeat(np.arange(len(self.tasks), dtype=np.int32), lengths.sum(axis=1))
+        wrong = np.flatnonzero(actions >= self._num_actions.ravel()[task_of])
+        if wrong.size:
+            name, action = self.tasks[task_of[wrong[0]]].name, actions[wrong[0]]
+            raise UserError(f"The saved environments do not fit: {name} has no action {action}, which was saved for it")
+
+    def _check_repeated(self, ended: np.ndarray) -> None:
+        expected = self.episodes - self._seeded_episodes
+        if (ended != expected).any():
+            task, env = np.argwhere(ended != expected)[0]
+            raise RunError(
+                f"Environment {env} of {self.tasks[task].name} did not repeat itself: its {self._journals.lengths[task, env]} saved actions"
+                f" ended {expected[task, env]} episodes then, and {ended[task, env]} now"
+                f"\nResume with the versions of the packages that run.json names"
+            )

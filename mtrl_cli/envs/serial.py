@@ -7,14 +7,18 @@ from typing import Protocol
 
 import numpy as np
 
-from mtrl_cli.envs.pack import Received
+from mtrl_cli.envs.pack import UNSEEDED, Received
 
 
 class Game(Protocol):
     """One environment. Observations have the task's own shape."""
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Start the episode of `seed`; nothing of the one before may be left. Returns the first observation."""
+    def reset(self, seed: int | None) -> np.ndarray:
+        """Start an episode, of which nothing but the random numbers may come from the one before, and with a `seed` not even those.
+
+        Returns:
+            the first observation.
+        """
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
         """Returns observation, reward, terminated and truncated."""
@@ -34,7 +38,7 @@ class SerialVectorTask:
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """See `VectorTask.reset`."""
         for index, seed in zip(np.flatnonzero(mask).tolist(), seeds.tolist(), strict=True):
-            self._observation[index] = self._games[index].reset(max(seed, 0))  # ANY_SEED: 0 is as good
+            self._observation[index] = self._games[index].reset(None if seed == UNSEEDED else seed)
         return self._observation
 
     def send(self, actions: np.ndarray) -> None:
