@@ -282,6 +282,34 @@ def make_run(config: Config) -> Run:
     )
 
 
+def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
+    """Refuse a checkpoint that was trained on other tasks than a configuration names.
+
+    Raises:
+        UserError: names the tasks.
+    """
+    names = [task.name for task in pack.tasks]
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise UserError(f"the checkpoint of {run} does not tell its tasks: no run of ours")
+    if saved != names:
+        added, missing = [name for name in names if name not in saved], [name for name in saved if name not in names]
+        what = f"adds {', '.join(added)}" if added else f"leaves out {', '.join(missing)}" if missing else "has them in another order"
+        raise UserError(f"{run} was trained on {', '.join(saved)}, and its config.yaml {what}: tasks of a run cannot be changed")
+
+
+def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) -> None:
+    """Take a checkpoint's "model".
+
+    Raises:
+        UserError: it is of another network; `what` names it.
+    """
+    try:
+        network.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{what} does not fit its configuration: {(lines or ['no model'])[-1][:200]}") from error
+
+
 def for_evaluation(config: Config, device: str | None) -> Config:
     """A run's configuration as this machine evaluates it: on `device` (None: the run's own, where it is here)."""
     wanted = device or config["device"]

@@ -37,10 +37,8 @@ def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str])
         pack, network, player = build.make_evaluation(config)
         if options["video"]:
             video.require()
-        try:
-            network.load_state_dict(state["model"])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"checkpoint {step} of {folder.path} does not fit its configuration: {str(error).splitlines()[0]}") from error
+        build.check_tasks(state.get("tasks"), pack, folder.path)
+        build.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)
         summary = evaluator.summarise(games, pack, step, str(step))
         try:

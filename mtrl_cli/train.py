@@ -152,9 +152,11 @@ class _Training:
         Raises:
             UserError: it is not of this configuration.
         """
+        what = f"checkpoint {step} of {self.folder.path}"
+        build.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
+        build.load_weights(self.run.agent.network, state, what)
         try:
             rows_restored = store.load_replay(step, self.run.replay)
-            self.run.agent.network.load_state_dict(state["model"])
             self.run.learner.optimizer.load_state_dict(state["optimizer"])
             self.run.agent.load_state_dict(state["agent"])
             self.loop.load_state_dict(state["loop"], rows_restored)
@@ -163,7 +165,7 @@ class _Training:
             self.seconds_before = float(progress["seconds"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"checkpoint {step} of {self.folder.path} does not fit its configuration: {first_line}") from error
+            raise UserError(f"{what} does not fit its configuration: {first_line}") from error
         self.store, self.resumed_at, self.saved_at = store, step, step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
         _say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
@@ -250,6 +252,7 @@ class _Training:
         self.run.learner.check_finite()
         with self._aside():
             state = {
+                "tasks": [task.name for task in self.run.pack.tasks],
                 "model": self.run.agent.network.state_dict(),
                 "optimizer": self.run.learner.optimizer.state_dict(),
                 "agent": self.run.agent.state_dict(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 
 # Before anything imports torch: small tensors are quicker on one thread, and every command started here is given the same.
@@ -48,6 +50,39 @@ class Mtrl:
         if code is not None:
             assert process.returncode == code, f"mtrl {arguments}: exit code {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+class MtrlHere:
+    """The same command in this process: quick, for all that needs no signal and no death.
+
+    Args:
+        folder: what commands run in.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run it to its end and check its exit code."""
+        from mtrl_cli import cli
+
+        stdout, stderr = io.StringIO(), io.StringIO()
+        words = ["mtrl", *map(str, arguments)]
+        before, sys.argv = sys.argv, words
+        try:
+            streams = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
+            with contextlib.chdir(self.folder), streams[0], streams[1], pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            sys.argv = before
+        assert ended.value.code == code, f"{words}: exit code {ended.value.code}\n{stdout.getvalue()[-2000:]}\n{stderr.getvalue()[-4000:]}"
+        return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> MtrlHere:
+    """`here("train", "env=classic_pack", code=0)` in this test's own folder and this process."""
+    return MtrlHere(tmp_path)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Mtrl
+from conftest import Mtrl, MtrlHere
 
 CLASSIC = [
     "env=classic_pack",
@@ -83,7 +83,7 @@ def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, lon
     ids=["classic", "prioritized", "atari", "atari-nature"],
 )
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
-    mtrl("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
     killed = kill_and_resume(mtrl, overrides, kills, seed=len(overrides), longest=longest)
     assert killed > 0
     alone, resumed = mtrl.folder / "alone", mtrl.folder / "run"
@@ -93,7 +93,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, ove
 
 def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
     overrides = [*CLASSIC, "checkpoint.every=0"]
-    mtrl("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
     process = mtrl.start("train", *overrides, "run_dir=run")
     metrics = mtrl.folder / "run" / "metrics.jsonl"
     while not metrics.exists():
@@ -105,67 +105,67 @@ def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(m
     assert process.returncode == 143, output + errors
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "stopped"
     assert "mtrl resume" in output
-    mtrl("resume", "run")
+    MtrlHere(mtrl.folder)("resume", "run")
     assert model(mtrl.folder / "run") == model(mtrl.folder / "alone")
     assert learning_rows(mtrl.folder / "run") == learning_rows(mtrl.folder / "alone")
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "completed"
 
 
-def short(mtrl: Mtrl, *overrides: str) -> Path:
-    mtrl("train", *CLASSIC, "steps_per_task=480", "run_dir=run", *overrides)
-    return mtrl.folder / "run"
+def short(here: MtrlHere, *overrides: str) -> Path:
+    here("train", *CLASSIC, "steps_per_task=480", "run_dir=run", *overrides)
+    return here.folder / "run"
 
 
-def test_completed_run_says_so_and_its_budget_may_be_raised(mtrl: Mtrl) -> None:
-    run = short(mtrl)
+def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> None:
+    run = short(here)
     before = model(run)
-    assert "completed" in mtrl("resume", "run").stdout
+    assert "completed" in here("resume", "run").stdout
     assert model(run) == before
-    mtrl("resume", "run", "steps_per_task=640")
+    here("resume", "run", "steps_per_task=640")
     assert (run / "checkpoints" / "latest").read_text().strip() == "640"
     assert model(run) != before
 
 
-def test_other_overrides_are_refused(mtrl: Mtrl) -> None:
-    short(mtrl)
-    refused = mtrl("resume", "run", "agent.n_step=2", code=2)
+def test_other_overrides_are_refused(here: MtrlHere) -> None:
+    short(here)
+    refused = here("resume", "run", "agent.n_step=2", code=2)
     assert "agent.n_step" in refused.stderr
-    assert "steps_per_task" in mtrl("resume", "run", "steps_per_task=100", code=2).stderr
+    assert "steps_per_task" in here("resume", "run", "steps_per_task=100", code=2).stderr
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_same(mtrl: Mtrl) -> None:
-    run = short(mtrl)
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_same(here: MtrlHere) -> None:
+    run = short(here)
     before = model(run)
     newest = run / "checkpoints" / "480" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    resumed = mtrl("resume", "run")
+    resumed = here("resume", "run")
     assert "going back to checkpoint" in resumed.stdout
     assert model(run) == before
 
 
-def test_what_is_no_run_is_refused(mtrl: Mtrl) -> None:
-    (mtrl.folder / "empty").mkdir()
+def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
+    (here.folder / "empty").mkdir()
     for name in ("nowhere", "empty"):
-        refused = mtrl("resume", name, code=2)
+        refused = here("resume", name, code=2)
         assert len(refused.stderr.strip().splitlines()) <= 2
         assert name in refused.stderr
-    assert list((mtrl.folder / "empty").iterdir()) == []
+    assert list((here.folder / "empty").iterdir()) == []
 
 
-def test_task_added_to_a_trained_run_is_refused(mtrl: Mtrl) -> None:
-    run = short(mtrl, "env.tasks=[CartPole-v1,Acrobot-v1]")
+def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
+    run = short(here, "env.tasks=[CartPole-v1,Acrobot-v1]")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("- Acrobot-v1", "- Acrobot-v1\n  - MountainCar-v0"))
     for command in ("resume", "eval"):
-        refused = mtrl(command, "run", *(["steps_per_task=640"] if command == "resume" else []), code=2)
+        refused = here(command, "run", *(["steps_per_task=640"] if command == "resume" else []), code=2)
         assert len(refused.stderr.strip().splitlines()) <= 2, refused.stderr
         assert "MountainCar-v0" in refused.stderr, refused.stderr
 
 
-def test_run_without_saved_replay_gathers_anew(mtrl: Mtrl) -> None:
-    run = short(mtrl, "checkpoint.replay=false")
+def test_run_without_saved_replay_gathers_anew(here: MtrlHere) -> None:
+    run = short(here, "checkpoint.replay=false")
     assert not list((run / "checkpoints").glob("replay/*"))
-    assert "gathering anew" in mtrl("resume", "run", "steps_per_task=800").stdout
+    assert "gathering anew" in here("resume", "run", "steps_per_task=800").stdout
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = {row["step"]: row["updates"] for row in rows}
     assert updates[560] == updates[480]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Mtrl
+from conftest import Mtrl, MtrlHere
 
 TINY = [
     "env=classic_pack",
@@ -32,7 +32,7 @@ TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A whole tiny run, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
-    done = Mtrl(folder)("train", *TINY, "run_dir=run")
+    done = MtrlHere(folder)("train", *TINY, "run_dir=run")
     return folder / "run", done.stdout
 
 
@@ -106,19 +106,19 @@ def test_end_of_a_run_names_the_commands_to_go_on_with(trained: tuple[Path, str]
     assert "replay:" in printed
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[Path, str], mtrl: Mtrl) -> None:
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
-    mtrl("train", *TINY, "run_dir=again", "log.every=37", "checkpoint.every=0")
-    mtrl("train", *TINY, "run_dir=other", "seed=1")
+    here("train", *TINY, "run_dir=again", "log.every=37", "checkpoint.every=0")
+    here("train", *TINY, "run_dir=other", "seed=1")
     model = Path("checkpoints") / "600" / "model.safetensors"
-    assert (mtrl.folder / "again" / model).read_bytes() == (run / model).read_bytes()
-    assert (mtrl.folder / "other" / model).read_bytes() != (run / model).read_bytes()
+    assert (here.folder / "again" / model).read_bytes() == (run / model).read_bytes()
+    assert (here.folder / "other" / model).read_bytes() != (run / model).read_bytes()
 
 
-def test_existing_run_is_not_written_over(trained: tuple[Path, str], mtrl: Mtrl) -> None:
+def test_existing_run_is_not_written_over(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    refused = mtrl("train", *TINY, f"run_dir={run}", code=2)
+    refused = here("train", *TINY, f"run_dir={run}", code=2)
     assert "not empty" in refused.stderr
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
@@ -143,33 +143,33 @@ def test_existing_run_is_not_written_over(trained: tuple[Path, str], mtrl: Mtrl)
         (["agent.epsilon_tasks={Pong: 0.1}"], "Pong"),
     ],
 )
-def test_bad_input_is_two_lines_exit_code_2_and_nothing_left(mtrl: Mtrl, overrides: list[str], says: str) -> None:
-    refused = mtrl("train", "env=classic_pack", *overrides, "run_dir=bad", code=2)
+def test_bad_input_is_two_lines_exit_code_2_and_nothing_left(here: MtrlHere, overrides: list[str], says: str) -> None:
+    refused = here("train", "env=classic_pack", *overrides, "run_dir=bad", code=2)
     lines = refused.stderr.strip().splitlines()
     assert 1 <= len(lines) <= 2, refused.stderr
     assert says in refused.stderr
-    assert list(mtrl.folder.iterdir()) == []
+    assert list(here.folder.iterdir()) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder_is_refused(mtrl: Mtrl) -> None:
-    (mtrl.folder / "locked").mkdir(mode=0o500)
-    assert "writable" in mtrl("train", *TINY, "run_dir=locked/run", code=2).stderr
+def test_unwritable_folder_is_refused(here: MtrlHere) -> None:
+    (here.folder / "locked").mkdir(mode=0o500)
+    assert "writable" in here("train", *TINY, "run_dir=locked/run", code=2).stderr
 
 
-def test_folder_below_a_file_is_refused(mtrl: Mtrl) -> None:
-    (mtrl.folder / "file").write_text("")
-    assert "file" in mtrl("train", *TINY, "run_dir=file/run", code=2).stderr
+def test_folder_below_a_file_is_refused(here: MtrlHere) -> None:
+    (here.folder / "file").write_text("")
+    assert "file" in here("train", *TINY, "run_dir=file/run", code=2).stderr
 
 
-def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(mtrl: Mtrl) -> None:
-    failed = mtrl("train", *TINY, "run_dir=run", "optimizer.lr=1e30", "optimizer.max_grad_norm=0", "agent.huber=0", code=1)
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(here: MtrlHere) -> None:
+    failed = here("train", *TINY, "run_dir=run", "optimizer.lr=1e30", "optimizer.max_grad_norm=0", "agent.huber=0", code=1)
     lines = failed.stderr.strip().splitlines()
     assert len(lines) <= 2
     assert "not finite" in failed.stderr
     assert any(task in failed.stderr for task in TASKS)
-    assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "failed"
-    assert not (mtrl.folder / "run" / "checkpoints" / "600").exists()
+    assert json.loads((here.folder / "run" / "run.json").read_text())["status"] == "failed"
+    assert not (here.folder / "run" / "checkpoints" / "600").exists()
 
 
 def test_second_process_on_a_run_is_refused(mtrl: Mtrl) -> None:
@@ -196,5 +196,5 @@ def test_stopping_while_evaluating_saves_and_the_evaluation_is_made_up_for(mtrl:
     process.communicate()
     assert process.returncode == 130
     assert not (mtrl.folder / "run" / "eval").exists()
-    mtrl("resume", "run")
+    MtrlHere(mtrl.folder)("resume", "run")
     assert (mtrl.folder / "run" / "eval" / "200.json").exists()

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Tables of docs/results.md, in Markdown, from run folders: the last evaluation of each run, and with --curve how it got there.
+
+Usage: scripts/results_table.py [--curve] RUN...
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def last_evaluation(run: Path) -> dict[str, Any]:
+    """The newest evaluation of a run."""
+    newest = max((run / "eval").glob("*.json"), key=lambda path: int(path.stem))
+    result: dict[str, Any] = json.loads(newest.read_text())
+    return result
+
+
+def rows(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its header."""
+    header, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rest])
+
+
+def final_table(runs: list[Path]) -> str:
+    """A row for each run: mean return and 95% interval of each task, wall time."""
+    evaluations = [last_evaluation(run) for run in runs]
+    tasks = list(evaluations[0]["tasks"])
+    lines = [["run", *tasks, "episodes", "steps per task", "minutes"]]
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        cells = []
+        for task in tasks:
+            result = evaluation["tasks"][task]
+            low, high = result["ci"]
+            cells.append(f"{result['mean']:.1f} ({low:.1f} to {high:.1f})")
+        minutes = json.loads((run / "run.json").read_text())["seconds"] / 60
+        lines.append([run.name, *cells, str(evaluation["episodes"]), f"{evaluation['step']:,}", f"{minutes:.1f}"])
+    return rows(lines)
+
+
+def curve_table(run: Path, points: int = 12) -> str:
+    """How one run got there: the mean return of training episodes over `points` equal parts of the run, and steps per second."""
+    figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    tasks = list(last_evaluation(run)["tasks"])
+    last = figures[-1]["step"]
+    lines = [["step", "minutes", *tasks, "steps/s"]]
+    for part in range(1, points + 1):
+        low, high = last * (part - 1) / points, last * part / points
+        inside = [row for row in figures if low < row["step"] <= high and "perf/steps_per_second" in row]
+        if not inside:
+            continue
+        cells = []
+        for task in tasks:
+            returns = [row[f"train/return/{task}"] for row in inside if row.get(f"train/return/{task}") is not None]
+            cells.append(f"{sum(returns) / len(returns):.1f}" if returns else "–")
+        speed = sum(row["perf/steps_per_second"] for row in inside) / len(inside)
+        lines.append([f"{inside[-1]['step']:,}", f"{inside[-1]['seconds'] / 60:.0f}", *cells, f"{speed:.0f}"])
+    return rows(lines)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--curve", action="store_true", help="also how each run got there")
+    parser.add_argument("runs", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    print(final_table(arguments.runs))
+    for run in arguments.runs if arguments.curve else []:
+        print(f"\n{run.name}, mean returns while training:\n\n{curve_table(run)}")
+
+
+if __name__ == "__main__":
+    main()
