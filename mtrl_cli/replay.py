@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mtrl_cli import generators
 from mtrl_cli.fields import Auto, Fraction, PositiveInt
 from mtrl_cli.sum_tree import SumTree
 
@@ -229,7 +230,7 @@ class Replay(ABC):
             raise ValueError(f"the saved replay has {state['capacity_rows']} rows, this one {self.capacity_rows}")
         self.rows = int(state["rows"])
         self._first_kept = int(state["first_row"]) if rows_restored else self.rows
-        self._generator.set_state(state["generator"].cpu())
+        generators.restore(self._generator, state["generator"])
 
     def export_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows [start, stop) as tensors `[K, stop - start, N, ...]` on the host."""

@@ -24,7 +24,7 @@ ROOMS = {
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {"frame_stack", "hardware", "optimizers", "replay", "schedules", "signals", "stats"},
-    "base": {"__init__", "errors", "fields", "files", "state_tree", "sum_tree"},
+    "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leaves"}
