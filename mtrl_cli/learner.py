@@ -80,14 +80,17 @@ class Learner:
     def _record(self, step: int, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
         # One task's bad loss ruins the shared parameters, and with them every task's next loss: only the first is to blame.
-        first = ~torch.isfinite(loss_K) & (self._bad_step_K == _NEVER).all()
+        # A finite loss may have a gradient that is not: then the largest is.
+        bad_K = ~torch.isfinite(loss_K)
+        bad_K = torch.where(bad_K.any() | torch.isfinite(norm), bad_K, loss_K == loss_K.max())
+        first = bad_K & (self._bad_step_K == _NEVER).all()
         self._bad_step_K = torch.where(first, step, self._bad_step_K)
         for name, value in (("loss", loss_K), ("q", q_K), ("weight", weight_K), ("norm", norm)):
             self._figures[name] += value
         self._updates_in_row += 1
 
     def check_finite(self) -> None:
-        """Look whether all losses since the start were finite (waits for the device).
+        """Look whether all losses since the start and their gradients were finite (waits for the device).
 
         Raises:
             RunError: one was not; names the task and the step.
@@ -95,7 +98,7 @@ class Learner:
         first, task = self._bad_step_K.min(0)
         if first.item() != _NEVER:
             raise RunError(
-                f"the loss of task {self._task_names[int(task)]} is not finite at step {int(first)}; "
+                f"the loss of task {self._task_names[int(task)]} or its gradient is not finite at step {int(first)}; "
                 "a lower optimizer.lr or optimizer.max_grad_norm may help"
             )
 

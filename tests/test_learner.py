@@ -291,6 +291,16 @@ def test_the_task_that_began_is_named_also_where_one_step_makes_many_updates(tas
     assert "step 64" in str(told.value)
 
 
+def test_a_gradient_that_is_not_finite_is_told_though_every_loss_is() -> None:
+    """The step of the optimizer has ruined the parameters, and no later loss may come before they are saved."""
+    learner, _ = fake_learner([[1.0, 2.0]], slopes=(1.0, float("inf")))
+    learner.update(7)
+    with pytest.raises(RunError) as told:
+        learner.check_finite()
+    assert f"task {NAMES[1]} or its gradient" in str(told.value)
+    assert "step 7" in str(told.value)
+
+
 # -- state ----------------------------------------------------------------------------------------------------------------------
 
 
