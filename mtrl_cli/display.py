@@ -253,6 +253,9 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None) ->
     if over.get("mean") is not None:
         lines.append(Text("score over tasks: " + "  ".join(_aggregate(name, over) for name in ("mean", "median", "iqm", "min"))))
         lines.append(Text("score: 0 is random play, 1 the reference; in brackets 95% intervals over episodes"))
+    unknown = [name for name, task in result["tasks"].items() if task.get("score") is None]
+    if unknown:
+        lines.append(Text(f"no score, since no reference is known: {', '.join(unknown)}"))
     if cut_games:
         limit = "" if max_steps is None else f" ({max_steps:,} steps)"
         lines.append(Text(f"* games cut by eval.max_steps{limit}, {cut_games} in all: their returns count up to there"))

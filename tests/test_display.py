@@ -205,6 +205,7 @@ def test_the_evaluation_table_says_what_it_counts():
     assert rows["pong"] == ["pong", "-20.2", "1.20", "0.012", "-21", "to", "-19.5", "4"]
     assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "one episode has no interval"
     assert rows["MyEnv-v0"][3] == "-", "no reference, no score"
+    assert "no score, since no reference is known: MyEnv-v0\n" in text
     assert "* games cut by eval.max_steps (27,000 steps), 1 in all" in text
     assert "iqm 0.500 [0.250, 0.750]" in text.replace("\n", " ")
 
