@@ -194,8 +194,10 @@ class RunFolder:
         self.unlock()
 
     def write(self, name: str, text: str) -> None:
-        """Put a text file at `name` in the run, in one move. Raises OSError."""
+        """Put a text file at `name` in the run, in one move. Raises OSError, and UserError if a link leads out of the run."""
         path = self.path / name
+        if not files.is_inside(path.parent, self.path):
+            raise UserError(f"{path.parent} is a link that leaves the run; nothing is written through it.")
         path.parent.mkdir(exist_ok=True)
         files.replace(path, text.encode())
 

@@ -183,6 +183,16 @@ def test_the_record_tells_how_a_run_began_and_ended(tmp_path):
     folder.unlock()
 
 
+def test_nothing_is_written_through_a_link_out_of_the_run(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "eval").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as refused:
+        folder.write("eval/1.json", "{}")
+    assert "leaves the run" in str(refused.value)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_killed_run_reads_running_and_its_resume_keeps_the_first_command(tmp_path):
     folder = _run(tmp_path / "run")
     folder.unlock()  # as the kernel does when it is killed
