@@ -112,7 +112,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
     \b
     Examples:
-      mtrl resume runs/atari_pack/20250101-120000_s0
+      mtrl resume runs/atari_pack/2025-01-01_12-00-00_s0
       mtrl resume runs/mine steps_per_task=5000000 device=cuda:1
     """
     from mtrl_cli.train import resume as go_on

@@ -1,7 +1,7 @@
 """The types of configuration values, as annotations that constructors and the schema share.
 
 A constructor's keyword-only parameters are the keys that its YAML may hold; their annotations, made of these names and of
-builtins, are what the values are checked against (see `config.py`), without importing the module that defines the class.
+builtins, are what the values are checked against (see `schema.py`), without importing the module that defines the class.
 """
 
 from __future__ import annotations

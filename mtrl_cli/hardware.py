@@ -188,8 +188,3 @@ def missing_for_compile() -> str | None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return "Python's headers (Python.h) are not installed"
     return None
-
-
-def compiler_available() -> bool:
-    """Whether torch.compile can work on the CPU here."""
-    return missing_for_compile() is None
