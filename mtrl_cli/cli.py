@@ -139,7 +139,8 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     options = config.compose_evaluation(overrides or [])
     from mtrl_cli.evaluate import evaluate_run
 
-    evaluate_run(run, options, command=_command())
+    with _reader_may_leave():  # what it prints comes last: the scores are written by then
+        evaluate_run(run, options)
 
 
 @app.command()

@@ -16,13 +16,12 @@ from mtrl_cli.rundir import RunFolder
 from mtrl_cli.signals import StopRequest
 
 
-def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str]) -> None:
+def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
     """Play games with a checkpoint, print the table and write `eval/<step>.json`.
 
     Args:
         run_path: the run folder, or one of its checkpoints.
         options: `checkpoint`, `video`, `device`, `trusted_packages` and `eval`; None means as the run has it.
-        command: the command line.
 
     Raises:
         UserError: no such run or checkpoint. Stopped: by a signal; nothing is written.
@@ -33,7 +32,7 @@ def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str])
     config = build.for_evaluation(config, options["device"])
     with StopRequest() as stop, stop.interruptible():
         which = parse_which(options["checkpoint"] if named is None else named)
-        step, state = CheckpointStore(folder.checkpoints, keep=1, with_replay=False).load(which, warn=print)
+        step, state = CheckpointStore(folder.checkpoints, keep=1, with_replay=False).load(which)
         pack, network, player = build.make_evaluation(config)
         if options["video"]:
             video.require()
@@ -45,7 +44,7 @@ def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str])
             folder.write(f"eval/{step}.json", files.to_json(summary))
             if options["video"]:
                 _write_videos(folder, pack, games)
-        except OSError as error:
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
     print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
@@ -53,6 +52,8 @@ def evaluate_run(run_path: Path, options: dict[str, Any], *, command: list[str])
 
 def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:
     """The first game of every task, played again from its seed and actions."""
+    if not files.is_inside(folder.videos, folder.path):
+        raise UserError(f"{folder.videos} is a link that leaves the run; nothing is written through it.")
     folder.videos.mkdir(exist_ok=True)
     for index, task in enumerate(pack.tasks):
         seed, actions = games.first[task.name]

@@ -52,7 +52,7 @@ def procedures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     train.train = lambda config, *, command, or_resume=False: calls.append(("train", config, command, or_resume))
     train.resume = lambda run, overrides, *, command: calls.append(("resume", run, overrides, command))
     evaluate: Any = types.ModuleType("mtrl_cli.evaluate")
-    evaluate.evaluate_run = lambda run, options, *, command: calls.append(("eval", run, options, command))
+    evaluate.evaluate_run = lambda run, options: calls.append(("eval", run, options))
     monkeypatch.setitem(sys.modules, "mtrl_cli.train", train)
     monkeypatch.setitem(sys.modules, "mtrl_cli.evaluate", evaluate)
     return calls

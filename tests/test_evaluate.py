@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MtrlHere
+from conftest import Mtrl, MtrlHere
 
 TINY = [
     "env=atari_pack",
@@ -83,6 +83,28 @@ def test_videos_are_what_a_browser_plays(run: Path, here: MtrlHere) -> None:
             frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
         assert len(frames) == 21
         assert frames[0].std() > 0
+
+
+@pytest.mark.parametrize("name", ["eval", "videos"])
+def test_nothing_is_written_through_a_link_out_of_the_run(run: Path, here: MtrlHere, name: str) -> None:
+    pytest.importorskip("av")
+    elsewhere = here.folder / "elsewhere"
+    elsewhere.mkdir()
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).symlink_to(elsewhere)
+    refused = here("eval", "run", "eval.episodes=1", "eval.max_steps=5", "video=true", code=2)
+    assert "leaves the run" in refused.stderr
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_reader_that_leaves_takes_no_scores_along(run: Path, mtrl: Mtrl) -> None:
+    (run / "eval" / "120.json").unlink()
+    process = mtrl.start("eval", "run", "eval.episodes=1", "eval.max_steps=5")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+    assert (run / "eval" / "120.json").is_file()
 
 
 def test_which_checkpoint(run: Path, here: MtrlHere) -> None:
