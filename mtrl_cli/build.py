@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
@@ -32,6 +34,8 @@ Config = dict[str, Any]
 # `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
 # and, where checkpoints hold the replay, this share of the free disk.
 _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
+# A capacity that the user chose leaves this much for the network and the emulators.
+_LARGEST_MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Run:
     evaluator: Evaluator
     intervals: Intervals
     device: torch.device
+    seed: int
     compiled: bool
     open_loop: Callable[[], Loop]
 
@@ -91,6 +96,11 @@ def make(config: Config, group: str, *args: Any) -> Any:
         raise UserError(str(error)) from error
 
 
+def make_store(config: Config, folder: Path) -> CheckpointStore:
+    """The checkpoints of a run, in `folder`."""
+    return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"])
+
+
 def derived_seed(seed: int, label: str) -> int:
     """An independent seed for one purpose of a run, 63 bits."""
     return int.from_bytes(hashlib.blake2b(f"{label}/{seed}".encode(), digest_size=8).digest(), "big") >> 1
@@ -99,16 +109,15 @@ def derived_seed(seed: int, label: str) -> int:
 # -- what only the machine can decide ---------------------------------------------------------------------------------------
 
 
-def settle(config: Config, say: Callable[[str], None]) -> Config:
-    """A configuration in which every `auto` is what this machine makes of it.
+def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
+    """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
 
     Raises:
-        UserError: a device that is not there, precision that it does not have, a replay that does not fit.
+        UserError: a device or a compiler that is not there, a replay that does not fit.
     """
     device = hardware.resolve_device(config["device"])
     settled = config | {"device": str(device)}
-    pack = make_pack(config)
-    image = len(pack.observation_shape) == 3
+    image = pack.observation_kind == "image"
     if config["threads"] == "auto":
         # The products of a small vector network are over before a second thread has begun.
         settled["threads"] = hardware.cores() if image else 1
@@ -116,11 +125,11 @@ def settle(config: Config, say: Callable[[str], None]) -> Config:
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
         settled["precision"] = "bf16" if fast else "fp32"
     if config["compile"] in ("auto", True):
-        missing = hardware.missing_for_compile() if device.type == "cpu" else None
+        missing = hardware.missing_for_compile()
         if missing and config["compile"] is True:
-            raise UserError(f"compile=true needs {missing}; install it, or use compile=auto")
+            raise UserError(f"compile=true cannot work here: {missing}; a run with compile=false needs none")
         if missing and image:
-            say(f"compile: off, since {missing} is missing (about two times slower)")
+            say(f"compile: off, about two times slower on a CPU: {missing}")
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
     settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device)}
@@ -138,10 +147,10 @@ def _settle_capacity(config: Config, pack: Pack, device: torch.device) -> int:
             room = min(room, _free_disk(config["run_dir"]) * _DISK_SHARE)
         capacity = min(_LARGEST_CAPACITY, config["steps_per_task"], int(room // each))
         return max(capacity, (spec.n_step + spec.stack + 1) * spec.num_envs)
-    if capacity * each > free:
+    if capacity * each > free * _LARGEST_MEMORY_SHARE:
         raise UserError(
             f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
-            f"and {free / 2**30:.1f} GiB are free; at most {int(free // each)} fit, or replay.capacity=auto"
+            f"and {free / 2**30:.1f} GiB are free; at most {int(free * _LARGEST_MEMORY_SHARE // each)} fit, or replay.capacity=auto"
         )
     return capacity
 
@@ -159,10 +168,9 @@ def _free_disk(run_dir: str | None) -> int:
     return shutil.disk_usage(folder).free
 
 
-def describe(config: Config) -> list[str]:
+def describe(config: Config, pack: Pack) -> list[str]:
     """What a settled configuration is about to take, in lines for a person."""
     env, replay = config["env"], config["replay"]
-    pack = make_pack(config)
     spec = _replay_spec(config, pack, torch.device(config["device"]))
     each = _bytes_per_transition(config, spec)
     taken = replay["capacity"] * each * spec.num_tasks
@@ -206,11 +214,10 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config["seed"], "network"))
         torso = make(config, "network")
-        kind = "image" if len(pack.observation_shape) == 3 else "vector"
-        if torso.observation_kind != kind:
+        if torso.observation_kind != pack.observation_kind:
             raise UserError(
                 f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
-                f"those of env={config['env']['name']} are {kind}s"
+                f"those of env={config['env']['name']} are {pack.observation_kind}s"
             )
         # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
         shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
@@ -244,7 +251,7 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
     )
 
 
-def make_run(config: Config) -> Run:
+def make_run(config: Config, pack: Pack) -> Run:
     """All parts of a training run. Nothing is written, and no emulator started.
 
     Raises:
@@ -252,7 +259,8 @@ def make_run(config: Config) -> Run:
     """
     device = torch.device(config["device"])
     torch.set_num_threads(config["threads"])
-    pack = make_pack(config)
+    if config["compile"] and (compiler := hardware.compiler()):
+        os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
@@ -277,6 +285,7 @@ def make_run(config: Config) -> Run:
         evaluator=make_evaluator(config, pack, device),
         intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
         device=device,
+        seed=config["seed"],
         compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
@@ -312,10 +321,12 @@ def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) ->
 
 def for_evaluation(config: Config, device: str | None) -> Config:
     """A run's configuration as this machine evaluates it: on `device` (None: the run's own, where it is here)."""
-    wanted = device or config["device"]
-    if device is None and wanted.startswith("cuda") and not torch.cuda.is_available():
-        wanted = "auto"  # a run from a GPU, looked at on a laptop
-    resolved = hardware.resolve_device(wanted)
+    try:
+        resolved = hardware.resolve_device(device or config["device"])
+    except UserError:
+        if device is not None:
+            raise
+        resolved = hardware.resolve_device("auto")  # a run from a GPU, looked at on a laptop
     return config | {"device": str(resolved), "precision": config["precision"] if str(resolved) == config["device"] else "fp32"}
 
 

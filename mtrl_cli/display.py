@@ -193,6 +193,14 @@ class Display:
         return parts
 
 
+def say(line: str) -> None:
+    """Print a line on standard output; where nobody reads it any more, fall silent."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        _silence(sys.stdout)
+
+
 def is_live(out: TextIO) -> bool:
     """Whether a table can be redrawn on `out`: a terminal that understands it, and a user who has not asked for plain text."""
     return _is_terminal(out) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("dumb", "unknown")

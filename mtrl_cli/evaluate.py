@@ -36,6 +36,8 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         pack, network, player = build.make_evaluation(config)
         if options["video"]:
             video.require()
+            for index in range(len(pack.tasks)):
+                next(iter(pack.render(index, 0, [])))  # what cannot be drawn is said before hours of play
         build.check_tasks(state.get("tasks"), pack, folder.path)
         build.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)

@@ -34,5 +34,13 @@ class FrameStack:
         return {"observation": self.observation, "start": self.start}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other shapes.
+        """
+        for name, mine in self.state_dict().items():
+            if state[name].shape != mine.shape or state[name].dtype != mine.dtype:
+                raise ValueError(f"frames: {name} is {tuple(state[name].shape)}, expected {tuple(mine.shape)}")
         self.observation = state["observation"].to(self.observation.device)
         self.start = state["start"].to(self.start.device)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.learner import Learner
 from mtrl_cli.replay import Replay
@@ -94,11 +96,17 @@ class Loop:
         return {"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
-        """Go on from a state; emulators are brought back by playing their episodes again."""
+        """Go on from a state; emulators are brought back by playing their episodes again.
+
+        Raises:
+            RunError: they did not show the frames that they showed before.
+        """
         self.step = int(state["step"])
         for part in ("actor", "learner", "frames", "statistics"):
             getattr(self, part).load_state_dict(state[part])
         self.replay.load_state_dict(state["replay"], rows_restored)
-        self.pack.load_state_dict(state["pack"])
+        newest = self.frames.newest.cpu().numpy()
+        if not np.array_equal(self.pack.load_state_dict(state["pack"]), newest):
+            raise RunError("the environments did not repeat themselves: resume with the versions of the packages that run.json names")
         if not rows_restored:
             self.learner.refill_from(self.step)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mtrl_cli import build, evaluator, files, hardware
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
-from mtrl_cli.display import Display, evaluation_table
+from mtrl_cli.display import Display, evaluation_table, say
 from mtrl_cli.envs.scores import normalised
 from mtrl_cli.errors import RunError, Stopped, UserError
 from mtrl_cli.logger import Logger
@@ -37,20 +36,20 @@ def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False
     if or_resume and run_dir is None:
         raise UserError("--or-resume needs run_dir=PATH: which run is it to go on with?")
     if or_resume and RunFolder.is_run(Path(run_dir)):
-        resume(Path(run_dir), [], command=command)
+        _resume_as_asked(Path(run_dir), config, command)
         return
     with StopRequest() as stop:
         with stop.interruptible():
             if run_dir is not None:
                 RunFolder.check_new(Path(run_dir))
-            config = build.settle(config, _say)
-            run = _announced(config)
+            config, run = _prepared(config)
             loop = run.open_loop()
             loop.begin()
-            folder = RunFolder.create(Path(run_dir)) if run_dir else RunFolder.create_default(config["env"]["name"], config["seed"])
+            folder = RunFolder.create(Path(run_dir)) if run_dir else RunFolder.create_default(run.pack.name, run.seed)
         with folder:
             folder.write("config.yaml", configuration.dump(config | {"run_dir": str(folder.path)}))
-            _Training(folder, config, run, loop, stop, command).work()
+            store = build.make_store(config, folder.checkpoints)
+            _Training(folder, config, run, loop, store, stop, command).work()
 
 
 def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
@@ -68,54 +67,63 @@ def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
     if which is not None:
         raise UserError(f"{run_path} is a checkpoint; a run is resumed from its latest: mtrl resume {shlex.quote(str(folder.path))}")
     config = configuration.load_run(folder.path, overrides) | {"run_dir": str(folder.path)}
-    if any(text.startswith("device=") for text in overrides):
-        config["device"] = str(hardware.resolve_device(config["device"]))
-    else:
-        hardware.resolve_device(config["device"])
     folder.lock()
     with folder, StopRequest() as stop:
-        record = folder.read_record()
-        store = _store(folder, config)
-        store.recover()
-        step, state = 0, None
-        try:
-            step, state = store.load("latest", warn=_say)
-        except NoCheckpoint:
-            _say(f"{folder.path} has no checkpoint yet: starting it anew")
-        if state is not None and record.get("status") == "completed" and step >= config["steps_per_task"]:
-            _say(f"{folder.path} is completed ({step:,} steps per task); raise steps_per_task to train on")
-            return
         with stop.interruptible():  # until the run goes on, what is on disk stays as it was
-            run = _announced(config)
+            record, store = folder.read_record(), build.make_store(config, folder.checkpoints)
+            store.recover()
+            step, state = 0, None
+            try:
+                step, state = store.load("latest", warn=say)
+            except NoCheckpoint:
+                say(f"{folder.path} has no checkpoint yet: starting it anew")
+            if state is not None and record.get("status") == "completed" and step >= config["steps_per_task"]:
+                say(f"{folder.path} is completed ({step:,} steps per task); raise steps_per_task to train on")
+                return
+            config, run = _prepared(config)
             loop = run.open_loop()
-            training = _Training(folder, config, run, loop, stop, command)
+            training = _Training(folder, config, run, loop, store, stop, command)
             if state is None:
                 loop.begin()
             else:
-                training.restore(store, step, state)
+                training.restore(step, state)
         folder.write("config.yaml", configuration.dump(config))
         training.work()
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) -> None:
+    """`--or-resume` with a run that is there: its own configuration counts, but for what a resume may change."""
+    trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
+    own = dict(configuration.flat(configuration.load_run(run_path, trusted)))
+    wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in _NOT_COMPARED}
+    overrides = [*trusted]
+    if asked["steps_per_task"] > own["steps_per_task"]:
+        overrides.append(f"steps_per_task={asked['steps_per_task']}")
+    if asked["device"] not in ("auto", own["device"]):
+        overrides.append(f"device={asked['device']}")
+    given = {override.partition("=")[0] for override in overrides}
+    different = [key for key, value in wanted.items() if own.get(key) != value and key not in given]
+    if different:
+        say(f"{run_path} goes on as it was started; not taken from this command: {', '.join(different)}")
+    resume(run_path, overrides, command=command)
 
 
-def _store(folder: RunFolder, config: dict[str, Any]) -> CheckpointStore:
-    return CheckpointStore(folder.checkpoints, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"])
-
-
-def _announced(config: dict[str, Any]) -> build.Run:
-    """Build the run, telling what it is made of and what it takes before it is taken."""
-    lines = build.describe(config)
-    for line in lines:
-        _say(line)
-    run = build.make_run(config)
+def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
+    """Settle the configuration and build the run, telling what it is made of and what it takes before it is taken."""
+    pack = build.make_pack(config)
+    config = build.settle(config, pack, say)
+    for line in build.describe(config, pack):
+        say(line)
+    run = build.make_run(config, pack)
     counts = run.agent.network.parameter_counts()
     own = sorted(set(counts.per_task))
     each = f"{own[0]:,}" if len(own) == 1 else f"{own[0]:,} to {own[-1]:,}"
-    _say(f"network: {counts.total:,} parameters, {counts.shared:,} shared and {each} of each task alone")
-    return run
+    say(f"network: {counts.total:,} parameters, {counts.shared:,} shared and {each} of each task alone")
+    return config, run
+
+
+# What a command and the run that it resumes may differ in without a word.
+_NOT_COMPARED = ("run_dir", "device", "trusted_packages")
 
 
 class _Training:
@@ -124,14 +132,24 @@ class _Training:
     Args:
         folder: locked.
         config: kept with the run's figures.
-        run, loop: what is trained; the loop has begun or is restored.
+        run, loop: what is trained; the loop has begun, or `restore` is called.
+        store: the run's checkpoints.
         stop: whether a signal has come.
         command: the command line.
     """
 
-    def __init__(self, folder: RunFolder, config: dict[str, Any], run: build.Run, loop: Loop, stop: StopRequest, command: list[str]):
-        self.folder, self.config, self.run, self.loop, self.stop, self.command = folder, config, run, loop, stop, command
-        self.store = _store(folder, config)
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: dict[str, Any],
+        run: build.Run,
+        loop: Loop,
+        store: CheckpointStore,
+        stop: StopRequest,
+        command: list[str],
+    ):
+        self.folder, self.config, self.run, self.loop, self.command = folder, config, run, loop, command
+        self.store, self.stop = store, stop
         self.logger: Logger
         self.display: Display
         self.resumed_at: int | None = None
@@ -146,36 +164,37 @@ class _Training:
         """Seconds of work over all resumes."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def restore(self, store: CheckpointStore, step: int, state: dict[str, Any]) -> None:
+    def restore(self, step: int, state: dict[str, Any]) -> None:
         """Take a checkpoint's state.
 
         Raises:
-            UserError: it is not of this configuration.
+            UserError: it is not of this configuration. RunError: the environments did not repeat themselves.
         """
         what = f"checkpoint {step} of {self.folder.path}"
         build.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
         build.load_weights(self.run.agent.network, state, what)
         try:
-            rows_restored = store.load_replay(step, self.run.replay)
+            rows_restored = self.store.load_replay(step, self.run.replay)
             self.run.learner.optimizer.load_state_dict(state["optimizer"])
             self.run.agent.load_state_dict(state["agent"])
             self.loop.load_state_dict(state["loop"], rows_restored)
             progress = state["progress"]
             self.evaluated_at, self.logged_at = int(progress["evaluated_at"]), int(progress["logged_at"])
             self.seconds_before = float(progress["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"{what} does not fit its configuration: {first_line}") from error
-        self.store, self.resumed_at, self.saved_at = store, step, step
+        except (RunError, UserError):
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            first_line = str(error).strip().split("\n")[0][:200]
+            raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
+        self.resumed_at = self.saved_at = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
-        _say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
+        say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
 
     def work(self) -> None:
         """Train to the end, a signal or a failure, and write which it was."""
         try:
             self.folder.begin(command=self.command, device=str(self.run.device))
-            if self.resumed_at is not None:
-                self.store.discard_after(self.resumed_at)
+            self.store.discard_after(-1 if self.resumed_at is None else self.resumed_at)
             tasks = [task.name for task in self.run.pack.tasks]
             with closing(Logger(self.folder.path, resume_at=self.resumed_at)) as self.logger:
                 with Display(tasks, self.run.intervals.total, self._frames_per_step) as self.display:
@@ -186,10 +205,11 @@ class _Training:
                 self._finish()
         except Stopped:
             self.folder.finish("stopped", seconds=self.seconds)
-            _say(f"stopped at step {self.loop.step:,} and saved; go on with: mtrl resume {shlex.quote(str(self.folder.path))}")
+            say(f"stopped at step {self.loop.step:,} and saved; go on with: mtrl resume {shlex.quote(str(self.folder.path))}")
             raise
-        except (RunError, UserError, OSError, RuntimeError) as error:
-            self.folder.finish("failed", seconds=self.seconds, error=str(error))
+        except Exception as error:
+            with suppress(OSError):  # of a full disk, say: what failed first is what the user must hear
+                self.folder.finish("failed", seconds=self.seconds, error=str(error))
             raise
         finally:
             self.loop.pack.close()
@@ -226,6 +246,7 @@ class _Training:
                     self._save()
                 self.stop.check()
             next(ticks)
+            self.display.update(self.loop.step, {}, seconds=self.seconds)
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):
                     self._log_row()
@@ -245,6 +266,7 @@ class _Training:
             self.folder.write(f"eval/{step}.json", files.to_json(self.summary))
             figures = evaluator.figures(self.summary)
             self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+            self._log_pictures(games)
             self.display.update(step, figures, seconds=self.seconds)
             self._save(evaluator.ranking(self.summary))
 
@@ -283,12 +305,13 @@ class _Training:
         seconds = max(1e-9, now - self.row_began - self.row_excluded)
         per_second = (step - self.row_step) * len(self.run.pack.tasks) / seconds
         tasks = self.run.pack.tasks
-        figures = self.loop.statistics.row() | self.run.learner.row()
-        for task in tasks:
-            score = normalised(figures.get(f"train/return/{task.name}", math.nan), task.random_score, task.reference_score)
-            if score is not None and math.isfinite(score):
-                figures[f"train/score/{task.name}"] = score
         names = [task.name for task in tasks]
+        figures = self.loop.statistics.row() | self.run.learner.row()
+        recent = self.loop.statistics.recent()
+        for task in tasks:
+            if task.name in recent:
+                score = normalised(recent[task.name], task.random_score, task.reference_score)
+                figures |= {} if score is None else {f"train/score/{task.name}": score}
         figures |= {f"epsilon/{name}": float(value) for name, value in zip(names, self.run.agent.epsilon(step), strict=True)}
         figures |= {
             "perf/steps_per_second": per_second,
@@ -298,9 +321,20 @@ class _Training:
         }
         figures |= {f"perf/seconds/{part}": value for part, value in self.loop.clock.read().items()}
         self.logger.row(step, step * self._frames_per_step, self.seconds, updates, figures)
-        self.display.update(step, figures, seconds=self.seconds)
+        # A row's own episodes are few: the table shows the mean of the last hundred.
+        self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
         self.logged_at = step
         self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+
+    def _log_pictures(self, games: evaluator.Games) -> None:
+        """For TensorBoard: the spread of each task's returns, and what its first environment shows."""
+        step = self.loop.step
+        newest_KN = self.loop.frames.newest
+        for k, task in enumerate(self.run.pack.tasks):
+            self.logger.histogram(f"eval/returns/{task.name}", games.returns[task.name], step)
+            if task.observation_shape[0] in (1, 3) and len(task.observation_shape) == 3:
+                channels_last = newest_KN[k, 0, : task.observation_shape[0]].movedim(0, -1)
+                self.logger.image(f"frame/{task.name}", channels_last.contiguous().cpu().numpy(), step)
 
     def _log_parameters(self) -> None:
         counts = self.run.agent.network.parameter_counts()
@@ -314,11 +348,11 @@ class _Training:
         self.folder.finish("completed", seconds=self.seconds)
         self.display.print(evaluation_table(final, self.run.evaluator.max_steps))
         quoted = shlex.quote(str(self.folder.path))
-        _say(f"run folder   {self.folder.path}")
-        _say(f"look at it   tensorboard --logdir {quoted}")
-        _say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true")
+        say(f"run folder   {self.folder.path}")
+        say(f"look at it   tensorboard --logdir {quoted}")
+        say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true")
         for line in build.next_steps(self.config, quoted):
-            _say(line)
+            say(line)
 
 
 def _due(step: int, last: int, every: int, finished: bool) -> bool:

@@ -31,7 +31,7 @@ LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leave
 ARROWS = {
     "cli": {"procedures", "configuration"},
     "procedures": {"build", "configuration", "loop", "storage", *LEARNING},
-    "build": {"configuration", "loop", *LEARNING},
+    "build": {"configuration", "loop", "storage", *LEARNING},
     "configuration": set(),
     "loop": LEARNING,  # saving, logging and signals happen to the loop from outside
     "agents": LEARNING - {"envs"},

@@ -12,4 +12,4 @@ class Uniform(TaskWeights):
 
     def backward(self, loss_K: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         loss_K.mean().backward()
-        return torch.full_like(loss_K, 1 / loss_K.shape[0]).detach()
+        return torch.full_like(loss_K, 1 / loss_K.shape[0])
