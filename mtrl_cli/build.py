@@ -132,21 +132,26 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
             say(f"compile: off, about two times slower on a CPU: {missing}")
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
-    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device)}
+    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
+    if device.type == "cpu" and settled["threads"] > hardware.cores():
+        say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
     return settled
 
 
-def _settle_capacity(config: Config, pack: Pack, device: torch.device) -> int:
+def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
     spec = _replay_spec(config, pack, device)
     each = _bytes_per_transition(config, spec) * spec.num_tasks
     free = hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
     capacity = config["replay"]["capacity"]
     if capacity == "auto":
-        room = free * _MEMORY_SHARE
-        if config["checkpoint"]["replay"]:
-            room = min(room, _free_disk(config["run_dir"]) * _DISK_SHARE)
-        capacity = min(_LARGEST_CAPACITY, config["steps_per_task"], int(room // each))
-        return max(capacity, (spec.n_step + spec.stack + 1) * spec.num_envs)
+        room, of_what = free * _MEMORY_SHARE, "memory"
+        disk = _free_disk(config["run_dir"]) * _DISK_SHARE
+        if config["checkpoint"]["replay"] and disk < room:
+            room, of_what = disk, "disk, where checkpoints hold the replay (checkpoint.replay=false: they do not)"
+        wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
+        if fits < wanted:
+            say(f"replay: {fits:,} transitions per task rather than {wanted:,}, for half of the free {of_what}")
+        return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
     if capacity * each > free * _LARGEST_MEMORY_SHARE:
         raise UserError(
             f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
@@ -174,18 +179,13 @@ def describe(config: Config, pack: Pack) -> list[str]:
     spec = _replay_spec(config, pack, torch.device(config["device"]))
     each = _bytes_per_transition(config, spec)
     taken = replay["capacity"] * each * spec.num_tasks
+    size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"replay: {replay['capacity']:,} transitions per task, {taken / 2**30:.2f} GiB in all ({each:,} bytes each)",
+        f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
     ]
-
-
-def next_steps(config: Config, run: str) -> list[str]:
-    """Commands to go on with after a run, in lines for a person."""
-    env = config["env"]["name"]
-    return [f"train on     mtrl resume {run} steps_per_task={2 * config['steps_per_task']}", f"a full run   mtrl train env={env}"]
 
 
 # -- objects ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
         if torso.observation_kind != pack.observation_kind:
             raise UserError(
                 f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
-                f"those of env={config['env']['name']} are {pack.observation_kind}s"
+                f"those of env={config['env']['name']} are {pack.observation_kind}s: choose a network for these (mtrl ls network)"
             )
         # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
         shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]

@@ -193,6 +193,8 @@ def main() -> NoReturn:
         code = _say(str(error), error.exit_code)
     except Stopped as stopped:
         code = stopped.exit_code
+        if not stopped.told:
+            print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:

@@ -45,6 +45,7 @@ class Display:
         self._seconds: float | None = None
         self._began: tuple[float, int] | None = None  # when and at which step the first update came
         self._shown = -float("inf")
+        self._shown_step = -1
         self._broken = False
         self._live: Live | None = None
 
@@ -60,7 +61,7 @@ class Display:
         if self._live is not None:
             self._guarded(self._live.stop)
             self._live = None
-        elif self._began is not None:
+        elif self._began is not None and self._shown_step != self._step:
             self._show()
 
     def update(self, step: int, figures: Mapping[str, float], *, seconds: float | None = None) -> None:
@@ -88,6 +89,7 @@ class Display:
         self._guarded(lambda: self.console.print(renderable))
 
     def _show(self) -> None:
+        self._shown_step = self._step
         if self._live is not None:
             self._guarded(self._live.refresh)
         elif not self.is_live:
@@ -217,7 +219,7 @@ def console(out: TextIO) -> Console:
     """A rich console on `out`; where that is no terminal, plain and wide enough for every table."""
     if is_live(out):
         return _Console(file=out)
-    return _Console(file=out, force_terminal=False, no_color=True, color_system=None, width=None if _is_terminal(out) else 120)
+    return _Console(file=out, force_terminal=False, no_color=True, color_system=None, width=None if _is_terminal(out) else 200)
 
 
 def _is_terminal(out: TextIO) -> bool:

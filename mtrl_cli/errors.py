@@ -17,9 +17,13 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM arrived. Exit code 128 + the signal's number, after saving.
 
     Not an `Exception`, so that no library's `except Exception` can swallow a request to stop.
+
+    Attributes:
+        told: whether the user has been told what became of the run.
     """
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+        self.told = False

@@ -42,6 +42,7 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         build.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)
         summary = evaluator.summarise(games, pack, step, str(step))
+        before = _episodes_before(folder, step)
         try:
             folder.write(f"eval/{step}.json", files.to_json(summary))
             if options["video"]:
@@ -49,7 +50,18 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
+    if before > summary["episodes"]:
+        print(f"this takes the place of an evaluation of {before} episodes per task")
     print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
+
+
+def _episodes_before(folder: RunFolder, step: int) -> int:
+    """Episodes of the evaluation that is already there; 0 if there is none."""
+    try:
+        episodes = files.read_json(folder.evaluations / f"{step}.json", folder.path).get("episodes")
+    except UserError:
+        return 0
+    return episodes if isinstance(episodes, int) else 0
 
 
 def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:

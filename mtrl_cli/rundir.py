@@ -228,6 +228,8 @@ class RunFolder:
     def finish(self, status: str, *, seconds: float, error: str | None = None) -> None:
         """Write how the run ended (completed, stopped or failed), after `seconds` of work over all resumes. Raises OSError."""
         assert status in STATUSES, status
+        if not _exists(self.config):
+            return  # the folder was removed: half a run must not come back
         self._write_record({**self.read_record(), "ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error})
 
     def _write_record(self, record: dict[str, Any]) -> None:

@@ -223,10 +223,20 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     """
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise UserError(f"{key}={show(value)}: expected a number below 2**63")
+    if isinstance(value, float) and value.is_integer() and _takes_int(annotation):
+        value = int(value)  # 1e6 is how one writes a budget
     try:
         return TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError:
         raise UserError(f"{key}={show(value)}: expected {describe(annotation)}") from None
+
+
+def _takes_int(annotation: Any) -> bool:
+    """Whether an annotation takes whole numbers and no others."""
+    if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
+        kinds = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each) is not None]
+        return float not in kinds and any(_takes_int(each) for each in kinds)
+    return annotation is int
 
 
 def describe(annotation: Any) -> str:

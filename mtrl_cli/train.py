@@ -76,9 +76,11 @@ def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
             try:
                 step, state = store.load("latest", warn=say)
             except NoCheckpoint:
-                say(f"{folder.path} has no checkpoint yet: starting it anew")
+                lost = "has lost its checkpoints" if record.get("status") == "completed" else "has no checkpoint yet"
+                say(f"{folder.path} {lost}: starting it anew")
             if state is not None and record.get("status") == "completed" and step >= config["steps_per_task"]:
-                say(f"{folder.path} is completed ({step:,} steps per task); raise steps_per_task to train on")
+                more = f"mtrl resume {shlex.quote(str(folder.path))} steps_per_task={2 * step}"
+                say(f"{folder.path} is completed ({step:,} steps per task); to train on: {more}")
                 return
             config, run = _prepared(config)
             loop = run.open_loop()
@@ -203,12 +205,13 @@ class _Training:
                     self._warm_up()
                     self._train()
                 self._finish()
-        except Stopped:
+        except Stopped as stopped:
+            stopped.told = True
             self.folder.finish("stopped", seconds=self.seconds)
             say(f"stopped at step {self.loop.step:,} and saved; go on with: mtrl resume {shlex.quote(str(self.folder.path))}")
             raise
         except Exception as error:
-            with suppress(OSError):  # of a full disk, say: what failed first is what the user must hear
+            with suppress(OSError, UserError):  # of a full disk, say: what failed first is what the user must hear
                 self.folder.finish("failed", seconds=self.seconds, error=str(error))
             raise
         finally:
@@ -272,6 +275,8 @@ class _Training:
 
     def _save(self, score: float | None = None) -> None:
         self.run.learner.check_finite()
+        if not self.folder.config.exists():
+            raise RunError(f"{self.folder.path} was removed while the run was working on it: there is nowhere to save")
         with self._aside():
             state = {
                 "tasks": [task.name for task in self.run.pack.tasks],
@@ -348,11 +353,22 @@ class _Training:
         self.folder.finish("completed", seconds=self.seconds)
         self.display.print(evaluation_table(final, self.run.evaluator.max_steps))
         quoted = shlex.quote(str(self.folder.path))
+        trusted = self.config["trusted_packages"]
+        also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
         say(f"run folder   {self.folder.path}")
         say(f"look at it   tensorboard --logdir {quoted}")
-        say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true")
-        for line in build.next_steps(self.config, quoted):
-            say(line)
+        say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
+        say(f"train on     mtrl resume {quoted} steps_per_task={2 * self.run.intervals.total}{also}")
+        if full := _full_run(self.command):
+            say(f"a full run   {full}")
+
+
+def _full_run(command: list[str]) -> str | None:
+    """The command without what made its run a small one; None if there is nothing to leave out."""
+    small = ("experiment=", "steps_per_task=", "run_dir=", "agent.learning_starts=", "eval.", "checkpoint.", "log.", "--")
+    kept = [word for word in command if not word.startswith(small)]
+    shortened = any(word.startswith(("experiment=", "steps_per_task=")) for word in command)
+    return shlex.join(kept) if command[1:2] == ["train"] and shortened else None
 
 
 def _due(step: int, last: int, every: int, finished: bool) -> bool:

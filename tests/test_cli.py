@@ -168,8 +168,8 @@ def test_commands_hand_over_plain_values(mtrl: Callable[..., Outcome], procedure
     [
         (UserError("the run is wrong\nmend it"), 2, "mtrl: error: the run is wrong\nmend it\n"),
         (RunError("the loss is not finite"), 1, "mtrl: error: the loss is not finite\n"),
-        (Stopped(signal.SIGINT), 130, ""),
-        (Stopped(signal.SIGTERM), 143, ""),
+        (Stopped(signal.SIGINT), 130, "mtrl: stopped; nothing was changed\n"),
+        (Stopped(signal.SIGTERM), 143, "mtrl: stopped; nothing was changed\n"),
         (KeyboardInterrupt(), 130, ""),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "mtrl: error: runs/x: No space left on device\n"),
         (UserError("red \x1b[31m\x07"), 2, "mtrl: error: red ?[31m?\n"),

@@ -110,7 +110,7 @@ def test_run_dir_may_be_any_path() -> None:
         ("agent.n_step=three", "agent.n_step=three: expected a whole number above 0"),
         ("optimizer.lr=-1", "optimizer.lr=-1: expected a number above 0"),
         ("steps_per_task=0", "steps_per_task=0: expected a whole number above 0"),
-        ("steps_per_task=1e6", "steps_per_task=1000000.0: expected a whole number above 0"),
+        ("steps_per_task=1.5", "steps_per_task=1.5: expected a whole number above 0"),
         ("seed=1,2", "seed=1,2: expected one value; for a list write seed=[1,2]"),
         ("seed=range(3)", "seed=range(3): expected one value, not a sweep"),
         ("seed=choice(1,2)", "expected one value"),

@@ -192,7 +192,7 @@ def test_values_of_the_right_type_pass(annotation: Any, value: Any, result: Any)
     [
         (PositiveInt, 0, "a whole number above 0"),
         (PositiveInt, True, "a whole number above 0"),
-        (PositiveInt, 1.0, "a whole number above 0"),
+        (PositiveInt, 1.5, "a whole number above 0"),
         (PositiveInt, "1", "a whole number above 0"),
         (NonNegativeInt, -1, "a whole number of at least 0"),
         (PositiveFloat, True, "a number above 0"),
@@ -302,3 +302,10 @@ def test_a_value_is_shown_on_one_short_line(value: Any) -> None:
     shown = schema.show(value)
     assert shown.isprintable()
     assert len(shown) <= 80
+
+
+def test_whole_number_may_be_written_with_an_exponent() -> None:
+    value = schema.check_value("steps_per_task", 1e6, PositiveInt)
+    assert (value, type(value)) == (1_000_000, int)
+    assert type(schema.check_value("lr", 1.0, PositiveFloat)) is float
+    assert schema.check_value("capacity", 1e5, PositiveInt | Auto) == 100_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -198,3 +199,23 @@ def test_stopping_while_evaluating_saves_and_the_evaluation_is_made_up_for(mtrl:
     assert not (mtrl.folder / "run" / "eval").exists()
     MtrlHere(mtrl.folder)("resume", "run")
     assert (mtrl.folder / "run" / "eval" / "200.json").exists()
+
+
+def test_folder_removed_while_it_trains_is_told(mtrl: Mtrl) -> None:
+    process = mtrl.start("train", *TINY, "run_dir=run", "steps_per_task=1000000", "eval.every=0", "checkpoint.every=100000")
+    while not (mtrl.folder / "run" / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    shutil.rmtree(mtrl.folder / "run")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "was removed" in errors
+    assert not (mtrl.folder / "run").exists()
+
+
+def test_or_resume_goes_on_and_tells_what_it_does_not_take(trained: tuple[Path, str], here: MtrlHere) -> None:
+    run = shutil.copytree(trained[0], here.folder / "run")
+    printed = here("train", *TINY, f"run_dir={run}", "--or-resume", "steps_per_task=700", "agent.gamma=0.5").stdout
+    assert "not taken from this command: agent.gamma" in printed
+    assert (run / "checkpoints" / "latest").read_text().strip() == "704"

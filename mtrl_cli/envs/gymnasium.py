@@ -7,6 +7,7 @@ Images (3-D uint8 Box) become `[C, H, W]`. Episodes may be as long as the id was
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,7 +99,13 @@ class GymnasiumPack(Pack):
         return env.metadata
 
     def _make(self, name: str, **options: Any) -> gymnasium.Env:
-        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+        # Pictures are drawn into arrays: no window, no sound, and no complaint where there is no screen.
+        for variable, value in (
+            ("PYGAME_HIDE_SUPPORT_PROMPT", "1"),
+            ("SDL_VIDEODRIVER", "dummy"),
+            ("XDG_RUNTIME_DIR", tempfile.gettempdir()),
+        ):
+            os.environ.setdefault(variable, value)
         limit = self.max_episode_steps or None
         try:
             # The checker warns about spaces that we refuse with a plain line, and slows every step.

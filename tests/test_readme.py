@@ -1,0 +1,48 @@
+"""What the README says works as written: its command lines compose, its example of a pack and a network of one's own trains."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, Mtrl, MtrlHere
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+LINES = [line for language, text in BLOCKS if not language for line in text.replace("\\\n", " ").splitlines()]
+TRAINING = [line for line in LINES if line.startswith("mtrl train ") and "run_dir=R" not in line]
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_every_training_command_composes(line: str, here: MtrlHere) -> None:
+    assert "steps_per_task" in here(*shlex.split(line, comments=True)[1:], "--dry-run").stdout
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(TRAINING) >= 6
+
+
+def test_own_pack_and_network_train_as_shown(mtrl: Mtrl) -> None:
+    pack, network, wide = (text for language, text in BLOCKS if language in ("yaml", "python"))
+    names = re.findall(r"`(my_\w+(?:/\w+)*\.(?:yaml|py))`", README)
+    for name, text in zip(names, (pack, network, wide), strict=True):
+        path = mtrl.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (command,) = (line for line in LINES if line.startswith("PYTHONPATH=. mtrl train"))
+    small = ["steps_per_task=300", "agent.learning_starts=100", "eval.episodes=1", "eval.max_steps=20", "run_dir=run", "device=cpu"]
+    printed = mtrl(*shlex.split(command)[2:], *small, PYTHONPATH=".").stdout
+    assert "CartPole-v1" in printed
+    # The printed command to evaluate it works as printed.
+    (evaluate,) = (line for line in printed.splitlines() if line.startswith("evaluate "))
+    words = [word for word in shlex.split(evaluate)[2:] if not word.startswith(("video", "eval."))]
+    mtrl(*words, "eval.episodes=1", "eval.max_steps=5", PYTHONPATH=".")
+    assert list(Path(mtrl.folder / "run" / "eval").iterdir())
+
+
+def test_documents_that_the_readme_names_are_there() -> None:
+    for name in re.findall(r"docs/[\w.]+", README):
+        assert (ROOT / name).exists(), name
