@@ -62,6 +62,7 @@ class Learner:
         losses = self.agent.losses(batch)
         loss_K = losses.loss_KB.mean(1)
         weight_K = self.task_weights.backward(loss_K, self.optimizer.parameters)
+        self.optimizer.at(step / self.replay.spec.total_steps)
         norm = self.optimizer.step()
         self.updates += 1
         self.agent.after_update(self.updates)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mtrl_cli.fields import NonNegativeFloat, PositiveFloat
+from mtrl_cli.fields import Fraction, NonNegativeFloat, PositiveFloat
 
 
 class Optimizer(ABC):
@@ -15,13 +15,20 @@ class Optimizer(ABC):
 
     Args:
         parameters: what is trained.
+        lr, lr_final: step size at the start of a run, and the share of it that is left at the end, reached linearly.
         max_grad_norm: gradients are scaled down to this global norm; 0: never.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter], max_grad_norm: float):
+    def __init__(self, parameters: list[torch.nn.Parameter], lr: float, lr_final: float, max_grad_norm: float):
         self.parameters = parameters
+        self._lr, self._lr_final = lr, lr_final
         self._max_grad_norm = max_grad_norm
         self._optimizer = self.make(parameters)
+
+    def at(self, progress: float) -> None:
+        """Set the step size for a moment of the run, 0 at its start and 1 at its end."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * (1 - (1 - self._lr_final) * min(1.0, progress))
 
     @abstractmethod
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -48,7 +55,8 @@ class Adam(Optimizer):
     """Adam (Kingma and Ba 2015).
 
     Args:
-        lr: step size.
+        lr: step size at the start.
+        lr_final: the share of it that is left at the end of the run, reached linearly; 1: constant.
         eps: added to the denominator.
         weight_decay: L2 penalty, added to the gradient.
         max_grad_norm: gradients are scaled down to this global norm; 0: never.
@@ -59,12 +67,13 @@ class Adam(Optimizer):
         parameters: list[torch.nn.Parameter],
         *,
         lr: PositiveFloat,
+        lr_final: Fraction = 1.0,
         eps: PositiveFloat,
         weight_decay: NonNegativeFloat,
         max_grad_norm: NonNegativeFloat,
     ):
         self._options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(parameters, max_grad_norm)
+        super().__init__(parameters, lr, lr_final, max_grad_norm)
 
     def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, **self._options, fused=True)

@@ -83,3 +83,15 @@ def test_the_state_from_before_the_first_step_is_empty() -> None:
     give(own)
     optimizer.step()
     assert sorted(optimizer.state_dict()) == ["0", "1"]
+
+
+def test_step_size_falls_linearly_over_the_run() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = Adam([parameter], lr=0.1, lr_final=0.2, eps=1e-12, weight_decay=0.0, max_grad_norm=0.0)
+    for progress, lr in ((0.0, 0.1), (0.5, 0.06), (1.0, 0.02), (2.0, 0.02)):
+        # With one constant gradient, an Adam step has the length of its step size.
+        before = parameter.item()
+        parameter.grad = torch.ones(1)
+        optimizer.at(progress)
+        optimizer.step()
+        assert before - parameter.item() == pytest.approx(lr, rel=1e-4)
