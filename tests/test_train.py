@@ -158,6 +158,12 @@ def test_unwritable_folder_is_refused(here: MtrlHere) -> None:
     assert "writable" in here("train", *TINY, "run_dir=locked/run", code=2).stderr
 
 
+def test_folder_where_none_can_be_made_is_refused(here: MtrlHere) -> None:
+    refused = here("train", *TINY, "run_dir=/proc/nowhere/run", code=2)
+    assert "/proc/nowhere/run" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
 def test_folder_below_a_file_is_refused(here: MtrlHere) -> None:
     (here.folder / "file").write_text("")
     assert "file" in here("train", *TINY, "run_dir=file/run", code=2).stderr
