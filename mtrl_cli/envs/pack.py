@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ class VectorTask(Protocol):
         """Free the environments."""
 
 
-class Pack(ABC):
+class Pack:
     """The tasks that one network is to learn, and how their observations share one array.
 
     Subclasses set `observation_kind` to "image" or "vector". Their keyword-only parameters are the keys of `conf/env/*.yaml`.
@@ -104,21 +103,21 @@ class Pack(ABC):
         self.observation_scale = observation_scale
         self.stack = stack
 
-    @abstractmethod
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> VectorTask:
         """`num_envs` environments of one task, on `num_threads` threads where the emulator has its own."""
+        raise NotImplementedError
 
-    @abstractmethod
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
         """Play an episode again from its seed and actions: its first frame, then one for each action, RGB uint8 `[H, W, 3]`.
 
         Raises:
             UserError: a package that drawing needs is not installed, or the task cannot be drawn.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def render_fps(self, task_index: int) -> int:
         """How many of `render`'s frames make a second at the game's own speed."""
+        raise NotImplementedError
 
 
 def padded_shape(tasks: Sequence[Task]) -> tuple[int, ...]:
