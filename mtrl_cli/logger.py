@@ -155,7 +155,7 @@ class EventWriter:
 
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}.{next(_numbers):06d}"
         self._file: BinaryIO = open(folder / name, "xb", buffering=2**16)  # noqa: SIM115
         self._records = RecordWriter(self._file)
         self._event = Event
