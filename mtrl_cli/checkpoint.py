@@ -12,6 +12,7 @@ deleted. COMPLETE holds sizes and checksums. Nothing is ever unpickled.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import sys
@@ -273,6 +274,8 @@ class CheckpointStore:
 
     def _load_latest(self, device: str | torch.device, warn: Warn) -> tuple[int, dict[str, Any]]:
         step, trouble = self.latest(), ""
+        if step is None and not os.path.lexists(self.folder / "latest"):
+            step = self.steps()[-1]  # killed after the first checkpoint was whole and before `latest` could name it
         while step is not None:
             try:
                 return step, self._load(step, device)

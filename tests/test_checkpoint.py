@@ -568,3 +568,11 @@ def test_killed_at_random_moments_latest_and_best_are_always_whole(tmp_path):
     assert reached > 5
     _store(tmp_path, with_replay=True).recover()
     assert not [name for name in _listing(tmp_path) if Path(name).name.startswith(".")]
+
+
+def test_killed_before_latest_named_the_first_checkpoint_it_is_found(tmp_path):
+    _store(tmp_path).save(1, _state(1))
+    (tmp_path / "checkpoints" / "latest").unlink()
+    step, state = _store(tmp_path).load("latest", warn=_refuse)
+    assert step == 1
+    assert same(state, _state(1))
