@@ -28,6 +28,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.schema import KINDS
 from mtrl_cli.stats import EpisodeStatistics
+from mtrl_cli.task_weights.base import Tasks
 
 Config = dict[str, Any]
 
@@ -267,7 +268,14 @@ def make_run(config: Config, pack: Pack) -> Run:
     agent = make(config, "agent", network, make(config, "agent/value_scale"), names, compile_with)
     replay = make(config, "replay", _replay_spec(config, pack, device))
     optimizer = make(config, "optimizer", list(network.parameters()))
-    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights")
+    tasks = Tasks(
+        names=tuple(names),
+        random_scores=tuple(task.random_score for task in pack.tasks),
+        reference_scores=tuple(task.reference_score for task in pack.tasks),
+        seed=derived_seed(config["seed"], "task weights"),
+        device=device,
+    )
+    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights", tasks)
     learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
 
     def open_loop() -> Loop:

@@ -12,6 +12,7 @@ from mtrl_cli.errors import RunError
 from mtrl_cli.optimizers import Optimizer
 from mtrl_cli.replay import Replay
 from mtrl_cli.task_weights.base import TaskWeights
+from mtrl_cli.task_weights.gradients import AutogradGradients
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -35,6 +36,7 @@ class Learner:
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
+        self._shared, self._own = agent.network.shared_parameters(), agent.network.own_parameters()
         self._task_names = task_names
         self.updates = 0
         self._learns_from, self._updates_before = agent.learning_starts, 0
@@ -61,10 +63,13 @@ class Learner:
         batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
         losses = self.agent.losses(batch)
         loss_K = losses.loss_KB.mean(1)
-        weight_K = self.task_weights.backward(loss_K, self.optimizer.parameters)
+        weight_K = self.task_weights.backward(AutogradGradients(loss_K, self._shared, self._own))
         self.optimizer.at(step / self.replay.spec.total_steps)
         norm = self.optimizer.step()
         self.updates += 1
+        if self.task_weights.looks_back:
+            with torch.no_grad():
+                self.task_weights.after_step(self.agent.losses(batch).loss_KB.mean(1))
         self.agent.after_update(self.updates)
         self.replay.update_priorities(batch, losses.error_KB)
         self._record(step, loss_K.detach(), losses.q_K, weight_K, norm)

@@ -81,6 +81,8 @@ class Loop:
                 step = self.pack.recv()
             with self.clock.time("log"):
                 self.statistics.add(step.reward, step.done)
+                if step.done.any():
+                    self.learner.task_weights.hear_scores(self.statistics.recent())
             with self.clock.time("act"):
                 reward, terminated, truncated, done = (
                     torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)

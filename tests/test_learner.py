@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fake_tasks import tasks_of
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards
@@ -59,7 +60,7 @@ def learner_of(
     agent = DQN(network, ClipRewards(), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
-    return Learner(agent, replay, augmentation or NoAugmentation(), Uniform(), optimizer, NAMES)
+    return Learner(agent, replay, augmentation or NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -130,12 +131,26 @@ def test_with_an_empty_replay_it_gathers_anew_and_makes_up_for_nothing() -> None
 # -- an update ------------------------------------------------------------------------------------------------------------------
 
 
+class FakeNetwork(nn.Module):
+    """A parameter of each task."""
+
+    def __init__(self, num_tasks: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_tasks))
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        return [self.values]
+
+
 class FakeAgent(Agent):
     """One parameter per task, whose gradients are given; everything else is noted."""
 
     def __init__(self, losses: list[list[float]], slopes: list[float]):
-        self.network = nn.Module()  # type: ignore[assignment]
-        self.parameter = nn.Parameter(torch.zeros(len(slopes)))
+        self.network = FakeNetwork(len(slopes))  # type: ignore[assignment]
+        self.parameter = self.network.values
         self.batch_size, self.samples_per_step, self.learning_starts, self.n_step = 2, 2.0, 0, 3
         self._losses, self._slopes = losses, torch.tensor(slopes)
         self.seen: list[Batch] = []
@@ -164,7 +179,7 @@ class FakeAgent(Agent):
 def fake_learner(losses: list[list[float]], slopes: tuple[float, float] = (6.0, 8.0)) -> tuple[Learner, FakeAgent]:
     agent = FakeAgent(losses, list(slopes))
     optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
-    learner = Learner(agent, UniformReplay(SPEC, capacity=36), NoAugmentation(), Uniform(), optimizer, NAMES)
+    learner = Learner(agent, UniformReplay(SPEC, capacity=36), NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     return fill(learner), agent
 
 
@@ -203,7 +218,7 @@ def test_a_batch_is_augmented_before_the_agent_sees_it_and_errors_reach_the_repl
 
     agent = FakeAgent([[1.0, 2.0]], [6.0, 8.0])
     optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
-    learner = fill(Learner(agent, Listening(SPEC, capacity=36), Brighter(), Uniform(), optimizer, NAMES))
+    learner = fill(Learner(agent, Listening(SPEC, capacity=36), Brighter(), Uniform(tasks_of(NAMES)), optimizer, NAMES))
     learner.update(1)
     assert agent.seen[0].action.shape == (2, 2)
     assert (agent.seen[0].observation > 50).all()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fake_pack import TASKS, FakePack
+from fake_tasks import tasks_of
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
@@ -58,7 +59,7 @@ def loop_of(replay_kind: type[Replay] = UniformReplay, weights_seed: int = 0, ca
     spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
     replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
-    learner = Learner(agent, replay, NoAugmentation(), Uniform(), optimizer, NAMES)
+    learner = Learner(agent, replay, NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
     frames = FrameStack(3, 2, 1, pack.observation_shape, torch.float32, CPU)
     return Loop(task_pack(pack), actor, replay, learner, frames, EpisodeStatistics(NAMES, 2), CPU)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fake_tasks import tasks_of
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.targets import bootstrap_value
 from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
+from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from test_sharing import observations
 
@@ -137,7 +139,8 @@ def test_the_order_of_tasks_does_not_matter(sharing: type[Sharing], head: type[H
     assert torch.allclose(q_permuted, q_KBA[order], atol=1e-6)
     for each, q in ((network, q_KBA), (permuted, q_permuted)):
         loss_K = q.masked_fill(~q.isfinite(), 0.0).square().sum(-1).mean(1)
-        weight_K = Uniform().backward(loss_K, list(each.parameters()))
+        gradients = AutogradGradients(loss_K, each.shared_parameters(), each.own_parameters())
+        weight_K = Uniform(tasks_of("abc")).backward(gradients)
         assert weight_K.tolist() == pytest.approx([1 / 3] * 3)
     for (name, one), (_, other) in zip(network.named_parameters(), permuted.named_parameters(), strict=True):
         assert one.grad is not None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.heads import Head
+from mtrl_cli.networks.per_task import TaskOwned
 from mtrl_cli.networks.sharing import Sharing
 
 
@@ -46,6 +47,16 @@ class MultiTaskNetwork(nn.Module):
         with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
             features = self.sharing(observation.to(dtype) * self._scale)
         return self.head(features.float())
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Those that several tasks' losses may reach."""
+        own = {id(parameter) for parameter in self.own_parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Those whose rows belong to one task each (see `TaskOwned`)."""
+        owned = [module for module in self.modules() if isinstance(module, TaskOwned)]
+        return list({id(parameter): parameter for module in owned for parameter in module.parameters()}.values())
 
     def parameter_counts(self) -> ParameterCounts:
         shared, torsos = self.sharing.parameter_counts()

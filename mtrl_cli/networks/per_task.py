@@ -10,7 +10,11 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 
-class PerTask(nn.Module):
+class TaskOwned:
+    """Marks a module whose own parameters are stacked by task: row k of each is reached by task k's loss alone, by no other task's."""
+
+
+class PerTask(TaskOwned, nn.Module):
     """K modules of one structure with parameters of their own, as one module over stacked parameters.
 
     The modules may differ in the sizes of their inputs: their parameters are then padded with zeros to the widest. Padded
@@ -52,7 +56,7 @@ def _stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-class TaskLinear(nn.Module):
+class TaskLinear(TaskOwned, nn.Module):
     """A linear layer per task: `[K, B, I]` to `[K, B, O]`, initialised as `nn.Linear` is.
 
     Args:

@@ -3,25 +3,95 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 
-class TaskWeights(ABC):
-    """Losses of all tasks to gradients of all parameters."""
+@dataclass(frozen=True)
+class Tasks:
+    """What a weighting may know of the run's K tasks.
+
+    Attributes:
+        names: in order.
+        random_scores, reference_scores: what random play and the reference reach, each None where it is not known.
+        seed: for what is drawn.
+        device: of the losses.
+    """
+
+    names: tuple[str, ...]
+    random_scores: tuple[float | None, ...]
+    reference_scores: tuple[float | None, ...]
+    seed: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class TaskGradients(ABC):
+    """The gradients of one batch's K losses, as far as they are asked for; P: all parameters that tasks share, flattened in order.
+
+    One of `weigh`, `combine` and `replace` is called, once: it adds to the parameters' `grad`.
+
+    Attributes:
+        loss_K: float32 `[K]`, detached: each task's mean loss.
+    """
+
+    loss_K: torch.Tensor
 
     @abstractmethod
-    def backward(self, loss_K: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-        """Add the weighted gradient to each parameter's `grad`.
+    def weigh(self, weight_K: torch.Tensor) -> None:
+        """The gradient of the weighted sum of the losses, to all parameters, in one backward pass."""
 
-        Args:
-            loss_K: float32 `[K]`, each task's mean loss.
-            parameters: those to be trained.
+    @abstractmethod
+    def gram(self) -> torch.Tensor:
+        """Inner products of the tasks' gradients over the shared parameters, float32 `[K, K]`."""
+
+    @abstractmethod
+    def rows(self) -> torch.Tensor:
+        """Each task's gradient of the shared parameters, float32 `[K, P]`."""
+
+    @abstractmethod
+    def combine(self, weight_K: torch.Tensor) -> None:
+        """The weighted sum of the tasks' gradients to the shared parameters; to each task's own the uniform share, 1 / K of its gradient."""
+
+    @abstractmethod
+    def replace(self, gradient_P: torch.Tensor) -> None:
+        """A gradient (float32 `[P]`) to the shared parameters; to each task's own 1 / K of its gradient."""
+
+
+class TaskWeights(ABC):
+    """Losses of all tasks to gradients of all parameters.
+
+    All are brought to the scale of the mean: where every task has the same gradient, that gradient is the result.
+
+    Attributes:
+        needs: what of the gradients a method asks for, and so what an update costs: "losses" one backward pass, "gram" hardly more,
+            "rows" every task's own gradient.
+        looks_back: whether `after_step` wants the losses of the same batch after the optimizer's step: one more forward pass.
+    """
+
+    needs: ClassVar[str] = "losses"
+    looks_back: ClassVar[bool] = False
+
+    def __init__(self, tasks: Tasks):
+        self.tasks = tasks
+
+    @abstractmethod
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        """Add the weighted gradient to each parameter's `grad`.
 
         Returns:
             The weights used, float32 `[K]`, detached.
         """
+
+    def after_step(self, loss_K: torch.Tensor) -> None:
+        """The losses (float32 `[K]`) of the same batch after the step, where the method `looks_back`."""
+
+    def hear_scores(self, recent: dict[str, float]) -> None:
+        """Mean returns (the game's own) of the last episodes in training, by task; tasks with none are left out."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the weights have learned so far."""

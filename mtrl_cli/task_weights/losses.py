@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mtrl_cli.task_weights.base import TaskWeights
+from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
 
 
 class Uniform(TaskWeights):
     """The mean of the tasks' losses: every task weighs 1 / K."""
 
-    def backward(self, loss_K: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-        loss_K.mean().backward()
-        return torch.full_like(loss_K, 1 / loss_K.shape[0])
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        weight_K = torch.full_like(gradients.loss_K, 1 / len(self.tasks))
+        gradients.weigh(weight_K)
+        return weight_K

@@ -1,0 +1,47 @@
+"""Gradients of tasks by plain autograd: for any network, and what quicker ways are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mtrl_cli.task_weights.base import TaskGradients
+
+
+class AutogradGradients(TaskGradients):
+    """A backward pass for each task where rows are asked for.
+
+    Args:
+        loss_K: float32 `[K]`, with its graph.
+        shared: parameters that several tasks reach.
+        own: parameters whose rows belong to one task each.
+    """
+
+    def __init__(self, loss_K: torch.Tensor, shared: Sequence[torch.nn.Parameter], own: Sequence[torch.nn.Parameter]):
+        self.loss_K = loss_K.detach()
+        self._loss_K, self._shared, self._own = loss_K, list(shared), list(own)
+        self._rows: torch.Tensor | None = None
+
+    def weigh(self, weight_K: torch.Tensor) -> None:
+        (weight_K * self._loss_K).sum().backward()
+
+    def gram(self) -> torch.Tensor:
+        rows_KP = self.rows()
+        return rows_KP @ rows_KP.T
+
+    def rows(self) -> torch.Tensor:
+        if self._rows is None:
+            each = [torch.autograd.grad(loss, self._shared, retain_graph=True, materialize_grads=True) for loss in self._loss_K]
+            self._rows = torch.stack([torch.cat([gradient.flatten() for gradient in gradients]) for gradients in each])
+        return self._rows
+
+    def combine(self, weight_K: torch.Tensor) -> None:
+        self.replace(weight_K @ self.rows())
+
+    def replace(self, gradient_P: torch.Tensor) -> None:
+        of_own = torch.autograd.grad(self._loss_K.mean(), self._own, materialize_grads=True)
+        parts = gradient_P.split([parameter.numel() for parameter in self._shared])
+        of_shared = [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)]
+        for parameter, gradient in zip((*self._shared, *self._own), (*of_shared, *of_own), strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
