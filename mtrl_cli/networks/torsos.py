@@ -1,7 +1,8 @@
 """Torsos: how a task's observations become features.
 
 A torso is a recipe of two modules, so that a sharing structure can decide which tasks share which: the *stem* is the first
-layer and reads a task's own observations (its input adapter, where tasks differ in shape), the *body* is everything after it.
+layer and reads a task's own observations (its input adapter, where tasks differ in shape), the *body* is everything after it,
+block by block, so that structures can work between the blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ class Torso(ABC):
         """The first layer, for observations `[B, *shape]` (float)."""
 
     @abstractmethod
-    def body(self, shape: tuple[int, ...]) -> nn.Module:
-        """The rest: from what the stem gives for observations of `shape` to features `[B, num_features]` (float)."""
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
+        """The rest: from what the stem gives for observations of `shape` to features `[B, num_features]` (float).
+
+        Its children are the torso's blocks, each a layer with its activation; the last one gives the features, and flattens what it
+        is given itself where that is an image.
+        """
 
 
 def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int, layer_norm: bool) -> nn.Sequential:
@@ -45,6 +50,10 @@ def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int, 
 def _linear(features_in: int, features_out: int, layer_norm: bool) -> nn.Sequential:
     norm = [nn.LayerNorm(features_out)] if layer_norm else []
     return nn.Sequential(nn.Linear(features_in, features_out), *norm, nn.ReLU())
+
+
+def _flat_linear(features_in: int, features_out: int, layer_norm: bool) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), *_linear(features_in, features_out, layer_norm))
 
 
 def _flat_size(layers: nn.Module, shape: tuple[int, ...]) -> int:
@@ -71,16 +80,15 @@ class NatureCNN(Torso):
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return _convolution(shape[0], self._channels[0], 8, 4, self._layer_norm)
 
-    def body(self, shape: tuple[int, ...]) -> nn.Module:
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
         def convolutions() -> nn.Sequential:
             return nn.Sequential(
                 _convolution(self._channels[0], self._channels[1], 4, 2, self._layer_norm),
                 _convolution(self._channels[1], self._channels[2], 3, 1, self._layer_norm),
-                nn.Flatten(),
             )
 
         flat = _flat_size(nn.Sequential(self.stem(shape), convolutions()), shape)
-        return nn.Sequential(*convolutions(), _linear(flat, self.num_features, self._layer_norm))
+        return nn.Sequential(*convolutions(), _flat_linear(flat, self.num_features, self._layer_norm))
 
 
 class _Residual(nn.Module):
@@ -113,17 +121,17 @@ class ImpalaCNN(Torso):
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return nn.Conv2d(shape[0], self._channels[0], 3, padding=1)
 
-    def body(self, shape: tuple[int, ...]) -> nn.Module:
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
         def blocks() -> nn.Sequential:
-            layers: list[nn.Module] = []
+            sequences = []
             for index, channels in enumerate(self._channels):
-                if index:
-                    layers.append(nn.Conv2d(self._channels[index - 1], channels, 3, padding=1))
-                layers += [nn.MaxPool2d(3, 2, padding=1), _Residual(channels), _Residual(channels)]
-            return nn.Sequential(*layers, nn.ReLU(), nn.Flatten())
+                first = [nn.Conv2d(self._channels[index - 1], channels, 3, padding=1)] if index else []
+                sequences.append(nn.Sequential(*first, nn.MaxPool2d(3, 2, padding=1), _Residual(channels), _Residual(channels)))
+            sequences[-1].append(nn.ReLU())
+            return nn.Sequential(*sequences)
 
         flat = _flat_size(nn.Sequential(self.stem(shape), blocks()), shape)
-        return nn.Sequential(*blocks(), _linear(flat, self.num_features, self._layer_norm))
+        return nn.Sequential(*blocks(), _flat_linear(flat, self.num_features, self._layer_norm))
 
 
 class MLP(Torso):
@@ -146,7 +154,7 @@ class MLP(Torso):
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return _linear(shape[0], self._hidden[0], self._layer_norm)
 
-    def body(self, shape: tuple[int, ...]) -> nn.Module:
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
         sizes = zip(self._hidden, self._hidden[1:], strict=False)
         return nn.Sequential(*(_linear(before, after, self._layer_norm) for before, after in sizes))
 
@@ -170,6 +178,5 @@ class MinAtarCNN(Torso):
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return _convolution(shape[0], self._channels, 3, 1, self._layer_norm)
 
-    def body(self, shape: tuple[int, ...]) -> nn.Module:
-        flat = _flat_size(nn.Sequential(self.stem(shape), nn.Flatten()), shape)
-        return nn.Sequential(nn.Flatten(), _linear(flat, self.num_features, self._layer_norm))
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
+        return nn.Sequential(_flat_linear(_flat_size(self.stem(shape), shape), self.num_features, self._layer_norm))

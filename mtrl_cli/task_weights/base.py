@@ -55,7 +55,7 @@ class TaskGradients(ABC):
 
     @abstractmethod
     def combine(self, weight_K: torch.Tensor) -> None:
-        """The weighted sum of the tasks' gradients to the shared parameters; to each task's own the uniform share, 1 / K of its gradient."""
+        """The weighted sum of the tasks' gradients to the shared parameters; to each task's own 1 / K of its gradient."""
 
     @abstractmethod
     def replace(self, gradient_P: torch.Tensor) -> None:
