@@ -29,6 +29,7 @@ from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.schema import KINDS
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks
+from mtrl_cli.task_weights.tape import Tape, tape_for
 
 Config = dict[str, Any]
 
@@ -234,6 +235,21 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast).to(device)
 
 
+def _make_tape(network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
+    """The quick way to the gradients of tasks, where the network has one."""
+    random = torch.Generator().manual_seed(0)
+    sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
+    for own, task in zip(sample, pack.tasks, strict=True):
+        noise = torch.rand((2, pack.stack, *task.observation_shape), generator=random)
+        own[:, :, *(slice(size) for size in task.observation_shape)] = noise * pack.observation_scale
+    observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
+    tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
+    if tape is None:
+        # A backward pass per task keeps the graph, which compiled code would otherwise take apart in the first.
+        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    return tape
+
+
 def _stacked(pack: Pack) -> tuple[int, ...]:
     return (pack.stack * pack.observation_shape[0], *pack.observation_shape[1:])
 
@@ -276,7 +292,8 @@ def make_run(config: Config, pack: Pack) -> Run:
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights", tasks)
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
+    tape = _make_tape(network, pack, device) if task_weights.needs != "losses" else None
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
 
     def open_loop() -> Loop:
         seed, num_envs = config["seed"], pack.num_envs
