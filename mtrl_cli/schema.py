@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mtrl_cli.catalogue import did_you_mean, nearest
 from mtrl_cli.errors import UserError
-from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, PositiveInt
+from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, Parameters, PositiveInt
 from mtrl_cli.signatures import MISSING, UNKNOWN, Key, Signature, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
@@ -108,8 +108,15 @@ SECTIONS: dict[str, dict[str, type]] = {
 }
 """The sections without a class, of each command's configuration."""
 
-OWN_KEYS = {"env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])}}
-"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in."""
+OWN_KEYS = {
+    "env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])},
+    "network": {"parameters": Key(Parameters | None, None)},
+}
+"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
+a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
+
+NOT_THE_CLASSES = {"network": {"parameters"}}
+"""Those of them that are not given to the class."""
 
 
 def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
