@@ -16,6 +16,7 @@ import torch
 from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
@@ -200,7 +201,8 @@ def make_run(config: Config, pack: Pack) -> Run:
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    agent = make(config, "agent", network, make(config, "agent/value_scale"), names, compile_with)
+    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device))
+    agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = make(config, "replay", replay_spec(config, pack, device))
     optimizer = make(config, "optimizer", list(network.parameters()))
     tasks = Tasks(
