@@ -28,7 +28,8 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
 from mtrl_cli.stats import EpisodeStatistics
-from mtrl_cli.task_weights.base import Tasks
+from mtrl_cli.task_weights.base import Tasks, TaskWeights
+from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import Tape, tape_for
 
 Config = dict[str, Any]
@@ -188,8 +189,21 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
     )
 
 
-def make_run(config: Config, pack: Pack) -> Run:
-    """All parts of a training run. Nothing is written, and no emulator started.
+def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
+    """How the tasks' losses become one gradient.
+
+    Raises:
+        UserError: values that it refuses, or a solver that is not installed.
+    """
+    task_weights: TaskWeights = make(config, "task_weights", tasks)
+    if task_weights.needs != "losses" and not network.shared_parameters():
+        say(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
+        return Uniform(tasks)
+    return task_weights
+
+
+def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
+    """All parts of a training run. Nothing is written, and no emulator started. What the user should know is told by `say`.
 
     Raises:
         UserError: parts that do not fit together.
@@ -212,7 +226,7 @@ def make_run(config: Config, pack: Pack) -> Run:
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights", tasks)
+    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
     tape = _make_tape(network, pack, device) if task_weights.needs != "losses" else None
     learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
 

@@ -117,7 +117,7 @@ def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
     config = settling.settle(config, pack, say)
     for line in settling.describe(config, pack):
         say(line)
-    run = build.make_run(config, pack)
+    run = build.make_run(config, pack, say)
     counts = run.agent.network.parameter_counts()
     own = sorted(set(counts.per_task))
     each = f"{own[0]:,}" if len(own) == 1 else f"{own[0]:,} to {own[-1]:,}"
