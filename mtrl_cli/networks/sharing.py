@@ -29,6 +29,13 @@ class Sharing(nn.Module, ABC):
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """Observations `[K, B, *padded shape]` (float) to features `[K, B, num_features]`."""
 
+    def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where the structure chooses between parts: by name, how each task's samples are spread over the choices, `[K, choices]`.
+
+        Each row sums to 1. Observations are those of `forward`.
+        """
+        return {}
+
     @abstractmethod
     def parameter_counts(self) -> tuple[int, list[int]]:
         """Numbers of parameters: those shared by all tasks, and those of each task alone."""
