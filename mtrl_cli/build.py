@@ -18,6 +18,7 @@ from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.checkpoint import CheckpointStore
+from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
@@ -54,6 +55,7 @@ class Run:
     replay: Replay
     learner: Learner
     evaluator: Evaluator
+    diagnostics: Diagnostics
     intervals: Intervals
     device: torch.device
     seed: int
@@ -243,6 +245,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
+        diagnostics=Diagnostics(agent, replay, names, every=config["log"]["diagnostics"], seed=derived_seed(config["seed"], "diagnostics")),
         intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
         device=device,
         seed=config["seed"],

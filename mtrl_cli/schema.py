@@ -77,9 +77,10 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """How often figures are written."""
+    """How often figures are written, and how often the network is looked at for those of its sharing (0: never)."""
 
     every: PositiveInt
+    diagnostics: NonNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +219,10 @@ class _Checker:
 
 
 def keys_of(section: type) -> dict[str, Key]:
-    """The keys of a dataclass."""
-    return {name: Key(annotation) for name, annotation in typing.get_type_hints(section, include_extras=True).items()}
+    """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
+    annotations = typing.get_type_hints(section, include_extras=True)
+    fields = {field.name: field.default for field in dataclasses.fields(section)}
+    return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:

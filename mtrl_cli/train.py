@@ -254,6 +254,8 @@ class _Training:
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):
                     self._log_row()
+            if self.run.diagnostics.due(self.loop.step, self.loop.step >= intervals.total):
+                self._diagnose()
 
     def _evaluate(self) -> None:
         step = self.loop.step
@@ -331,6 +333,16 @@ class _Training:
         self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
         self.logged_at = step
         self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+
+    def _diagnose(self) -> None:
+        self.run.learner.check_finite()
+        step, begun = self.loop.step, time.perf_counter()
+        with self._aside():
+            report = self.run.diagnostics.report(step)
+            figures = report.figures | {"perf/seconds/diagnostics": time.perf_counter() - begun}
+            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+            for name, picture in report.pictures.items():
+                self.logger.image(name, picture, step)
 
     def _log_pictures(self, games: evaluator.Games) -> None:
         """For TensorBoard: the spread of each task's returns, and what its first environment shows."""

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from bench_task_weights_peers import PEERS
-from mtrl_cli import build, catalogue, config
+from mtrl_cli import build, catalogue, config, settling
 from mtrl_cli.errors import UserError
 from mtrl_cli.learner import Learner
 from mtrl_cli.task_weights.base import TaskWeights
@@ -51,8 +51,12 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
     }
     composed = config.compose_training([f"{key}={value}" for key, value in overrides.items()])
     pack = build.make_pack(composed)
-    settled = build.settle(composed, pack, lambda line: print(line, file=sys.stderr))
-    learner = build.make_run(settled, pack).learner
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    settled = settling.settle(composed, pack, say)
+    learner = build.make_run(settled, pack, say).learner
     spec = learner.replay.spec
     random = torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)

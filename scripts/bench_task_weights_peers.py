@@ -17,9 +17,11 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.learner import Learner
+from mtrl_cli.networks import value_losses
 from mtrl_cli.replay import Batch
 
 Update = Callable[[], None]
+GAMMA = 0.99
 
 
 class _Parts:
@@ -28,9 +30,9 @@ class _Parts:
     def __init__(self, learner: Learner):
         self.learner = learner
         self.agent = cast(DQN, learner.agent)
-        self.network: Any = self.agent.network
-        self.target_network: Any = self.agent.target_network
-        self.torso = nn.Sequential(self.network.sharing.stem, self.network.sharing.body)
+        self.network, self.target_network = self.agent.network, self.agent.target_network
+        sharing = cast(Any, learner.agent.network.sharing)
+        self.torso = nn.Sequential(sharing.stem, sharing.body)
         self.scale = 1 / 255
         self.num_tasks = learner.replay.spec.num_tasks
         self.targets = torch.compile(self._targets, dynamic=False)
@@ -45,7 +47,8 @@ class _Parts:
 
     def _targets(self, following: torch.Tensor, rewards: torch.Tensor, steps: torch.Tensor, terminated: torch.Tensor) -> torch.Tensor:
         value_KB = targets.bootstrap_value(self.target_network(following), self.network(following))
-        return targets.td_target(targets.n_step_return(rewards, 0.99), steps, terminated, value_KB, 0.99)
+        discount_KB = targets.discount(steps, terminated, GAMMA)
+        return targets.td_target(targets.n_step_return(rewards, GAMMA), discount_KB, value_KB)
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` bytes to `[B, F]`, in the precision of the run."""
@@ -55,7 +58,7 @@ class _Parts:
 
     def loss(self, q_BA: torch.Tensor, action_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
         """Each sample's loss, `[B]`."""
-        return targets.huber(target_B - q_BA.gather(-1, action_B[:, None])[:, 0], 1.0)
+        return value_losses.huber(target_B - q_BA.gather(-1, action_B[:, None])[:, 0], 1.0)
 
     def step(self) -> None:
         """Move the parameters."""
@@ -66,7 +69,7 @@ def loop(learner: Learner) -> Update:
     """A forward and a backward pass for each task's own batch, compiled; rows stacked, TorchJD's PCGrad."""
     parts, aggregator = _Parts(learner), PCGrad()
     shared, own = parts.network.shared_parameters(), parts.network.own_parameters()
-    linear = parts.network.head.linear
+    linear = cast(Any, parts.network.head).linear
 
     def task_loss(
         observation: torch.Tensor, action: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor

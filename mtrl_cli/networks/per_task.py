@@ -64,6 +64,16 @@ class Stacked(nn.Module):
         parameters = {name: parameter[0] for name, parameter in self._parameters_in(x_B.dtype).items()}
         return self._call(parameters, x_B).unsqueeze(0)
 
+    @property
+    def structure(self) -> nn.Module:
+        """The module that is called with each task's parameters in turn; hooks on its layers see what `one_by_one` gives them."""
+        return self._structure[0]
+
+    def one_by_one(self, x_KB: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives, a task after the other: slower, and open to hooks, which see no plain tensors under vmap."""
+        parameters = {name.replace(":", "."): parameter.to(x_KB.dtype) for name, parameter in self.stacked.items()}
+        return torch.stack([self._call({name: each[k] for name, each in parameters.items()}, x_B) for k, x_B in enumerate(x_KB)])
+
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))
 
