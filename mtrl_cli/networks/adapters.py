@@ -15,7 +15,7 @@ from mtrl_cli.networks.torsos import Torso
 
 class InputAdapters(Sharing):
     """An input layer for each task, a shared middle (D'Eramo et al. 2020, "Sharing Knowledge in Multi-Task Deep Reinforcement
-    Learning", section 5): f_t(h(w_t(x))), where w_t is the torso's stem, h its body and f_t the task's head.
+    Learning", section 4): f_t(h(w_t(x))), where w_t is the torso's stem, h its body and f_t the task's head.
 
     Unlike with hard sharing each task has its own stem even where all tasks have one shape.
     """
@@ -30,8 +30,8 @@ class InputAdapters(Sharing):
 
 
 class TaskEmbedding(Sharing):
-    """A learned vector per task, joined to the shared torso's features: the learned kind of the one-hot task of Yu et al. 2020
-    ("Meta-World", section 5.2, multi-task SAC).
+    """A learned vector per task, joined to the shared torso's features: the learned kind of the one-hot task that multi-task SAC reads
+    beside its observations in Yu et al. 2020 ("Meta-World", section 5).
 
     The vector is appended to the last features of the torso, and one more shared layer (linear, then ReLU; as many units as the torso
     has features) reads both. So what a task makes of the features is learned by a layer that all share; were the vector appended

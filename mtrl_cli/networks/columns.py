@@ -75,7 +75,7 @@ class _Attention(nn.Module):
 
 
 class MTAN(Sharing):
-    """Multi-task attention network (Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", equations 1 and 2): a shared torso,
+    """Multi-task attention network (Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", section 3): a shared torso,
     and for each task a mask in (0, 1) over the features of every block, the stem being the first.
 
     Block j's shared features are p_j, a task's features there are a_j * p_j, and its mask a_j = sigmoid(h_j(relu(g_j([p_j; f_j(...)]))))

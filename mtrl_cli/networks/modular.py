@@ -23,12 +23,13 @@ class SoftModularization(Sharing):
     modules j; one more softmax weighs the last layer's modules into the features, after a ReLU. The weights come from a routing network
     that reads the features times the task's learned vector.
 
-    Where paper and code differ, this does as the code does. Modules' outputs are weighted first and activated then; equation 7 has it the
-    other way round. A layer's weights depend on the softmaxed weights of all layers before it; equation 5 has those of the layer
+    Where paper and code differ, this does as the code does. Modules' outputs are weighted first and activated then; the paper has it
+    the other way round. A layer's weights depend on the softmaxed weights of all layers before it; in the paper on those of the layer
     before alone, before the softmax. The products of features and task pass two more layers before they route. Weights start nearly
-    uniform (last layers within 0.003), and other layers of the routing and all modules with a bias of 0.1 and weights within
+    uniform (the logits' layers within 0.003); other layers of the routing and all modules start with biases of 0.1 and weights within
     1 / sqrt(outputs). Two things are otherwise than in the code: it multiplies the features before their last activation, which here
-    belongs to the torso, and its linear layer over a one-hot task with a bias is here a vector for each task.
+    belongs to the torso, and its linear layer over a one-hot task with a bias is here a vector for each task. Its layer after the
+    modules is the task's head.
 
     Args:
         num_layers: at least 2.
