@@ -63,7 +63,7 @@ def parameters(run: Path) -> int:
 
 
 def group_table(folders: list[Path]) -> str:
-    """A row for each folder of runs: parameters, each task's mean return and interval over runs, mean score over tasks, minutes of a run."""
+    """A row for each folder of runs: parameters, each task's mean return with its interval, score over tasks, minutes a run."""
     groups = {folder.name: sorted(path for path in folder.iterdir() if (path / "run.json").is_file()) for folder in folders}
     found = {name: [last_evaluation(run) for run in runs] for name, runs in groups.items()}
     tasks = list(next(iter(found.values()))[0]["tasks"])
