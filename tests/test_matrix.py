@@ -1,4 +1,4 @@
-"""Every task weighting trains through the command's own entry point, in one process."""
+"""Every weighting trains, through the command's own entry point in one process (sharing structures: test_matrix_sharing.py)."""
 
 from __future__ import annotations
 
