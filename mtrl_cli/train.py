@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, evaluator, files, hardware
+from mtrl_cli import build, evaluator, files, hardware, settling
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
 from mtrl_cli.display import Display, evaluation_table, say
@@ -97,7 +97,8 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) 
     """`--or-resume` with a run that is there: its own configuration counts, but for what a resume may change."""
     trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
     own = dict(configuration.flat(configuration.load_run(run_path, trusted)))
-    wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in _NOT_COMPARED}
+    free = {*_NOT_COMPARED, *(f"network.{key}" for key in settling.scaled_keys(asked))}  # those a budget decides on, as auto would
+    wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in free}
     overrides = [*trusted]
     if asked["steps_per_task"] > own["steps_per_task"]:
         overrides.append(f"steps_per_task={asked['steps_per_task']}")
@@ -113,8 +114,8 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) 
 def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
     """Settle the configuration and build the run, telling what it is made of and what it takes before it is taken."""
     pack = build.make_pack(config)
-    config = build.settle(config, pack, say)
-    for line in build.describe(config, pack):
+    config = settling.settle(config, pack, say)
+    for line in settling.describe(config, pack):
         say(line)
     run = build.make_run(config, pack, say)
     counts = run.agent.network.parameter_counts()
@@ -253,6 +254,8 @@ class _Training:
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):
                     self._log_row()
+            if self.run.diagnostics.due(self.loop.step, self.loop.step >= intervals.total):
+                self._diagnose()
 
     def _evaluate(self) -> None:
         step = self.loop.step
@@ -330,6 +333,16 @@ class _Training:
         self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
         self.logged_at = step
         self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+
+    def _diagnose(self) -> None:
+        self.run.learner.check_finite()
+        step, begun = self.loop.step, time.perf_counter()
+        with self._aside():
+            report = self.run.diagnostics.report(step)
+            figures = report.figures | {"perf/seconds/diagnostics": time.perf_counter() - begun}
+            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+            for name, picture in report.pictures.items():
+                self.logger.image(name, picture, step)
 
     def _log_pictures(self, games: evaluator.Games) -> None:
         """For TensorBoard: the spread of each task's returns, and what its first environment shows."""

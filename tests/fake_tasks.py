@@ -1,4 +1,4 @@
-"""What a weighting is told of a run, and every weighting by name, for tests."""
+"""What a weighting and a value scale are told of a run, and every weighting by name, for tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from mtrl_cli import signatures
+from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 
 _CONF = Path(__file__).resolve().parents[1] / "conf" / "task_weights"
@@ -66,3 +67,8 @@ class GivenGradients(TaskGradients):
         assert not {"weigh", "combine", "replace"} & set(self.asked), "called once"
         self.asked.append(how)
         self.result_P = gradient_P
+
+
+def stream_of(names: Sequence[str], num_envs: int = 2, gamma: float = 0.9) -> RewardStream:
+    """Rewards of tasks of these names."""
+    return RewardStream(len(names), num_envs, gamma, torch.device("cpu"))

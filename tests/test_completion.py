@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_tasks import ALL_WEIGHTS
 from mtrl_cli import catalogue, cli, completion, config
 
 CONF = catalogue.conf_folder()
@@ -34,8 +35,12 @@ def test_options_come_with_their_description() -> None:
     found = dict(completion.complete("train", [], "env=ata"))
     assert set(found) == {"env=atari_pack", "env=atari_26", "env=atari_57"}
     assert found["env=atari_26"] == catalogue.description(CONF / "env" / "atari_26.yaml")
-    assert offered("train", "network/sharing=") == ["network/sharing=hard", "network/sharing=independent"]
-    assert offered("train", "task_w") == ["task_weights=uniform"]
+    sharings = sorted(path.stem for path in (CONF / "network" / "sharing").glob("*.yaml"))
+    assert offered("train", "network/sharing=") == [f"network/sharing={name}" for name in sharings]
+    assert offered("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
+
+
+NETWORK = ("features", "width", "layer_norm", "parameters")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,7 @@ def test_options_come_with_their_description() -> None:
         ("precision=", ["precision=auto", "precision=fp32", "precision=bf16"]),
         ("env.protocol=n", ["env.protocol=nature"]),
         ("replay.capacity=", ["replay.capacity=auto"]),
-        ("netw", ["network=", "network/sharing=", "network/head=", "network.features=", "network.width=", "network.layer_norm="]),
+        ("netw", ["network=", "network/sharing=", "network/head=", *(f"network.{key}=" for key in NETWORK)]),
         ("env.tasks=[pong,brea", ["env.tasks=[pong,breakout]", "env.tasks=[pong,breakout,"]),
         ("nothing", []),
         ("nothing=", []),

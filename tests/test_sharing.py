@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from mtrl_cli.networks.per_task import PerTask
-from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
-from mtrl_cli.networks.torsos import MLP, MinAtarCNN, NatureCNN, Torso
+from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
+from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
+from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
 
 VECTORS = [(4,), (6,), (2,)]
 IMAGES = [(4, 10, 10), (7, 10, 10), (6, 10, 10)]
@@ -96,6 +96,64 @@ def test_padding_stays_zero_while_training(weight_decay: float) -> None:
     for task, size in enumerate((4, 6, 2)):
         assert not weight[task, :, size:].any()
         assert weight[task, :, :size].all()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_one_input_goes_through_all_stacked_modules(number: int) -> None:
+    modules = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(number)]
+    stacked, x = Stacked(modules), torch.randn(5, 3)
+    out = stacked.of_one(x)
+    assert torch.allclose(out, torch.stack([module(x) for module in modules]), atol=1e-6)
+    assert torch.allclose(stacked(x.expand(number, -1, -1)), out, atol=1e-6)
+
+
+def test_only_modules_of_tasks_are_owned() -> None:
+    modules = [nn.Linear(3, 2), nn.Linear(1, 2)]
+    assert isinstance(PerTask(modules), TaskOwned)
+    assert not isinstance(Stacked(modules), TaskOwned)
+
+
+def test_parameters_are_counted_without_padding() -> None:
+    parts = nn.ModuleDict(
+        {
+            "shared": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5)),  # 8 + 15
+            "experts": Stacked([nn.Linear(3, 2), nn.Linear(1, 2)]),  # 8 + 4
+            "stems": PerTask([nn.Linear(4, 3), nn.Linear(1, 3)]),  # 15 | 6
+            "deep": nn.ModuleList([TaskLinear(2, [4, 1]), TaskVectors(torch.zeros(2, 6))]),  # 12 + 6 | 3 + 6
+        }
+    )
+    assert parameter_counts(parts, 2) == (35, [33, 15])
+    assert parameter_counts(nn.Linear(1, 1), 3) == (2, [0, 0, 0])
+
+
+# -- parts of a torso -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_parameters_belongs_to_the_block_before_it() -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(3, 2)
+    body = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Tanh(), nn.ReLU())
+    blocks = blocks_of(body)
+    assert [[type(child).__name__ for child in block] for block in blocks] == [["Flatten", "Linear", "ReLU"], ["Linear", "Tanh", "ReLU"]]
+    x = torch.randn(5, 4)
+    assert torch.equal(nn.Sequential(*blocks)(x), body(x))
+    assert output_shapes(blocks, (4,)) == [(3,), (2,)]
+    assert blocks_of(nn.Sequential()) == []
+    assert [len(block) for block in blocks_of(nn.Sequential(nn.ReLU(), nn.Flatten()))] == [2]
+
+
+@pytest.mark.parametrize(
+    ("torso", "shape", "shapes"),
+    [
+        (NatureCNN(), (4, 84, 84), [(64, 9, 9), (64, 7, 7), (512,)]),
+        (ImpalaCNN(), (4, 84, 84), [(16, 42, 42), (32, 21, 21), (32, 11, 11), (256,)]),
+        (MinAtarCNN(), (6, 10, 10), [(128,)]),
+        (MLP(hidden=[8, 7, 6]), (3,), [(7,), (6,)]),
+        (MLP(hidden=[8]), (3,), []),
+    ],
+)
+def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+    stem, blocks = torso.stem(shape), blocks_of(torso.body(shape))
+    assert output_shapes([stem, *blocks], shape)[1:] == shapes
 
 
 # -- sharing structures ---------------------------------------------------------------------------------------------------------
