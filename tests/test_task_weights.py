@@ -14,6 +14,8 @@ from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from test_learner import NAMES, fill, learner_of, parameters, restored, rows, saved
+from test_loop import NAMES as GAMES
+from test_loop import loop_of, run
 
 # Figures at which a few updates show what thousands would.
 QUICK: dict[str, dict[str, Any]] = {
@@ -224,6 +226,18 @@ def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
         for _ in range(5 * (update % 2)):
             often.hear_scores({"t1": 10.0})
         assert torch.equal(once.backward(random_gradients(update)), often.backward(random_gradients(update)))
+
+
+def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
+    loop = loop_of()
+    weights = loop.learner.task_weights = ScoreGap(tasks_of(GAMES), temperature=0.5, half_life=1)
+    loop.begin()
+    run(loop, 60)
+    recent = loop.statistics.recent()
+    assert len(recent) == len(GAMES)
+    gap_K = [1 - min(1.0, max(0.0, recent[name] / (10.0 * (k + 1)))) for k, name in enumerate(GAMES)]
+    assert weights.state_dict()["heard"].tolist() == pytest.approx(gap_K)
+    assert max(gap_K) > min(gap_K)
 
 
 def test_score_gap_is_bounded_and_uniform_at_both_ends() -> None:
