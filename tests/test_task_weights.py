@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cvxpy.error import SolverError
+from qpsolvers.exceptions import QPError
 
 from conftest import MtrlHere
 from fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weights_of
@@ -137,6 +139,22 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
     tensors: dict[str, torch.Tensor] = {}
     take_apart(weights.state_dict(), tensors)
     assert all(torch.isfinite(tensor.double()).all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("error", [SolverError("no"), QPError("no"), ValueError("no"), torch.linalg.LinAlgError("no")])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, plain = (weights_of(name, **{"nash_mtl": {"every": 1}}.get(name, {})) for _ in range(2))
+
+    def fail(*arguments: Any) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "_weighting", fail)
+        assert weights.backward(random_gradients(0)).tolist() == pytest.approx([1 / 3] * 3)
+    torch.testing.assert_close(weights.backward(random_gradients(1)), plain.backward(random_gradients(1)))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
