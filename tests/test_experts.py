@@ -81,7 +81,7 @@ def test_a_tasks_loss_reaches_its_own_rows_and_all_that_is_shared(kind: type[Sha
 @pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
 def test_counted_parameters_are_all_there_are(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
     """The padding of stems aside."""
-    sharing, shapes = kind(*case), case[1]
+    sharing = kind(*case)
     shared, own = sharing.parameter_counts()
     stems = [module for module in sharing.modules() if isinstance(module, PerTask)]
     padding = sum(sum(parameter.numel() for parameter in module.parameters()) - sum(module.sizes) for module in stems)
