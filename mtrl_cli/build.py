@@ -16,7 +16,9 @@ import torch
 from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.checkpoint import CheckpointStore
+from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
@@ -28,7 +30,9 @@ from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
 from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
 from mtrl_cli.stats import EpisodeStatistics
-from mtrl_cli.task_weights.base import Tasks
+from mtrl_cli.task_weights.base import Tasks, TaskWeights
+from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import Tape, tape_for
 
 Config = dict[str, Any]
 
@@ -52,6 +56,7 @@ class Run:
     replay: Replay
     learner: Learner
     evaluator: Evaluator
+    diagnostics: Diagnostics
     intervals: Intervals
     device: torch.device
     seed: int
@@ -164,6 +169,21 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 
+def _make_tape(network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
+    """The quick way to the gradients of tasks, where the network has one."""
+    random = torch.Generator().manual_seed(0)
+    sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
+    for own, task in zip(sample, pack.tasks, strict=True):
+        noise = torch.rand((2, pack.stack, *task.observation_shape), generator=random)
+        own[:, :, *(slice(size) for size in task.observation_shape)] = noise * pack.observation_scale
+    observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
+    tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
+    if tape is None:
+        # A backward pass per task keeps the graph, which compiled code would otherwise take apart in the first.
+        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    return tape
+
+
 def _stacked(pack: Pack) -> tuple[int, ...]:
     return (pack.stack * pack.observation_shape[0], *pack.observation_shape[1:])
 
@@ -182,8 +202,21 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
     )
 
 
-def make_run(config: Config, pack: Pack) -> Run:
-    """All parts of a training run. Nothing is written, and no emulator started.
+def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
+    """How the tasks' losses become one gradient.
+
+    Raises:
+        UserError: values that it refuses, or a solver that is not installed.
+    """
+    task_weights: TaskWeights = make(config, "task_weights", tasks)
+    if task_weights.needs != "losses" and not network.shared_parameters():
+        say(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
+        return Uniform(tasks)
+    return task_weights
+
+
+def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
+    """All parts of a training run. Nothing is written, and no emulator started. What the user should know is told by `say`.
 
     Raises:
         UserError: parts that do not fit together.
@@ -195,7 +228,8 @@ def make_run(config: Config, pack: Pack) -> Run:
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    agent = make(config, "agent", network, make(config, "agent/value_scale"), names, compile_with)
+    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device))
+    agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = make(config, "replay", replay_spec(config, pack, device))
     optimizer = make(config, "optimizer", list(network.parameters()))
     tasks = Tasks(
@@ -205,8 +239,9 @@ def make_run(config: Config, pack: Pack) -> Run:
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights", tasks)
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
+    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    tape = _make_tape(network, pack, device) if task_weights.needs != "losses" else None
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
 
     def open_loop() -> Loop:
         seed, num_envs = config["seed"], pack.num_envs
@@ -221,6 +256,7 @@ def make_run(config: Config, pack: Pack) -> Run:
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
+        diagnostics=Diagnostics(agent, replay, names, every=config["log"]["diagnostics"], seed=derived_seed(config["seed"], "diagnostics")),
         intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
         device=device,
         seed=config["seed"],

@@ -77,9 +77,10 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """How often figures are written."""
+    """How often figures are written, and how often the network is looked at for those of its sharing (0: never)."""
 
     every: PositiveInt
+    diagnostics: NonNegativeInt = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +219,10 @@ class _Checker:
 
 
 def keys_of(section: type) -> dict[str, Key]:
-    """The keys of a dataclass."""
-    return {name: Key(annotation) for name, annotation in typing.get_type_hints(section, include_extras=True).items()}
+    """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
+    annotations = typing.get_type_hints(section, include_extras=True)
+    fields = {field.name: field.default for field in dataclasses.fields(section)}
+    return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:
@@ -287,6 +290,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
         UserError: it names the keys and what to set.
     """
     _check_tasks(config["env"].get("tasks", []))
+    _check_value_scale(config, trusted, root)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
@@ -296,7 +300,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
         for path in ("env", "network")
     )
     if shown and read_by and shown != read_by:
-        pack, torso = config["env"]["name"], config["network"]["_target_"].rpartition(".")[2]
+        pack, torso = config["env"]["name"], _class(config["network"])
         raise UserError(
             f"env={pack} shows {shown}s, and network's {torso} reads {read_by}s: "
             "choose another network (mtrl ls network), or leave network= out for the pack's own"
@@ -311,6 +315,30 @@ def _check_tasks(tasks: Sequence[str]) -> None:
         raise UserError(f"env.tasks names {show(repeated)} twice: expected each task once")
 
 
+def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
+    """Heads whose values have fixed ends go with scales that keep returns within a known range, and with no others."""
+    head, scale = config["network"]["head"], config["agent"]["value_scale"]
+    found_head = read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root)
+    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
+    if not found_head.attributes.get("bounded", False):
+        return
+    if not found_scale.attributes.get("bounds_returns", False):
+        raise UserError(
+            f"network/head's {_class(head)} needs returns of a known range, and agent/value_scale's {_class(scale)} sees to none: choose "
+            "agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
+        )
+    limit, largest = scale.get("limit"), head.get("v_max")
+    if limit is not None and largest is not None and limit > largest:
+        raise UserError(
+            f"agent.value_scale.limit={limit:g} is above network.head.v_max={largest:g}, beyond which the head knows no value: "
+            "lower the one or raise the other"
+        )
+
+
+def _class(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2]
+
+
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:
     start, end = agent.get("epsilon_start", 1.0), agent.get("epsilon_end", 0.0)
     if end > start:
@@ -322,6 +350,9 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
             raise UserError(
                 f"agent.epsilon_tasks: {name}={final} is above agent.epsilon_start={start}: expected exploration to become less"
             )
+    for name in agent.get("reward_factors", {}):
+        if name not in tasks:
+            raise UserError(f"agent.reward_factors names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
     if agent.get("target_period", 1) == 0 and not 0 < agent.get("target_tau", 1) <= 1:
         raise UserError(
             f"agent.target_period=0 with agent.target_tau={agent['target_tau']}: expected a rate above 0 and at most 1, "

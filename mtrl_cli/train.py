@@ -117,7 +117,7 @@ def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
     config = settling.settle(config, pack, say)
     for line in settling.describe(config, pack):
         say(line)
-    return config, build.make_run(config, pack)
+    return config, build.make_run(config, pack, say)
 
 
 # What a command and the run that it resumes may differ in without a word.
@@ -249,6 +249,8 @@ class _Training:
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):
                     self._log_row()
+            if self.run.diagnostics.due(self.loop.step, self.loop.step >= intervals.total):
+                self._diagnose()
 
     def _evaluate(self) -> None:
         step = self.loop.step
@@ -326,6 +328,16 @@ class _Training:
         self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
         self.logged_at = step
         self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+
+    def _diagnose(self) -> None:
+        self.run.learner.check_finite()
+        step, begun = self.loop.step, time.perf_counter()
+        with self._aside():
+            report = self.run.diagnostics.report(step)
+            figures = report.figures | {"perf/seconds/diagnostics": time.perf_counter() - begun}
+            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+            for name, picture in report.pictures.items():
+                self.logger.image(name, picture, step)
 
     def _log_pictures(self, games: evaluator.Games) -> None:
         """For TensorBoard: the spread of each task's returns, and what its first environment shows."""

@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from fake_tasks import stream_of
 from mtrl_cli.agents.dqn import DQN
-from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, ValueScale
+from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
+from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay import Batch
 
 STATES = 3
@@ -24,11 +28,14 @@ class Table(nn.Module):
 
     def __init__(self, values: list[list[list[float | None]]]):
         super().__init__()
-        self.invalid = torch.tensor([[[value is None for value in state] for state in task] for task in values])
+        self.head = PlainHead(1, [sum(value is not None for value in task[0]) for task in values])
         self.values = nn.Parameter(torch.tensor([[[value or 0.0 for value in state] for state in task] for task in values]))
 
+    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(observation, self.values)
+
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(observation, self.values).masked_fill(self.invalid[:, :1], -torch.inf)
+        return self.head.values(self.outputs(observation))
 
 
 SETTINGS: dict[str, Any] = {
@@ -45,6 +52,7 @@ SETTINGS: dict[str, Any] = {
     "epsilon_end": 0.1,
     "epsilon_steps": 100,
     "epsilon_tasks": {},
+    "reward_factors": {},
 }
 
 # One task of three states and two actions.
@@ -55,7 +63,7 @@ TARGET = [[[0.0, 0.0], [8.0, 2.0], [6.0, 4.0]]]
 def agent(online: list, target: list, value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong",), **changes: Any) -> DQN:
     compile_with: Callable = changes.pop("compile_with", lambda function: function)
     network: MultiTaskNetwork = Table(online)  # type: ignore[assignment]
-    made = DQN(network, value_scale or NoValueScale(), names, compile_with, **(SETTINGS | changes))
+    made = DQN(network, value_scale or NoValueScale(stream_of(names)), names, compile_with, **(SETTINGS | changes))
     made.target_network.load_state_dict(Table(target).state_dict())
     return made
 
@@ -108,16 +116,16 @@ def test_without_huber_errors_are_squared() -> None:
 def test_rewards_are_clipped_one_by_one_in_the_learner_only() -> None:
     """1 + 1/2 + 1/4 + 8/8 = 2.75 against 2; 1 against 3; 1/2 + 6/4 = 2 against -1."""
     given = batch()
-    losses = agent(ONLINE, TARGET, ClipRewards(limit=1.0)).losses(given)
+    losses = agent(ONLINE, TARGET, ClipRewards(stream_of(["pong"]), limit=1.0)).losses(given)
     assert losses.error_KB.tolist() == [[0.75, 2.0, 3.0]]
     assert given.rewards.max() == 6.0
 
 
 def test_value_scales() -> None:
     rewards = torch.tensor([-200.0, -0.5, 0.0, 2.0])
-    assert ClipRewards().rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
-    assert ClipRewards(limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
-    assert NoValueScale().rewards(rewards).tolist() == rewards.tolist()
+    assert ClipRewards(stream_of(["pong"])).rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
+    assert ClipRewards(stream_of(["pong"]), limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
+    assert NoValueScale(stream_of(["pong"])).rewards(rewards).tolist() == rewards.tolist()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -161,9 +169,9 @@ def test_stacked_frames_reach_the_network_as_channels() -> None:
     seen = []
 
     class Watching(Table):
-        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        def outputs(self, observation: torch.Tensor) -> torch.Tensor:
             seen.append(observation.shape)
-            return super().forward(observation[..., :STATES])
+            return super().outputs(observation[..., :STATES])
 
     made, given = agent(ONLINE, TARGET), batch()
     made.network, made.target_network = Watching(ONLINE), Watching(TARGET)
@@ -183,6 +191,112 @@ def test_what_compiles_is_given_the_arithmetic() -> None:
     made = agent(ONLINE, TARGET, compile_with=compile_with)
     made.losses(batch())
     assert len(compiled) == 1
+
+
+# -- value scales and heads -----------------------------------------------------------------------------------------------------
+
+
+def tasks_batch(samples: int = 8) -> Batch:
+    """Two tasks of three states, one of them at the scale of 1000."""
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randint(STATES, (2, 2, samples), generator=draw)
+    return Batch(
+        observation=one_hot(states[0].tolist()),
+        action=torch.randint(2, (2, samples), generator=draw),
+        rewards=torch.randn(2, samples, 3, generator=draw) * torch.tensor([1.0, 1000.0])[:, None, None],
+        steps=torch.full((2, samples), 3),
+        terminated=torch.rand(2, samples, generator=draw) < 0.3,
+        next_observation=one_hot(states[1].tolist()),
+        weight=torch.ones(2, samples),
+        index=torch.zeros(2, samples, dtype=torch.int64),
+    )
+
+
+def network_of(head: type[Head]) -> MultiTaskNetwork:
+    torch.manual_seed(0)
+    torso = MLP(hidden=[8])
+    return MultiTaskNetwork(HardSharing(torso, [(STATES,)] * 2), head(8, [2, 3]), observation_scale=1.0)
+
+
+def agent_of(head: type[Head], scale: ValueScale, **changes: Any) -> DQN:
+    compile_with: Callable = changes.pop("compile_with", lambda function: function)
+    return DQN(network_of(head), scale, ["pong", "qbert"], compile_with, **(SETTINGS | changes))
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead])
+def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head]) -> None:
+    """The same values in the game's units, before and after statistics move: errors divide by the spread, targets and values stay."""
+    plain, scale = agent_of(head, NoValueScale(stream_of(["a", "b"]))), PopArt(stream_of(["a", "b"]), step_size=0.5)
+    normalised, given = agent_of(head, scale), tasks_batch()
+    expected = plain.losses(given)
+    first = normalised.losses(given)
+    assert torch.equal(first.loss_KB, expected.loss_KB)
+    with torch.no_grad():
+        normalised.losses(given)  # a look back is no update
+    normalised.after_update(1)
+    assert scale.scale_K[1] > 100
+    second = normalised.losses(given)
+    assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
+    mean_K, scale_K = scale.mean_K.clone(), scale.scale_K.clone()
+    normalised.after_update(2)  # the same targets again: the moments stay
+    assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
+    assert torch.allclose(scale.scale_K, scale_K, rtol=1e-3)
+
+
+def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
+    scale, given = PopArt(stream_of(["pong"])), batch()
+    made = agent(ONLINE, TARGET, scale, target_period=1000)
+    made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
+    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
+    made.losses(given)
+    made.after_update(1)
+    assert scale.mean_K.tolist() == [4.25]
+    assert scale.scale_K.tolist() == [0.25]
+    made.after_update(2)  # nothing was seen since
+    assert scale.mean_K.tolist() == [4.25]
+
+
+def test_a_tasks_rewards_are_multiplied_before_its_scale_sees_them() -> None:
+    scale, given = ClipRewards(stream_of(["pong"]), limit=3.0), batch()
+    made = agent(ONLINE, TARGET, scale, reward_factors={"pong": 2.0})
+    # 2 + 3/2 + 3/4 + 8/8 = 5.25 against 2; 3 against 3; 3/2 + 6/4 = 3 against -1
+    assert made.losses(given).error_KB.tolist() == [[3.25, 0.0, 4.0]]
+    seen = []
+    scale.observe = lambda reward_KN, done_KN: seen.append((reward_KN, done_KN))  # type: ignore[method-assign]
+    done = torch.tensor([[True, False]])
+    made.observe(torch.tensor([[1.0, -2.0]]), done)
+    assert seen[0][0].tolist() == [[2.0, -4.0]]
+    assert seen[0][1] is done
+
+
+def test_factors_of_a_task_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
+        agent(ONLINE, TARGET, reward_factors={"pnog": 2.0})
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
+def test_the_losses_are_one_graph_that_is_compiled_once(head: type[Head]) -> None:
+    """No break, no wait for the device in it, and none anew when statistics move."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    bounded = head in (C51Head, HLGaussHead)
+    scale = (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"]))
+    compiled = agent_of(head, scale, compile_with=lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False))
+    eager = agent_of(head, (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"])))
+    for update in range(1, 4):
+        for made in (compiled, eager):
+            made.observe(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+        losses, expected = compiled.losses(tasks_batch()), eager.losses(tasks_batch())
+        assert torch.allclose(losses.loss_KB, expected.loss_KB, rtol=1e-4, atol=1e-5)
+        for made in (compiled, eager):
+            made.after_update(update)
+    assert len(graphs) == 1
 
 
 # -- target network -------------------------------------------------------------------------------------------------------------
@@ -212,7 +326,7 @@ def test_as_a_moving_average_the_target_goes_a_share_of_the_way_at_every_update(
 
 def test_the_target_starts_as_a_copy_that_is_not_trained() -> None:
     network: MultiTaskNetwork = Table(ONLINE)  # type: ignore[assignment]
-    made = DQN(network, NoValueScale(), ["pong"], lambda function: function, **SETTINGS)
+    made = DQN(network, NoValueScale(stream_of(["pong"])), ["pong"], lambda function: function, **SETTINGS)
     assert values(made.target_network) == ONLINE
     with torch.no_grad():
         made.network.values.zero_()

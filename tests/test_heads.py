@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead
+from mtrl_cli.agents.targets import of_action
+from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.per_task import TaskLinear
 
-HEADS = [PlainHead, DuelingHead]
+HEADS = [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead]
 ACTIONS = [3, 1, 5, 2]
 
 
@@ -16,9 +19,13 @@ def features(batch: int = 6, size: int = 7) -> torch.Tensor:
     return torch.randn(len(ACTIONS), batch, size, generator=torch.Generator().manual_seed(0))
 
 
+def values(head: Head) -> torch.Tensor:
+    return head.values(head(features()))
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(kind: type[Head]) -> None:
-    q = kind(7, ACTIONS)(features())
+    q = values(kind(7, ACTIONS))
     assert q.shape == (4, 6, 5)
     for task, number in enumerate(ACTIONS):
         assert q[task, :, :number].isfinite().all()
@@ -27,7 +34,7 @@ def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(k
 
 def test_a_plain_head_is_a_linear_layer_per_task() -> None:
     head = PlainHead(7, ACTIONS)
-    q = head(features())
+    q = values(head)
     for task, number in enumerate(ACTIONS):
         weight, bias = head.linear.weight[task, :, :number], head.linear.bias[task, 0, :number]
         assert torch.allclose(q[task, :, :number], torch.nn.functional.linear(features()[task], weight.T, bias), atol=1e-6)
@@ -36,7 +43,7 @@ def test_a_plain_head_is_a_linear_layer_per_task() -> None:
 def test_dueling_takes_the_mean_over_the_tasks_own_actions_only() -> None:
     """Wang et al. 2016, equation 9, each task by itself."""
     head = DuelingHead(7, ACTIONS)
-    q = head(features())
+    q = values(head)
     for task, number in enumerate(ACTIONS):
         value = features()[task] @ head.value.weight[task] + head.value.bias[task]
         advantage = features()[task] @ head.advantage.weight[task, :, :number] + head.advantage.bias[task, :, :number]
@@ -54,13 +61,14 @@ def test_dueling_by_hand() -> None:
             layer.bias.zero_()
         head.value.bias[0] = 10.0
         head.advantage.bias[0, 0] = torch.tensor([1.0, 3.0, 0.0])
-    assert head(torch.ones(2, 1, 1))[0, 0].tolist() == [9.0, 11.0, -torch.inf]
+    assert head.values(head(torch.ones(2, 1, 1)))[0, 0].tolist() == [9.0, 11.0, -torch.inf]
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type[Head]) -> None:
     state_value = 8 if kind is DuelingHead else 0
-    assert kind(7, ACTIONS).parameter_counts() == [8 * number + state_value for number in ACTIONS]
+    each = {C51Head: 51, HLGaussHead: 101, QuantileHead: 51}.get(kind, 1)
+    assert kind(7, ACTIONS).parameter_counts() == [8 * number * each + state_value for number in ACTIONS]
     same = kind(7, [4, 4])
     assert sum(same.parameter_counts()) == sum(parameter.numel() for parameter in same.parameters())
 
@@ -69,7 +77,7 @@ def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type
 def test_a_tasks_loss_moves_its_own_head_only(kind: type[Head]) -> None:
     for task, number in enumerate(ACTIONS):
         head = kind(7, ACTIONS)
-        head(features())[task, :, :number].square().sum().backward()
+        values(head)[task, :, :number].square().sum().backward()
         for name, parameter in head.named_parameters():
             assert parameter.grad is not None
             # A single action has no advantage: its deviation from its own mean is always 0.
@@ -84,7 +92,7 @@ def test_padding_stays_zero_while_training(kind: type[Head], weight_decay: float
     head = kind(7, ACTIONS)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1, weight_decay=weight_decay)
     for _ in range(5):
-        q = head(features())
+        q = values(head)
         q[q.isfinite()].square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,3 +115,84 @@ def test_a_layer_starts_as_torchs_does() -> None:
         assert own.abs().max() > 0.19
         assert abs(own.mean()) < 0.02
         assert abs(own.std() - 0.2 / 3**0.5) < 0.01
+
+
+# -- losses and scales ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
+    """Six states, a fixed return in each, no next state: what the head says of the action taken becomes its return."""
+    torch.manual_seed(0)
+    head, states = kind(6, ACTIONS), torch.eye(6).expand(4, 6, 6)
+    action = torch.tensor([[number * b // 6 for b in range(6)] for number in ACTIONS])
+    returns = torch.linspace(-8, 8, 24).reshape(4, 6)[:, torch.tensor([3, 0, 5, 1, 4, 2])]
+    nothing = torch.zeros_like(returns)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.3 * 0.985**step
+        taken = of_action(head(states), action)
+        loss = head.loss(taken, torch.zeros_like(taken), returns, nothing, 0.0 if kind is not QuantileHead else 1.0)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    learned = of_action(head.values(head(states)), action)
+    assert (learned - returns).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[Head]) -> None:
+    """No reward and no discount: the target is what is said of the next state, and that is what is said of this one."""
+    torch.manual_seed(0)
+    head = kind(7, [2])
+    outputs = (4 * head(features()[:1])[:, :, 0]).detach()
+    if kind is QuantileHead:
+        outputs = outputs.sort(-1).values
+    if kind is HLGaussHead:  # its target is a Gaussian, whatever distribution the next state has
+        outputs = -((head.centre_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
+    now = outputs.clone().requires_grad_()
+    head.loss(now, outputs, torch.zeros(1, 6), torch.ones(1, 6), 0.0).sum().backward()
+    assert now.grad is not None
+    # Quantiles: each of 51 lies within one 51st of its own level. The Gaussian's density in a bin is about that of its centre.
+    assert now.grad.abs().max() < {QuantileHead: 1 / 51, HLGaussHead: 0.05}.get(kind, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [PlainHead, DuelingHead, QuantileHead])
+def test_rescaled_values_are_factor_times_themselves_plus_offset(kind: type[Head]) -> None:
+    head = kind(7, ACTIONS)
+    before = values(head)
+    factor, offset = torch.tensor([2.0, 0.5, 3.0, 1.0]), torch.tensor([-1.0, 4.0, 0.0, 100.0])
+    head.rescale(factor, offset)
+    assert torch.allclose(values(head), before * factor[:, None, None] + offset[:, None, None], atol=1e-5)
+    for layer in head.modules():
+        if isinstance(layer, TaskLinear):
+            assert not (layer.bias * ~layer.used_K1O).any()
+            assert not (layer.weight * ~layer.used_K1O).any()
+
+
+@pytest.mark.parametrize("kind", [C51Head, HLGaussHead])
+def test_values_of_a_bounded_head_lie_within_its_ends_and_cannot_be_rescaled(kind: type[Head]) -> None:
+    head = kind(7, ACTIONS, v_min=-3.0, v_max=5.0)
+    assert kind.bounded
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1000)
+    q = values(head)
+    assert q[q.isfinite()].min() >= -3
+    assert q[q.isfinite()].max() <= 5
+    with pytest.raises(NotImplementedError):
+        head.rescale(torch.ones(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "says"),
+    [
+        (C51Head, {"atoms": 1}, r"network\.head\.atoms=1"),
+        (HLGaussHead, {"bins": 1}, r"network\.head\.bins=1"),
+        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min=2 is not below network\.head\.v_max=2"),
+        (HLGaussHead, {"v_min": 20.0}, r"v_min=20 is not below network\.head\.v_max=10"),
+    ],
+)
+def test_a_support_that_is_none_is_refused(kind: type[Head], keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kind(7, ACTIONS, **keys)

@@ -20,10 +20,10 @@ ROOMS = {
     "procedures": {"train", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
     "configuration": {"config", "schema", "catalogue", "signatures"},
-    "loop": {"loop", "learner", "evaluator"},
+    "loop": {"loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "optimizers", "replay", "schedules", "signals", "stats"},
+    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
     "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.

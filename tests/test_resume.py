@@ -23,6 +23,7 @@ CLASSIC = [
     "eval.max_steps=30",
     "checkpoint.every=160",
     "log.every=80",
+    "log.diagnostics=400",
     "device=cpu",
     "replay.capacity=1200",
 ]
@@ -40,6 +41,7 @@ ATARI = [
     "eval.max_steps=10",
     "checkpoint.every=60",
     "log.every=40",
+    "log.diagnostics=100",
     "device=cpu",
     "compile=false",
     "replay.capacity=300",

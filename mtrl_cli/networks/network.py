@@ -42,11 +42,28 @@ class MultiTaskNetwork(nn.Module):
         self._autocast = autocast
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid."""
+        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid.
+
+        They are on the learner's scale (see `agents/value_scale.py`), in which the order of a task's actions is that of its own.
+        """
+        return self.head.values(self.outputs(observation))
+
+    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+        """Observations `[K, B, ...]` to what the head says of every action: `[K, B, A]`, or `[K, B, A, Z]` (float32)."""
+        return self.head(self.features(observation))
+
+    def features(self, observation: torch.Tensor) -> torch.Tensor:
+        """Observations `[K, B, ...]` (uint8 or float32) to what heads read: features `[K, B, F]` (float32)."""
         dtype = self._autocast or torch.float32
         with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
             features = self.sharing(observation.to(dtype) * self._scale)
-        return self.head(features.float())
+        return features.float()
+
+    def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How the sharing structure distributes each task over its choices for observations `[K, B, ...]`: see `Sharing.routing`."""
+        dtype = self._autocast or torch.float32
+        with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
+            return self.sharing.routing(observation.to(dtype) * self._scale)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Those that several tasks' losses may reach."""

@@ -1,0 +1,196 @@
+"""What sharing does to a network: how the tasks' gradients agree, and what has become of its features.
+
+Everything is measured now and then, on samples of its own, and leaves no trace in what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mtrl_cli.agents.agent import Agent
+from mtrl_cli.heatmap import heatmap
+from mtrl_cli.networks.per_task import PerTask
+from mtrl_cli.replay import Replay
+from mtrl_cli.task_weights.gradients import AutogradGradients
+
+DORMANT_TAU = 0.025  # Sokar et al. 2023, section 3
+RANK_DELTA = 0.01  # Kumar et al. 2021, section 3
+FEATURE_SAMPLES, FEWEST_PER_TASK = 1024, 32
+"""Features are those of so many samples in all, and of so many at least for each task."""
+PAIRED_TASKS = 12
+"""With more tasks than these, the cosine of each pair is in the picture alone."""
+ROUTED_FIGURES = 256
+"""Where tasks times choices are more than these, a routing is in its picture alone."""
+
+
+@dataclass
+class Report:
+    """Figures by name, and pictures (uint8 `[height, width, 3]`) by name."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+
+class Diagnostics:
+    """Looks at the network every so often.
+
+    Nothing here has state: which samples are drawn depends on the seed, the step and what the replay holds. So a run that was resumed
+    writes the figures that it would have written, and a run learns the same with and without them.
+
+    Args:
+        agent, replay: of the run.
+        task_names: of its K tasks.
+        every: steps per task from one look to the next; there is one at the end, too. 0: none at all.
+        seed: of the samples.
+    """
+
+    def __init__(self, agent: Agent, replay: Replay, task_names: Sequence[str], *, every: int, seed: int):
+        self._agent, self._replay, self._task_names = agent, replay, list(task_names)
+        self._every, self._seed = every, seed
+
+    def due(self, step: int, finished: bool) -> bool:
+        """Whether to look at a step (per task), which the last tick led to."""
+        before = step - self._replay.spec.num_envs
+        return self._every > 0 and self._replay.ready and (finished or step // self._every > before // self._every)
+
+    def report(self, step: int) -> Report:
+        """All figures and pictures at a step (per task). Waits for the device."""
+        network, batch_size = self._agent.network, self._agent.batch_size
+        samples = max(FEWEST_PER_TASK, FEATURE_SAMPLES // len(self._task_names))
+        row_KB, env_KB = self._draw(max(samples, batch_size), step)
+        report = Report()
+        if network.shared_parameters():
+            self._describe_gradients(report, row_KB[:, :batch_size], env_KB[:, :batch_size])
+        observation = self._replay.gather(row_KB[:, :samples], env_KB[:, :samples], torch.ones_like(row_KB[:, :samples])).observation
+        with torch.no_grad():
+            self._describe_features(report, observation.flatten(2, 3))
+            self._describe_routing(report, observation.flatten(2, 3))
+        return report
+
+    def _draw(self, samples: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and environments, int64 `[K, samples]` each, evenly from all that the replay holds, whose own draws this does not touch."""
+        spec = self._replay.spec
+        first, stop = self._replay.eligible_rows
+        generator = torch.Generator(spec.device).manual_seed((self._seed + step) % 2**63)
+        draw = torch.randint((stop - first) * spec.num_envs, (spec.num_tasks, samples), generator=generator, device=spec.device)
+        return first + draw // spec.num_envs, draw % spec.num_envs
+
+    def _describe_gradients(self, report: Report, row_KB: torch.Tensor, env_KB: torch.Tensor) -> None:
+        network, names = self._agent.network, self._task_names
+        batch = self._replay.gather(row_KB, env_KB, torch.ones(row_KB.shape, device=row_KB.device))
+        # A compiled graph gives its buffers away in its first backward pass, and has none left for a second task's.
+        with torch.compiler.set_stance("force_eager"):
+            loss_K = self._agent.losses(batch).loss_KB.mean(1)
+        gram = AutogradGradients(loss_K, network.shared_parameters(), network.own_parameters()).gram()
+        norms, cosines = norms_and_cosines(gram.double().cpu().numpy())
+        report.figures |= {f"grad/norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
+        pairs = {(a, b): float(cosines[a, b]) for a, b in combinations(range(len(names)), 2) if np.isfinite(cosines[a, b])}
+        if pairs:
+            report.figures["grad/conflict"] = sum(cosine < 0 for cosine in pairs.values()) / len(pairs)
+            report.figures["grad/cosine"] = sum(pairs.values()) / len(pairs)
+            report.pictures["grad/cosine"] = heatmap(cosines, names, names)
+        if len(names) <= PAIRED_TASKS:
+            report.figures |= {f"grad/cosine/{names[a]}~{names[b]}": cosine for (a, b), cosine in pairs.items()}
+
+    def _describe_features(self, report: Report, observation: torch.Tensor) -> None:
+        network = self._agent.network
+        with mean_activations(network.sharing) as activations:
+            features_KBF = network.features(observation)
+        # What a structure does between its layers may be no ReLU's output, and its features are still what heads read.
+        activations = activations or [mean_activation(features_F) for features_F in features_KBF]
+        norm_K = features_KBF.norm(dim=2).mean(1)
+        report.figures |= {f"features/norm/{name}": norm for name, norm in zip(self._task_names, norm_K.tolist(), strict=True)}
+        report.figures["features/norm"] = float(norm_K.mean())
+        report.figures["features/dormant"] = dormant_share(activations)
+        if network.shared_parameters():
+            report.figures["features/rank"] = effective_rank(features_KBF.flatten(0, 1))
+        for name, features_BF in zip(self._task_names, features_KBF, strict=True):
+            report.figures[f"features/rank/{name}"] = effective_rank(features_BF)
+
+    def _describe_routing(self, report: Report, observation: torch.Tensor) -> None:
+        for name, share_KC in self._agent.network.routing(observation).items():
+            shares = share_KC.double().cpu().numpy()
+            choices = [str(choice) for choice in range(shares.shape[1])]
+            report.pictures[f"routing/{name}"] = heatmap(shares, self._task_names, choices)
+            if shares.size <= ROUTED_FIGURES:
+                for task, row in zip(self._task_names, shares, strict=True):
+                    report.figures |= {f"routing/{name}/{task}/{choice}": float(share) for choice, share in zip(choices, row, strict=True)}
+
+
+# -- mathematics --------------------------------------------------------------------------------------------------------------
+
+
+def norms_and_cosines(gram_KK: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Norms `[K]` and cosines `[K, K]` of K vectors, from their inner products `[K, K]`; NaN where a vector is zero."""
+    norms = np.sqrt(np.maximum(np.diagonal(gram_KK), 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return norms, np.clip(gram_KK / np.outer(norms, norms), -1, 1)
+
+
+def effective_rank(features_MF: torch.Tensor) -> float:
+    """How many singular values of features `[M, F]` make up all but 1% of the sum of them: srank of Kumar et al. 2021, equation 1.
+
+    At most the smaller of M and F; 0 for features that are all zero, NaN for such that are not finite.
+    """
+    if not torch.isfinite(features_MF).all():
+        return float("nan")
+    features = features_MF.double()
+    # Eigenvalues of the smaller product are the squares of the singular values, and quicker.
+    product = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
+    values = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().flip(0)
+    values = torch.where(values > values[0] * 1e-7, values, 0)  # below is rounding
+    total = values.sum()
+    return float((values.cumsum(0) < (1 - RANK_DELTA) * total).sum() + 1) if total > 0 else 0.0
+
+
+def mean_activation(outputs: torch.Tensor) -> torch.Tensor:
+    """Mean size `[H]` of what each of a layer's H neurons gives: units of `[..., H]`, or channels of images `[M, H, height, width]`."""
+    neuron = outputs.ndim - 3 if outputs.ndim >= 4 else outputs.ndim - 1
+    return outputs.float().abs().movedim(neuron, -1).flatten(0, -2).mean(0)
+
+
+def dormant_share(activations: Sequence[torch.Tensor], tau: float = DORMANT_TAU) -> float:
+    """Share of a network's neurons that are dormant: Sokar et al. 2023, definitions 3.1 and 3.2.
+
+    Args:
+        activations: of each layer, the mean size of each neuron's output, `[H]`.
+        tau: a neuron is dormant if its own is at most this share of its layer's mean.
+    """
+    dormant = sum(int((activation <= tau * activation.mean()).sum()) for activation in activations)
+    return dormant / sum(activation.numel() for activation in activations)
+
+
+@contextmanager
+def mean_activations(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Gathers what `mean_activation` says of each `nn.ReLU` in a module, in the order in which they are called within.
+
+    A layer of a `PerTask` has neurons of its own for each task. vmap hides what they give, so each task's module is called once more.
+    """
+    found: list[torch.Tensor] = []
+
+    def record(layer: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
+        found.append(mean_activation(outputs))
+
+    def listen(within: nn.Module, stack: ExitStack) -> None:
+        for layer in within.modules():
+            if isinstance(layer, nn.ReLU):
+                stack.callback(layer.register_forward_hook(record).remove)
+            elif isinstance(layer, PerTask):
+                stack.callback(layer.register_forward_hook(call_again).remove)
+
+    def call_again(per_task: PerTask, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
+        with ExitStack() as stack:
+            listen(per_task.structure, stack)
+            per_task.one_by_one(*inputs)
+
+    with ExitStack() as stack:
+        listen(module, stack)
+        yield found
