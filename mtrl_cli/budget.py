@@ -23,10 +23,10 @@ UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 Values = dict[str, Any]
 Count = Callable[[Values], int]
 
-# Factors that are tried, and where a bisection stops: nothing is learned from being nearer than _NEAR.
-_LOWEST, _HIGHEST, _NEAR, _FINEST = 2.0**-20, 2.0**16, 1e-3, 1 + 1e-6
-# Where one key is moved alone, the others stand at the common factor times 2^(i/8), within two octaves of it.
-_STEPS_PER_OCTAVE, _OCTAVES = 8, 2
+# Factors that are tried, and where a bisection stops: at a size this near, or where neighbouring factors differ by no unit.
+_LOWEST, _HIGHEST, _NEAR, _FINEST = 2.0**-20, 2.0**16, TOLERANCE / 4, 1 + 1e-6
+# Where one key is moved alone, the others stand at the common factor times 2^(i/8), nearest first.
+_STEPS_PER_OCTAVE, _OCTAVES = 8, 6
 
 
 def parse(parameters: int | str) -> int:
@@ -75,17 +75,23 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
     if meets(sizes.of(found), budget):
         return found
     for step in range(_STEPS_PER_OCTAVE * _OCTAVES + 1):
-        near: list[tuple[float, Values]] = []
-        for factor in {common * 2 ** (sign * step / _STEPS_PER_OCTAVE) for sign in (-1, 1)}:
-            for place in places:
-                others = dict.fromkeys(places, factor)
-                alone = _nearest(sizes, lambda own, others=others, place=place: _scaled(start, others | {place: own}), factor)  # type: ignore[misc]
-                moved = _scaled(start, others | {place: alone})
-                if meets(sizes.of(moved), budget):
-                    near.append((abs(math.log(alone / common)), moved))
+        factors = {common * 2 ** (sign * step / _STEPS_PER_OCTAVE) for sign in (-1, 1)}
+        moved = [_moved(sizes, start, place, factor) for factor in factors for place in places]
+        near = [(abs(math.log(own / common)), widths) for own, widths in moved if meets(sizes.of(widths), budget)]
         if near:
             return min(near, key=lambda each: each[0])[1]
     raise UserError(f"network.parameters={parameters}: no width gives that within {TOLERANCE:.0%}; the nearest sizes are {sizes.around()}")
+
+
+def _moved(sizes: _Sizes, start: Values, place: tuple[str, int], factor: float) -> tuple[float, Values]:
+    """With one number moved alone and the others at a factor: its own factor, and the values, that come nearest to the budget."""
+    others = dict.fromkeys(_places(start), factor)
+
+    def along(own: float) -> Values:
+        return _scaled(start, others | {place: own})
+
+    own = _nearest(sizes, along, factor)
+    return own, along(own)
 
 
 class _Sizes:

@@ -25,7 +25,8 @@ from mtrl_cli.evaluator import Evaluator
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
-from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.cost import multiply_adds
+from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
 from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
 from mtrl_cli.stats import EpisodeStatistics
@@ -138,6 +139,16 @@ def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
     """
     with torch.device("meta"):
         return _assemble(config, pack, None)
+
+
+def measure(config: Config, pack: Pack) -> tuple[ParameterCounts, int]:
+    """The network's numbers of parameters, and the multiply-adds of a forward per observation.
+
+    Raises:
+        UserError: as `make_network`.
+    """
+    network = empty_network(config, pack)
+    return network.parameter_counts(), multiply_adds(network, _stacked(pack))
 
 
 def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> MultiTaskNetwork:

@@ -57,6 +57,12 @@ def default_choices() -> dict[str, str | None]:
     return {group: option for entry in entries if isinstance(entry, Mapping) for group, option in entry.items()}
 
 
+def chosen_by(group: str, option: str, other: str, folders: Sequence[Path]) -> str | None:
+    """What an option's own defaults list chooses for another group (`override /network: mlp`), if it does."""
+    entries = read_yaml(options(group, folders)[option]).get("defaults") or []
+    return next((entry[f"override /{other}"] for entry in entries if isinstance(entry, Mapping) and f"override /{other}" in entry), None)
+
+
 def description(file: Path) -> str:
     """The first comment line of an option that is not a header (`# @package _global_`), without its `#`; empty if there is none."""
     for line in file.read_text(encoding="utf-8").splitlines():

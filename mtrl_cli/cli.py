@@ -149,15 +149,20 @@ def ls(
         str | None, typer.Argument(metavar="[GROUP]", help="Such as env or network/sharing.", autocompletion=_groups, show_default=False)
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[hydra.searchpath=[…]]", help="Folders of your own.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Folders of your own; for a network's sizes, any of a run.", show_default=False),
     ] = None,
 ) -> None:
     """List what there is to choose: the groups, or the options of one.
 
     \b
+    network, network/sharing and network/head tell the parameters of each and the multiply-adds of a forward.
+
+    \b
     Examples:
       mtrl ls
       mtrl ls env
+      mtrl ls network/sharing env=minatar_pack network.parameters=300k
       mtrl ls env 'hydra.searchpath=[file:///home/me/conf]'
     """
     from mtrl_cli import listing

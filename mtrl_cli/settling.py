@@ -12,6 +12,7 @@ from mtrl_cli import budget, build, hardware
 from mtrl_cli.build import Config
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
+from mtrl_cli.networks.network import ParameterCounts
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.replay import Replay, ReplaySpec
 
@@ -128,8 +129,27 @@ def describe(config: Config, pack: Pack) -> list[str]:
     taken = replay["capacity"] * each * spec.num_tasks
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
+    counts, multiply_adds = build.measure(config, pack)
+    widths = [f"{key}={config['network'][key]}" for key in scaled_keys(config)]
+    budgeted = f", with {', '.join(widths)} for network.parameters={config['network']['parameters']}" if widths else ""
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
         f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
+        f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
+        f"forward: {in_short(multiply_adds)} multiply-adds an observation",
     ]
+
+
+def own(counts: ParameterCounts) -> str:
+    """The least and the most parameters that a task has alone, in words."""
+    least, most = min(counts.per_task), max(counts.per_task)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def in_short(number: int) -> str:
+    """A large number in three digits: 9.34M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -117,12 +117,7 @@ def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
     config = settling.settle(config, pack, say)
     for line in settling.describe(config, pack):
         say(line)
-    run = build.make_run(config, pack, say)
-    counts = run.agent.network.parameter_counts()
-    own = sorted(set(counts.per_task))
-    each = f"{own[0]:,}" if len(own) == 1 else f"{own[0]:,} to {own[-1]:,}"
-    say(f"network: {counts.total:,} parameters, {counts.shared:,} shared and {each} of each task alone")
-    return config, run
+    return config, build.make_run(config, pack, say)
 
 
 # What a command and the run that it resumes may differ in without a word.

@@ -79,7 +79,10 @@ main()
     [
         (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["train", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["ls"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
+        (["ls", "task_weights"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
+        (["train", "--dry-run", "network.parameters=1.7M"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
         (["train", "--dry-run"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
         (["train", "--dry-run", "env=classic_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
         (["train", "--dry-run", "env=minatar_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
@@ -125,6 +128,11 @@ def test_version(mtrl: Callable[..., Outcome]) -> None:
         (["ls", "netwrk"], "did you mean network?"),
         (["ls", "env", "network"], "expected one group"),
         (["ls", "env=atari_pack"], "expected a group"),
+        (["ls", "agent", "env=atari_pack"], "mtrl ls env=atari_pack: expected a group, or hydra.searchpath"),
+        (["ls", "network", "network=mlp"], "expected no choice of network"),
+        (["ls", "network/head", "env=atari_pak"], "did you mean atari_pack?"),
+        (["ls", "network/head", "network.parameters=lots"], "network.parameters=lots: expected a number of parameters"),
+        (["ls", "network/head", "agent.n_stp=3"], "did you mean agent.n_step?"),
     ],
 )
 def test_a_wrong_command_is_a_line_and_exit_code_2_and_creates_nothing(
@@ -213,6 +221,52 @@ def test_ls_lists_groups_and_describes_options(mtrl: Callable[..., Outcome]) -> 
             line = next(line for line in out.splitlines() if line[2:].split()[:1] == [name])
             assert catalogue.description(file) in line
     assert "* atari_pack" in mtrl("ls", "env")[1]
+
+
+def row(out: str, option: str) -> list[str]:
+    """The cells of an option's row."""
+    line = next(line for line in out.splitlines() if line[2:].split()[:1] == [option])
+    return [cell.strip() for cell in line[2:].split("  ") if cell.strip()]
+
+
+def test_ls_tells_the_sizes_of_what_a_network_is_made_of(mtrl: Callable[..., Outcome]) -> None:
+    # The eight games have 6, 4, 6, 18, 9, 6, 9 and 3 actions; a dueling head has (512 + 1) (1 + actions) parameters.
+    shared, heads = 1_684_128, 513 * (8 + 6 + 4 + 6 + 18 + 9 + 6 + 9 + 3)
+    torso = 20 * 20 * 32 * 256 + 9 * 9 * 64 * 512 + 7 * 7 * 64 * 576 + 512 * 3136
+    sizes = [f"{shared + heads:,}", f"{shared:,}", f"{513 * 4:,} to {513 * 19:,}", f"{(torso + 512 * 19 + 18) / 1e6:.2f}M", "atari_pack"]
+    out = mtrl("ls", "network")[1]
+    assert row(out, "nature")[1:6] == sizes
+    assert {name: row(out, name)[5] for name in ("impala", "mlp", "minatar")} == {
+        "impala": "atari_pack", "mlp": "classic_pack", "minatar": "minatar_pack",
+    }  # fmt: skip
+    assert row(mtrl("ls", "network/head")[1], "dueling")[1:6] == sizes
+    assert row(mtrl("ls", "network/head")[1], "plain")[1] == f"{shared + heads - 8 * 513:,}"
+    out = mtrl("ls", "network.sharing")[1]
+    assert row(out, "hard")[1:6] == sizes
+    independent = f"{shared + 513 * 4:,} to {shared + 513 * 19:,}"
+    assert row(out, "independent")[1:5] == [f"{8 * shared + heads:,}", "0", independent, sizes[3]]
+
+
+def test_ls_tells_sizes_with_a_runs_overrides_and_why_an_option_has_none(mtrl: Callable[..., Outcome]) -> None:
+    code, out, err = mtrl("ls", "network/sharing", "env=classic_pack", "env.tasks=[CartPole-v1,Acrobot-v1]", "network.parameters=30k")
+    assert (code, err) == (0, "")
+    for name in ("hard", "independent"):
+        cells = row(out, name)
+        assert abs(int(cells[1].replace(",", "")) / 30_000 - 1) <= 0.02
+        assert cells[5] == "classic_pack"
+    code, out, err = mtrl("ls", "network", "env=classic_pack")
+    assert (code, err) == (0, "")
+    assert row(out, "mlp")[5] == "classic_pack"
+    assert row(out, "nature")[1:5] == ["-"] * 4
+    assert "(not counted: network=NatureCNN reads image observations; those of env=classic_pack are vectors" in row(out, "nature")[-1]
+
+
+def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    code, out, err = mtrl("ls", "network")
+    assert (code, err) == (0, "")
+    assert "(not counted: env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]')" in row(out, "minatar")[-1]
+    assert row(out, "nature")[5] == "atari_pack"
 
 
 def test_ls_lists_folders_of_ones_own(mtrl: Callable[..., Outcome], tmp_path: Path) -> None:
