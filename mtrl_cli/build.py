@@ -231,7 +231,7 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
             raise UserError(
                 f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]
             ) from error
-        head = make(config, "network/head", torso.num_features, num_actions)
+        head = make(config, "network/head", sharing.num_features, num_actions)
     autocast = torch.bfloat16 if config["precision"] == "bf16" else None
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast).to(device)
 

@@ -28,7 +28,8 @@ def network_of(
     sharing: type[Sharing], head: type[Head], shapes: Shapes, actions: list[int], torso: Torso | None = None, **options: object
 ) -> MultiTaskNetwork:
     recipe = torso or (MLP(hidden=[8, 6]) if len(shapes[0]) == 1 else MinAtarCNN(channels=3, features=6))
-    return MultiTaskNetwork(sharing(recipe, shapes), head(recipe.num_features, actions), **({"observation_scale": 1.0} | options))
+    structure = sharing(recipe, shapes)
+    return MultiTaskNetwork(structure, head(structure.num_features, actions), **({"observation_scale": 1.0} | options))
 
 
 def random_pack(seed: int) -> tuple[Shapes, list[int]]:

@@ -1,4 +1,4 @@
-"""One module per task, evaluated for all tasks at once."""
+"""Several modules of one structure, or one per task, evaluated at once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from torch.func import functional_call, vmap
 
 
 class TaskOwned:
-    """Marks a module whose own parameters are stacked by task: row k of each is reached by task k's loss alone, by no other task's."""
+    """Marks a module whose own parameters are stacked by task: row k of each is reached by task k's loss alone, by no other task's.
+
+    Attributes:
+        sizes: each task's number of parameters, without padding.
+    """
+
+    sizes: list[int]
 
 
-class PerTask(TaskOwned, nn.Module):
-    """K modules of one structure with parameters of their own, as one module over stacked parameters.
+class Stacked(nn.Module):
+    """M modules of one structure with parameters of their own, as one module over stacked parameters.
 
     The modules may differ in the sizes of their inputs: their parameters are then padded with zeros to the widest. Padded
     inputs are zero, so the padding neither adds to an output nor receives a gradient, and stays zero.
 
     Args:
-        modules: one per task, of the same class and layers.
+        modules: of the same class and layers.
+
+    Attributes:
+        sizes: each module's number of parameters, without padding.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
-        self.num_tasks = len(modules)
         self.sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         each = [dict(module.named_parameters()) for module in modules]
         # '.' separates modules in a name; ':' keeps each stacked tensor a plain parameter of this one.
@@ -36,13 +44,25 @@ class PerTask(TaskOwned, nn.Module):
         # In a list, so that it is no submodule: only its structure is used, never its parameters.
         self._structure = [modules[0]]
 
-    def forward(self, x_KB: torch.Tensor) -> torch.Tensor:
-        """Inputs `[K, B, ...]` to outputs `[K, B, ...]`, each task's through its own module, in the dtype of the inputs."""
+    def forward(self, x_MB: torch.Tensor) -> torch.Tensor:
+        """Inputs `[M, B, ...]` to outputs `[M, B, ...]`, each through its own module, in the dtype of the inputs."""
+        if len(self.sizes) == 1:
+            return self._only(x_MB[0])
+        return vmap(self._call)(self._parameters_in(x_MB.dtype), x_MB)
+
+    def of_one(self, x_B: torch.Tensor) -> torch.Tensor:
+        """One input `[B, ...]` through all modules: `[M, B, ...]`, without M copies of it."""
+        if len(self.sizes) == 1:
+            return self._only(x_B)
+        return vmap(self._call, in_dims=(0, None))(self._parameters_in(x_B.dtype), x_B)
+
+    def _parameters_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # vmap does not see autocast: what it computes has the dtype of what it is given.
-        parameters = {name.replace(":", "."): parameter.to(x_KB.dtype) for name, parameter in self.stacked.items()}
-        if self.num_tasks == 1:
-            return self._call({name: parameter[0] for name, parameter in parameters.items()}, x_KB[0]).unsqueeze(0)
-        return vmap(self._call)(parameters, x_KB)
+        return {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
+
+    def _only(self, x_B: torch.Tensor) -> torch.Tensor:
+        parameters = {name: parameter[0] for name, parameter in self._parameters_in(x_B.dtype).items()}
+        return self._call(parameters, x_B).unsqueeze(0)
 
     @property
     def structure(self) -> nn.Module:
@@ -56,6 +76,39 @@ class PerTask(TaskOwned, nn.Module):
 
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))
+
+
+class PerTask(TaskOwned, Stacked):
+    """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
+
+
+class TaskVectors(TaskOwned, nn.Module):
+    """A learned vector per task.
+
+    Args:
+        initial_KV: float32 `[K, V]`.
+    """
+
+    def __init__(self, initial_KV: torch.Tensor):
+        super().__init__()
+        self.sizes = [initial_KV.shape[1]] * len(initial_KV)
+        self.vectors = nn.Parameter(initial_KV)
+
+    def forward(self) -> torch.Tensor:
+        """The vectors, float32 `[K, V]`."""
+        return self.vectors
+
+
+def parameter_counts(module: nn.Module, num_tasks: int) -> tuple[int, list[int]]:
+    """Numbers of a module's parameters, without padding: those that tasks share, and those of each task alone."""
+    if isinstance(module, TaskOwned):
+        return 0, list(module.sizes)
+    if isinstance(module, Stacked):
+        return sum(module.sizes), [0] * num_tasks
+    shared = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    below = [parameter_counts(child, num_tasks) for child in module.children()]
+    own = [sum(sizes) for sizes in zip([0] * num_tasks, *(sizes for _, sizes in below), strict=True)]
+    return shared + sum(number for number, _ in below), own
 
 
 def _stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

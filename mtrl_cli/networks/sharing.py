@@ -1,4 +1,4 @@
-"""Sharing structures: which parts of a torso tasks have in common."""
+"""Sharing structures: which parts of a torso tasks have in common. Here are what they have in common, and the two simplest."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mtrl_cli.networks.per_task import PerTask
+from mtrl_cli.networks.per_task import PerTask, parameter_counts
 from mtrl_cli.networks.torsos import Torso
 
 
 class Sharing(nn.Module, ABC):
     """Observations of all tasks to features of all tasks, in one forward.
 
+    A parameter whose rows belong to one task each lies in a `TaskOwned` module; every other one is shared.
+
     Args:
         torso: the recipe of the parts.
         shapes: each task's own observation shape (frames stacked), before padding.
+
+    Attributes:
+        num_features: length of a feature vector, which a structure may choose otherwise than the torso.
     """
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
@@ -30,19 +35,49 @@ class Sharing(nn.Module, ABC):
         """Observations `[K, B, *padded shape]` (float) to features `[K, B, num_features]`."""
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where the structure chooses between parts: by name, how each task's samples are spread over the choices, `[K, choices]`.
+        """How a structure with gates routes observations `[K, B, *padded shape]` (float), for figures.
 
-        Each row sums to 1. Observations are those of `forward`.
+        Returns:
+            Distributions by name, each float `[K, choices]`: means over the batch, which sum to one over the choices.
         """
         return {}
 
-    @abstractmethod
     def parameter_counts(self) -> tuple[int, list[int]]:
-        """Numbers of parameters: those shared by all tasks, and those of each task alone."""
+        """Numbers of parameters, without padding: those that tasks share, and those of each task alone."""
+        return parameter_counts(self, self.num_tasks)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def stem_of(torso: Torso, shapes: Sequence[tuple[int, ...]], *, own: bool = False) -> nn.Module:
+    """A stem for all tasks; one for each (`PerTask`) where they differ in shape, or are to have their `own`."""
+    return PerTask([torso.stem(shape) for shape in shapes]) if own or len(set(shapes)) > 1 else torso.stem(shapes[0])
+
+
+def through_stem(stem: nn.Module, observation: torch.Tensor) -> torch.Tensor:
+    """Observations `[K, B, ...]` through what `stem_of` gave: `[K * B, ...]`, task after task."""
+    return stem(observation).flatten(0, 1) if isinstance(stem, PerTask) else stem(observation.flatten(0, 1))
+
+
+def blocks_of(body: nn.Sequential) -> list[nn.Sequential]:
+    """A body's blocks that have parameters. A child without any (an activation by itself) belongs to the block before it,
+    one in front of all to the first; a body without parameters is one block, an empty one none."""
+    blocks: list[nn.Sequential] = []
+    for child in body:
+        begun = bool(blocks) and any(True for _ in blocks[-1].parameters())
+        if not blocks or (begun and any(True for _ in child.parameters())):
+            blocks.append(nn.Sequential())
+        blocks[-1].append(child)
+    return blocks
+
+
+def output_shapes(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes (without the batch) that observations of `shape` have after each of the layers."""
+    shapes = []
+    with torch.no_grad():
+        x = torch.zeros(1, *shape)
+        for layer in layers:
+            x = layer(x)
+            shapes.append(tuple(x.shape[1:]))
+    return shapes
 
 
 class HardSharing(Sharing):
@@ -50,18 +85,11 @@ class HardSharing(Sharing):
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
-        self._same_shape = len(set(shapes)) == 1
-        self.stem = torso.stem(shapes[0]) if self._same_shape else PerTask([torso.stem(shape) for shape in shapes])
+        self.stem = stem_of(torso, shapes)
         self.body = torso.body(shapes[0])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        stemmed = self.stem(observation.flatten(0, 1)) if self._same_shape else self.stem(observation).flatten(0, 1)
-        return self.body(stemmed).unflatten(0, (self.num_tasks, -1))
-
-    def parameter_counts(self) -> tuple[int, list[int]]:
-        if isinstance(self.stem, PerTask):
-            return _count(self.body), list(self.stem.sizes)
-        return _count(self.body) + _count(self.stem), [0] * self.num_tasks
+        return self.body(through_stem(self.stem, observation)).unflatten(0, (self.num_tasks, -1))
 
 
 class IndependentSharing(Sharing):
@@ -73,6 +101,3 @@ class IndependentSharing(Sharing):
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         return self.torsos(observation)
-
-    def parameter_counts(self) -> tuple[int, list[int]]:
-        return 0, list(self.torsos.sizes)
