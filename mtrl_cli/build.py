@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.envs.pack import Pack, TaskPack
@@ -27,17 +27,13 @@ from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Replay, ReplaySpec
-from mtrl_cli.schema import KINDS
+from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
 from mtrl_cli.stats import EpisodeStatistics
-from mtrl_cli.task_weights.base import Tasks
+from mtrl_cli.task_weights.base import Tasks, TaskWeights
+from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import Tape, tape_for
 
 Config = dict[str, Any]
-
-# `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
-# and, where checkpoints hold the replay, this share of the free disk.
-_LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
-# A capacity that the user chose leaves this much for the network and the emulators.
-_LARGEST_MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Run:
     open_loop: Callable[[], Loop]
 
 
-def _class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
+def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
     """The class that a group's section of the configuration names, and the section's keys for it.
 
     Raises:
@@ -76,7 +72,7 @@ def _class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
     node = config
     for part in group.split("/"):
         node = node[part]
-    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")}
+    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_THE_CLASSES.get(group, set())
     target = node["_target_"]
     # The schema has looked at the source alone; this looks at what was really imported.
     ours = signatures.is_trusted(target, ["mtrl_cli", *config["trusted_packages"]])
@@ -92,7 +88,7 @@ def make(config: Config, group: str, *args: Any) -> Any:
     Raises:
         UserError: what it names is not a class of the group's kind, or refuses its values.
     """
-    found, values = _class_of(config, group)
+    found, values = class_of(config, group)
     try:
         return found(*args, **values)
     except ValueError as error:
@@ -107,91 +103,6 @@ def make_store(config: Config, folder: Path) -> CheckpointStore:
 def derived_seed(seed: int, label: str) -> int:
     """An independent seed for one purpose of a run, 63 bits."""
     return int.from_bytes(hashlib.blake2b(f"{label}/{seed}".encode(), digest_size=8).digest(), "big") >> 1
-
-
-# -- what only the machine can decide ---------------------------------------------------------------------------------------
-
-
-def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
-    """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
-
-    Raises:
-        UserError: a device or a compiler that is not there, a replay that does not fit.
-    """
-    device = hardware.resolve_device(config["device"])
-    settled = config | {"device": str(device)}
-    image = pack.observation_kind == "image"
-    if config["threads"] == "auto":
-        # The products of a small vector network are over before a second thread has begun.
-        settled["threads"] = hardware.cores() if image else 1
-    if config["precision"] == "auto":
-        fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
-        settled["precision"] = "bf16" if fast else "fp32"
-    if config["compile"] in ("auto", True):
-        missing = hardware.missing_for_compile()
-        if missing and config["compile"] is True:
-            raise UserError(f"compile=true cannot work here: {missing}; a run with compile=false needs none")
-        if missing and image:
-            say(f"compile: off, about two times slower on a CPU: {missing}")
-        # Small vector networks gain too little to pay for compiling.
-        settled["compile"] = (config["compile"] is True or image) and not missing
-    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
-    if device.type == "cpu" and settled["threads"] > hardware.cores():
-        say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
-    return settled
-
-
-def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
-    spec = _replay_spec(config, pack, device)
-    each = _bytes_per_transition(config, spec) * spec.num_tasks
-    free = hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
-    capacity = config["replay"]["capacity"]
-    if capacity == "auto":
-        room, of_what = free * _MEMORY_SHARE, "memory"
-        disk = _free_disk(config["run_dir"]) * _DISK_SHARE
-        if config["checkpoint"]["replay"] and disk < room:
-            room, of_what = disk, "disk, where checkpoints hold the replay (checkpoint.replay=false: they do not)"
-        wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
-        if fits < wanted:
-            say(f"replay: {fits:,} transitions per task rather than {wanted:,}, for half of the free {of_what}")
-        return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
-    if capacity * each > free * _LARGEST_MEMORY_SHARE:
-        raise UserError(
-            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
-            f"and {free / 2**30:.1f} GiB are free; at most {int(free * _LARGEST_MEMORY_SHARE // each)} fit, or replay.capacity=auto"
-        )
-    return capacity
-
-
-def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
-    found, _ = _class_of(config, "replay")
-    assert issubclass(found, Replay)
-    return found.bytes_per_transition(spec)
-
-
-def _free_disk(run_dir: str | None) -> int:
-    folder = Path(run_dir or ".").expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def describe(config: Config, pack: Pack) -> list[str]:
-    """What a settled configuration is about to take, in lines for a person."""
-    env, replay = config["env"], config["replay"]
-    spec = _replay_spec(config, pack, torch.device(config["device"]))
-    each = _bytes_per_transition(config, spec)
-    taken = replay["capacity"] * each * spec.num_tasks
-    size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
-    tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
-    return [
-        f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
-        f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
-    ]
-
-
-# -- objects ------------------------------------------------------------------------------------------------------------------
 
 
 def make_pack(config: Config) -> Pack:
@@ -216,24 +127,50 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config["seed"], "network"))
-        torso = make(config, "network")
-        if torso.observation_kind != pack.observation_kind:
-            raise UserError(
-                f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
-                f"those of env={config['env']['name']} are {pack.observation_kind}s: choose a network for these (mtrl ls network)"
-            )
-        # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
-        shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
-        num_actions = [task.num_actions for task in pack.tasks]
-        try:
-            sharing = make(config, "network/sharing", torso, shapes)
-        except RuntimeError as error:  # torch: an image too small for the convolutions
-            raise UserError(
-                f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]
-            ) from error
-        head = make(config, "network/head", sharing.num_features, num_actions)
-    autocast = torch.bfloat16 if config["precision"] == "bf16" else None
-    return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast).to(device)
+        return _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
+
+
+def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
+    """The network without any memory or values, to be counted.
+
+    Raises:
+        UserError: as `make_network`.
+    """
+    with torch.device("meta"):
+        return _assemble(config, pack, None)
+
+
+def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> MultiTaskNetwork:
+    torso = make(config, "network")
+    if torso.observation_kind != pack.observation_kind:
+        raise UserError(
+            f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
+            f"those of env={config['env']['name']} are {pack.observation_kind}s: choose a network for these (mtrl ls network)"
+        )
+    # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
+    shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
+    num_actions = [task.num_actions for task in pack.tasks]
+    try:
+        sharing = make(config, "network/sharing", torso, shapes)
+    except RuntimeError as error:  # torch: an image too small for the convolutions
+        raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
+    head = make(config, "network/head", sharing.num_features, num_actions)
+    return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
+
+
+def _make_tape(network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
+    """The quick way to the gradients of tasks, where the network has one."""
+    random = torch.Generator().manual_seed(0)
+    sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
+    for own, task in zip(sample, pack.tasks, strict=True):
+        noise = torch.rand((2, pack.stack, *task.observation_shape), generator=random)
+        own[:, :, *(slice(size) for size in task.observation_shape)] = noise * pack.observation_scale
+    observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
+    tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
+    if tape is None:
+        # A backward pass per task keeps the graph, which compiled code would otherwise take apart in the first.
+        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    return tape
 
 
 def _stacked(pack: Pack) -> tuple[int, ...]:
@@ -254,8 +191,21 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
     )
 
 
-def make_run(config: Config, pack: Pack) -> Run:
-    """All parts of a training run. Nothing is written, and no emulator started.
+def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
+    """How the tasks' losses become one gradient.
+
+    Raises:
+        UserError: values that it refuses, or a solver that is not installed.
+    """
+    task_weights: TaskWeights = make(config, "task_weights", tasks)
+    if task_weights.needs != "losses" and not network.shared_parameters():
+        say(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
+        return Uniform(tasks)
+    return task_weights
+
+
+def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
+    """All parts of a training run. Nothing is written, and no emulator started. What the user should know is told by `say`.
 
     Raises:
         UserError: parts that do not fit together.
@@ -267,8 +217,9 @@ def make_run(config: Config, pack: Pack) -> Run:
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    agent = make(config, "agent", network, make(config, "agent/value_scale"), names, compile_with)
-    replay = make(config, "replay", _replay_spec(config, pack, device))
+    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device))
+    agent = make(config, "agent", network, value_scale, names, compile_with)
+    replay = make(config, "replay", replay_spec(config, pack, device))
     optimizer = make(config, "optimizer", list(network.parameters()))
     tasks = Tasks(
         names=tuple(names),
@@ -277,8 +228,9 @@ def make_run(config: Config, pack: Pack) -> Run:
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation, task_weights = make(config, "augmentation"), make(config, "task_weights", tasks)
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names)
+    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    tape = _make_tape(network, pack, device) if task_weights.needs != "losses" else None
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
 
     def open_loop() -> Loop:
         seed, num_envs = config["seed"], pack.num_envs
@@ -349,7 +301,8 @@ def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:
     return pack, make_network(config, pack, device), make_evaluator(config, pack, device)
 
 
-def _replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
+def replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
+    """What a run's replay holds, and of how many."""
     return ReplaySpec(
         num_tasks=len(pack.tasks),
         num_envs=pack.num_envs,

@@ -12,8 +12,14 @@ from pydantic import Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Auto = Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
+# A number above 0, in full or with one of the units that `budget.parse` knows.
+Parameters = Annotated[
+    PositiveInt | Annotated[str, Field(pattern=r"^([1-9]\d{0,14}(\.\d+)?|0\.\d*[1-9]\d*)[kKMG]$")],
+    Field(description="a number of parameters, such as 1700000, 850k, 1.7M or 2G"),
+]

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from mtrl_cli.agents.agent import Agent
+from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
 from mtrl_cli.errors import RunError
 from mtrl_cli.optimizers import Optimizer
-from mtrl_cli.replay import Replay
-from mtrl_cli.task_weights.base import TaskWeights
+from mtrl_cli.replay import Batch, Replay
+from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
+from mtrl_cli.task_weights.tape import Tape, TapedGradients
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -23,6 +24,7 @@ class Learner:
     Args:
         agent, replay, augmentation, task_weights, optimizer: the parts of an update.
         task_names: for messages and figures.
+        tape: where gradients of tasks are asked for and can be told apart in one backward pass (`tape_for`).
     """
 
     def __init__(
@@ -33,9 +35,12 @@ class Learner:
         task_weights: TaskWeights,
         optimizer: Optimizer,
         task_names: list[str],
+        tape: Tape | None = None,
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
+        self._tape = tape
+        self._taps: list[torch.Tensor] | None = None
         self._shared, self._own = agent.network.shared_parameters(), agent.network.own_parameters()
         self._task_names = task_names
         self.updates = 0
@@ -61,9 +66,9 @@ class Learner:
     def update(self, step: int) -> None:
         """One update of the network."""
         batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
-        losses = self.agent.losses(batch)
-        loss_K = losses.loss_KB.mean(1)
-        weight_K = self.task_weights.backward(AutogradGradients(loss_K, self._shared, self._own))
+        losses, gradients = self._differentiate(batch)
+        loss_K = gradients.loss_K
+        weight_K = self.task_weights.backward(gradients)
         self.optimizer.at(step / self.replay.spec.total_steps)
         norm = self.optimizer.step()
         self.updates += 1
@@ -72,14 +77,27 @@ class Learner:
                 self.task_weights.after_step(self.agent.losses(batch).loss_KB.mean(1))
         self.agent.after_update(self.updates)
         self.replay.update_priorities(batch, losses.error_KB)
-        self._record(step, loss_K.detach(), losses.q_K, weight_K, norm)
+        self._record(step, loss_K, losses.q_K, weight_K, norm)
+
+    def _differentiate(self, batch: Batch) -> tuple[Losses, TaskGradients]:
+        """A batch's losses, and the way to their gradients."""
+        network = self.agent.network
+        if self._tape is None:
+            losses = self.agent.losses(batch)
+            return losses, AutogradGradients(losses.loss_KB.mean(1), self._shared, self._own)
+        if self._taps is None:
+            self._taps = self._tape.make_taps(network, batch.observation.flatten(2, 3))
+        with self._tape.recording(self._taps):
+            losses = self.agent.losses(batch)
+        return losses, TapedGradients(losses.loss_KB, self._tape, self._taps, self._shared, self._own)
 
     def warm_up(self) -> None:
         """Compile what is compiled, on samples of no meaning. Leaves no trace in what is learned."""
         shape = (len(self._task_names), self.agent.batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
-        self.agent.losses(batch).loss_KB.mean().backward()
+        _, gradients = self._differentiate(batch)
+        gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
         for parameter in self.optimizer.parameters:
             parameter.grad = None
 

@@ -87,6 +87,7 @@ class Loop:
                 reward, terminated, truncated, done = (
                     torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
                 )
+                self.learner.agent.observe(reward, done)
                 self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
                 self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
             self.step += self.pack.num_envs

@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mtrl_cli.catalogue import did_you_mean, nearest
 from mtrl_cli.errors import UserError
-from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, PositiveInt
+from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, Parameters, PositiveInt
 from mtrl_cli.signatures import MISSING, UNKNOWN, Key, Signature, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
@@ -109,8 +109,15 @@ SECTIONS: dict[str, dict[str, type]] = {
 }
 """The sections without a class, of each command's configuration."""
 
-OWN_KEYS = {"env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])}}
-"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in."""
+OWN_KEYS = {
+    "env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])},
+    "network": {"parameters": Key(Parameters | None, None)},
+}
+"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
+a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
+
+NOT_THE_CLASSES = {"network": {"parameters"}}
+"""Those of them that are not given to the class."""
 
 
 def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
@@ -283,6 +290,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
         UserError: it names the keys and what to set.
     """
     _check_tasks(config["env"].get("tasks", []))
+    _check_value_scale(config, trusted, root)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
@@ -292,7 +300,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
         for path in ("env", "network")
     )
     if shown and read_by and shown != read_by:
-        pack, torso = config["env"]["name"], config["network"]["_target_"].rpartition(".")[2]
+        pack, torso = config["env"]["name"], _class(config["network"])
         raise UserError(
             f"env={pack} shows {shown}s, and network's {torso} reads {read_by}s: "
             "choose another network (mtrl ls network), or leave network= out for the pack's own"
@@ -307,6 +315,30 @@ def _check_tasks(tasks: Sequence[str]) -> None:
         raise UserError(f"env.tasks names {show(repeated)} twice: expected each task once")
 
 
+def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
+    """Heads whose values have fixed ends go with scales that keep returns within a known range, and with no others."""
+    head, scale = config["network"]["head"], config["agent"]["value_scale"]
+    found_head = read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root)
+    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
+    if not found_head.attributes.get("bounded", False):
+        return
+    if not found_scale.attributes.get("bounds_returns", False):
+        raise UserError(
+            f"network/head's {_class(head)} needs returns of a known range, and agent/value_scale's {_class(scale)} sees to none: choose "
+            "agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
+        )
+    limit, largest = scale.get("limit"), head.get("v_max")
+    if limit is not None and largest is not None and limit > largest:
+        raise UserError(
+            f"agent.value_scale.limit={limit:g} is above network.head.v_max={largest:g}, beyond which the head knows no value: "
+            "lower the one or raise the other"
+        )
+
+
+def _class(node: Mapping[str, Any]) -> str:
+    return str(node["_target_"]).rpartition(".")[2]
+
+
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:
     start, end = agent.get("epsilon_start", 1.0), agent.get("epsilon_end", 0.0)
     if end > start:
@@ -318,6 +350,9 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
             raise UserError(
                 f"agent.epsilon_tasks: {name}={final} is above agent.epsilon_start={start}: expected exploration to become less"
             )
+    for name in agent.get("reward_factors", {}):
+        if name not in tasks:
+            raise UserError(f"agent.reward_factors names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
     if agent.get("target_period", 1) == 0 and not 0 < agent.get("target_tau", 1) <= 1:
         raise UserError(
             f"agent.target_period=0 with agent.target_tau={agent['target_tau']}: expected a rate above 0 and at most 1, "

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, evaluator, files, hardware
+from mtrl_cli import build, evaluator, files, hardware, settling
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
 from mtrl_cli.display import Display, evaluation_table, say
@@ -97,7 +97,8 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) 
     """`--or-resume` with a run that is there: its own configuration counts, but for what a resume may change."""
     trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
     own = dict(configuration.flat(configuration.load_run(run_path, trusted)))
-    wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in _NOT_COMPARED}
+    free = {*_NOT_COMPARED, *(f"network.{key}" for key in settling.scaled_keys(asked))}  # those a budget decides on, as auto would
+    wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in free}
     overrides = [*trusted]
     if asked["steps_per_task"] > own["steps_per_task"]:
         overrides.append(f"steps_per_task={asked['steps_per_task']}")
@@ -113,10 +114,10 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) 
 def _prepared(config: dict[str, Any]) -> tuple[dict[str, Any], build.Run]:
     """Settle the configuration and build the run, telling what it is made of and what it takes before it is taken."""
     pack = build.make_pack(config)
-    config = build.settle(config, pack, say)
-    for line in build.describe(config, pack):
+    config = settling.settle(config, pack, say)
+    for line in settling.describe(config, pack):
         say(line)
-    run = build.make_run(config, pack)
+    run = build.make_run(config, pack, say)
     counts = run.agent.network.parameter_counts()
     own = sorted(set(counts.per_task))
     each = f"{own[0]:,}" if len(own) == 1 else f"{own[0]:,} to {own[-1]:,}"

@@ -39,6 +39,9 @@ def test_options_come_with_their_description() -> None:
     assert offered("train", "task_w") == ["task_weights=uniform"]
 
 
+NETWORK = ("features", "width", "layer_norm", "parameters")
+
+
 @pytest.mark.parametrize(
     ("incomplete", "words"),
     [
@@ -48,7 +51,7 @@ def test_options_come_with_their_description() -> None:
         ("precision=", ["precision=auto", "precision=fp32", "precision=bf16"]),
         ("env.protocol=n", ["env.protocol=nature"]),
         ("replay.capacity=", ["replay.capacity=auto"]),
-        ("netw", ["network=", "network/sharing=", "network/head=", "network.features=", "network.width=", "network.layer_norm="]),
+        ("netw", ["network=", "network/sharing=", "network/head=", *(f"network.{key}=" for key in NETWORK)]),
         ("env.tasks=[pong,brea", ["env.tasks=[pong,breakout]", "env.tasks=[pong,breakout,"]),
         ("nothing", []),
         ("nothing=", []),

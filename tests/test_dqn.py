@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from fake_tasks import stream_of
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, ValueScale
+from mtrl_cli.networks.heads import PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch
 
@@ -24,11 +26,14 @@ class Table(nn.Module):
 
     def __init__(self, values: list[list[list[float | None]]]):
         super().__init__()
-        self.invalid = torch.tensor([[[value is None for value in state] for state in task] for task in values])
+        self.head = PlainHead(1, [sum(value is not None for value in task[0]) for task in values])
         self.values = nn.Parameter(torch.tensor([[[value or 0.0 for value in state] for state in task] for task in values]))
 
+    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(observation, self.values)
+
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(observation, self.values).masked_fill(self.invalid[:, :1], -torch.inf)
+        return self.head.values(self.outputs(observation))
 
 
 SETTINGS: dict[str, Any] = {
@@ -45,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "epsilon_end": 0.1,
     "epsilon_steps": 100,
     "epsilon_tasks": {},
+    "reward_factors": {},
 }
 
 # One task of three states and two actions.
@@ -55,7 +61,7 @@ TARGET = [[[0.0, 0.0], [8.0, 2.0], [6.0, 4.0]]]
 def agent(online: list, target: list, value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong",), **changes: Any) -> DQN:
     compile_with: Callable = changes.pop("compile_with", lambda function: function)
     network: MultiTaskNetwork = Table(online)  # type: ignore[assignment]
-    made = DQN(network, value_scale or NoValueScale(), names, compile_with, **(SETTINGS | changes))
+    made = DQN(network, value_scale or NoValueScale(stream_of(names)), names, compile_with, **(SETTINGS | changes))
     made.target_network.load_state_dict(Table(target).state_dict())
     return made
 
@@ -108,16 +114,16 @@ def test_without_huber_errors_are_squared() -> None:
 def test_rewards_are_clipped_one_by_one_in_the_learner_only() -> None:
     """1 + 1/2 + 1/4 + 8/8 = 2.75 against 2; 1 against 3; 1/2 + 6/4 = 2 against -1."""
     given = batch()
-    losses = agent(ONLINE, TARGET, ClipRewards(limit=1.0)).losses(given)
+    losses = agent(ONLINE, TARGET, ClipRewards(stream_of(["pong"]), limit=1.0)).losses(given)
     assert losses.error_KB.tolist() == [[0.75, 2.0, 3.0]]
     assert given.rewards.max() == 6.0
 
 
 def test_value_scales() -> None:
     rewards = torch.tensor([-200.0, -0.5, 0.0, 2.0])
-    assert ClipRewards().rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
-    assert ClipRewards(limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
-    assert NoValueScale().rewards(rewards).tolist() == rewards.tolist()
+    assert ClipRewards(stream_of(["pong"])).rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
+    assert ClipRewards(stream_of(["pong"]), limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
+    assert NoValueScale(stream_of(["pong"])).rewards(rewards).tolist() == rewards.tolist()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -161,9 +167,9 @@ def test_stacked_frames_reach_the_network_as_channels() -> None:
     seen = []
 
     class Watching(Table):
-        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        def outputs(self, observation: torch.Tensor) -> torch.Tensor:
             seen.append(observation.shape)
-            return super().forward(observation[..., :STATES])
+            return super().outputs(observation[..., :STATES])
 
     made, given = agent(ONLINE, TARGET), batch()
     made.network, made.target_network = Watching(ONLINE), Watching(TARGET)
@@ -212,7 +218,7 @@ def test_as_a_moving_average_the_target_goes_a_share_of_the_way_at_every_update(
 
 def test_the_target_starts_as_a_copy_that_is_not_trained() -> None:
     network: MultiTaskNetwork = Table(ONLINE)  # type: ignore[assignment]
-    made = DQN(network, NoValueScale(), ["pong"], lambda function: function, **SETTINGS)
+    made = DQN(network, NoValueScale(stream_of(["pong"])), ["pong"], lambda function: function, **SETTINGS)
     assert values(made.target_network) == ONLINE
     with torch.no_grad():
         made.network.values.zero_()

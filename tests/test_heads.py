@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead
+from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.per_task import TaskLinear
 
-HEADS = [PlainHead, DuelingHead]
+HEADS = [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead]
 ACTIONS = [3, 1, 5, 2]
 
 
@@ -16,9 +16,13 @@ def features(batch: int = 6, size: int = 7) -> torch.Tensor:
     return torch.randn(len(ACTIONS), batch, size, generator=torch.Generator().manual_seed(0))
 
 
+def values(head: Head) -> torch.Tensor:
+    return head.values(head(features()))
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(kind: type[Head]) -> None:
-    q = kind(7, ACTIONS)(features())
+    q = values(kind(7, ACTIONS))
     assert q.shape == (4, 6, 5)
     for task, number in enumerate(ACTIONS):
         assert q[task, :, :number].isfinite().all()
@@ -27,7 +31,7 @@ def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(k
 
 def test_a_plain_head_is_a_linear_layer_per_task() -> None:
     head = PlainHead(7, ACTIONS)
-    q = head(features())
+    q = values(head)
     for task, number in enumerate(ACTIONS):
         weight, bias = head.linear.weight[task, :, :number], head.linear.bias[task, 0, :number]
         assert torch.allclose(q[task, :, :number], torch.nn.functional.linear(features()[task], weight.T, bias), atol=1e-6)
@@ -36,7 +40,7 @@ def test_a_plain_head_is_a_linear_layer_per_task() -> None:
 def test_dueling_takes_the_mean_over_the_tasks_own_actions_only() -> None:
     """Wang et al. 2016, equation 9, each task by itself."""
     head = DuelingHead(7, ACTIONS)
-    q = head(features())
+    q = values(head)
     for task, number in enumerate(ACTIONS):
         value = features()[task] @ head.value.weight[task] + head.value.bias[task]
         advantage = features()[task] @ head.advantage.weight[task, :, :number] + head.advantage.bias[task, :, :number]
@@ -54,13 +58,14 @@ def test_dueling_by_hand() -> None:
             layer.bias.zero_()
         head.value.bias[0] = 10.0
         head.advantage.bias[0, 0] = torch.tensor([1.0, 3.0, 0.0])
-    assert head(torch.ones(2, 1, 1))[0, 0].tolist() == [9.0, 11.0, -torch.inf]
+    assert head.values(head(torch.ones(2, 1, 1)))[0, 0].tolist() == [9.0, 11.0, -torch.inf]
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type[Head]) -> None:
     state_value = 8 if kind is DuelingHead else 0
-    assert kind(7, ACTIONS).parameter_counts() == [8 * number + state_value for number in ACTIONS]
+    each = {C51Head: 51, HLGaussHead: 101, QuantileHead: 51}.get(kind, 1)
+    assert kind(7, ACTIONS).parameter_counts() == [8 * number * each + state_value for number in ACTIONS]
     same = kind(7, [4, 4])
     assert sum(same.parameter_counts()) == sum(parameter.numel() for parameter in same.parameters())
 
@@ -69,7 +74,7 @@ def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type
 def test_a_tasks_loss_moves_its_own_head_only(kind: type[Head]) -> None:
     for task, number in enumerate(ACTIONS):
         head = kind(7, ACTIONS)
-        head(features())[task, :, :number].square().sum().backward()
+        values(head)[task, :, :number].square().sum().backward()
         for name, parameter in head.named_parameters():
             assert parameter.grad is not None
             # A single action has no advantage: its deviation from its own mean is always 0.
@@ -84,7 +89,7 @@ def test_padding_stays_zero_while_training(kind: type[Head], weight_decay: float
     head = kind(7, ACTIONS)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1, weight_decay=weight_decay)
     for _ in range(5):
-        q = head(features())
+        q = values(head)
         q[q.isfinite()].square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -18,12 +18,12 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 ROOMS = {
     "cli": {"cli", "__main__"},
     "procedures": {"train", "evaluate", "info", "listing", "completion"},
-    "build": {"build"},
+    "build": {"build", "settling"},
     "configuration": {"config", "schema", "catalogue", "signatures"},
     "loop": {"loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
+    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
     "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.

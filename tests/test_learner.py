@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fake_tasks import tasks_of
+from fake_tasks import stream_of, tasks_of
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards
@@ -42,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "epsilon_end": 0.1,
     "epsilon_steps": 100,
     "epsilon_tasks": {},
+    "reward_factors": {},
 }
 
 
@@ -57,7 +58,7 @@ def learner_of(
     torch.manual_seed(weights_seed)
     torso = MLP(hidden=[8, 6])
     network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
-    agent = DQN(network, ClipRewards(), NAMES, lambda function: function, **(SETTINGS | settings))
+    agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
     return Learner(agent, replay, augmentation or NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)

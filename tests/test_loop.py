@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fake_pack import TASKS, FakePack
-from fake_tasks import tasks_of
+from fake_tasks import stream_of, tasks_of
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
@@ -54,8 +54,9 @@ def loop_of(replay_kind: type[Replay] = UniformReplay, weights_seed: int = 0, ca
         "epsilon_end": 0.1,
         "epsilon_steps": 50,
         "epsilon_tasks": {},
+        "reward_factors": {},
     }
-    agent = DQN(network, NoValueScale(), NAMES, lambda function: function, **(options | settings))
+    agent = DQN(network, NoValueScale(stream_of(NAMES)), NAMES, lambda function: function, **(options | settings))
     spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
     replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)

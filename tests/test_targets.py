@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from mtrl_cli.agents.targets import bootstrap_value, huber, n_step_return, td_target
+from mtrl_cli.agents.targets import bootstrap_value, discount, n_step_return, of_action, td_target
 
 
 def test_n_step_return_by_hand() -> None:
@@ -38,41 +37,26 @@ def test_an_invalid_action_is_never_bootstrapped_from() -> None:
 
 def test_td_target_by_hand() -> None:
     # gamma 0.5: three steps on, 2 + 0.125 * 8 = 3; cut short after one step, 2 + 0.5 * 8 = 6; terminated, 2; nothing seen, 0 + 1 * 8
-    target = td_target(
-        return_KB=torch.tensor([[2.0, 2.0, 2.0, 0.0]]),
-        steps_KB=torch.tensor([[3, 1, 3, 0]]),
-        terminated_KB=torch.tensor([[False, False, True, False]]),
-        value_KB=torch.tensor([[8.0, 8.0, 8.0, 8.0]]),
-        gamma=0.5,
-    )
+    discount_KB = discount(torch.tensor([[3, 1, 3, 0]]), torch.tensor([[False, False, True, False]]), 0.5)
+    assert discount_KB.tolist() == [[0.125, 0.5, 0.0, 1.0]]
+    target = td_target(torch.tensor([[2.0, 2.0, 2.0, 0.0]]), discount_KB, torch.full((1, 4), 8.0))
     assert target.tolist() == [[3.0, 6.0, 2.0, 8.0]]
 
 
 def test_nothing_leaks_from_behind_a_terminal_state() -> None:
     """The next value of a terminated window is of no meaning, and may be anything."""
     value = torch.tensor([[torch.inf, -torch.inf, torch.nan]])
-    target = td_target(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), value, 0.99)
+    target = td_target(torch.ones(1, 3), discount(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool), 0.99), value)
     assert target.tolist() == [[1.0, 1.0, 1.0]]
 
 
-def test_huber_by_hand() -> None:
-    error = torch.tensor([0.0, 0.5, -1.0, 2.0, -3.0])
-    # threshold 1: e^2 / 2 to 1, then |e| - 1/2
-    assert huber(error, 1.0).tolist() == [0.0, 0.125, 0.5, 1.5, 2.5]
-    # threshold 2: e^2 / 2 to 2, then 2 (|e| - 1)
-    assert huber(error, 2.0).tolist() == [0.0, 0.125, 0.5, 2.0, 4.0]
-    assert huber(error, 0.0).tolist() == [0.0, 0.125, 0.5, 2.0, 4.5]
-
-
-@pytest.mark.parametrize("threshold", [0.5, 1.0, 3.0])
-def test_huber_agrees_with_torch(threshold: float) -> None:
-    error = torch.linspace(-5, 5, 101)
-    expected = torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=threshold)
-    assert torch.allclose(huber(error, threshold), expected)
-
-
-def test_hubers_gradient_is_the_error_clipped() -> None:
-    error = torch.tensor([-4.0, -0.5, 0.5, 4.0], requires_grad=True)
-    huber(error, 1.0).sum().backward()
-    assert error.grad is not None
-    assert error.grad.tolist() == [-1.0, -0.5, 0.5, 1.0]
+def test_what_is_said_of_one_action_is_its_value_or_its_whole_distribution() -> None:
+    outputs = torch.randn(2, 3, 4, 5)
+    action = torch.randint(4, (2, 3))
+    for k in range(2):
+        for b in range(3):
+            assert torch.equal(of_action(outputs, action)[k, b], outputs[k, b, action[k, b]])
+            assert torch.equal(of_action(outputs[..., 0], action)[k, b], outputs[k, b, action[k, b], 0])
+    # The best of three actions, of value 1 + 2, is the second.
+    next_outputs = torch.tensor([[[[9.0, 9.0], [1.0, 2.0], [0.0, 0.0]]]])
+    assert bootstrap_value(next_outputs, torch.tensor([[[0.0, 7.0, 5.0]]])).tolist() == [[[1.0, 2.0]]]

@@ -20,7 +20,7 @@ class Losses:
     Attributes:
         loss_KB: float32 `[K, B]`, with its gradient.
         error_KB: float32 `[K, B]`, absolute temporal-difference errors.
-        q_K: float32 `[K]`, mean value of the batch's actions.
+        q_K: float32 `[K]`, mean value of the batch's actions, on the scale of the rewards that the value scale gives.
     """
 
     loss_KB: torch.Tensor
@@ -48,6 +48,9 @@ class Agent(ABC):
     @abstractmethod
     def epsilon(self, step: int) -> np.ndarray:
         """Each task's share of random actions at a step, float32 `[K]`."""
+
+    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        """What K x N environments just gave (float32, the game's own) and which episodes ended with it (bool), once per step of each."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:

@@ -1,4 +1,4 @@
-"""Deep Q-learning (Mnih et al. 2015) with double Q-learning and n-step returns, over all tasks at once."""
+"""Deep Q-learning (Mnih et al. 2015) with double Q-learning, n-step returns and any head, over all tasks at once."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ class DQN(Agent):
         gamma: discount per step.
         n_step: rewards per target (Sutton 1988; Hessel et al. 2018).
         double: the online network chooses the next action, the target network values it (van Hasselt et al. 2016).
-        huber: error beyond which the loss is linear; 0: squared error everywhere.
+        huber: error beyond which the loss is linear; 0: squared error everywhere (of quantiles: their plain loss). Heads that give a
+            distribution over fixed returns have no such errors.
         target_period: updates between copies to the target network; 0: it follows as a moving average.
         target_tau: share of the online network in each step of that moving average (Lillicrap et al. 2016).
         epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
         epsilon_tasks: final epsilon of single tasks, by name.
+        reward_factors: what the learner multiplies single tasks' rewards by, before the value scale sees them; for studies of scale.
 
     Raises:
-        ValueError: epsilon_tasks names no task of the pack, or the target network would never move.
+        ValueError: epsilon_tasks or reward_factors name no task of the pack, or the target network would never move.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class DQN(Agent):
         epsilon_end: Fraction,
         epsilon_steps: NonNegativeInt,
         epsilon_tasks: dict[str, Fraction],
+        reward_factors: dict[str, PositiveFloat],
     ):
-        unknown = set(epsilon_tasks) - set(task_names)
-        if unknown:
-            raise ValueError(f"agent.epsilon_tasks names {sorted(unknown)}; the tasks of this run are {list(task_names)}")
+        for key, named in (("epsilon_tasks", epsilon_tasks), ("reward_factors", reward_factors)):
+            if unknown := set(named) - set(task_names):
+                raise ValueError(f"agent.{key} names {sorted(unknown)}; the tasks of this run are {list(task_names)}")
         if not target_period and not target_tau:
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
         self.network = network
@@ -75,6 +78,9 @@ class DQN(Agent):
         self._gamma, self._double, self._huber = gamma, double, huber
         self._target_period, self._target_tau = target_period, target_tau
         self._value_scale = value_scale
+        factors = [reward_factors.get(name, 1.0) for name in task_names]
+        self._factor_K = torch.tensor(factors, device=value_scale.mean_K.device) if reward_factors else None
+        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         ends = [epsilon_tasks.get(name, epsilon_end) for name in task_names]
         self.epsilon_schedule = EpsilonSchedule(epsilon_start, ends, epsilon_steps)
         self._compiled_losses = compile_with(self._losses)
@@ -82,19 +88,26 @@ class DQN(Agent):
     def epsilon(self, step: int) -> np.ndarray:
         return self.epsilon_schedule(step)
 
+    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        factor_K1 = 1.0 if self._factor_K is None else self._factor_K[:, None]
+        self._value_scale.observe(reward_KN * factor_K1, done_KN)
+
     def losses(self, batch: Batch) -> Losses:
-        rewards = self._value_scale.rewards(batch.rewards)
-        return Losses(
-            *self._compiled_losses(
-                batch.observation.flatten(2, 3),
-                batch.action,
-                rewards,
-                batch.steps,
-                batch.terminated,
-                batch.next_observation.flatten(2, 3),
-                batch.weight,
-            )
+        rewards = batch.rewards if self._factor_K is None else batch.rewards * self._factor_K[:, None, None]
+        loss_KB, error_KB, q_K, target_KB = self._compiled_losses(
+            batch.observation.flatten(2, 3),
+            batch.action,
+            self._value_scale.rewards(rewards),
+            batch.steps,
+            batch.terminated,
+            batch.next_observation.flatten(2, 3),
+            batch.weight,
+            self._value_scale.mean_K,
+            self._value_scale.scale_K,
         )
+        if torch.is_grad_enabled():  # a look back at the batch of an update is none
+            self._seen = target_KB, batch.weight > 0
+        return Losses(loss_KB, error_KB, q_K)
 
     def _losses(
         self,
@@ -105,19 +118,28 @@ class DQN(Agent):
         terminated: torch.Tensor,
         next_observation: torch.Tensor,
         weight: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean_K: torch.Tensor,
+        scale_K: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        head = self.network.head
         with torch.no_grad():
-            next_q_KBA = self.target_network(next_observation)
-            choosing_q_KBA = self.network(next_observation) if self._double else next_q_KBA
-            value_KB = targets.bootstrap_value(next_q_KBA, choosing_q_KBA)
+            next_outputs = self.target_network.outputs(next_observation)
+            choosing_q_KBA = self.network(next_observation) if self._double else head.values(next_outputs)
+            next_outputs = targets.bootstrap_value(next_outputs, choosing_q_KBA)
+            discount_KB = targets.discount(steps, terminated, self._gamma)
+            # What the network bootstraps from is normalised, and so without its share of the mean.
             return_KB = targets.n_step_return(rewards, self._gamma)
-            target_KB = targets.td_target(return_KB, steps, terminated, value_KB, self._gamma)
-        q_KB = self.network(observation).gather(-1, action[..., None]).squeeze(-1)
-        error_KB = target_KB - q_KB
-        loss_KB = weight * targets.huber(error_KB, self._huber)
-        return loss_KB, error_KB.detach().abs(), q_KB.detach().mean(1)
+            return_KB = (return_KB - (1 - discount_KB) * mean_K[:, None]) / scale_K[:, None]
+            target_KB = targets.td_target(return_KB, discount_KB, head.expectation(next_outputs))
+        outputs = targets.of_action(self.network.outputs(observation), action)
+        loss_KB = weight * head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber)
+        q_KB = head.expectation(outputs.detach())
+        return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
 
     def after_update(self, updates: int) -> None:
+        if self._seen is not None:
+            self._value_scale.follow(*self._seen, (self.network.head, self.target_network.head))
+            self._seen = None
         if self._target_period and updates % self._target_period:
             return
         online: list[torch.Tensor] = list(self.network.parameters())
@@ -129,7 +151,8 @@ class DQN(Agent):
                 torch._foreach_lerp_(target, online, self._target_tau)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target_network": self.target_network.state_dict()}
+        return {"target_network": self.target_network.state_dict(), "value_scale": self._value_scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.target_network.load_state_dict(state["target_network"])
+        self._value_scale.load_state_dict(state["value_scale"])

@@ -18,44 +18,48 @@ def n_step_return(rewards_KBn: torch.Tensor, gamma: float) -> torch.Tensor:
     return (rewards_KBn * gamma**powers).sum(-1)
 
 
-def bootstrap_value(next_q_KBA: torch.Tensor, choosing_q_KBA: torch.Tensor) -> torch.Tensor:
+def discount(steps_KB: torch.Tensor, terminated_KB: torch.Tensor, gamma: float) -> torch.Tensor:
+    """What the state at a window's end counts: gamma^m, and nothing where it is terminal.
+
+    Args:
+        steps_KB: int64 `[K, B]`, the windows' lengths m.
+        terminated_KB: bool `[K, B]`.
+
+    Returns:
+        float32 `[K, B]`.
+    """
+    return torch.pow(gamma, steps_KB.float()).masked_fill(terminated_KB, 0.0)
+
+
+def of_action(outputs_KBA: torch.Tensor, action_KB: torch.Tensor) -> torch.Tensor:
+    """What is said of one action: outputs `[K, B, A]` or `[K, B, A, Z]` and int64 `[K, B]` to `[K, B]` or `[K, B, Z]`."""
+    index = action_KB.reshape(*action_KB.shape, *[1] * (outputs_KBA.ndim - 2))
+    return outputs_KBA.gather(2, index.expand(-1, -1, 1, *outputs_KBA.shape[3:])).squeeze(2)
+
+
+def bootstrap_value(next_outputs: torch.Tensor, choosing_q_KBA: torch.Tensor) -> torch.Tensor:
     """Value of the next state: what one network says of the action that another (or the same) finds best.
 
     With the online network choosing this is double Q-learning (van Hasselt et al. 2016, equation 4); with the same network
     twice it is the maximum (Mnih et al. 2015). Minus infinity marks invalid actions, which are never chosen.
 
     Args:
-        next_q_KBA: float32 `[K, B, A]`, the values.
+        next_outputs: float32 `[K, B, A]`, the values, or `[K, B, A, Z]`, their distributions.
         choosing_q_KBA: float32 `[K, B, A]`, whose maximum chooses.
 
     Returns:
-        float32 `[K, B]`.
+        float32 `[K, B]` or `[K, B, Z]`.
     """
-    return next_q_KBA.gather(-1, choosing_q_KBA.argmax(-1, keepdim=True)).squeeze(-1)
+    return of_action(next_outputs, choosing_q_KBA.argmax(-1))
 
 
-def td_target(
-    return_KB: torch.Tensor, steps_KB: torch.Tensor, terminated_KB: torch.Tensor, value_KB: torch.Tensor, gamma: float
-) -> torch.Tensor:
-    """n-step target: the window's return and, unless it terminated, gamma^m times the value of the state m steps later.
+def td_target(return_KB: torch.Tensor, discount_KB: torch.Tensor, value_KB: torch.Tensor) -> torch.Tensor:
+    """n-step target: the window's return and the discounted value of the state at its end, which may be anything where that is terminal.
 
     Args:
-        return_KB: float32 `[K, B]`.
-        steps_KB: int64 `[K, B]`, the windows' lengths m.
-        terminated_KB: bool `[K, B]`.
-        value_KB: float32 `[K, B]`.
+        return_KB, discount_KB, value_KB: float32 `[K, B]`.
 
     Returns:
         float32 `[K, B]`.
     """
-    discount_KB = torch.pow(gamma, steps_KB.to(value_KB.dtype))
-    return return_KB + torch.where(terminated_KB, 0.0, discount_KB * value_KB)
-
-
-def huber(error: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Half the squared error up to the threshold, linear beyond (Huber 1964); a threshold of 0 means half the squared error."""
-    squared = 0.5 * error.square()
-    if not threshold:
-        return squared
-    absolute = error.abs()
-    return torch.where(absolute <= threshold, squared, threshold * (absolute - 0.5 * threshold))
+    return return_KB + torch.where(discount_KB == 0, 0.0, discount_KB * value_KB)

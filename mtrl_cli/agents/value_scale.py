@@ -1,38 +1,210 @@
-"""How the scales of tasks' rewards are kept apart. Only the learner sees it: reports show the game's own score."""
+"""How the scales of tasks' rewards are kept apart. Only the learner sees it: reports show the game's own score.
+
+Which scale goes with which head. Heads of a distribution over fixed returns (`Head.bounded`: c51, hl_gauss) need returns of a known
+range, which only some scales see to (`ValueScale.bounds_returns`); `schema.py` refuses the rest by these two attributes.
+
+    none, popart        plain, dueling, quantile
+    clip, return_norm   plain, dueling, quantile, c51, hl_gauss
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from mtrl_cli.fields import PositiveFloat
+from mtrl_cli.fields import Fraction, PositiveFloat
+from mtrl_cli.networks.heads import Head
+
+
+@dataclass(frozen=True)
+class RewardStream:
+    """What a scale must know of the rewards that it will see.
+
+    Attributes:
+        num_tasks, num_envs: K and N.
+        gamma: the agent's discount per step.
+        device: of the learner.
+    """
+
+    num_tasks: int
+    num_envs: int
+    gamma: float
+    device: torch.device
 
 
 class ValueScale(ABC):
-    """Rewards as the learner sees them."""
+    """Rewards and values as the learner sees them.
+
+    Attributes:
+        bounds_returns: whether it brings returns into a range that is known beforehand.
+        mean_K, scale_K: float32 `[K]`; the network's values are (value - mean) / scale.
+    """
+
+    bounds_returns: ClassVar[bool] = False
+
+    def __init__(self, stream: RewardStream):
+        self.mean_K = torch.zeros(stream.num_tasks, device=stream.device)
+        self.scale_K = torch.ones(stream.num_tasks, device=stream.device)
+
+    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        """Rewards of one step of all environments (float32), and which episodes ended with it (bool)."""
 
     @abstractmethod
-    def rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        """The game's own rewards (float32, any shape) on the learner's scale."""
+    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        """Sampled rewards (float32 `[K, B, n]`) on the learner's scale."""
+
+    def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
+        """Take in an update's targets, once it is made.
+
+        Args:
+            target_KB: float32 `[K, B]`, as the network was given them: (target - mean) / scale.
+            seen_KB: bool `[K, B]`, which samples there were.
+            heads: the online and the target network's.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
 
 
 class NoValueScale(ValueScale):
     """Rewards as they are."""
 
-    def rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        return rewards
+    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        return rewards_KBn
 
 
 class ClipRewards(ValueScale):
-    """Rewards clipped to [-limit, limit] (Mnih et al. 2015, Methods).
+    """Rewards clipped to [-limit, limit] (Mnih et al. 2015, Methods). Returns lie within limit / (1 - gamma), in practice far within.
 
     Args:
         limit: the largest reward that counts in full.
     """
 
-    def __init__(self, *, limit: PositiveFloat = 1.0):
+    bounds_returns = True
+
+    def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 1.0):
+        super().__init__(stream)
         self._limit = limit
 
-    def rewards(self, rewards: torch.Tensor) -> torch.Tensor:
-        return rewards.clamp(-self._limit, self._limit)
+    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        return rewards_KBn.clamp(-self._limit, self._limit)
+
+
+class PopArt(ValueScale):
+    """Targets of each task normalised by their running mean and spread (van Hasselt et al. 2016; per task: Hessel et al. 2019).
+
+    The first and second moments of a task's targets move with every update, and the last layers of both networks with them, so
+    that no value changes because of it (equations 8 and 9 there). They move after the update, by the targets that it saw: an
+    update's own targets are normalised by the moments before it, where the paper takes the moments that include them. With a small
+    step this is the same; what the first update ever sees is not normalised.
+
+    Args:
+        step_size: how far the moments move towards those of an update's targets. The first steps are larger, so that what the
+            moments began with does not count (van Hasselt et al. 2016, section 2.1).
+        min_scale: bound below on the spread.
+    """
+
+    def __init__(self, stream: RewardStream, *, step_size: Fraction = 3e-4, min_scale: PositiveFloat = 1e-4):
+        super().__init__(stream)
+        if not step_size:
+            raise ValueError("agent.value_scale.step_size=0 would never see a target: expected a number above 0 and at most 1")
+        self._step_size, self._min_scale = step_size, min_scale
+        # In float64: the spread is a small difference of the moments where a task's targets are far from zero.
+        self._moments_2K = torch.zeros(2, stream.num_tasks, dtype=torch.float64, device=stream.device)
+        self._weight_K = torch.zeros(stream.num_tasks, dtype=torch.float64, device=stream.device)
+
+    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        return rewards_KBn
+
+    def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
+        mean_K, scale_K = self.mean_K.double(), self.scale_K.double()
+        value_KB = target_KB.double() * scale_K[:, None] + mean_K[:, None]
+        number_K = seen_KB.sum(1)
+        of_batch_2K = torch.stack([value_KB, value_KB.square()]).where(seen_KB, 0.0).sum(2) / number_K.clamp_min(1)
+        step_K = torch.where(number_K > 0, self._step_size, 0.0)
+        self._weight_K += step_K * (1 - self._weight_K)
+        self._moments_2K.lerp_(of_batch_2K, step_K / self._weight_K.clamp_min(1e-300))
+        self._settle()
+        factor_K = scale_K / self.scale_K.double()
+        offset_K = (mean_K - self.mean_K.double()) / self.scale_K.double()
+        for head in heads:
+            head.rescale(factor_K.float(), offset_K.float())
+
+    def _settle(self) -> None:
+        """Mean and scale as the moments have them; 0 and 1 for a task without any."""
+        mean_K, square_K = self._moments_2K
+        scale_K = (square_K - mean_K.square()).clamp_min(0).sqrt().clamp_min(self._min_scale)
+        self.mean_K = mean_K.float()
+        self.scale_K = torch.where(self._weight_K > 0, scale_K, 1.0).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": self._moments_2K, "weight": self._weight_K}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._moments_2K.copy_(state["moments"])
+        self._weight_K.copy_(state["weight"])
+        self._settle()
+
+
+class ReturnNorm(ValueScale):
+    """Rewards of each task divided by the size of its returns (Lee et al. 2025, "SimbaV2", section 4.2; Nauman et al. 2025, "BRC").
+
+    Every environment's discounted return of what lies behind, G <- gamma G + reward, runs on, and starts anew with each episode. A task's
+    rewards are divided by the standard deviation of all its G so far, or by the largest |G| / limit where that is more, so that no
+    return seen so far goes beyond limit. It happens as they are sampled: the replay keeps the game's own.
+
+    Args:
+        limit: the largest return; no more than the v_max of a bounded head.
+        eps: added to the variance.
+    """
+
+    bounds_returns = True
+
+    def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 10.0, eps: PositiveFloat = 1e-8):
+        super().__init__(stream)
+        self._gamma, self._limit, self._eps = stream.gamma, limit, eps
+        shape = (stream.num_tasks, stream.num_envs)
+        self._return_KN = torch.zeros(shape, dtype=torch.float64, device=stream.device)
+        # Number of returns so far, their mean, sum of squared deviations from it, and largest magnitude.
+        self._count = 0
+        self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(3, stream.num_tasks)
+
+    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        self._return_KN.mul_(self._gamma).add_(reward_KN)
+        # Chan et al. 1979: the moments of two sets, from those of each.
+        number = self._return_KN.shape[1]
+        variance_K, mean_K = torch.var_mean(self._return_KN, 1, correction=0)
+        apart_K = mean_K - self._mean_K
+        share = number / (self._count + number)
+        self._mean_K += apart_K * share
+        self._deviation_K += number * variance_K + apart_K.square() * (self._count * share)
+        self._count += number
+        torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
+        self._return_KN.masked_fill_(done_KN, 0.0)
+
+    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        spread_K = (self._deviation_K / max(1, self._count) + self._eps).sqrt()
+        divisor_K = torch.maximum(spread_K, self._largest_K / self._limit).float()
+        return rewards_KBn / divisor_K[:, None, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "returns": self._return_KN,
+            "count": self._count,
+            "mean": self._mean_K,
+            "deviation": self._deviation_K,
+            "largest": self._largest_K,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._return_KN.copy_(state["returns"])
+        self._count = int(state["count"])
+        for name in ("mean", "deviation", "largest"):
+            getattr(self, f"_{name}_K").copy_(state[name])

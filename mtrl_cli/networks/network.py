@@ -42,7 +42,14 @@ class MultiTaskNetwork(nn.Module):
         self._autocast = autocast
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid."""
+        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid.
+
+        They are on the learner's scale (see `agents/value_scale.py`), in which the order of a task's actions is that of its own.
+        """
+        return self.head.values(self.outputs(observation))
+
+    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+        """Observations `[K, B, ...]` to what the head says of every action: `[K, B, A]`, or `[K, B, A, Z]` (float32)."""
         return self.head(self.features(observation))
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:

@@ -126,6 +126,8 @@ class TaskLinear(TaskOwned, nn.Module):
         outputs: how many outputs each task uses; rows beyond a task's own are zero and stay unused.
     """
 
+    used_K1O: torch.Tensor
+
     def __init__(self, inputs: int, outputs: Sequence[int]):
         super().__init__()
         self.sizes = [(inputs + 1) * own for own in outputs]
@@ -135,6 +137,14 @@ class TaskLinear(TaskOwned, nn.Module):
         bias = torch.empty(len(outputs), 1, max(outputs)).uniform_(-bound, bound)
         self.weight = nn.Parameter(weight * used[:, None])
         self.bias = nn.Parameter(bias * used[:, None])
+        self.register_buffer("used_K1O", used[:, None], persistent=False)
 
     def forward(self, x_KBI: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias, x_KBI, self.weight)
+
+    @torch.no_grad()
+    def rescale(self, factor_K: torch.Tensor, offset_K: torch.Tensor) -> None:
+        """Change the parameters so that each task's outputs become factor times themselves plus offset, float32 `[K]` each."""
+        factor_K11 = factor_K[:, None, None]
+        self.weight.mul_(factor_K11)
+        self.bias.mul_(factor_K11).add_(offset_K[:, None, None] * self.used_K1O)

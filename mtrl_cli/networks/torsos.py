@@ -22,9 +22,12 @@ class Torso(ABC):
     Attributes:
         observation_kind: "image" (observations `[C, H, W]`) or "vector" (`[D]`).
         num_features: length of the feature vector that the body gives.
+        scaled_keys: the constructor's keys that make the torso wider or narrower (a whole number or a list of them: units or
+            channels; a float: a factor on them), for `network.parameters`. Without any it has one width.
     """
 
     observation_kind: ClassVar[str]
+    scaled_keys: ClassVar[tuple[str, ...]] = ()
     num_features: int
 
     @abstractmethod
@@ -71,6 +74,7 @@ class NatureCNN(Torso):
     """
 
     observation_kind = "image"
+    scaled_keys = ("width", "features")
 
     def __init__(self, *, features: PositiveInt = 512, width: PositiveFloat = 1.0, layer_norm: bool = False):
         self.num_features = features
@@ -112,10 +116,11 @@ class ImpalaCNN(Torso):
     """
 
     observation_kind = "image"
+    scaled_keys = ("width", "features")
 
-    def __init__(self, *, width: PositiveInt = 1, features: PositiveInt = 256, layer_norm: bool = False):
+    def __init__(self, *, width: PositiveFloat = 1.0, features: PositiveInt = 256, layer_norm: bool = False):
         self.num_features = features
-        self._channels = [16 * width, 32 * width, 32 * width]
+        self._channels = [max(1, round(width * channels)) for channels in (16, 32, 32)]
         self._layer_norm = layer_norm
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
@@ -143,6 +148,7 @@ class MLP(Torso):
     """
 
     observation_kind = "vector"
+    scaled_keys = ("hidden",)
 
     def __init__(self, *, hidden: list[PositiveInt], layer_norm: bool = False):
         if not hidden:
@@ -169,6 +175,7 @@ class MinAtarCNN(Torso):
     """
 
     observation_kind = "image"
+    scaled_keys = ("channels", "features")
 
     def __init__(self, *, channels: PositiveInt = 16, features: PositiveInt = 128, layer_norm: bool = False):
         self.num_features = features

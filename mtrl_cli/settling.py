@@ -1,0 +1,135 @@
+"""What a configuration leaves open: the values of every `auto`, and the width that meets `network.parameters`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mtrl_cli import budget, build, hardware
+from mtrl_cli.build import Config
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.errors import UserError
+from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.replay import Replay, ReplaySpec
+
+# `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
+# and, where checkpoints hold the replay, this share of the free disk.
+_LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
+# A capacity that the user chose leaves this much for the network and the emulators.
+_LARGEST_MEMORY_SHARE = 0.9
+
+
+def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
+    """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
+
+    Raises:
+        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives.
+    """
+    device = hardware.resolve_device(config["device"])
+    if config["network"]["parameters"] is not None:
+        budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
+    settled = fit_network(config, pack) | {"device": str(device)}
+    image = pack.observation_kind == "image"
+    if config["threads"] == "auto":
+        # The products of a small vector network are over before a second thread has begun.
+        settled["threads"] = hardware.cores() if image else 1
+    if config["precision"] == "auto":
+        fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
+        settled["precision"] = "bf16" if fast else "fp32"
+    if config["compile"] in ("auto", True):
+        missing = hardware.missing_for_compile()
+        if missing and config["compile"] is True:
+            raise UserError(f"compile=true cannot work here: {missing}; a run with compile=false needs none")
+        if missing and image:
+            say(f"compile: off, about two times slower on a CPU: {missing}")
+        # Small vector networks gain too little to pay for compiling.
+        settled["compile"] = (config["compile"] is True or image) and not missing
+    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
+    if device.type == "cpu" and settled["threads"] > hardware.cores():
+        say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
+    return settled
+
+
+def fit_network(config: Config, pack: Pack) -> Config:
+    """A configuration whose torso is as wide as `network.parameters` has it; where that is null, or met already, the same.
+
+    Raises:
+        UserError: no width meets it.
+    """
+    network, keys = config["network"], scaled_keys(config)
+    if network["parameters"] is None:
+        return config
+    if not keys:
+        raise UserError(f"network.parameters={network['parameters']}: {network['_target_']} comes in one width; leave the budget out")
+    build.empty_network(config, pack)  # what cannot be built at any width says so itself
+
+    def count(widths: Config) -> int:
+        try:
+            return build.empty_network(config | {"network": network | widths}, pack).parameter_counts().total
+        except UserError:  # a width that a structure refuses
+            return 0
+
+    return config | {"network": network | budget.fit({key: network[key] for key in keys}, network["parameters"], count)}
+
+
+def scaled_keys(config: Config) -> list[str]:
+    """The torso's keys that `network.parameters` decides on; none where it is null."""
+    found, values = build.class_of(config, "network")
+    assert issubclass(found, Torso)
+    return [key for key in found.scaled_keys if key in values] if config["network"]["parameters"] is not None else []
+
+
+def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
+    spec = build.replay_spec(config, pack, device)
+    each = _bytes_per_transition(config, spec) * spec.num_tasks
+    free, capacity = _free_memory(device), config["replay"]["capacity"]
+    if capacity == "auto":
+        room, of_what = free * _MEMORY_SHARE, "memory"
+        disk = _free_disk(config["run_dir"]) * _DISK_SHARE
+        if config["checkpoint"]["replay"] and disk < room:
+            room, of_what = disk, "disk, where checkpoints hold the replay (checkpoint.replay=false: they do not)"
+        wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
+        if fits < wanted:
+            say(f"replay: {fits:,} transitions per task rather than {wanted:,}, for half of the free {of_what}")
+        return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
+    if capacity * each > free * _LARGEST_MEMORY_SHARE:
+        raise UserError(
+            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
+            f"and {free / 2**30:.1f} GiB are free; at most {int(free * _LARGEST_MEMORY_SHARE // each)} fit, or replay.capacity=auto"
+        )
+    return capacity
+
+
+def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
+    found, _ = build.class_of(config, "replay")
+    assert issubclass(found, Replay)
+    return found.bytes_per_transition(spec)
+
+
+def _free_memory(device: torch.device) -> int:
+    return hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
+
+
+def _free_disk(run_dir: str | None) -> int:
+    folder = Path(run_dir or ".").expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def describe(config: Config, pack: Pack) -> list[str]:
+    """What a settled configuration is about to take, in lines for a person."""
+    env, replay = config["env"], config["replay"]
+    spec = build.replay_spec(config, pack, torch.device(config["device"]))
+    each = _bytes_per_transition(config, spec)
+    taken = replay["capacity"] * each * spec.num_tasks
+    size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
+    tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
+    return [
+        f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
+        f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
+        f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
+    ]

@@ -1,0 +1,208 @@
+"""Task weights from the inner products of the tasks' gradients."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mtrl_cli import generators
+from mtrl_cli.fields import Fraction, PositiveInt
+from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
+from mtrl_cli.task_weights.parts import combine, on_host
+
+_HIGHEST_COSINE = 0.99  # of GradVac's targets: the correction that reaches 1 is infinite
+
+
+class PCGrad(TaskWeights):
+    """Project conflicting gradients (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Algorithm 1), as a mean, not a sum.
+
+    Written for all tasks at once, where TorchJD's loops over pairs; the order of the others is drawn for each task and update.
+    """
+
+    needs = "gram"
+
+    def __init__(self, tasks: Tasks):
+        super().__init__(tasks)
+        self._generator = torch.Generator(tasks.device).manual_seed(tasks.seed)
+
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        order_KK = random_orders(len(self.tasks), self._generator)
+        return combine(gradients, lambda gram_KK: projected(gram_KK, order_KK))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        generators.restore(self._generator, state["generator"])
+
+
+class GradVac(TaskWeights):
+    """Gradient vaccine (Wang et al. 2021, "Gradient Vaccine", Algorithm 1 and equation 6), over all shared parameters at once, as a mean.
+
+    Where PCGrad lets no cosine be below 0, this lets none be below its target, the moving average of what it was. A target counts as
+    0.99 at most.
+
+    Args:
+        beta: share of the newest cosine in the average.
+    """
+
+    needs = "gram"
+
+    def __init__(self, tasks: Tasks, *, beta: Fraction):
+        super().__init__(tasks)
+        self._beta = beta
+        self._generator = torch.Generator(tasks.device).manual_seed(tasks.seed)
+        self._target_KK = torch.zeros(len(tasks), len(tasks), device=tasks.device)
+
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        order_KK = random_orders(len(self.tasks), self._generator)
+
+        def weights_of(gram_KK: torch.Tensor) -> torch.Tensor:
+            weight_K, cosine_KK = vaccinated(gram_KK, self._target_KK, order_KK)
+            newest_KK = torch.where(torch.isfinite(cosine_KK), cosine_KK, self._target_KK)
+            self._target_KK = (1 - self._beta) * self._target_KK + self._beta * newest_KK
+            return weight_K
+
+        return combine(gradients, weights_of)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state(), "target": self._target_KK}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        generators.restore(self._generator, state["generator"])
+        self._target_KK.copy_(state["target"])
+
+
+class MGDA(TaskWeights):
+    """Multiple-gradient descent (Désidéri 2012; Sener and Koltun 2018, Algorithm 2): the shortest of all weighted means, by Frank-Wolfe.
+
+    Args:
+        max_iterations: of Frank-Wolfe.
+    """
+
+    needs = "gram"
+
+    def __init__(self, tasks: Tasks, *, max_iterations: PositiveInt):
+        super().__init__(tasks)
+        self._max_iterations = max_iterations
+
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(shortest(host_KK.numpy(), self._max_iterations))
+
+        return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float64))
+
+
+class IMTLG(TaskWeights):
+    """IMTL-G (Liu et al. 2021, "Towards Impartial Multi-task Learning", equation 6): the weighted mean with the same projection onto every
+    task's direction. TorchJD's weights, which also know linearly dependent gradients (Quinton and Rey 2024).
+
+    Weights may be negative, and large where the gradients almost cancel. Uniform where they sum to zero, as with opposite gradients.
+    """
+
+    needs = "gram"
+
+    def __init__(self, tasks: Tasks):
+        super().__init__(tasks)
+        from torchjd.aggregation import IMTLGWeighting
+
+        self._weighting = IMTLGWeighting()
+
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
+            weight_K = self._weighting(host_KK)
+            return weight_K / weight_K.sum()  # TorchJD's are all zero where there is no answer
+
+        # In the precision that the matrix has: what counts as linearly dependent follows from the dtype.
+        return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float32))
+
+
+class AlignedMTL(TaskWeights):
+    """Aligned-MTL (Senushkin et al. 2023, "Independent Component Alignment", Algorithm 1): the mean after the singular values of the
+    gradients are made one. TorchJD's weights.
+
+    Args:
+        scale: which singular value all become: the smallest, the median, or the root of the mean square.
+    """
+
+    needs = "gram"
+
+    def __init__(self, tasks: Tasks, *, scale: Literal["min", "median", "rmse"]):
+        super().__init__(tasks)
+        from torchjd.aggregation import AlignedMTLWeighting
+
+        self._weighting = AlignedMTLWeighting(scale_mode=scale)
+
+    def backward(self, gradients: TaskGradients) -> torch.Tensor:
+        # In the precision that the matrix has: what counts as a singular value of zero follows from the dtype.
+        return combine(gradients, lambda gram_KK: on_host(gram_KK, self._weighting, torch.float32))
+
+
+# -- the mathematics ------------------------------------------------------------------------------------------------------------
+
+
+def random_orders(num_tasks: int, generator: torch.Generator) -> torch.Tensor:
+    """For each task the others in a random order: int64 `[K, K - 1]`, on the generator's device."""
+    draw_KK = torch.rand(num_tasks, num_tasks, generator=generator, device=generator.device)
+    return draw_KK.fill_diagonal_(torch.inf).argsort(1)[:, :-1]
+
+
+def projected(gram_KK: torch.Tensor, order_KK: torch.Tensor) -> torch.Tensor:
+    """PCGrad's weights `[K]` of gradients with Gram matrix `[K, K]`, each task visiting the others in its order `[K, K - 1]`."""
+    task_K = torch.arange(len(gram_KK), device=gram_KK.device)
+    coefficient_KK = torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)  # row k: task k's gradient, projected
+    square_K = gram_KK.diagonal()
+    for other_K in order_KK.T:
+        product_K = (coefficient_KK * gram_KK[other_K]).sum(1)
+        conflicts_K = (product_K < 0) & (square_K[other_K] > 0)
+        step_K = torch.where(conflicts_K, product_K / square_K[other_K], 0.0)
+        coefficient_KK[task_K, other_K] -= step_K
+    # Zero times what is not finite, so that a matrix that is not finite is seen in the weights.
+    return coefficient_KK.mean(0) + 0 * gram_KK.sum()
+
+
+def vaccinated(
+    gram_KK: torch.Tensor, target_KK: torch.Tensor, order_KK: torch.Tensor, eps: float = 1e-8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GradVac's weights `[K]`, and the cosines `[K, K]` that were found on the way (the targets where none was looked at: the diagonal).
+
+    Args:
+        gram_KK: the Gram matrix, of about unit size.
+        target_KK: cosines that are to be reached.
+        order_KK: `[K, K - 1]`, in which each task visits the others.
+    """
+    task_K = torch.arange(len(gram_KK), device=gram_KK.device)
+    coefficient_KK = torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)
+    found_KK, norm_K = target_KK.clone(), gram_KK.diagonal().clamp(min=0).sqrt()
+    for other_K in order_KK.T:
+        product_KK = coefficient_KK @ gram_KK
+        mine_K, others_K = (product_KK * coefficient_KK).sum(1).clamp(min=0).sqrt(), norm_K[other_K]
+        cosine_K = product_KK[task_K, other_K] / (mine_K * others_K + eps)
+        target_K = target_KK[task_K, other_K].clamp(max=_HIGHEST_COSINE)
+        sine_K, target_sine_K = (1 - cosine_K.square()).clamp(min=0).sqrt(), (1 - target_K.square()).clamp(min=0).sqrt()
+        step_K = mine_K * (target_K * sine_K - cosine_K * target_sine_K) / (others_K * target_sine_K + eps)
+        # Towards a gradient that is zero no step changes the angle.
+        coefficient_KK[task_K, other_K] += torch.where((cosine_K < target_K) & (others_K > 0), step_K, 0.0)
+        found_KK[task_K, other_K] = cosine_K
+    return coefficient_KK.mean(0) + 0 * gram_KK.sum(), found_KK
+
+
+def shortest(gram_KK: NDArray[np.float64], max_iterations: int, tolerance: float = 1e-9) -> NDArray[np.float64]:
+    """The weights `[K]` (at least 0, sum 1) of the shortest weighted mean, by Frank-Wolfe with exact steps from the uniform ones.
+
+    Ends when no weight can be moved to a gradient that would shorten the square by more than `tolerance`.
+    """
+    weight_K = np.full(len(gram_KK), 1 / len(gram_KK))
+    for _ in range(max_iterations):
+        product_K = gram_KK @ weight_K
+        to = int(product_K.argmin())
+        a, b, c = product_K[to], product_K @ weight_K, gram_KK[to, to]
+        if b - a <= tolerance:
+            break
+        step = 1.0 if c <= a else (b - a) / (b + c - 2 * a)
+        weight_K *= 1 - step
+        weight_K[to] += step
+    return weight_K

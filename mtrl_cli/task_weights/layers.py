@@ -1,0 +1,81 @@
+"""Gradients of one layer by task, from what it was given and what came back: pure functions.
+
+K tasks' samples pass a layer together, task by task: its input x and the gradient d of the losses in its output have K * B rows, or
+`[K, B]` rows. No sample of one task meets another's, so a task's gradient follows from its own rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
+"""The layers whose gradients are known here."""
+
+Rows = dict[str, torch.Tensor]
+
+
+def rows(layer: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Rows:
+    """Each task's gradient of the layer's parameters.
+
+    Args:
+        layer: one of `KINDS`.
+        x: its input, `[K, B, ...]`.
+        d: the gradient of the sum of all tasks' losses in its output, `[K, B, ...]`.
+
+    Returns:
+        "weight" and, where it has one, "bias": float32 `[K, *parameter]`.
+    """
+    if isinstance(layer, nn.Linear):
+        x, d = x.flatten(1, -2), d.flatten(1, -2)
+        return _present(layer, torch.bmm(d.transpose(1, 2), x.to(d.dtype)).float(), d.float().sum(1))
+    if isinstance(layer, nn.Conv2d):
+        return _present(layer, _convolution_rows(layer, x, d), d.float().sum((1, 3, 4)))
+    if isinstance(layer, nn.LayerNorm):
+        normal, d = functional.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps), d.float()
+        summed = tuple(range(1, d.dim() - len(layer.normalized_shape)))
+        return _present(layer, (normal * d).sum(summed), d.sum(summed))
+    assert isinstance(layer, nn.GroupNorm)
+    normal, d = functional.group_norm(x.flatten(0, 1).float(), layer.num_groups, eps=layer.eps).view(x.shape), d.float()
+    summed = (1, *range(3, d.dim()))
+    return _present(layer, (normal * d).sum(summed), d.sum(summed))
+
+
+def _present(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Rows:
+    return {name: value for name, value in (("weight", weight), ("bias", bias)) if getattr(layer, name) is not None}
+
+
+def _convolution_rows(layer: nn.Conv2d, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    # On a CPU a call for each task is as fast as one for all, and a grouped convolution or patches are not (docs/performance.md).
+    geometry = (layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups, [False, True, False])
+    x, weight = x.to(d.dtype), layer.weight.to(d.dtype)
+    each = [torch.ops.aten.convolution_backward(d_B, x_B, weight, None, *geometry)[1] for x_B, d_B in zip(x, d, strict=True)]
+    return torch.stack(each).float()
+
+
+def linear_gram(layer: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor | None:
+    """Inner products of the tasks' gradients of a linear layer, weight and bias, without forming them, where that is less work.
+
+    <G_i, G_j> = sum over samples s of i and t of j of (x_s . x_t + 1) (d_s . d_t); the 1 is the bias's.
+
+    Returns:
+        float32 `[K, K]`, or None where the gradients themselves are less work.
+    """
+    K = x.shape[0]
+    x, d = x.flatten(1, -2), d.flatten(1, -2)
+    samples, inputs, outputs = x.shape[1] * K, x.shape[2], d.shape[2]
+    if samples * samples * (inputs + outputs) > (samples + K * K) * inputs * outputs:
+        return None
+    x, d = x.flatten(0, 1).float(), d.flatten(0, 1).float()
+    alike = x @ x.T
+    if layer.bias is not None:
+        alike = alike + 1
+    return (alike * (d @ d.T)).view(K, samples // K, K, samples // K).sum((1, 3))
+
+
+def linear_combination(layer: nn.Linear, x: torch.Tensor, d: torch.Tensor, weight_K: torch.Tensor) -> Rows:
+    """The weighted sum of the tasks' gradients of a linear layer, one matrix product: "weight" and "bias", of the parameters' shapes."""
+    weighted = d.flatten(1, -2) * weight_K.to(d.dtype)[:, None, None]
+    weighted = weighted.flatten(0, 1)
+    return _present(layer, (weighted.T @ x.flatten(0, -2).to(d.dtype)).float(), weighted.float().sum(0))

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""What a task weighting costs: the time of an update with it over the time of an update with `uniform`, side by side.
+
+Eight tasks, the Nature network with a plain head, 32 samples each, compiled, in the fastest precision here: the learner of `mtrl train`,
+with its sampling, targets, backward pass and optimizer. Beside them the other ways to gradients of tasks: a plain loop over the tasks'
+own batches, and TorchJD's `mtl_backward` and `autogram` with PCGrad.
+
+    pip install 'mtrl_cli[solvers]'
+    python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--json] [NAME ...]
+
+Each figure is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so
+many updates (`nash_mtl`), a whole period is timed, and its interval is in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench_task_weights_peers import PEERS
+from mtrl_cli import build, catalogue, config, settling
+from mtrl_cli.errors import UserError
+from mtrl_cli.learner import Learner
+from mtrl_cli.task_weights.base import TaskWeights
+
+GAMES = ("pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway")
+BARS = {"losses": None, "gram": 1.3, "rows": 2.2}
+WARM_UPS, ROWS = 3, 40
+
+
+def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[Learner, dict[str, Any]]:
+    """The learner of a run with this weighting, its replay filled with noise, compiled."""
+    overrides = {
+        "env": "atari_pack",
+        "env.tasks": f"[{','.join(GAMES[: options.tasks])}]",
+        "network/head": "plain",
+        "agent.batch_size": options.batch,
+        "replay.capacity": 4000,
+        "task_weights": name,
+        "device": options.device,
+        "run_dir": run_dir,
+    }
+    composed = config.compose_training([f"{key}={value}" for key, value in overrides.items()])
+    pack = build.make_pack(composed)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    settled = settling.settle(composed, pack, say)
+    learner = build.make_run(settled, pack, say).learner
+    spec = learner.replay.spec
+    random = torch.Generator().manual_seed(0)
+    shape = (spec.num_tasks, spec.num_envs)
+    never = torch.zeros(shape, dtype=torch.bool)
+    for _ in range(ROWS):
+        frame = torch.randint(256, (*shape, *spec.frame_shape), dtype=torch.uint8, generator=random)
+        reward = torch.rand(shape, generator=random)
+        row = (frame, never, torch.zeros(shape, dtype=torch.int64), reward, never, never)
+        learner.replay.add(*(each.to(spec.device) for each in row))
+    learner.warm_up()
+    return learner, settled
+
+
+def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWeights:
+    """Another weighting for the same run."""
+    section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
+    made: TaskWeights = build.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
+    return made
+
+
+def seconds(act: Callable[[], Any], device: torch.device, times: int = 1) -> float:
+    """Mean wall time of `act`, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(times):
+        act()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begun) / times
+
+
+def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
+    """A row for each weighting and each other way."""
+    plain, settled = make_learner("uniform", options, run_dir)
+    taped, _ = make_learner("mgda", options, run_dir)
+    device = plain.replay.spec.device
+    uniform = plain.task_weights
+    names = options.names or [name for name in catalogue.options("task_weights", [catalogue.conf_folder()]) if name != "uniform"]
+    rows = []
+
+    def baseline() -> None:
+        plain.task_weights = uniform
+        plain.update(ROWS)
+
+    def pairs(act: Callable[[], Any], period: int) -> dict[str, float]:
+        for _ in range(WARM_UPS):
+            act()
+        times = [(seconds(act, device, period), seconds(baseline, device)) for _ in range(max(2, options.pairs // period))]
+        ratios = [mine / other for mine, other in times]
+        return {
+            "milliseconds": 1000 * statistics.median(mine for mine, _ in times),
+            "uniform_milliseconds": 1000 * statistics.median(other for _, other in times),
+            "ratio": statistics.median(ratios),
+            "least": min(ratios),
+            "most": max(ratios),
+        }
+
+    baseline()
+    for name in names:
+        try:
+            weights = with_weights(plain, settled, name)
+        except UserError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        learner = plain if weights.needs == "losses" else taped
+        period = int(getattr(weights, "every", 1))
+
+        def update(learner: Learner = learner, weights: TaskWeights = weights) -> None:
+            learner.task_weights = weights
+            learner.update(ROWS)
+
+        rows.append({"name": name, "needs": weights.needs, "bar": BARS[weights.needs], "every": period} | pairs(update, period))
+        print(line(rows[-1]), file=sys.stderr)
+    for name, make in PEERS.items():
+        rows.append({"name": name, "needs": "peer", "bar": None, "every": 1} | pairs(make(plain), 1))
+        print(line(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+    verdict = "" if row["bar"] is None else f"at most {row['bar']}  {'met' if row['ratio'] <= row['bar'] else 'MISSED'}"
+    every = f"every {row['every']} updates" if row["every"] > 1 else ""
+    spread = f"{row['least']:.2f} to {row['most']:.2f}"
+    return (
+        f"{row['name']:<36}{row['needs']:<8}{row['milliseconds']:>8.1f} ms {row['uniform_milliseconds']:>8.1f} ms"
+        f"{row['ratio']:>7.2f}  {spread:<14}{verdict:<20}{every}"
+    ).rstrip()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows under their titles."""
+    titles = f"{'an update with':<36}{'needs':<8}{'takes':>11} {'uniform':>11}{'ratio':>7}  {'over pairs':<14}"
+    return "\n".join([titles.rstrip(), *map(line, rows)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="weightings; all where none is named")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=32, help="samples per task")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    options = parser.parse_args()
+    if (load := os.getloadavg()[0]) > 1:
+        print(f"the machine is busy (load {load:.1f}): no ratio holds", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(options, f"{folder}/run")
+    print(json.dumps(rows) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
