@@ -6,7 +6,7 @@ Everything is measured now and then, on samples of its own, and leaves no trace 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.heatmap import heatmap
-from mtrl_cli.networks.per_task import PerTask
+from mtrl_cli.networks.per_task import Stacked
 from mtrl_cli.replay import Replay
 from mtrl_cli.task_weights.gradients import AutogradGradients
 
@@ -172,25 +172,22 @@ def dormant_share(activations: Sequence[torch.Tensor], tau: float = DORMANT_TAU)
 def mean_activations(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Gathers what `mean_activation` says of each `nn.ReLU` in a module, in the order in which they are called within.
 
-    A layer of a `PerTask` has neurons of its own for each task. vmap hides what they give, so each task's module is called once more.
+    Each of the modules that are `Stacked` has layers, and so neurons, of its own.
     """
     found: list[torch.Tensor] = []
 
     def record(layer: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
         found.append(mean_activation(outputs))
 
-    def listen(within: nn.Module, stack: ExitStack) -> None:
-        for layer in within.modules():
-            if isinstance(layer, nn.ReLU):
-                stack.callback(layer.register_forward_hook(record).remove)
-            elif isinstance(layer, PerTask):
-                stack.callback(layer.register_forward_hook(call_again).remove)
-
-    def call_again(per_task: PerTask, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-        with ExitStack() as stack:
-            listen(per_task.structure, stack)
-            per_task.one_by_one(*inputs)
-
-    with ExitStack() as stack:
-        listen(module, stack)
+    stacks = [each for each in module.modules() if isinstance(each, Stacked)]
+    layers = [layer for within in (module, *(each.structure for each in stacks)) for layer in within.modules()]
+    hooks = [layer.register_forward_hook(record) for layer in layers if isinstance(layer, nn.ReLU)]
+    try:
+        for each in stacks:
+            each.one_by_one = True
         yield found
+    finally:
+        for each in stacks:
+            each.one_by_one = False
+        for hook in hooks:
+            hook.remove()

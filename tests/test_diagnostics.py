@@ -35,6 +35,7 @@ from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, Unifor
 from mtrl_cli.state_tree import take_apart
 from test_learner import fill, learner_of
 from test_resume import learning_rows, model
+from test_sharing import STRUCTURES, structure
 from test_train import TASKS, TINY, rows
 
 # -- mathematics ----------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def test_neurons_of_modules_per_task_are_told_apart() -> None:
         expected += [hidden_B.mean(0), module[2:](hidden_B).mean(0)]
     torch.testing.assert_close(activations, expected)
     torch.testing.assert_close(outputs_KB, torch.stack([module(x_B) for module, x_B in zip(modules, x_KB, strict=True)]))
-    assert not any(module._forward_hooks for module in (*per_task.modules(), *per_task.structure.modules()))
+    assert not per_task.one_by_one
+    assert not any(module._forward_hooks for module in per_task.structure.modules())
 
 
 # -- what is reported ---------------------------------------------------------------------------------------------------------
@@ -246,6 +248,24 @@ def test_neurons_are_those_of_all_tasks(sharing: type[Sharing]) -> None:
     assert ("grad/conflict" in report.figures) == ("features/rank" in report.figures) == (sharing is HardSharing)
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_structure_can_be_looked_into(name: str) -> None:
+    sharing = structure(name, MLP(hidden=[8, 5]), [(2,)] * 3)
+    with torch.no_grad():
+        expected = sharing(torch.ones(3, 4, 2))
+        with mean_activations(sharing) as activations:
+            torch.testing.assert_close(sharing(torch.ones(3, 4, 2)), expected)
+    assert name == "soft_modular" or len(activations) > 1
+    report = diagnostics_of(sharing, torch.randn(3, sharing.num_features)).report(10)
+    assert all(math.isfinite(value) for value in report.figures.values())
+    assert ("grad/conflict" in report.figures) == (name != "independent")
+    for routing in [name for name in report.pictures if name.startswith("routing/")]:
+        for task in range(3):
+            shares = [value for figure, value in report.figures.items() if figure.rpartition("/")[0] == f"{routing}/task{task}"]
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert len(shares) > 1
+
+
 # -- and leave no trace ---------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +324,7 @@ def test_due_at_the_first_tick_past_each_multiple_and_at_the_end() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny runs: with diagnostics, without, and with nothing shared."""
     here = MtrlHere(tmp_path_factory.mktemp("runs"))
-    tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized"]
+    tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized", "agent/value_scale=popart"]
     here("train", *tiny, "run_dir=with", "log.diagnostics=150")
     here("train", *tiny, "run_dir=without", "log.diagnostics=0")
     here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
