@@ -16,9 +16,9 @@ from torch import nn
 from conftest import MtrlHere
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.diagnostics import (
-    FEATURE_SAMPLES,
     PAIRED_TASKS,
     ROUTED_FIGURES,
+    SAMPLES,
     Diagnostics,
     dormant_share,
     effective_rank,
@@ -183,7 +183,7 @@ def test_figures_of_gradients_that_are_known() -> None:
             "grad/cosine/task0~task1": -1,
             "grad/cosine/task0~task2": 0.8,
             "grad/cosine/task1~task2": -0.8,
-            "grad/cosine": -1 / 3,
+            "grad/cosine/mean": -1 / 3,
             "grad/conflict": 2 / 3,
         }
     )
@@ -219,7 +219,7 @@ def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
     assert not [name for name in report.figures if "~" in name]
     cosines = torch.cosine_similarity(goal_KF[:, None], goal_KF[None], dim=2)[tuple(torch.triu_indices(57, 57, 1))]
     assert report.figures["grad/conflict"] == pytest.approx(float((cosines < 0).double().mean()))
-    assert report.figures["grad/cosine"] == pytest.approx(float(cosines.mean()), abs=1e-6)
+    assert report.figures["grad/cosine/mean"] == pytest.approx(float(cosines.mean()), abs=1e-6)
     height, width, _ = report.pictures["grad/cosine"].shape
     assert 57 * 14 <= height < width < 1200
     assert ROUTED_FIGURES < 57 * 5
@@ -240,7 +240,7 @@ def test_neurons_are_those_of_all_tasks(sharing: type[Sharing]) -> None:
     network = learner.agent.network
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0).report(10)
     with torch.no_grad(), mean_activations(network.sharing) as activations:
-        network.features(learner.replay.sample(FEATURE_SAMPLES, 0).observation.flatten(2, 3))
+        network.features(learner.replay.sample(SAMPLES, 0).observation.flatten(2, 3))
     # Stems of 8 for each task, then 6: shared, or for each task as well.
     assert [len(activation) for activation in activations] == ([8, 8, 6] if sharing is HardSharing else [8, 6, 8, 6])
     # Other samples: a neuron or two near the threshold may fall on its other side.
@@ -348,7 +348,7 @@ def test_a_run_writes_figures_and_pictures(runs: Path) -> None:
     assert [row["step"] for row in found] == [152, 304, 400]
     pairs = [f"grad/cosine/{TASKS[a]}~{TASKS[b]}" for a, b in ((0, 1), (0, 2), (1, 2))]
     each = [f"{figure}/{task}" for figure in ("grad/norm", "features/norm", "features/rank") for task in TASKS]
-    whole = ["grad/cosine", "grad/conflict", "features/norm", "features/dormant", "features/rank", "perf/seconds/diagnostics"]
+    whole = ["grad/cosine/mean", "grad/conflict", "features/norm", "features/dormant", "features/rank", "perf/seconds/diagnostics"]
     for row in found:
         assert row.keys() == {"step", "frames", "seconds", "updates", *pairs, *each, *whole}
         assert all(-1 <= row[pair] <= 1 for pair in pairs)
