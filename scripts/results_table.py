@@ -2,6 +2,7 @@
 """Tables of docs/results.md, in Markdown, from run folders: the last evaluation of each run, and with --curve how it got there.
 
 Usage: scripts/results_table.py [--curve] RUN...
+       scripts/results_table.py --groups FOLDER...     (each FOLDER holds the runs of one condition, a seed each)
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
@@ -41,6 +44,44 @@ def final_table(runs: list[Path]) -> str:
     return rows(lines)
 
 
+def interval_over_runs(returns: list[list[float]], resamples: int = 10_000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean over runs: runs drawn with replacement, then each run's episodes."""
+    random = np.random.default_rng(0)
+    episodes = [np.asarray(each) for each in returns]
+    means = np.empty(resamples)
+    for index in range(resamples):
+        drawn = random.integers(0, len(episodes), len(episodes))
+        means[index] = np.mean([random.choice(episodes[run], len(episodes[run])).mean() for run in drawn])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def parameters(run: Path) -> int:
+    """Of a run's network, as its first row has them."""
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    return int(first["parameters/total"])
+
+
+def group_table(folders: list[Path]) -> str:
+    """A row for each folder of runs: parameters, each task's mean return with its interval, score over tasks, minutes a run."""
+    groups = {folder.name: sorted(path for path in folder.iterdir() if (path / "run.json").is_file()) for folder in folders}
+    found = {name: [last_evaluation(run) for run in runs] for name, runs in groups.items()}
+    tasks = list(next(iter(found.values()))[0]["tasks"])
+    lines = [["", "parameters", *tasks, "score over tasks", "runs x episodes", "minutes a run"]]
+    for name, evaluations in found.items():
+        cells = []
+        for task in tasks:
+            returns = [evaluation["tasks"][task]["returns"] for evaluation in evaluations]
+            low, high = interval_over_runs(returns)
+            cells.append(f"{np.mean([np.mean(each) for each in returns]):.1f} ({low:.1f} to {high:.1f})")
+        scores = [evaluation["over_tasks"]["mean"] for evaluation in evaluations]
+        minutes = [json.loads((run / "run.json").read_text())["seconds"] / 60 for run in groups[name]]
+        over_tasks = f"{np.mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
+        size = f"{parameters(groups[name][0]):,}"
+        lines.append([name, size, *cells, over_tasks, f"{len(scores)} x {evaluations[0]['episodes']}", f"{np.mean(minutes):.1f}"])
+    return rows(lines)
+
+
 def curve_table(run: Path, points: int = 12) -> str:
     """How one run got there: the mean return of training episodes over `points` equal parts of the run, and steps per second."""
     figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -65,8 +106,12 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--curve", action="store_true", help="also how each run got there")
+    parser.add_argument("--groups", action="store_true", help="the arguments are folders of runs: a row for each")
     parser.add_argument("runs", nargs="+", type=Path)
     arguments = parser.parse_args()
+    if arguments.groups:
+        print(group_table(arguments.runs))
+        return
     print(final_table(arguments.runs))
     for run in arguments.runs if arguments.curve else []:
         print(f"\n{run.name}, mean returns while training:\n\n{curve_table(run)}")

@@ -13,9 +13,11 @@ from torch import nn
 
 from fake_tasks import stream_of
 from mtrl_cli.agents.dqn import DQN
-from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, ValueScale
-from mtrl_cli.networks.heads import PlainHead
+from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
+from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay import Batch
 
 STATES = 3
@@ -189,6 +191,112 @@ def test_what_compiles_is_given_the_arithmetic() -> None:
     made = agent(ONLINE, TARGET, compile_with=compile_with)
     made.losses(batch())
     assert len(compiled) == 1
+
+
+# -- value scales and heads -----------------------------------------------------------------------------------------------------
+
+
+def tasks_batch(samples: int = 8) -> Batch:
+    """Two tasks of three states, one of them at the scale of 1000."""
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randint(STATES, (2, 2, samples), generator=draw)
+    return Batch(
+        observation=one_hot(states[0].tolist()),
+        action=torch.randint(2, (2, samples), generator=draw),
+        rewards=torch.randn(2, samples, 3, generator=draw) * torch.tensor([1.0, 1000.0])[:, None, None],
+        steps=torch.full((2, samples), 3),
+        terminated=torch.rand(2, samples, generator=draw) < 0.3,
+        next_observation=one_hot(states[1].tolist()),
+        weight=torch.ones(2, samples),
+        index=torch.zeros(2, samples, dtype=torch.int64),
+    )
+
+
+def network_of(head: type[Head]) -> MultiTaskNetwork:
+    torch.manual_seed(0)
+    torso = MLP(hidden=[8])
+    return MultiTaskNetwork(HardSharing(torso, [(STATES,)] * 2), head(8, [2, 3]), observation_scale=1.0)
+
+
+def agent_of(head: type[Head], scale: ValueScale, **changes: Any) -> DQN:
+    compile_with: Callable = changes.pop("compile_with", lambda function: function)
+    return DQN(network_of(head), scale, ["pong", "qbert"], compile_with, **(SETTINGS | changes))
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead])
+def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head]) -> None:
+    """The same values in the game's units, before and after statistics move: errors divide by the spread, targets and values stay."""
+    plain, scale = agent_of(head, NoValueScale(stream_of(["a", "b"]))), PopArt(stream_of(["a", "b"]), step_size=0.5)
+    normalised, given = agent_of(head, scale), tasks_batch()
+    expected = plain.losses(given)
+    first = normalised.losses(given)
+    assert torch.equal(first.loss_KB, expected.loss_KB)
+    with torch.no_grad():
+        normalised.losses(given)  # a look back is no update
+    normalised.after_update(1)
+    assert scale.scale_K[1] > 100
+    second = normalised.losses(given)
+    assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
+    mean_K, scale_K = scale.mean_K.clone(), scale.scale_K.clone()
+    normalised.after_update(2)  # the same targets again: the moments stay
+    assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
+    assert torch.allclose(scale.scale_K, scale_K, rtol=1e-3)
+
+
+def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
+    scale, given = PopArt(stream_of(["pong"])), batch()
+    made = agent(ONLINE, TARGET, scale, target_period=1000)
+    made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
+    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
+    made.losses(given)
+    made.after_update(1)
+    assert scale.mean_K.tolist() == [4.25]
+    assert scale.scale_K.tolist() == [0.25]
+    made.after_update(2)  # nothing was seen since
+    assert scale.mean_K.tolist() == [4.25]
+
+
+def test_a_tasks_rewards_are_multiplied_before_its_scale_sees_them() -> None:
+    scale, given = ClipRewards(stream_of(["pong"]), limit=3.0), batch()
+    made = agent(ONLINE, TARGET, scale, reward_factors={"pong": 2.0})
+    # 2 + 3/2 + 3/4 + 8/8 = 5.25 against 2; 3 against 3; 3/2 + 6/4 = 3 against -1
+    assert made.losses(given).error_KB.tolist() == [[3.25, 0.0, 4.0]]
+    seen = []
+    scale.observe = lambda reward_KN, done_KN: seen.append((reward_KN, done_KN))  # type: ignore[method-assign]
+    done = torch.tensor([[True, False]])
+    made.observe(torch.tensor([[1.0, -2.0]]), done)
+    assert seen[0][0].tolist() == [[2.0, -4.0]]
+    assert seen[0][1] is done
+
+
+def test_factors_of_a_task_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
+        agent(ONLINE, TARGET, reward_factors={"pnog": 2.0})
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
+def test_the_losses_are_one_graph_that_is_compiled_once(head: type[Head]) -> None:
+    """No break, no wait for the device in it, and none anew when statistics move."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    bounded = head in (C51Head, HLGaussHead)
+    scale = (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"]))
+    compiled = agent_of(head, scale, compile_with=lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False))
+    eager = agent_of(head, (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"])))
+    for update in range(1, 4):
+        for made in (compiled, eager):
+            made.observe(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+        losses, expected = compiled.losses(tasks_batch()), eager.losses(tasks_batch())
+        assert torch.allclose(losses.loss_KB, expected.loss_KB, rtol=1e-4, atol=1e-5)
+        for made in (compiled, eager):
+            made.after_update(update)
+    assert len(graphs) == 1
 
 
 # -- target network -------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from mtrl_cli.agents.targets import of_action
 from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.per_task import TaskLinear
 
@@ -112,3 +115,84 @@ def test_a_layer_starts_as_torchs_does() -> None:
         assert own.abs().max() > 0.19
         assert abs(own.mean()) < 0.02
         assert abs(own.std() - 0.2 / 3**0.5) < 0.01
+
+
+# -- losses and scales ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
+    """Six states, a fixed return in each, no next state: what the head says of the action taken becomes its return."""
+    torch.manual_seed(0)
+    head, states = kind(6, ACTIONS), torch.eye(6).expand(4, 6, 6)
+    action = torch.tensor([[number * b // 6 for b in range(6)] for number in ACTIONS])
+    returns = torch.linspace(-8, 8, 24).reshape(4, 6)[:, torch.tensor([3, 0, 5, 1, 4, 2])]
+    nothing = torch.zeros_like(returns)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.3 * 0.985**step
+        taken = of_action(head(states), action)
+        loss = head.loss(taken, torch.zeros_like(taken), returns, nothing, 0.0 if kind is not QuantileHead else 1.0)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    learned = of_action(head.values(head(states)), action)
+    assert (learned - returns).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[Head]) -> None:
+    """No reward and no discount: the target is what is said of the next state, and that is what is said of this one."""
+    torch.manual_seed(0)
+    head = kind(7, [2])
+    outputs = (4 * head(features()[:1])[:, :, 0]).detach()
+    if kind is QuantileHead:
+        outputs = outputs.sort(-1).values
+    if kind is HLGaussHead:  # its target is a Gaussian, whatever distribution the next state has
+        outputs = -((head.centre_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
+    now = outputs.clone().requires_grad_()
+    head.loss(now, outputs, torch.zeros(1, 6), torch.ones(1, 6), 0.0).sum().backward()
+    assert now.grad is not None
+    # Quantiles: each of 51 lies within one 51st of its own level. The Gaussian's density in a bin is about that of its centre.
+    assert now.grad.abs().max() < {QuantileHead: 1 / 51, HLGaussHead: 0.05}.get(kind, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [PlainHead, DuelingHead, QuantileHead])
+def test_rescaled_values_are_factor_times_themselves_plus_offset(kind: type[Head]) -> None:
+    head = kind(7, ACTIONS)
+    before = values(head)
+    factor, offset = torch.tensor([2.0, 0.5, 3.0, 1.0]), torch.tensor([-1.0, 4.0, 0.0, 100.0])
+    head.rescale(factor, offset)
+    assert torch.allclose(values(head), before * factor[:, None, None] + offset[:, None, None], atol=1e-5)
+    for layer in head.modules():
+        if isinstance(layer, TaskLinear):
+            assert not (layer.bias * ~layer.used_K1O).any()
+            assert not (layer.weight * ~layer.used_K1O).any()
+
+
+@pytest.mark.parametrize("kind", [C51Head, HLGaussHead])
+def test_values_of_a_bounded_head_lie_within_its_ends_and_cannot_be_rescaled(kind: type[Head]) -> None:
+    head = kind(7, ACTIONS, v_min=-3.0, v_max=5.0)
+    assert kind.bounded
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(1000)
+    q = values(head)
+    assert q[q.isfinite()].min() >= -3
+    assert q[q.isfinite()].max() <= 5
+    with pytest.raises(NotImplementedError):
+        head.rescale(torch.ones(4), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "says"),
+    [
+        (C51Head, {"atoms": 1}, r"network\.head\.atoms=1"),
+        (HLGaussHead, {"bins": 1}, r"network\.head\.bins=1"),
+        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min=2 is not below network\.head\.v_max=2"),
+        (HLGaussHead, {"v_min": 20.0}, r"v_min=20 is not below network\.head\.v_max=10"),
+    ],
+)
+def test_a_support_that_is_none_is_refused(kind: type[Head], keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        kind(7, ACTIONS, **keys)

@@ -109,6 +109,18 @@ def test_what_is_stored_is_what_was_played() -> None:
     assert ((flags & 2) != 0).any(), "the test holds no truncation"
 
 
+def test_the_agent_sees_every_reward_and_end_once() -> None:
+    loop, seen = loop_of(capacity=200), []
+    observe = loop.learner.agent.observe
+    loop.learner.agent.observe = lambda *step: (seen.append([each.clone() for each in step]), observe(*step))  # type: ignore[method-assign]
+    loop.begin()
+    run(loop, 40)
+    stored = loop.replay.export_rows(0, 40)
+    assert torch.equal(torch.stack([reward for reward, _ in seen], 1), stored["rewards"])
+    # An episode that ended is followed by a start.
+    assert torch.equal(torch.stack([done for _, done in seen[:-1]], 1), (stored["flags"][:, 1:] & 4) != 0)
+
+
 def test_actions_follow_the_network_and_epsilon() -> None:
     """With epsilon 0 every stored action is the best of its stored observation, as long as nothing is learned."""
     loop = loop_of(epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from conftest import ROOT, Mtrl, MtrlHere
 
@@ -25,10 +27,12 @@ def test_there_are_commands_to_test() -> None:
     assert len(TRAINING) >= 6
 
 
-def test_own_pack_and_network_train_as_shown(mtrl: Mtrl) -> None:
-    pack, network, wide = (text for language, text in BLOCKS if language in ("yaml", "python"))
+def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
+    """A pack, a torso, a sharing structure and a weighting, each a file or two, in one run."""
+    texts = [text for language, text in BLOCKS if language in ("yaml", "python")]
     names = re.findall(r"`(my_\w+(?:/\w+)*\.(?:yaml|py))`", README)
-    for name, text in zip(names, (pack, network, wide), strict=True):
+    assert len(names) == 7
+    for name, text in zip(names, texts, strict=True):
         path = mtrl.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -36,6 +40,12 @@ def test_own_pack_and_network_train_as_shown(mtrl: Mtrl) -> None:
     small = ["steps_per_task=300", "agent.learning_starts=100", "eval.episodes=1", "eval.max_steps=20", "run_dir=run", "device=cpu"]
     printed = mtrl(*shlex.split(command)[2:], *small, PYTHONPATH=".").stdout
     assert "CartPole-v1" in printed
+    assert "trusted_packages" in printed
+    assert "sharing.offset." in str(load_file(mtrl.folder / "run" / "checkpoints" / "304" / "model.safetensors").keys())
+    rows = [json.loads(line) for line in (mtrl.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    weights = [[row["weight/CartPole-v1"], row["weight/Acrobot-v1"]] for row in rows if "weight/CartPole-v1" in row]
+    assert weights
+    assert all(sum(pair) == pytest.approx(1) and pair[0] != pytest.approx(0.5) for pair in weights)
     # The printed command to evaluate it works as printed.
     (evaluate,) = (line for line in printed.splitlines() if line.startswith("evaluate "))
     words = [word for word in shlex.split(evaluate)[2:] if not word.startswith(("video", "eval."))]

@@ -1,0 +1,50 @@
+"""Every task weighting trains through the command's own entry point, in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from conftest import MtrlHere
+from fake_tasks import ALL_WEIGHTS
+
+SMALL = [
+    "env=classic_pack",
+    "env.num_envs=4",
+    "steps_per_task=240",
+    "agent.learning_starts=40",
+    "agent.batch_size=16",
+    "agent.samples_per_step=2",
+    "network.hidden=[16,16]",
+    "eval.every=0",
+    "eval.episodes=1",
+    "eval.max_steps=20",
+    "checkpoint.every=0",
+    "log.every=80",
+    "device=cpu",
+]
+TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+KEYS = {
+    "static": ["task_weights.weights={CartPole-v1: 2, MountainCar-v0: 0.5}"],
+    "dwa": ["task_weights.epoch=5"],
+    "nash_mtl": ["task_weights.every=5"],
+}
+
+
+@pytest.mark.parametrize("name", ALL_WEIGHTS)
+def test_every_weighting_trains(name: str, here: MtrlHere) -> None:
+    here("train", *SMALL, f"task_weights={name}", *KEYS.get(name, []), "run_dir=run")
+    rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "grad/norm" in row][-1]
+    assert last["step"] == 240
+    assert last["updates"] == (240 - 4 - 40) * 2 // 16
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    weights = [last[f"weight/{task}"] for task in TASKS]
+    if name == "uniform":
+        assert weights == pytest.approx([1 / 3] * 3)
+    else:
+        assert max(weights) - min(weights) > 1e-4
+    state = json.loads((here.folder / "run" / "checkpoints" / "240" / "state.json").read_text())
+    assert state, "a checkpoint was written with the weighting's state"
