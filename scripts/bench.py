@@ -37,19 +37,23 @@ class Figure(NamedTuple):
         return f"{self.name:<58}{self.value:>10,.4g} {self.unit:<6} {bound:<15} {'met' if self.met else 'MISSED'}"
 
 
-def script(name: str, *arguments: str) -> dict[str, Any]:
+def script(name: str, *arguments: str) -> Any:
     """What another script here prints as JSON; its progress goes to stderr."""
     command = [sys.executable, str(Path(__file__).with_name(name)), "--json", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{name} failed")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return json.loads(done.stdout)
 
 
-def figures(startup: dict[str, float], memory: dict[str, float], ratio: dict[str, float]) -> list[Figure]:
+def figures(startup: dict[str, float], memory: dict[str, float], ratio: dict[str, float], weights: list[dict[str, Any]]) -> list[Figure]:
     """All figures with their bars."""
+    worst = [max((row for row in weights if row["needs"] == needs), key=lambda row: row["ratio"]) for needs in ("gram", "rows")]
     return [
+        *(
+            Figure(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
+            for row in worst
+        ),
         Figure("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 2.2, True),
         Figure("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 2.0, True),
         Figure("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
@@ -66,12 +70,16 @@ def main() -> None:
     startup = script("bench_startup.py")
     memory = script("bench_replay_memory.py")
     speed = script("bench_sb3.py", f"--rounds={options.rounds}")
+    weights = script("bench_task_weights.py")
+    from bench_task_weights import table as weights_table  # imports torch and the peers, which the figures above do without
+
     if options.json:
-        print(json.dumps({"startup": startup, "memory": memory, "speed": speed}))
+        print(json.dumps({"startup": startup, "memory": memory, "speed": speed, "task_weights": weights}))
         return
     print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}\n")
     print(table(speed), end="\n\n")
-    for figure in figures(startup, memory, speed["ratio"]):
+    print(weights_table(weights), end="\n\n")
+    for figure in figures(startup, memory, speed["ratio"], weights):
         print(figure)
 
 

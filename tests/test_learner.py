@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fake_tasks import stream_of, tasks_of
+from fake_tasks import stream_of, tasks_of, weights_of
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards
@@ -23,7 +23,9 @@ from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
+from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import TapedGradients, tape_for
 from replay_reference import random_rows, spec
 
 NAMES = ["pong", "qbert"]
@@ -52,6 +54,7 @@ def learner_of(
     weights_seed: int = 0,
     augmentation: Augmentation | None = None,
     replay_spec: ReplaySpec = SPEC,
+    optimizer_lr: float = 0.01,
     **settings: Any,
 ) -> Learner:
     """A whole learner: two tasks of 5 and 3 observed numbers, 4 and 2 actions."""
@@ -60,7 +63,7 @@ def learner_of(
     network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
     agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
-    optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
+    optimizer = Adam(list(network.parameters()), lr=optimizer_lr, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
     return Learner(agent, replay, augmentation or NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
 
 
@@ -392,3 +395,26 @@ def test_warming_up_leaves_no_trace(replay_kind: type[Replay], filled: bool) -> 
     for name, tensor in parameters(plain).items():
         assert torch.equal(tensor, warmed.agent.network.state_dict()[name]), name
     assert plain.row() == warmed.row()
+
+
+# -- gradients of tasks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mgda", "pcgrad", "graddrop", "gradnorm"])
+def test_with_a_tape_it_learns_what_it_learns_without(name: str) -> None:
+    """The same weighting on the same batches, by one backward pass and by one for each task: the same parameters to rounding."""
+    networks, gradients = [], set()
+    for taped in (True, False):
+        learner = fill(learner_of(optimizer_lr=0.001))
+        network = learner.agent.network
+        shared, own = network.shared_parameters(), network.own_parameters()
+        observation = learner.replay.sample(2, 0).observation.flatten(2, 3)
+        learner._tape = tape_for(network, shared, own, observation) if taped else None
+        learner.task_weights = weights_of(name, num_tasks=2)
+        for step in range(10):
+            learner.update(step)
+        gradients.add(type(learner._differentiate(learner.replay.sample(4, 0))[1]))
+        networks.append(network)
+    assert gradients == {TapedGradients, AutogradGradients}
+    for (parameter, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), parameter

@@ -62,6 +62,8 @@ def grads(network: nn.Module, act: Callable[[], None]) -> dict[str, torch.Tensor
     found = {}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
+        # Fused optimizers read a gradient in its parameter's layout, whatever its own.
+        assert parameter.grad.stride() == parameter.stride(), name
         found[name] = parameter.grad
     return found
 

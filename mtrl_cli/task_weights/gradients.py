@@ -43,5 +43,12 @@ class AutogradGradients(TaskGradients):
         of_own = torch.autograd.grad(self._loss_K.mean(), self._own, materialize_grads=True)
         parts = gradient_P.split([parameter.numel() for parameter in self._shared])
         of_shared = [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)]
-        for parameter, gradient in zip((*self._shared, *self._own), (*of_shared, *of_own), strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        add_gradients([*self._shared, *self._own], [*of_shared, *of_own])
+
+
+def add_gradients(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
+    """Add to each parameter's `grad`, in the parameter's own layout, as a backward pass would: fused optimizers count on it."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient.stride() != parameter.stride():
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

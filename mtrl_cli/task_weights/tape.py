@@ -10,7 +10,7 @@ from torch import nn
 
 from mtrl_cli.task_weights import layers
 from mtrl_cli.task_weights.base import TaskGradients
-from mtrl_cli.task_weights.gradients import AutogradGradients
+from mtrl_cli.task_weights.gradients import AutogradGradients, add_gradients
 
 # How well a tape must agree with plain autograd on random samples to be used: bfloat16 is off by less, a layer that is used in another
 # way than a tape can tell by much more.
@@ -133,7 +133,7 @@ class TapedGradients(TaskGradients):
 
     def weigh(self, weight_K: torch.Tensor) -> None:
         self._combine_shared(weight_K)
-        self._add(self._own, [gradient * weight_K.view(-1, *(1,) * (gradient.dim() - 1)) for gradient in self._of_own])
+        add_gradients(self._own, [gradient * weight_K.view(-1, *(1,) * (gradient.dim() - 1)) for gradient in self._of_own])
 
     def combine(self, weight_K: torch.Tensor) -> None:
         self._combine_shared(weight_K)
@@ -141,7 +141,7 @@ class TapedGradients(TaskGradients):
 
     def replace(self, gradient_P: torch.Tensor) -> None:
         parts = gradient_P.split([parameter.numel() for parameter in self._shared])
-        self._add(self._shared, [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)])
+        add_gradients(self._shared, [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)])
         self._add_own()
 
     def _combine_shared(self, weight_K: torch.Tensor) -> None:
@@ -150,15 +150,10 @@ class TapedGradients(TaskGradients):
                 sums = layers.linear_combination(layer, self._inputs[index], self._outputs[index], weight_K)
             else:
                 sums = {name: (weight_K @ row.flatten(1)).view(row.shape[1:]) for name, row in self._rows_of(index).items()}
-            self._add([getattr(layer, name) for name in sums], list(sums.values()))
+            add_gradients([getattr(layer, name) for name in sums], list(sums.values()))
 
     def _add_own(self) -> None:
-        self._add(self._own, [gradient / len(self.loss_K) for gradient in self._of_own])
-
-    @staticmethod
-    def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        add_gradients(self._own, [gradient / len(self.loss_K) for gradient in self._of_own])
 
 
 def tape_for(network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], observation: torch.Tensor) -> Tape | None:
