@@ -169,7 +169,7 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 
-def _make_tape(network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
+def _make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
     """The quick way to the gradients of tasks, where the network has one."""
     random = torch.Generator().manual_seed(0)
     sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
@@ -178,9 +178,10 @@ def _make_tape(network: MultiTaskNetwork, pack: Pack, device: torch.device) -> T
         own[:, :, *(slice(size) for size in task.observation_shape)] = noise * pack.observation_scale
     observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
     tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
-    if tape is None:
-        # A backward pass per task keeps the graph, which compiled code would otherwise take apart in the first.
-        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    if tape is None and config["compile"]:
+        # A backward pass for each task needs the graph again, which compiled code would otherwise take apart in the first.
+        compiled: Any = importlib.import_module("torch._functorch.config")
+        compiled.donated_buffer = False
     return tape
 
 
@@ -240,7 +241,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
-    tape = _make_tape(network, pack, device) if task_weights.needs != "losses" else None
+    tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
     learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
 
     def open_loop() -> Loop:

@@ -6,7 +6,7 @@ Everything is measured now and then, on samples of its own, and leaves no trace 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -17,14 +17,16 @@ from torch import nn
 
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.heatmap import heatmap
-from mtrl_cli.networks.per_task import PerTask
-from mtrl_cli.replay import Replay
+from mtrl_cli.networks.per_task import Stacked
+from mtrl_cli.replay import Batch, Replay
 from mtrl_cli.task_weights.gradients import AutogradGradients
 
 DORMANT_TAU = 0.025  # Sokar et al. 2023, section 3
 RANK_DELTA = 0.01  # Kumar et al. 2021, section 3
-FEATURE_SAMPLES, FEWEST_PER_TASK = 1024, 32
-"""Features are those of so many samples in all, and of so many at least for each task."""
+SAMPLES = 1024
+"""In all: features are theirs, and gradients those of an update's batch or, with many tasks, of no more than these."""
+FEWEST_SAMPLES = 16
+"""Of each task, however many tasks there are."""
 PAIRED_TASKS = 12
 """With more tasks than these, the cosine of each pair is in the picture alone."""
 ROUTED_FIGURES = 256
@@ -40,7 +42,11 @@ class Report:
 
 
 class Diagnostics:
-    """Looks at the network every so often.
+    """Looks at the network every so often, on samples that no update has chosen.
+
+    Gradients are those of each task's mean loss over the parameters that tasks share, before any weight; what a run does not share has
+    none. A sample without a successor (a truncated step) is in the mean with a loss of 0. Features are what heads read; ranks are at most
+    the number of samples that they are of.
 
     Nothing here has state: which samples are drawn depends on the seed, the step and what the replay holds. So a run that was resumed
     writes the figures that it would have written, and a run learns the same with and without them.
@@ -63,29 +69,26 @@ class Diagnostics:
 
     def report(self, step: int) -> Report:
         """All figures and pictures at a step (per task). Waits for the device."""
-        network, batch_size = self._agent.network, self._agent.batch_size
-        samples = max(FEWEST_PER_TASK, FEATURE_SAMPLES // len(self._task_names))
-        row_KB, env_KB = self._draw(max(samples, batch_size), step)
+        generator = torch.Generator(self._replay.spec.device).manual_seed((self._seed + step) % 2**63)
+        samples = max(FEWEST_SAMPLES, SAMPLES // len(self._task_names))
         report = Report()
-        if network.shared_parameters():
-            self._describe_gradients(report, row_KB[:, :batch_size], env_KB[:, :batch_size])
-        observation = self._replay.gather(row_KB[:, :samples], env_KB[:, :samples], torch.ones_like(row_KB[:, :samples])).observation
+        if self._agent.network.shared_parameters():
+            self._describe_gradients(report, self._draw(min(samples, self._agent.batch_size), generator))
+        observation = self._draw(samples, generator).observation.flatten(2, 3)
         with torch.no_grad():
-            self._describe_features(report, observation.flatten(2, 3))
-            self._describe_routing(report, observation.flatten(2, 3))
+            self._describe_features(report, observation)
+            self._describe_routing(report, observation)
         return report
 
-    def _draw(self, samples: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and environments, int64 `[K, samples]` each, evenly from all that the replay holds, whose own draws this does not touch."""
+    def _draw(self, samples: int, generator: torch.Generator) -> Batch:
+        """Samples of each task, evenly from all that the replay holds; what the replay itself draws is not touched."""
         spec = self._replay.spec
         first, stop = self._replay.eligible_rows
-        generator = torch.Generator(spec.device).manual_seed((self._seed + step) % 2**63)
         draw = torch.randint((stop - first) * spec.num_envs, (spec.num_tasks, samples), generator=generator, device=spec.device)
-        return first + draw // spec.num_envs, draw % spec.num_envs
+        return self._replay.gather(first + draw // spec.num_envs, draw % spec.num_envs, torch.ones(draw.shape, device=spec.device))
 
-    def _describe_gradients(self, report: Report, row_KB: torch.Tensor, env_KB: torch.Tensor) -> None:
+    def _describe_gradients(self, report: Report, batch: Batch) -> None:
         network, names = self._agent.network, self._task_names
-        batch = self._replay.gather(row_KB, env_KB, torch.ones(row_KB.shape, device=row_KB.device))
         # A compiled graph gives its buffers away in its first backward pass, and has none left for a second task's.
         with torch.compiler.set_stance("force_eager"):
             loss_K = self._agent.losses(batch).loss_KB.mean(1)
@@ -95,7 +98,7 @@ class Diagnostics:
         pairs = {(a, b): float(cosines[a, b]) for a, b in combinations(range(len(names)), 2) if np.isfinite(cosines[a, b])}
         if pairs:
             report.figures["grad/conflict"] = sum(cosine < 0 for cosine in pairs.values()) / len(pairs)
-            report.figures["grad/cosine"] = sum(pairs.values()) / len(pairs)
+            report.figures["grad/cosine/mean"] = sum(pairs.values()) / len(pairs)
             report.pictures["grad/cosine"] = heatmap(cosines, names, names)
         if len(names) <= PAIRED_TASKS:
             report.figures |= {f"grad/cosine/{names[a]}~{names[b]}": cosine for (a, b), cosine in pairs.items()}
@@ -172,25 +175,22 @@ def dormant_share(activations: Sequence[torch.Tensor], tau: float = DORMANT_TAU)
 def mean_activations(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Gathers what `mean_activation` says of each `nn.ReLU` in a module, in the order in which they are called within.
 
-    A layer of a `PerTask` has neurons of its own for each task. vmap hides what they give, so each task's module is called once more.
+    Each of the modules that are `Stacked` has layers, and so neurons, of its own.
     """
     found: list[torch.Tensor] = []
 
     def record(layer: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
         found.append(mean_activation(outputs))
 
-    def listen(within: nn.Module, stack: ExitStack) -> None:
-        for layer in within.modules():
-            if isinstance(layer, nn.ReLU):
-                stack.callback(layer.register_forward_hook(record).remove)
-            elif isinstance(layer, PerTask):
-                stack.callback(layer.register_forward_hook(call_again).remove)
-
-    def call_again(per_task: PerTask, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
-        with ExitStack() as stack:
-            listen(per_task.structure, stack)
-            per_task.one_by_one(*inputs)
-
-    with ExitStack() as stack:
-        listen(module, stack)
+    stacks = [each for each in module.modules() if isinstance(each, Stacked)]
+    layers = [layer for within in (module, *(each.structure for each in stacks)) for layer in within.modules()]
+    hooks = [layer.register_forward_hook(record) for layer in layers if isinstance(layer, nn.ReLU)]
+    try:
+        for each in stacks:
+            each.one_by_one = True
         yield found
+    finally:
+        for each in stacks:
+            each.one_by_one = False
+        for hook in hooks:
+            hook.remove()

@@ -98,6 +98,9 @@ class Learner:
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
         _, gradients = self._differentiate(batch)
         gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
+        if self.task_weights.looks_back:
+            with torch.no_grad():
+                self.agent.losses(batch)
         for parameter in self.optimizer.parameters:
             parameter.grad = None
 

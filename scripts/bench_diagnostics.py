@@ -23,7 +23,7 @@ import yaml
 from bench_sb3 import steady_rates
 
 # Of each pack: steps per task, those before learning starts, those from one look to the next.
-SIZES = {"classic_pack": (20_000, 1000, 1000), "minatar_pack": (12_000, 1000, 1000), "atari_pack": (1000, 200, 100)}
+SIZES = {"classic_pack": (20_000, 1000, 1000), "minatar_pack": (6000, 500, 500), "atari_pack": (800, 100, 100)}
 AIM = 0.02
 
 

@@ -24,11 +24,6 @@ def tasks_of(names: Sequence[str], seed: int = 0) -> Tasks:
     return Tasks(tuple(names), (0.0,) * len(names), references, seed, torch.device("cpu"))
 
 
-def stream_of(names: Sequence[str], num_envs: int = 2, gamma: float = 0.9) -> RewardStream:
-    """Rewards of tasks of these names."""
-    return RewardStream(len(names), num_envs, gamma, torch.device("cpu"))
-
-
 def weights_of(name: str, num_tasks: int = 3, seed: int = 0, **changes: Any) -> TaskWeights:
     """The weighting of a YAML, with its values but for `changes`, for tasks `t0`, `t1`, ..."""
     values = yaml.safe_load((_CONF / f"{name}.yaml").read_text())
@@ -72,3 +67,8 @@ class GivenGradients(TaskGradients):
         assert not {"weigh", "combine", "replace"} & set(self.asked), "called once"
         self.asked.append(how)
         self.result_P = gradient_P
+
+
+def stream_of(names: Sequence[str], num_envs: int = 2, gamma: float = 0.9) -> RewardStream:
+    """Rewards of tasks of these names."""
+    return RewardStream(len(names), num_envs, gamma, torch.device("cpu"))

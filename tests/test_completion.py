@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_tasks import ALL_WEIGHTS
 from mtrl_cli import catalogue, cli, completion, config
 
 CONF = catalogue.conf_folder()
@@ -34,9 +35,9 @@ def test_options_come_with_their_description() -> None:
     found = dict(completion.complete("train", [], "env=ata"))
     assert set(found) == {"env=atari_pack", "env=atari_26", "env=atari_57"}
     assert found["env=atari_26"] == catalogue.description(CONF / "env" / "atari_26.yaml")
-    structures = sorted(path.stem for path in (CONF / "network/sharing").glob("*.yaml"))
-    assert offered("train", "network/sharing=") == [f"network/sharing={name}" for name in structures]
-    assert offered("train", "task_w") == ["task_weights=uniform"]
+    sharings = sorted(path.stem for path in (CONF / "network" / "sharing").glob("*.yaml"))
+    assert offered("train", "network/sharing=") == [f"network/sharing={name}" for name in sharings]
+    assert offered("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
 
 
 NETWORK = ("features", "width", "layer_norm", "parameters")

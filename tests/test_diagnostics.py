@@ -16,9 +16,9 @@ from torch import nn
 from conftest import MtrlHere
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.diagnostics import (
-    FEATURE_SAMPLES,
     PAIRED_TASKS,
     ROUTED_FIGURES,
+    SAMPLES,
     Diagnostics,
     dormant_share,
     effective_rank,
@@ -35,6 +35,7 @@ from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, Unifor
 from mtrl_cli.state_tree import take_apart
 from test_learner import fill, learner_of
 from test_resume import learning_rows, model
+from test_sharing import STRUCTURES, structure
 from test_train import TASKS, TINY, rows
 
 # -- mathematics ----------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def test_neurons_of_modules_per_task_are_told_apart() -> None:
         expected += [hidden_B.mean(0), module[2:](hidden_B).mean(0)]
     torch.testing.assert_close(activations, expected)
     torch.testing.assert_close(outputs_KB, torch.stack([module(x_B) for module, x_B in zip(modules, x_KB, strict=True)]))
-    assert not any(module._forward_hooks for module in (*per_task.modules(), *per_task.structure.modules()))
+    assert not per_task.one_by_one
+    assert not any(module._forward_hooks for module in per_task.structure.modules())
 
 
 # -- what is reported ---------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_figures_of_gradients_that_are_known() -> None:
             "grad/cosine/task0~task1": -1,
             "grad/cosine/task0~task2": 0.8,
             "grad/cosine/task1~task2": -0.8,
-            "grad/cosine": -1 / 3,
+            "grad/cosine/mean": -1 / 3,
             "grad/conflict": 2 / 3,
         }
     )
@@ -217,7 +219,7 @@ def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
     assert not [name for name in report.figures if "~" in name]
     cosines = torch.cosine_similarity(goal_KF[:, None], goal_KF[None], dim=2)[tuple(torch.triu_indices(57, 57, 1))]
     assert report.figures["grad/conflict"] == pytest.approx(float((cosines < 0).double().mean()))
-    assert report.figures["grad/cosine"] == pytest.approx(float(cosines.mean()), abs=1e-6)
+    assert report.figures["grad/cosine/mean"] == pytest.approx(float(cosines.mean()), abs=1e-6)
     height, width, _ = report.pictures["grad/cosine"].shape
     assert 57 * 14 <= height < width < 1200
     assert ROUTED_FIGURES < 57 * 5
@@ -238,12 +240,30 @@ def test_neurons_are_those_of_all_tasks(sharing: type[Sharing]) -> None:
     network = learner.agent.network
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0).report(10)
     with torch.no_grad(), mean_activations(network.sharing) as activations:
-        network.features(learner.replay.sample(FEATURE_SAMPLES, 0).observation.flatten(2, 3))
+        network.features(learner.replay.sample(SAMPLES, 0).observation.flatten(2, 3))
     # Stems of 8 for each task, then 6: shared, or for each task as well.
     assert [len(activation) for activation in activations] == ([8, 8, 6] if sharing is HardSharing else [8, 6, 8, 6])
     # Other samples: a neuron or two near the threshold may fall on its other side.
     assert report.figures["features/dormant"] == pytest.approx(dormant_share(activations), abs=2.5 / sum(map(len, activations)))
     assert ("grad/conflict" in report.figures) == ("features/rank" in report.figures) == (sharing is HardSharing)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_structure_can_be_looked_into(name: str) -> None:
+    sharing = structure(name, MLP(hidden=[8, 5]), [(2,)] * 3)
+    with torch.no_grad():
+        expected = sharing(torch.ones(3, 4, 2))
+        with mean_activations(sharing) as activations:
+            torch.testing.assert_close(sharing(torch.ones(3, 4, 2)), expected)
+    assert name == "soft_modular" or len(activations) > 1
+    report = diagnostics_of(sharing, torch.randn(3, sharing.num_features)).report(10)
+    assert all(math.isfinite(value) for value in report.figures.values())
+    assert ("grad/conflict" in report.figures) == (name != "independent")
+    for routing in [name for name in report.pictures if name.startswith("routing/")]:
+        for task in range(3):
+            shares = [value for figure, value in report.figures.items() if figure.rpartition("/")[0] == f"{routing}/task{task}"]
+            assert sum(shares) == pytest.approx(1, abs=1e-5)
+            assert len(shares) > 1
 
 
 # -- and leave no trace ---------------------------------------------------------------------------------------------------------
@@ -304,7 +324,7 @@ def test_due_at_the_first_tick_past_each_multiple_and_at_the_end() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three tiny runs: with diagnostics, without, and with nothing shared."""
     here = MtrlHere(tmp_path_factory.mktemp("runs"))
-    tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized"]
+    tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized", "agent/value_scale=popart"]
     here("train", *tiny, "run_dir=with", "log.diagnostics=150")
     here("train", *tiny, "run_dir=without", "log.diagnostics=0")
     here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
@@ -328,7 +348,7 @@ def test_a_run_writes_figures_and_pictures(runs: Path) -> None:
     assert [row["step"] for row in found] == [152, 304, 400]
     pairs = [f"grad/cosine/{TASKS[a]}~{TASKS[b]}" for a, b in ((0, 1), (0, 2), (1, 2))]
     each = [f"{figure}/{task}" for figure in ("grad/norm", "features/norm", "features/rank") for task in TASKS]
-    whole = ["grad/cosine", "grad/conflict", "features/norm", "features/dormant", "features/rank", "perf/seconds/diagnostics"]
+    whole = ["grad/cosine/mean", "grad/conflict", "features/norm", "features/dormant", "features/rank", "perf/seconds/diagnostics"]
     for row in found:
         assert row.keys() == {"step", "frames", "seconds", "updates", *pairs, *each, *whole}
         assert all(-1 <= row[pair] <= 1 for pair in pairs)

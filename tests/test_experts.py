@@ -1,4 +1,4 @@
-"""Sharing structures of experts: what all of them promise, and each against a plain loop over tasks, samples and experts."""
+"""Sharing structures of experts, each against a plain loop over tasks, samples and experts (see test_sharing.py for what all promise)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import nn
 
 from mtrl_cli.networks.bases import PaCoSharing
 from mtrl_cli.networks.experts import CARESharing, MMoESharing, MOORESharing, PLESharing, orthonormal
-from mtrl_cli.networks.heads import PlainHead
-from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskOwned
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.soft_moe import SoftMoESharing
@@ -40,11 +38,6 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def values(sharing: Sharing, shapes: Shapes) -> MultiTaskNetwork:
-    """A network of the structure and a head of three actions."""
-    return MultiTaskNetwork(sharing, PlainHead(sharing.num_features, [3] * len(shapes)), observation_scale=1.0)
-
-
 # -- what all of them promise ---------------------------------------------------------------------------------------------------
 
 
@@ -61,92 +54,6 @@ def test_a_sample_changes_the_features_of_no_other(kind: type[Sharing], case: tu
         assert changed.nonzero().tolist() == [[task, sample]]
 
 
-@pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
-def test_a_tasks_loss_reaches_its_own_rows_and_all_that_is_shared(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    sharing, shapes = kind(*case), case[1]
-    network = values(sharing, shapes)
-    own, shared = ({id(each) for each in parameters} for parameters in (network.own_parameters(), network.shared_parameters()))
-    assert own | shared == {id(parameter) for parameter in network.parameters()}
-    for task in range(len(shapes)):
-        network.zero_grad()
-        network(observations(shapes, batch=40))[task].square().sum().backward()
-        for name, parameter in network.named_parameters():
-            assert parameter.grad is not None, name
-            if id(parameter) in own:
-                assert parameter.grad.flatten(1).any(1).tolist() == [each == task for each in range(len(shapes))], name
-            else:
-                assert parameter.grad.any(), name
-
-
-@pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
-def test_counted_parameters_are_all_there_are(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    """The padding of stems aside."""
-    sharing, shapes = kind(*case), case[1]
-    shared, own = sharing.parameter_counts()
-    stems = [module for module in sharing.modules() if isinstance(module, PerTask)]
-    padding = sum(sum(parameter.numel() for parameter in module.parameters()) - sum(module.sizes) for module in stems)
-    assert shared + sum(own) + padding == sum(parameter.numel() for parameter in sharing.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shapes", [SAME, VECTORS])
-def test_it_learns_a_fixed_batch_by_heart(kind: type[Sharing], shapes: Shapes) -> None:
-    network = values(kind(MLP(hidden=[24, 24]), shapes), shapes)
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
-    observation, target = observations(shapes, batch=6), torch.randn(3, 6, 3)
-    for _ in range(150):
-        loss = (network(observation) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.01 < target.square().mean()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]])
-def test_state_goes_out_and_back_in(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    sharing, twin, observation = kind(*case), kind(*case), observations(case[1])
-    before = sharing(observation)
-    assert not torch.allclose(twin(observation), before)
-    twin.load_state_dict(copy.deepcopy(sharing.state_dict()))
-    assert torch.equal(twin(observation), before)
-    with torch.no_grad():
-        for parameter in copy.deepcopy(sharing).parameters():
-            parameter.add_(1.0)
-    assert torch.equal(sharing(observation), before)
-
-
-@pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
-def test_routes_are_shares_of_one(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    sharing, shapes = kind(*case), case[1]
-    routing = sharing.routing(observations(shapes))
-    assert routing
-    for share in routing.values():
-        assert share.shape[0] == len(shapes)
-        assert (share >= 0).all()
-        assert torch.allclose(share.sum(1), torch.ones(len(shapes)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        (MLP(hidden=[32, 64], layer_norm=True), SAME),
-        (MLP(hidden=[32, 32, 64]), VECTORS),
-        (MinAtarCNN(channels=3, features=64, layer_norm=True), SAME_IMAGES),
-        (ImpalaCNN(features=64), [(1, 20, 20), (3, 20, 20)]),
-    ],
-)
-def test_in_bfloat16_features_are_about_the_same(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    sharing, observation = kind(*case), observations(case[1])
-    exact = sharing(observation)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        fast = sharing(observation.bfloat16())
-    assert torch.allclose(fast.float(), exact, atol=0.05, rtol=0.05)
-    fast.float().square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in sharing.parameters())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]])
 def test_one_task_alone_has_the_features_it_has_in_company(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
@@ -159,12 +66,6 @@ def test_one_task_alone_has_the_features_it_has_in_company(kind: type[Sharing], 
     owned = {f"{path}.{name}" for path, module in sharing.named_modules() if isinstance(module, TaskOwned) for name in module.state_dict()}
     alone.load_state_dict({name: tensor[:1] if name in owned else tensor for name, tensor in sharing.state_dict().items()})
     assert torch.allclose(alone(observation[:1]), sharing(observation)[:1], atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_layer_that_is_each_tasks_own_leaves_nothing_to_share(kind: type[Sharing]) -> None:
-    with pytest.raises(ValueError, match=r"network\.hidden"):
-        kind(MLP(hidden=[6]), VECTORS)
 
 
 @pytest.mark.parametrize("kind", [MMoESharing, MOORESharing, CARESharing, SoftMoESharing, PaCoSharing])

@@ -40,8 +40,17 @@ def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -
 SMALL: dict[str, dict[str, Any]] = {
     "task_embedding": {"size": 3},
     "soft_modular": {"num_layers": 3, "num_modules": 2, "module_size": 12, "routing_size": 7},
+    "mmoe": {"experts": 3},
+    "ple": {"task_experts": 2},
+    "moore": {"experts": 2},
+    "care": {"experts": 3, "context": 16},
+    "soft_moe": {"experts": 3},
+    "paco": {"bases": 3},
 }
 """Options with which structures are quick to test."""
+
+SHARES_BODIES = ["mmoe", "ple", "moore", "care", "soft_moe", "paco"]
+"""Structures that refuse a torso whose one layer is each task's own."""
 
 YAMLS = sorted((Path(__file__).resolve().parents[1] / "conf/network/sharing").glob("*.yaml"))
 STRUCTURES = [path.stem for path in YAMLS]
@@ -52,6 +61,10 @@ def structure(name: str, torso: Torso, shapes: list[tuple[int, ...]], seed: int 
     node = yaml.safe_load(YAMLS[STRUCTURES.index(name)].read_text())
     options = {key: value for key, value in node.items() if key != "_target_"}
     torch.manual_seed(seed)
+    if name in SHARES_BODIES and len(set(shapes)) > 1 and not torso.body(shapes[0]):
+        with pytest.raises(ValueError, match=r"network\.hidden"):
+            import_class(node["_target_"])(torso, shapes, **options)
+        pytest.skip("refused")
     made = import_class(node["_target_"])(torso, shapes, **options | SMALL.get(name, {}))
     assert isinstance(made, Sharing)
     return made

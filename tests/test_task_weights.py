@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cvxpy.error import SolverError
+from qpsolvers.exceptions import QPError
 
 from conftest import MtrlHere
 from fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weights_of
@@ -14,6 +16,8 @@ from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from test_learner import NAMES, fill, learner_of, parameters, restored, rows, saved
+from test_loop import NAMES as GAMES
+from test_loop import loop_of, run
 
 # Figures at which a few updates show what thousands would.
 QUICK: dict[str, dict[str, Any]] = {
@@ -137,6 +141,22 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
     assert all(torch.isfinite(tensor.double()).all() for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("error", [SolverError("no"), QPError("no"), ValueError("no"), torch.linalg.LinAlgError("no")])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
+    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, plain = (weights_of(name, **{"nash_mtl": {"every": 1}}.get(name, {})) for _ in range(2))
+
+    def fail(*arguments: Any) -> torch.Tensor:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "_weighting", fail)
+        assert weights.backward(random_gradients(0)).tolist() == pytest.approx([1 / 3] * 3)
+    torch.testing.assert_close(weights.backward(random_gradients(1)), plain.backward(random_gradients(1)))
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram"])
 def test_the_common_scale_of_gradients_changes_no_weight(name: str, scale: float) -> None:
@@ -224,6 +244,18 @@ def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
         for _ in range(5 * (update % 2)):
             often.hear_scores({"t1": 10.0})
         assert torch.equal(once.backward(random_gradients(update)), often.backward(random_gradients(update)))
+
+
+def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
+    loop = loop_of()
+    weights = loop.learner.task_weights = ScoreGap(tasks_of(GAMES), temperature=0.5, half_life=1)
+    loop.begin()
+    run(loop, 60)
+    recent = loop.statistics.recent()
+    assert len(recent) == len(GAMES)
+    gap_K = [1 - min(1.0, max(0.0, recent[name] / (10.0 * (k + 1)))) for k, name in enumerate(GAMES)]
+    assert weights.state_dict()["heard"].tolist() == pytest.approx(gap_K)
+    assert max(gap_K) > min(gap_K)
 
 
 def test_score_gap_is_bounded_and_uniform_at_both_ends() -> None:

@@ -64,7 +64,7 @@ class DQN(Agent):
         epsilon_end: Fraction,
         epsilon_steps: NonNegativeInt,
         epsilon_tasks: dict[str, Fraction],
-        reward_factors: dict[str, PositiveFloat],
+        reward_factors: dict[str, PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
     ):
         for key, named in (("epsilon_tasks", epsilon_tasks), ("reward_factors", reward_factors)):
             if unknown := set(named) - set(task_names):
@@ -155,4 +155,4 @@ class DQN(Agent):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.target_network.load_state_dict(state["target_network"])
-        self._value_scale.load_state_dict(state["value_scale"])
+        self._value_scale.load_state_dict(state.get("value_scale", {}))  # older checkpoints: of a scale without state

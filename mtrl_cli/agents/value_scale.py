@@ -101,17 +101,18 @@ class PopArt(ValueScale):
     """Targets of each task normalised by their running mean and spread (van Hasselt et al. 2016; per task: Hessel et al. 2019).
 
     The first and second moments of a task's targets move with every update, and the last layers of both networks with them, so
-    that no value changes because of it (equations 8 and 9 there). They move after the update, by the targets that it saw: an
+    that no value changes because of it (proposition 1 there). They move after the update, by the targets that it saw: an
     update's own targets are normalised by the moments before it, where the paper takes the moments that include them. With a small
     step this is the same; what the first update ever sees is not normalised.
 
     Args:
         step_size: how far the moments move towards those of an update's targets. The first steps are larger, so that what the
-            moments began with does not count (van Hasselt et al. 2016, section 2.1).
+            moments began with does not count. Published: 3e-4, for runs that are hundreds of times longer; where values grow faster than
+            the moments follow, the growth is taken for spread.
         min_scale: bound below on the spread.
     """
 
-    def __init__(self, stream: RewardStream, *, step_size: Fraction = 3e-4, min_scale: PositiveFloat = 1e-4):
+    def __init__(self, stream: RewardStream, *, step_size: Fraction = 0.01, min_scale: PositiveFloat = 1e-4):
         super().__init__(stream)
         if not step_size:
             raise ValueError("agent.value_scale.step_size=0 would never see a target: expected a number above 0 and at most 1")
@@ -154,7 +155,7 @@ class PopArt(ValueScale):
 
 
 class ReturnNorm(ValueScale):
-    """Rewards of each task divided by the size of its returns (Lee et al. 2025, "SimbaV2", section 4.2; Nauman et al. 2025, "BRC").
+    """Rewards of each task divided by the size of its returns (Lee et al. 2025, "SimbaV2"; Nauman et al. 2025, "BRC").
 
     Every environment's discounted return of what lies behind, G <- gamma G + reward, runs on, and starts anew with each episode. A task's
     rewards are divided by the standard deviation of all its G so far, or by the largest |G| / limit where that is more, so that no

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.func import vmap
 
 from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.experts import WHOLE, parts_of, stemmed
@@ -26,9 +25,7 @@ class Composed(Stacked):
             parameters = {
                 name: _mixture(weight_KM, parameter).to(x_KB.dtype) for name, parameter in self._parameters_in(torch.float32).items()
             }
-        if len(weight_KM) == 1:
-            return self._call({name: parameter[0] for name, parameter in parameters.items()}, x_KB[0]).unsqueeze(0)
-        return vmap(self._call)(parameters, x_KB)
+        return self._call_each(parameters, x_KB, len(weight_KM))
 
 
 def _mixture(weight_KM: torch.Tensor, parameter_M: torch.Tensor) -> torch.Tensor:

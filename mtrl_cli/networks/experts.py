@@ -117,21 +117,24 @@ class MMoESharing(Sharing):
 class _Extraction(nn.Module):
     """The lower level of PLE: each task's own experts and the shared ones, each task's gate and that of the shared features."""
 
+    mine_KK: torch.Tensor
+
     def __init__(self, experts: Sequence[nn.Module], shared: int, shape: tuple[int, ...], num_tasks: int):
         super().__init__()
-        self._of_tasks = len(experts) - shared
+        own = (len(experts) - shared) // num_tasks
+        self._sizes = [own, shared]
         self.experts = Stacked(experts)
-        self.gate = _Gate(shape, self._of_tasks // num_tasks + shared, num_tasks)
+        self.gate = _Gate(shape, own + shared, num_tasks)
         self.shared_gate = _Gate(shape, len(experts), None)
+        self.register_buffer("mine_KK", torch.eye(num_tasks), persistent=False)
 
     def forward(self, x_KB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs `[K, B, ...]` to each task's features and the shared ones, both `[K, B, ...]`."""
-        num_tasks = len(x_KB)
-        x_MKB = self.experts.of_one(x_KB.flatten(0, 1)).unflatten(1, (num_tasks, -1))
-        # Of all tasks' experts on all tasks' samples, those where both are of one task: [K, own, K, B, ...] to [own, K, B, ...].
-        own_MKB = x_MKB[: self._of_tasks].unflatten(0, (num_tasks, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 1)
-        own_KB = mix(self.gate(x_KB), torch.cat([own_MKB, x_MKB[self._of_tasks :]]))
-        return own_KB, mix(self.shared_gate(x_KB), x_MKB)
+        x_MKB = self.experts.of_one(x_KB.flatten(0, 1)).unflatten(1, (len(x_KB), -1))
+        own, shared = self.gate(x_KB).split(self._sizes, -1)
+        # Over all tasks' experts, those of other tasks without weight.
+        own_KBM = (own.unsqueeze(2) * self.mine_KK[:, None, :, None]).flatten(2)
+        return mix(torch.cat([own_KBM, shared], -1), x_MKB), mix(self.shared_gate(x_KB), x_MKB)
 
 
 class PLESharing(Sharing):
@@ -197,9 +200,9 @@ def orthonormal(x_EBF: torch.Tensor) -> torch.Tensor:
     """
     basis: list[torch.Tensor] = []
     for x_BF in x_EBF:
-        if basis:
-            basis_BEF = torch.stack(basis, 1)
-            x_BF = x_BF - ((x_BF.unsqueeze(1) @ basis_BEF.mT) @ basis_BEF).squeeze(1)
+        # One after the other ("modified"): the same but for rounding, of which less stays where vectors are nearly parallel.
+        for unit_BF in basis:
+            x_BF = x_BF - (x_BF * unit_BF).sum(-1, keepdim=True) * unit_BF
         basis.append(nn.functional.normalize(x_BF, dim=-1, eps=1e-6))
     return torch.stack(basis)
 

@@ -31,10 +31,14 @@ class Stacked(nn.Module):
 
     Attributes:
         sizes: each module's number of parameters, without padding.
+        structure: whose layers are called with each module's parameters.
+        one_by_one: call it for a module after the other rather than for all at once: slower, and open to hooks on the layers of
+            `structure`, which see no plain tensors otherwise.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
+        self.one_by_one = False
         self.sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         each = [dict(module.named_parameters()) for module in modules]
         # '.' separates modules in a name; ':' keeps each stacked tensor a plain parameter of this one.
@@ -46,33 +50,26 @@ class Stacked(nn.Module):
 
     def forward(self, x_MB: torch.Tensor) -> torch.Tensor:
         """Inputs `[M, B, ...]` to outputs `[M, B, ...]`, each through its own module, in the dtype of the inputs."""
-        if len(self.sizes) == 1:
-            return self._only(x_MB[0])
-        return vmap(self._call)(self._parameters_in(x_MB.dtype), x_MB)
+        return self._call_each(self._parameters_in(x_MB.dtype), x_MB, len(self.sizes))
 
     def of_one(self, x_B: torch.Tensor) -> torch.Tensor:
         """One input `[B, ...]` through all modules: `[M, B, ...]`, without M copies of it."""
-        if len(self.sizes) == 1:
-            return self._only(x_B)
-        return vmap(self._call, in_dims=(0, None))(self._parameters_in(x_B.dtype), x_B)
+        return self._call_each(self._parameters_in(x_B.dtype), x_B, len(self.sizes), in_dim=None)
 
     def _parameters_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # vmap does not see autocast: what it computes has the dtype of what it is given.
         return {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
 
-    def _only(self, x_B: torch.Tensor) -> torch.Tensor:
-        parameters = {name: parameter[0] for name, parameter in self._parameters_in(x_B.dtype).items()}
-        return self._call(parameters, x_B).unsqueeze(0)
-
     @property
     def structure(self) -> nn.Module:
-        """The module that is called with each task's parameters in turn; hooks on its layers see what `one_by_one` gives them."""
         return self._structure[0]
 
-    def one_by_one(self, x_KB: torch.Tensor) -> torch.Tensor:
-        """What `forward` gives, a task after the other: slower, and open to hooks, which see no plain tensors under vmap."""
-        parameters = {name.replace(":", "."): parameter.to(x_KB.dtype) for name, parameter in self.stacked.items()}
-        return torch.stack([self._call({name: each[k] for name, each in parameters.items()}, x_B) for k, x_B in enumerate(x_KB)])
+    def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
+        """A number of sets of parameters (`[number, ...]`), each with its own of the inputs, or all with one (`in_dim` None)."""
+        if number > 1 and not self.one_by_one:
+            return vmap(self._call, in_dims=(0, in_dim))(parameters, x)
+        inputs = [x] * number if in_dim is None else list(x)
+        return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
 
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))

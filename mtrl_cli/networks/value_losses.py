@@ -64,7 +64,7 @@ def gaussian_histogram(value: torch.Tensor, edges: torch.Tensor, sigma: float) -
 
 
 def quantile_huber(quantile_Z: torch.Tensor, target_Z: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Quantile regression (Dabney et al. 2018, equations 9 and 10; divided by the threshold, as in Dabney et al. 2018b, equation 3).
+    """Quantile regression (Dabney et al. 2018, "QR-DQN", equations 9 and 10; divided by the threshold, as in their "IQN").
 
     The sum over quantiles, at the levels (i + 1/2) / Z, of the mean over targets. Errors below the threshold count with their
     square; a threshold of 0 gives the plain quantile loss, in which every error counts in proportion.

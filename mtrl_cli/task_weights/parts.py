@@ -32,14 +32,17 @@ def combine(gradients: TaskGradients, weights_of: Callable[[torch.Tensor], torch
 
 
 def on_host(gram_KK: torch.Tensor, weights_of: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Weights worked out on the CPU in a dtype; not a number where the matrix is not finite.
+    """Weights worked out on the CPU in a dtype; not a number where the matrix is not finite or cannot be decomposed.
 
     One transfer each way: these methods decide step by step, and each step would wait for the device.
     """
     host_KK = gram_KK.to("cpu", dtype)
     if not bool(torch.isfinite(host_KK).all()):
         return torch.full_like(gram_KK[0], torch.nan)
-    return weights_of(host_KK).to(gram_KK)
+    try:
+        return weights_of(host_KK).to(gram_KK)
+    except torch.linalg.LinAlgError:
+        return torch.full_like(gram_KK[0], torch.nan)
 
 
 class LearnedVector:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,6 +138,21 @@ def _made(name: str, make: Callable[[], _Made]) -> _Made:
         raise UserError(f"task_weights={name} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'") from error
 
 
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    """What is raised where there is no solution: by TorchJD, numpy and torch, and by those solvers that are installed."""
+    found: list[type[Exception]] = [ValueError, ArithmeticError, RuntimeError]
+    with suppress(ImportError):
+        from cvxpy.error import SolverError
+
+        found.append(SolverError)
+    with suppress(ImportError):
+        from qpsolvers.exceptions import QPError
+
+        found.append(QPError)
+    return tuple(found)
+
+
 def _to_sum_1(weight_K: torch.Tensor) -> torch.Tensor:
     return weight_K / weight_K.sum()
 
@@ -144,8 +161,6 @@ def _solved(gram_KK: torch.Tensor, weights_of: Callable[[torch.Tensor], torch.Te
     """The solver's weights of a Gram matrix `[K, K]`, not a number where it has none (with `no_zero_row`: where a row is zero)."""
 
     def attempt(host_KK: torch.Tensor) -> torch.Tensor:
-        from cvxpy.error import SolverError
-
         none_K = torch.full_like(host_KK[0], torch.nan)
         if no_zero_row and bool(host_KK.diagonal().min() < _SMALLEST_SQUARE):
             return none_K
@@ -153,7 +168,7 @@ def _solved(gram_KK: torch.Tensor, weights_of: Callable[[torch.Tensor], torch.Te
             warnings.simplefilter("ignore")  # of a problem that is compiled anew each time, or solved less exactly
             try:
                 return weights_of(host_KK)
-            except (ValueError, RuntimeError, SolverError):  # TorchJD's own, torch's of linear algebra, cvxpy's
+            except _failures():
                 return none_K
 
     return on_host(gram_KK, attempt, torch.float64)
