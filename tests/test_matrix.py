@@ -1,9 +1,10 @@
-"""Every weighting trains, through the command's own entry point in one process (sharing structures: test_matrix_sharing.py)."""
+"""Every weighting trains and resumes exactly, through the command's own entry point in one process (sharing structures: test_matrix_sharing.py)."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -21,7 +22,7 @@ SMALL = [
     "eval.every=0",
     "eval.episodes=1",
     "eval.max_steps=20",
-    "checkpoint.every=0",
+    "checkpoint.every=120",
     "log.every=80",
     "device=cpu",
 ]
@@ -34,7 +35,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_every_weighting_trains(name: str, here: MtrlHere) -> None:
+def test_every_weighting_trains_and_resumes_exactly(name: str, here: MtrlHere) -> None:
     here("train", *SMALL, f"task_weights={name}", *KEYS.get(name, []), "run_dir=run")
     rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "grad/norm" in row][-1]
@@ -46,4 +47,8 @@ def test_every_weighting_trains(name: str, here: MtrlHere) -> None:
         assert weights == pytest.approx([1 / 3] * 3, abs=0.01)
     else:
         assert max(weights) - min(weights) > 1e-4
-    assert (here.folder / "run" / "checkpoints" / "240" / "COMPLETE").exists()
+    last_checkpoint = here.folder / "run" / "checkpoints" / "240"
+    before = [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
+    shutil.rmtree(last_checkpoint)  # as if it had been killed before
+    assert "going on from step 120" in here("resume", "run").stdout
+    assert [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before
