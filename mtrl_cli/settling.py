@@ -13,6 +13,7 @@ from mtrl_cli.build import Config
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.networks.network import ParameterCounts
+from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.replay import Replay, ReplaySpec
 
@@ -55,32 +56,53 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
-    """A configuration whose torso is as wide as `network.parameters` has it; where that is null, or met already, the same.
+    """A configuration whose network is as wide as `network.parameters` has it; where that is null, or met already, the same.
 
     Raises:
         UserError: no width meets it.
     """
-    network, keys = config["network"], scaled_keys(config)
+    network, given = config["network"], _widths(config)
     if network["parameters"] is None:
         return config
-    if not keys:
+    if not given:
         raise UserError(f"network.parameters={network['parameters']}: {network['_target_']} comes in one width; leave the budget out")
     build.empty_network(config, pack)  # what cannot be built at any width says so itself
 
     def count(widths: Config) -> int:
         try:
-            return build.empty_network(config | {"network": network | widths}, pack).parameter_counts().total
+            return build.empty_network(_with(config, widths), pack).parameter_counts().total
         except UserError:  # a width that a structure refuses
             return 0
 
-    return config | {"network": network | budget.fit({key: network[key] for key in keys}, network["parameters"], count)}
+    return _with(config, budget.fit(given, network["parameters"], count))
 
 
 def scaled_keys(config: Config) -> list[str]:
-    """The torso's keys that `network.parameters` decides on; none where it is null."""
-    found, values = build.class_of(config, "network")
-    assert issubclass(found, Torso)
-    return [key for key in found.scaled_keys if key in values] if config["network"]["parameters"] is not None else []
+    """The keys that `network.parameters` decides on, such as network.features; none where it is null."""
+    return list(_widths(config)) if config["network"]["parameters"] is not None else []
+
+
+def _widths(config: Config) -> Config:
+    """The values by dotted key with which the torso and the sharing structure become wider."""
+    torso, of_torso = build.class_of(config, "network")
+    sharing, of_sharing = build.class_of(config, "network/sharing")
+    assert issubclass(torso, Torso)
+    assert issubclass(sharing, Sharing)
+    return {f"network.{key}": of_torso[key] for key in torso.scaled_keys if key in of_torso} | {
+        f"network.sharing.{key}": of_sharing[key] for key in sharing.scaled_keys if key in of_sharing
+    }
+
+
+def _with(config: Config, widths: Config) -> Config:
+    """A configuration with other values of dotted keys within `network`."""
+    network = dict(config["network"])
+    for dotted, value in widths.items():
+        *within, key = dotted.split(".")[1:]
+        for name in within:
+            network[name] = {**network[name], key: value}
+        if not within:
+            network[key] = value
+    return config | {"network": network}
 
 
 def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
@@ -130,8 +152,8 @@ def describe(config: Config, pack: Pack) -> list[str]:
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
     counts, multiply_adds = build.measure(config, pack)
-    widths = [f"{key}={config['network'][key]}" for key in scaled_keys(config)]
-    budgeted = f", with {', '.join(widths)} for network.parameters={config['network']['parameters']}" if widths else ""
+    wanted, widths = config["network"]["parameters"], [f"{key}={value}" for key, value in _widths(config).items()]
+    budgeted = "" if wanted is None else f"; network.parameters={wanted} gives {', '.join(widths)}"
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",

@@ -97,7 +97,7 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str]) 
     """`--or-resume` with a run that is there: its own configuration counts, but for what a resume may change."""
     trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
     own = dict(configuration.flat(configuration.load_run(run_path, trusted)))
-    free = {*_NOT_COMPARED, *(f"network.{key}" for key in settling.scaled_keys(asked))}  # those a budget decides on, as auto would
+    free = {*_NOT_COMPARED, *settling.scaled_keys(asked)}  # those a budget decides on, as auto would
     wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in free}
     overrides = [*trusted]
     if asked["steps_per_task"] > own["steps_per_task"]:

@@ -41,6 +41,8 @@ class SoftModularization(Sharing):
         ValueError: one layer has nothing to route between.
     """
 
+    scaled_keys = ("module_size", "routing_size")
+
     def __init__(
         self,
         torso: Torso,

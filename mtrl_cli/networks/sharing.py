@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +24,10 @@ class Sharing(nn.Module, ABC):
 
     Attributes:
         num_features: length of a feature vector, which a structure may choose otherwise than the torso.
+        scaled_keys: the constructor's keys that make what a structure adds to the torso wider or narrower, as `Torso.scaled_keys`.
     """
+
+    scaled_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__()
