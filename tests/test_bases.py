@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from mtrl_cli.networks.bases import PaCoSharing
+from mtrl_cli.networks.bases import PaCo
 from mtrl_cli.networks.torsos import MLP, Torso
 from test_experts import CASES, Shapes, read_by_experts
 from test_sharing import VECTORS, observations
 
 
-def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCoSharing:
+def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCo:
     """The structure as training may leave it: a basis of different sets."""
     torch.manual_seed(0)
-    sharing = PaCoSharing(torso, shapes, bases=bases)
+    sharing = PaCo(torso, shapes, bases=bases)
     with torch.no_grad():
         for parameter in sharing.basis.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -41,14 +41,14 @@ def test_a_tasks_torso_has_the_mixture_of_the_basis_as_parameters(torso: Torso, 
 
 def test_pacos_parameters() -> None:
     torso = MLP(hidden=[8, 6])
-    assert PaCoSharing(torso, [(4,)] * 3, bases=2).parameter_counts() == (2 * (5 * 8 + 9 * 6), [2] * 3)
-    assert PaCoSharing(torso, VECTORS, bases=2).parameter_counts() == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
+    assert PaCo(torso, [(4,)] * 3, bases=2).parameter_counts() == (2 * (5 * 8 + 9 * 6), [2] * 3)
+    assert PaCo(torso, VECTORS, bases=2).parameter_counts() == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_task_starts_with_a_torso_as_usual_and_then_goes_its_own_way(seed: int) -> None:
     torch.manual_seed(seed)
-    sharing = PaCoSharing(MLP(hidden=[8, 6]), [(4,)] * 3, bases=3)
+    sharing = PaCo(MLP(hidden=[8, 6]), [(4,)] * 3, bases=3)
     assert torch.allclose(sharing.weights.vectors.sum(1), torch.ones(3), atol=1e-5)
     x = torch.randn(1, 10, 4).expand(3, -1, -1)
     features = sharing(x)
@@ -65,7 +65,7 @@ def test_every_task_starts_with_a_torso_as_usual_and_then_goes_its_own_way(seed:
 
 def test_a_mixture_is_made_in_full_precision_under_autocast() -> None:
     """Sets that cancel to what bfloat16 would lose."""
-    sharing = PaCoSharing(MLP(hidden=[6]), [(4,)] * 2, bases=2)
+    sharing = PaCo(MLP(hidden=[6]), [(4,)] * 2, bases=2)
     with torch.no_grad():
         for parameter in sharing.basis.parameters():
             parameter[1] = -parameter[0]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from mtrl_cli.networks.bases import PaCoSharing
-from mtrl_cli.networks.experts import CARESharing, MMoESharing, MOORESharing, PLESharing, orthonormal
+from mtrl_cli.networks.bases import PaCo
+from mtrl_cli.networks.experts import CARE, MMoE, MOORE, PLE, orthonormal
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskOwned
 from mtrl_cli.networks.sharing import Sharing
-from mtrl_cli.networks.soft_moe import SoftMoESharing
+from mtrl_cli.networks.soft_moe import SoftMoE
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
 from test_sharing import IMAGES, VECTORS, observations
 
 Shapes = list[tuple[int, ...]]
-KINDS = [MMoESharing, PLESharing, MOORESharing, CARESharing, SoftMoESharing, PaCoSharing]
+KINDS = [MMoE, PLE, MOORE, CARE, SoftMoE, PaCo]
 SAME, SAME_IMAGES = [(4,)] * 3, [(4, 10, 10)] * 3
 CASES = [
     (MLP(hidden=[8, 6]), VECTORS),
@@ -60,7 +60,7 @@ def test_one_task_alone_has_the_features_it_has_in_company(kind: type[Sharing], 
     """A network of one task with the parameters that it would have among others."""
     torso, shapes = case
     sharing, alone, observation = kind(torso, shapes), kind(torso, shapes[:1]), observations(shapes)
-    if kind is PLESharing:  # which has fewer experts for fewer tasks
+    if kind is PLE:  # which has fewer experts for fewer tasks
         assert alone(observation[:1]).shape == (1, 4, sharing.num_features)
         return
     owned = {f"{path}.{name}" for path, module in sharing.named_modules() if isinstance(module, TaskOwned) for name in module.state_dict()}
@@ -68,10 +68,10 @@ def test_one_task_alone_has_the_features_it_has_in_company(kind: type[Sharing], 
     assert torch.allclose(alone(observation[:1]), sharing(observation)[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [MMoESharing, MOORESharing, CARESharing, SoftMoESharing, PaCoSharing])
+@pytest.mark.parametrize("kind", [MMoE, MOORE, CARE, SoftMoE, PaCo])
 @pytest.mark.parametrize("number", [1, 2])
 def test_as_many_experts_as_one_chooses(kind: type[Sharing], number: int) -> None:
-    sharing = kind(MLP(hidden=[8, 6]), SAME, **{"bases" if kind is PaCoSharing else "experts": number})
+    sharing = kind(MLP(hidden=[8, 6]), SAME, **{"bases" if kind is PaCo else "experts": number})
     assert sharing(observations(SAME)).shape == (3, 4, sharing.num_features)
     assert {share.shape for share in sharing.routing(observations(SAME)).values()} == {(3, number)}
 
@@ -84,41 +84,41 @@ OWN_STEMS = [5 * 8, 7 * 8, 3 * 8]
 
 def test_mmoes_parameters() -> None:
     torso, gate = MLP(hidden=[8, 6]), 9 * 2
-    assert MMoESharing(torso, SAME, experts=2).parameter_counts() == (STEM + 2 * BODY, [gate] * 3)
-    assert MMoESharing(torso, VECTORS, experts=2).parameter_counts() == (2 * BODY, [stem + gate for stem in OWN_STEMS])
-    assert MMoESharing(MLP(hidden=[6]), SAME, experts=2).parameter_counts() == (2 * 5 * 6, [5 * 2] * 3)
+    assert MMoE(torso, SAME, experts=2).parameter_counts() == (STEM + 2 * BODY, [gate] * 3)
+    assert MMoE(torso, VECTORS, experts=2).parameter_counts() == (2 * BODY, [stem + gate for stem in OWN_STEMS])
+    assert MMoE(MLP(hidden=[6]), SAME, experts=2).parameter_counts() == (2 * 5 * 6, [5 * 2] * 3)
 
 
 def test_ples_parameters() -> None:
     torso = MLP(hidden=[8, 6])
     # Below: 3 tasks' 2 experts and a shared one, and its gate; above: a shared one. A task: its experts above, and two gates over 3.
-    assert PLESharing(torso, SAME, task_experts=2).parameter_counts() == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
+    assert PLE(torso, SAME, task_experts=2).parameter_counts() == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
     # Only one level: the stems are the tasks'.
-    assert PLESharing(torso, VECTORS, shared_experts=2).parameter_counts() == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
+    assert PLE(torso, VECTORS, shared_experts=2).parameter_counts() == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
     # Two levels of bodies: 8 to 7 and 7 to 6.
-    deeper = PLESharing(MLP(hidden=[8, 7, 6]), VECTORS)
+    deeper = PLE(MLP(hidden=[8, 7, 6]), VECTORS)
     assert deeper.parameter_counts() == (4 * 9 * 7 + 9 * 4 + 8 * 6, [stem + 9 * 2 + 8 * 6 + 8 * 2 for stem in OWN_STEMS])
 
 
 def test_moores_parameters() -> None:
     torso = MLP(hidden=[8, 6])
-    assert MOORESharing(torso, SAME, experts=3).parameter_counts() == (3 * (STEM + BODY), [3] * 3)
-    assert MOORESharing(torso, VECTORS, experts=3).parameter_counts() == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
+    assert MOORE(torso, SAME, experts=3).parameter_counts() == (3 * (STEM + BODY), [3] * 3)
+    assert MOORE(torso, VECTORS, experts=3).parameter_counts() == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
 
 
 def test_cares_parameters() -> None:
-    sharing = CARESharing(MLP(hidden=[8, 6]), SAME, experts=2, context=7)
+    sharing = CARE(MLP(hidden=[8, 6]), SAME, experts=2, context=7)
     # Three layers of the context, two of the attention and its output.
     assert sharing.parameter_counts() == (2 * (STEM + BODY) + 3 * 8 * 7 + 2 * 8 * 7 + 8 * 2, [7] * 3)
     assert sharing.num_features == 6 + 7
 
 
 def test_soft_moes_parameters() -> None:
-    vector = SoftMoESharing(MLP(hidden=[8, 6]), SAME, experts=2)
+    vector = SoftMoE(MLP(hidden=[8, 6]), SAME, experts=2)
     assert vector.parameter_counts() == (STEM + 2 * BODY + 8 * 2, [0] * 3)
     assert vector.num_features == 6
     # Images of 10x10 have 64 tokens of 3 channels after the convolution: 13 slots for each of 5 experts.
-    image = SoftMoESharing(MinAtarCNN(channels=3, features=6), SAME_IMAGES, experts=5)
+    image = SoftMoE(MinAtarCNN(channels=3, features=6), SAME_IMAGES, experts=5)
     assert image.parameter_counts() == ((4 * 9 + 1) * 3 + 5 * (4 * 6 + 7 * 3) + 3 * 5 * 13, [0] * 3)
     assert image.num_features == 64 * 3
 
@@ -172,7 +172,7 @@ def weighted(weights: list[float], outputs: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_mmoe_is_a_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
-    sharing = MMoESharing(torso, shapes, experts=3)
+    sharing = MMoE(torso, shapes, experts=3)
     experts = [row(sharing.experts, index, nn.Sequential(*layers(torso, shapes, 1))) for index in range(3)]
 
     def one(task: int, sample: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def test_mmoe_is_a_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 @pytest.mark.parametrize(("shared", "own"), [(1, 1), (2, 3)])
 def test_ple_separates_tasks_level_by_level(torso: Torso, shapes: Shapes, shared: int, own: int) -> None:
-    sharing, tasks = PLESharing(torso, shapes, shared_experts=shared, task_experts=own), range(len(shapes))
+    sharing, tasks = PLE(torso, shapes, shared_experts=shared, task_experts=own), range(len(shapes))
     below = len(layers(torso, shapes, 2)) // 2
     assert (sharing.lower is None) == (not below)
     upper = lambda: nn.Sequential(*layers(torso, shapes, 2)[below:])  # noqa: E731
@@ -210,7 +210,7 @@ def test_ple_separates_tasks_level_by_level(torso: Torso, shapes: Shapes, shared
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_moore_mixes_orthogonal_experts(torso: Torso, shapes: Shapes) -> None:
     """Against a QR decomposition for each sample, whose columns have the signs of Gram-Schmidt's."""
-    sharing = MOORESharing(torso, shapes, experts=3)
+    sharing = MOORE(torso, shapes, experts=3)
     recipe = nn.Sequential(*layers(torso, shapes, 9))
     assert isinstance(recipe[-1][-1], nn.ReLU)
     recipe[-1][-1] = nn.Identity()
@@ -226,7 +226,7 @@ def test_moore_mixes_orthogonal_experts(torso: Torso, shapes: Shapes) -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_care_attends_to_encoders_by_the_tasks_context(torso: Torso, shapes: Shapes) -> None:
-    sharing = CARESharing(torso, shapes, experts=3, context=7)
+    sharing = CARE(torso, shapes, experts=3, context=7)
     encoders = [row(sharing.experts, index, nn.Sequential(*layers(torso, shapes, 9))) for index in range(3)]
 
     def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -248,7 +248,7 @@ def test_care_attends_to_encoders_by_the_tasks_context(torso: Torso, shapes: Sha
 @pytest.mark.parametrize(("torso", "shapes"), [*CASES, (ImpalaCNN(features=6), [(2, 20, 20)] * 2)])
 def test_soft_moe_mixes_tokens_into_slots_and_back(torso: Torso, shapes: Shapes) -> None:
     """Against the formula, slot by slot and token by token."""
-    sharing = SoftMoESharing(torso, shapes, experts=5)
+    sharing = SoftMoE(torso, shapes, experts=5)
     *before, last = layers(torso, shapes, 1)
     with torch.no_grad():
         for own, parameter in zip(nn.Sequential(*before).parameters(), sharing.before.parameters(), strict=True):
@@ -278,7 +278,7 @@ def test_soft_moe_mixes_tokens_into_slots_and_back(torso: Torso, shapes: Shapes)
 
 
 def test_mmoes_routes_are_its_gates_means() -> None:
-    sharing, observation = MMoESharing(MLP(hidden=[8, 6]), SAME, experts=4), observations(SAME)
+    sharing, observation = MMoE(MLP(hidden=[8, 6]), SAME, experts=4), observations(SAME)
     gates = [[gate(sharing.gate.linear, task, sharing.stem(observation[task, [sample]])) for sample in range(4)] for task in range(3)]
     assert torch.allclose(sharing.routing(observation)["experts"], torch.tensor(gates).mean(1), atol=1e-6)
 
@@ -286,7 +286,7 @@ def test_mmoes_routes_are_its_gates_means() -> None:
 @pytest.mark.parametrize("shapes", [SAME, SAME_IMAGES])
 def test_an_expert_that_gets_all_the_weight_is_alone(shapes: Shapes) -> None:
     """Of soft mixtures: where one expert's slots are far ahead, only it makes the features."""
-    sharing = SoftMoESharing(MLP(hidden=[8, 6]) if shapes is SAME else MinAtarCNN(channels=3, features=6), shapes, experts=2)
+    sharing = SoftMoE(MLP(hidden=[8, 6]) if shapes is SAME else MinAtarCNN(channels=3, features=6), shapes, experts=2)
     observation = observations(shapes)
     with torch.no_grad():
         sharing.stem[0].bias += 10.0  # every token is far from zero
@@ -330,7 +330,7 @@ def test_an_expert_that_repeats_another_does_no_harm(same: int) -> None:
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_moores_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: Shapes) -> None:
     """Seen from outside: a task whose weights are one expert's has that expert's unit vector, before tanh."""
-    sharing, observation = MOORESharing(torso, shapes), observations(shapes)
+    sharing, observation = MOORE(torso, shapes), observations(shapes)
     vectors = []
     with torch.no_grad():
         for expert in range(4):
@@ -342,4 +342,4 @@ def test_moores_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: S
 
 def test_more_experts_than_features_cannot_be_orthogonal() -> None:
     with pytest.raises(ValueError, match=r"network\.sharing\.experts=7.*6 features"):
-        MOORESharing(MLP(hidden=[8, 6]), SAME, experts=7)
+        MOORE(MLP(hidden=[8, 6]), SAME, experts=7)

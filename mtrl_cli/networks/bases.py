@@ -32,7 +32,7 @@ def _mixture(weight_KM: torch.Tensor, parameter_M: torch.Tensor) -> torch.Tensor
     return (weight_KM @ parameter_M.flatten(1)).unflatten(1, parameter_M.shape[1:])
 
 
-class PaCoSharing(Sharing):
+class PaCo(Sharing):
     """Parameter-compositional sharing (Sun et al. 2022, "PaCo: Parameter-Compositional Multi-Task Reinforcement Learning", figure 2):
     all parameters of a task's torso are a mixture of a basis that tasks share, with weights of the task's own: theta = Phi w.
 

@@ -88,7 +88,7 @@ class _Gate(nn.Module):
         return self.linear(read_by_gate(x_KB)).float().softmax(-1)
 
 
-class MMoESharing(Sharing):
+class MMoE(Sharing):
     """Multi-gate Mixture-of-Experts (Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate
     Mixture-of-Experts", equations 6 to 8): all tasks share the experts, and a gate of each task's own, linear with a softmax,
     mixes them by the sample's features.
@@ -137,7 +137,7 @@ class _Extraction(nn.Module):
         return mix(torch.cat([own_KBM, shared], -1), x_MKB), mix(self.shared_gate(x_KB), x_MKB)
 
 
-class PLESharing(Sharing):
+class PLE(Sharing):
     """Progressive Layered Extraction (Tang et al. 2020, "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning Model for
     Personalized Recommendations", section 4): beside shared experts each task has its own, in two levels.
 
@@ -214,7 +214,7 @@ def _without_last_activation(layers: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*before) if isinstance(last, nn.ReLU) else layers
 
 
-class MOORESharing(Sharing):
+class MOORE(Sharing):
     """Mixture of Orthogonal Experts (Hendawy et al. 2024, "Multi-Task Reinforcement Learning with Mixture of Orthogonal Experts",
     section 4): for each state Gram-Schmidt makes the experts' representations orthonormal, and a task mixes them with weights that
     are its own, and neither positive nor of sum one.
@@ -257,7 +257,7 @@ def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-class CARESharing(Sharing):
+class CARE(Sharing):
     """Contextual Attention-based Representation (Sodhani et al. 2021, "Multi-Task Reinforcement Learning with Context-based
     Representations", figure 3): a context of the task attends to encoders, and their mixture joined to the context gives the features.
 

@@ -15,7 +15,7 @@ from mtrl_cli.networks.sharing import Sharing, output_shapes
 from mtrl_cli.networks.torsos import Torso
 
 
-class SoftMoESharing(Sharing):
+class SoftMoE(Sharing):
     """Soft mixture of experts in place of the penultimate layer (Obando-Ceron et al. 2024, "Mixtures of Experts Unlock Parameter Scaling
     for Deep RL", section 3, with the layer of Puigcerver et al. 2024, "From Sparse to Soft Mixtures of Experts", section 2.1).
 
