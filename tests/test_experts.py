@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.bases import PaCo
-from mtrl_cli.networks.experts import CARE, MMoE, MOORE, PLE, orthonormal
+from mtrl_cli.networks.experts import CARE, MOORE, PLE, MMoE, orthonormal
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskOwned
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.soft_moe import SoftMoE

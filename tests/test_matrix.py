@@ -1,4 +1,4 @@
-"""Every weighting trains and resumes exactly, through the command's own entry point in one process (sharing structures: test_matrix_sharing.py)."""
+"""Every weighting trains and resumes exactly, through the command's own entry point (sharing structures: test_matrix_sharing.py)."""
 
 from __future__ import annotations
 
