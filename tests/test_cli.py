@@ -239,8 +239,9 @@ def test_ls_tells_the_sizes_of_what_a_network_is_made_of(mtrl: Callable[..., Out
     assert {name: row(out, name)[5] for name in ("impala", "mlp", "minatar")} == {
         "impala": "atari_pack", "mlp": "classic_pack", "minatar": "minatar_pack",
     }  # fmt: skip
-    assert row(mtrl("ls", "network/head")[1], "dueling")[1:6] == sizes
-    assert row(mtrl("ls", "network/head")[1], "plain")[1] == f"{shared + heads - 8 * 513:,}"
+    out = mtrl("ls", "network/head")[1]
+    assert row(out, "dueling")[1:6] == sizes
+    assert row(out, "plain")[1] == f"{shared + heads - 8 * 513:,}"
     out = mtrl("ls", "network.sharing")[1]
     assert row(out, "hard")[1:6] == sizes
     independent = f"{shared + 513 * 4:,} to {shared + 513 * 19:,}"
