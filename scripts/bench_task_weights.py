@@ -6,10 +6,11 @@ with its sampling, targets, backward pass and optimizer. Beside them the other w
 own batches, and TorchJD's `mtl_backward` and `autogram` with PCGrad.
 
     pip install 'mtrl_cli[solvers]'
-    python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--json] [NAME ...]
+    python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--busy] [--json] [NAME ...]
 
 Each figure is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so
-many updates (`nash_mtl`), a whole period is timed, and its interval is in the table.
+many updates (`nash_mtl`), a whole period is timed, and its interval is in the table. With `--busy` one thread works and its CPU time is
+taken, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
         "replay.capacity": 4000,
         "task_weights": name,
         "device": options.device,
+        "threads": 1 if options.busy else "auto",
         "run_dir": run_dir,
     }
     composed = config.compose_training([f"{key}={value}" for key, value in overrides.items()])
@@ -70,6 +72,12 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
     return learner, settled
 
 
+def settled_every(name: str) -> int:
+    """Updates between two solutions of a method; 1 where it works in each."""
+    section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
+    return int(section.get("every", 1))
+
+
 def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWeights:
     """Another weighting for the same run."""
     section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
@@ -77,16 +85,16 @@ def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWe
     return made
 
 
-def seconds(act: Callable[[], Any], device: torch.device, times: int = 1) -> float:
-    """Mean wall time of `act`, the device's work included."""
+def seconds(act: Callable[[], Any], device: torch.device, clock: Callable[[], float], times: int = 1) -> float:
+    """Mean time of `act`, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begun = time.perf_counter()
+    begun = clock()
     for _ in range(times):
         act()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begun) / times
+    return (clock() - begun) / times
 
 
 def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
@@ -94,7 +102,7 @@ def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
     plain, settled = make_learner("uniform", options, run_dir)
     taped, _ = make_learner("mgda", options, run_dir)
     device = plain.replay.spec.device
-    uniform = plain.task_weights
+    uniform, clock = plain.task_weights, time.process_time if options.busy else time.perf_counter
     names = options.names or [name for name in catalogue.options("task_weights", [catalogue.conf_folder()]) if name != "uniform"]
     rows = []
 
@@ -105,7 +113,7 @@ def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
     def pairs(act: Callable[[], Any], period: int) -> dict[str, float]:
         for _ in range(WARM_UPS):
             act()
-        times = [(seconds(act, device, period), seconds(baseline, device)) for _ in range(max(2, options.pairs // period))]
+        times = [(seconds(act, device, clock, period), seconds(baseline, device, clock)) for _ in range(max(2, options.pairs // period))]
         ratios = [mine / other for mine, other in times]
         return {
             "milliseconds": 1000 * statistics.median(mine for mine, _ in times),
@@ -123,7 +131,7 @@ def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
             print(f"{name}: {error}", file=sys.stderr)
             continue
         learner = plain if weights.needs == "losses" else taped
-        period = int(getattr(weights, "every", 1))
+        period = settled_every(name)
 
         def update(learner: Learner = learner, weights: TaskWeights = weights) -> None:
             learner.task_weights = weights
@@ -161,9 +169,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32, help="samples per task")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--busy", action="store_true", help="one thread's CPU time, for a busy machine")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args()
-    if (load := os.getloadavg()[0]) > 1:
+    if (load := os.getloadavg()[0]) > 1 and not options.busy:
         print(f"the machine is busy (load {load:.1f}): no ratio holds", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(options, f"{folder}/run")

@@ -49,7 +49,7 @@ def _present(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Rows
 def _convolution_rows(layer: nn.Conv2d, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     # On a CPU a call for each task is as fast as one for all, and a grouped convolution or patches are not (docs/performance.md).
     geometry = (layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups, [False, True, False])
-    x, weight = x.to(d.dtype), layer.weight.to(d.dtype)
+    x, weight = x.to(d.dtype), layer.weight.detach().to(d.dtype)
     each = [torch.ops.aten.convolution_backward(d_B, x_B, weight, None, *geometry)[1] for x_B, d_B in zip(x, d, strict=True)]
     return torch.stack(each).float()
 
