@@ -17,6 +17,10 @@ _TINY = 1e-8
 _LOWEST = 1e-3  # GradNorm's weights stay above this: nothing in the paper keeps them from turning negative
 
 
+_COLUMNS = 2**17
+"""So many entries of each row are worked on at a time on a CPU: they stay in its cache from one step to the next."""
+
+
 class GradNorm(TaskWeights):
     """GradNorm (Chen et al. 2018, "GradNorm", Algorithm 1): weights on losses, learned so that tasks train at similar rates.
 
@@ -80,12 +84,14 @@ class GradDrop(TaskWeights):
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         rows_KP = gradients.rows()
         seed = int(torch.randint(2**63 - 1, (), generator=self._generator))  # on the host, for any device
+        kept, kept_K, all_K = [], torch.zeros_like(gradients.loss_K), torch.zeros_like(gradients.loss_K)
         with seeded(rows_KP.device, seed):
-            kept_P = self._aggregator(rows_KP)
-        gradients.replace(kept_P / len(self.tasks))
-        square_KP = rows_KP.square()
-        kept_K = torch.where(rows_KP.sign() == kept_P.sign(), square_KP, 0.0).sum(1)
-        all_K = square_KP.sum(1)
+            for part_KC in rows_KP.split(_COLUMNS if rows_KP.device.type == "cpu" else rows_KP.shape[1], 1):
+                kept.append(self._aggregator(part_KC))
+                square_KC = part_KC.square()
+                kept_K += torch.where(part_KC.sign() == kept[-1].sign(), square_KC, 0.0).sum(1)
+                all_K += square_KC.sum(1)
+        gradients.replace(torch.cat(kept) / len(self.tasks))
         share_K = torch.where(all_K > 0, kept_K / all_K, 1.0)
         return finite_or_uniform(share_K / len(self.tasks))
 
