@@ -66,6 +66,8 @@ class Learner:
     def update(self, step: int) -> None:
         """One update of the network."""
         batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
+        if self.updates == 0:
+            self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)
         loss_K = gradients.loss_K
         weight_K = self.task_weights.backward(gradients)

@@ -81,7 +81,7 @@ class Loop:
                 step = self.pack.recv()
             with self.clock.time("log"):
                 self.statistics.add(step.reward, step.done)
-                if step.done.any():
+                if self.learner.task_weights.hears_scores and step.done.any():
                     self.learner.task_weights.hear_scores(self.statistics.recent())
             with self.clock.time("act"):
                 reward, terminated, truncated, done = (

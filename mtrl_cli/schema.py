@@ -7,6 +7,7 @@ Nothing is imported for it (see `signatures.py`).
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -24,7 +25,7 @@ from mtrl_cli.signatures import MISSING, UNKNOWN, Key, Signature, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
 
-LARGEST = 2**63
+LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
 KINDS = {
     "env": "mtrl_cli.envs.pack.Pack",
@@ -231,14 +232,23 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     Raises:
         UserError: it is something else.
     """
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise UserError(f"{key}={show(value)}: expected a number below 2**63")
+    _refuse_huge(key, value)
     if isinstance(value, float) and value.is_integer() and _takes_int(annotation):
         value = int(value)  # 1e6 is how one writes a budget
     try:
         return TypeAdapter(annotation).validate_python(value, strict=True)
     except ValidationError:
         raise UserError(f"{key}={show(value)}: expected {describe(annotation)}") from None
+
+
+def _refuse_huge(key: str, value: Any) -> None:
+    """Numbers that int64 or float32 cannot hold, wherever in a value they stand."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_huge(key, each)
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise UserError(f"{key}={show(value)}: expected a number below 2**63")
+    if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+        raise UserError(f"{key}={show(value)}: expected a number from -1e30 to 1e30")
 
 
 def _takes_int(annotation: Any) -> bool:

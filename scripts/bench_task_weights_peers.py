@@ -48,7 +48,7 @@ class _Parts:
     def _targets(self, following: torch.Tensor, rewards: torch.Tensor, steps: torch.Tensor, terminated: torch.Tensor) -> torch.Tensor:
         value_KB = targets.bootstrap_value(self.target_network(following), self.network(following))
         discount_KB = targets.discount(steps, terminated, GAMMA)
-        return targets.td_target(targets.n_step_return(rewards, GAMMA), discount_KB, value_KB)
+        return value_losses.td_target(targets.n_step_return(rewards, GAMMA), discount_KB, value_KB)
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:
         """`[B, C, H, W]` bytes to `[B, F]`, in the precision of the run."""

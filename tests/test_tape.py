@@ -154,6 +154,18 @@ class Odd(nn.Module):
         return self.own * self.layer(x_KBI)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_a_convolution_that_pads_with_what_it_sees_is_left_to_autograd(mode: str) -> None:
+    network = network_of(NatureCNN(features=6, width=0.1), [(2, 40, 40)] * 3)
+    first = network.sharing.stem[0]  # type: ignore[index]
+    network.sharing.stem[0] = nn.Conv2d(2, first.out_channels, 8, 4, padding=0, padding_mode=mode)  # type: ignore[index, operator]
+    network.sharing.stem[0].padding = (2, 2)  # type: ignore[index, union-attr]
+    network.sharing.stem[0]._reversed_padding_repeated_twice = [2, 2, 2, 2]  # type: ignore[index, union-attr]
+    observation = observations([(2, 40, 40)] * 3, batch=2)
+    network.sharing.body = NatureCNN(features=6, width=0.1).body((2, 44, 44))  # type: ignore[assignment]
+    assert tape_for(network, network.shared_parameters(), network.own_parameters(), observation) is None
+
+
 @pytest.mark.parametrize("way", ["twice", "batch first", "one task", "no layer"])
 def test_a_layer_used_otherwise_is_left_to_autograd(way: str) -> None:
     network, observation = Odd(way), torch.randn(3, 2, 4)

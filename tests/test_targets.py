@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mtrl_cli.agents.targets import bootstrap_value, discount, n_step_return, of_action, td_target
+from mtrl_cli.agents.targets import bootstrap_value, discount, n_step_return, of_action
+from mtrl_cli.networks.value_losses import td_target
 
 
 def test_n_step_return_by_hand() -> None:

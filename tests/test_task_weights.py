@@ -61,8 +61,9 @@ def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
     """Whatever the method, changing it does not change the step size; also after a while."""
     weights = weights_of(name, num_tasks)
     row_P = torch.tensor([3.0, -1.0, 0.5, 2.0]) / 7
-    for _ in range(30):
-        gradients = GivenGradients(row_P.repeat(num_tasks, 1), torch.full((num_tasks,), 0.3))
+    for update in range(30):
+        losses = torch.logspace(-2, 0, num_tasks) if update % 2 else torch.full((num_tasks,), 0.3)
+        gradients = GivenGradients(row_P.repeat(num_tasks, 1), losses)
         weight_K = weights.backward(gradients)
         torch.testing.assert_close(gradients.result_P, row_P, rtol=1e-4, atol=1e-5)
         assert weight_K.sum() == pytest.approx(1, abs=1e-4)

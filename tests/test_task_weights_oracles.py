@@ -244,16 +244,17 @@ def test_gradnorm_by_hand() -> None:
 
 
 def test_db_mtl_by_hand() -> None:
-    """Losses 1 and 4, gradients (2, 0) and (0, 4). Of their logarithms: (2, 0) and (0, 1), made (2, 0) and (0, 2). Geometric mean 2."""
+    """Losses 1 and 4, gradients (2, 0) and (0, 4). Of their logarithms: (2, 0) and (0, 1), made (2, 0) and (0, 2): 1 and 1/2 times them."""
     weights = weights_of("db_mtl", 2, beta=0.5)
     gradients = GivenGradients(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([1.0, 4.0]))
     weight_K = weights.backward(gradients)
-    assert gradients.result_P.tolist() == pytest.approx([2 * 2 / 2, 2 * 2 / 2])
-    assert weight_K.tolist() == pytest.approx([1.0, 0.5])  # of (2, 0) and of (0, 4)
+    assert gradients.result_P.tolist() == pytest.approx([2 / 1.5, 2 / 1.5])
+    assert weight_K.tolist() == pytest.approx([1.0 / 1.5, 0.5 / 1.5])  # of (2, 0) and of (0, 4)
     # Then (0, 6) and (0, 4) at losses 1 and 1: averages (1, 3) and (0, 2.5), the second made sqrt(10) long.
     gradients = GivenGradients(torch.tensor([[0.0, 6.0], [0.0, 4.0]]), torch.tensor([1.0, 1.0]))
     weights.backward(gradients)
-    assert gradients.result_P.tolist() == pytest.approx([1 / 2, (3 + 10**0.5) / 2])
+    factors = 1 + 10**0.5 / 2.5 * (0.25 + 1) / 2  # times the averaged inverses of the losses
+    assert gradients.result_P.tolist() == pytest.approx([1 / factors, (3 + 10**0.5) / factors])
 
 
 def test_dwa_after_two_epochs_by_hand() -> None:
@@ -392,3 +393,30 @@ def test_pcgrad_takes_every_order() -> None:
     gram_KK = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.4], [-0.5, -0.4, 1.0]])
     forth, back = (projected(gram_KK, torch.tensor(order)) for order in ([[1, 2], [0, 2], [0, 1]], [[2, 1], [2, 0], [1, 0]]))
     assert not torch.allclose(forth, back)
+
+
+def test_cagrad_goes_on_with_the_mean_where_its_direction_is_undefined() -> None:
+    """A task without a gradient, or gradients that sum to zero: the ball around the mean, which excludes a step of zero, has its centre."""
+    for rows in ([[1.0, 2.0], [0.0, 0.0], [2.0, -1.0]], [[1.0, 0.0], [-1.0, 0.0], [0.0, 1e-6]]):
+        gradients = GivenGradients(torch.tensor(rows))
+        assert weights_of("cagrad", 3, c=0.5).backward(gradients).tolist() == pytest.approx([1 / 3 / 1.5] * 3)
+
+
+def test_imtl_g_is_uniform_where_gradients_cancel() -> None:
+    torch.manual_seed(0)
+    rows_KP = torch.randn(3, 40)
+    rows_KP[2] = -rows_KP[0] - rows_KP[1] + 1e-4 * torch.randn(40)
+    for rows in (rows_KP, torch.tensor([[1.0, 2.0], [-1.0, -2.0]])):
+        weights = weights_of("imtl_g", len(rows))
+        assert weights.backward(GivenGradients(rows)).tolist() == pytest.approx([1 / len(rows)] * len(rows))
+
+
+def test_nash_mtl_tries_again_at_the_next_update_where_there_was_no_solution() -> None:
+    weights, plain = weights_of("nash_mtl", 3, every=50), weights_of("nash_mtl", 3, every=50)
+    zero_row = torch.tensor([[1.0, 2.0], [0.0, 0.0], [2.0, -1.0]])
+    assert weights.backward(GivenGradients(zero_row)).tolist() == pytest.approx([1 / 3] * 3)
+    rows = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.1, 1.0], [2.0, -1.0, 0.3]])
+    found_K = plain.backward(GivenGradients(rows))
+    assert found_K.std() > 0.01
+    torch.testing.assert_close(weights.backward(GivenGradients(rows)), found_K)
+    torch.testing.assert_close(weights.backward(GivenGradients(zero_row)), found_K)  # kept, as it is not due

@@ -58,10 +58,10 @@ def test_popart_normalises_a_stationary_stream_of_each_task() -> None:
     scale, heads = PopArt(stream_of(NAMES), step_size=0.01), (PlainHead(7, ACTIONS),)
     mean_K1, spread_K1 = torch.tensor([[5.0], [-2000.0], [1e-3]]), torch.tensor([[0.1], [300.0], [20.0]])
     seen = []
-    for update in range(1500):
+    for update in range(2500):
         wanted_KB = mean_K1 + spread_K1 * torch.randn(3, 16)
         normalised_KB = (wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None]
-        if update >= 500:
+        if update >= 1500:
             seen.append(normalised_KB)
         scale.follow(normalised_KB, EVERY, heads)
     stream_K = torch.cat(seen, 1)
@@ -70,7 +70,7 @@ def test_popart_normalises_a_stationary_stream_of_each_task() -> None:
 
 
 def test_popart_moments_are_weighted_means_that_begin_with_the_first_targets() -> None:
-    """Against the definition: weights (1 - step) ^ age, over their sum."""
+    """Against the definition: weights (1 - step) ^ age, over their sum; the mean's square counts as far as the sum has come."""
     torch.manual_seed(0)
     scale, heads = PopArt(stream_of(NAMES), step_size=0.1), (PlainHead(7, ACTIONS),)
     history = []
@@ -82,7 +82,7 @@ def test_popart_moments_are_weighted_means_that_begin_with_the_first_targets() -
         first = np.average([targets.mean(1) for targets in history], axis=0, weights=weight)
         second = np.average([(targets**2).mean(1) for targets in history], axis=0, weights=weight)
         assert scale.mean_K.numpy() == pytest.approx(first, rel=1e-5)
-        assert scale.scale_K.numpy() == pytest.approx(np.sqrt(second - first**2), rel=1e-4)
+        assert scale.scale_K.numpy() == pytest.approx(np.sqrt(second - (1 - 0.9 ** len(history)) * first**2), rel=1e-4)
 
 
 def test_popart_hears_only_samples_that_there_are_and_bounds_the_spread_below() -> None:
@@ -97,6 +97,9 @@ def test_popart_hears_only_samples_that_there_are_and_bounds_the_spread_below() 
     targets_KB[0, 3] = -4.0
     scale.follow(targets_KB, seen_KB, (head,))
     assert scale.mean_K.tolist() == [-4, 0, 0]
+    assert scale.scale_K.tolist() == pytest.approx([(16 - 0.01 * 16) ** 0.5, 1, 1])
+    for _ in range(2000):  # the same target again and again: no spread
+        scale.follow((-4 - scale.mean_K[:, None]).expand(3, 16) / scale.scale_K[:, None], seen_KB, (head,))
     assert scale.scale_K.tolist() == [0.5, 1, 1]
 
 

@@ -52,6 +52,9 @@ class Agent(ABC):
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
         """What K x N environments just gave (float32, the game's own) and which episodes ended with it (bool), once per step of each."""
 
+    def begin(self, batch: Batch) -> None:
+        """Take what must be known of the first batch before anything is learned from it. Called once in a run."""
+
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:
         """Losses of every sample of every task."""

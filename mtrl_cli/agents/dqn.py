@@ -13,6 +13,7 @@ from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch
 from mtrl_cli.schedules import EpsilonSchedule
@@ -89,12 +90,24 @@ class DQN(Agent):
         return self.epsilon_schedule(step)
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        factor_K1 = 1.0 if self._factor_K is None else self._factor_K[:, None]
-        self._value_scale.observe(reward_KN * factor_K1, done_KN)
+        self._value_scale.observe(reward_KN if self._factor_K is None else reward_KN * self._factor_K[:, None], done_KN)
+
+    def begin(self, batch: Batch) -> None:
+        if not self._value_scale.follows_targets:
+            return
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once, without gradients: not worth a graph
+            target_KB = self._of_batch(batch)[3]
+        self._value_scale.follow(target_KB, batch.weight > 0, (self.network.head, self.target_network.head))
 
     def losses(self, batch: Batch) -> Losses:
+        loss_KB, error_KB, q_K, target_KB = self._of_batch(batch)
+        if torch.is_grad_enabled():  # a look back at the batch of an update is none
+            self._seen = target_KB, batch.weight > 0
+        return Losses(loss_KB, error_KB, q_K)
+
+    def _of_batch(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         rewards = batch.rewards if self._factor_K is None else batch.rewards * self._factor_K[:, None, None]
-        loss_KB, error_KB, q_K, target_KB = self._compiled_losses(
+        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = self._compiled_losses(
             batch.observation.flatten(2, 3),
             batch.action,
             self._value_scale.rewards(rewards),
@@ -105,9 +118,7 @@ class DQN(Agent):
             self._value_scale.mean_K,
             self._value_scale.scale_K,
         )
-        if torch.is_grad_enabled():  # a look back at the batch of an update is none
-            self._seen = target_KB, batch.weight > 0
-        return Losses(loss_KB, error_KB, q_K)
+        return result
 
     def _losses(
         self,
@@ -130,7 +141,7 @@ class DQN(Agent):
             # What the network bootstraps from is normalised, and so without its share of the mean.
             return_KB = targets.n_step_return(rewards, self._gamma)
             return_KB = (return_KB - (1 - discount_KB) * mean_K[:, None]) / scale_K[:, None]
-            target_KB = targets.td_target(return_KB, discount_KB, head.expectation(next_outputs))
+            target_KB = value_losses.td_target(return_KB, discount_KB, head.expectation(next_outputs))
         outputs = targets.of_action(self.network.outputs(observation), action)
         loss_KB = weight * head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber)
         q_KB = head.expectation(outputs.detach())

@@ -51,15 +51,3 @@ def bootstrap_value(next_outputs: torch.Tensor, choosing_q_KBA: torch.Tensor) ->
         float32 `[K, B]` or `[K, B, Z]`.
     """
     return of_action(next_outputs, choosing_q_KBA.argmax(-1))
-
-
-def td_target(return_KB: torch.Tensor, discount_KB: torch.Tensor, value_KB: torch.Tensor) -> torch.Tensor:
-    """n-step target: the window's return and the discounted value of the state at its end, which may be anything where that is terminal.
-
-    Args:
-        return_KB, discount_KB, value_KB: float32 `[K, B]`.
-
-    Returns:
-        float32 `[K, B]`.
-    """
-    return return_KB + torch.where(discount_KB == 0, 0.0, discount_KB * value_KB)

@@ -41,10 +41,12 @@ class ValueScale(ABC):
 
     Attributes:
         bounds_returns: whether it brings returns into a range that is known beforehand.
+        follows_targets: whether `follow` has anything to do.
         mean_K, scale_K: float32 `[K]`; the network's values are (value - mean) / scale.
     """
 
     bounds_returns: ClassVar[bool] = False
+    follows_targets: ClassVar[bool] = False
 
     def __init__(self, stream: RewardStream):
         self.mean_K = torch.zeros(stream.num_tasks, device=stream.device)
@@ -58,7 +60,7 @@ class ValueScale(ABC):
         """Sampled rewards (float32 `[K, B, n]`) on the learner's scale."""
 
     def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
-        """Take in an update's targets, once it is made.
+        """Take in an update's targets, once it is made (and the first one's before).
 
         Args:
             target_KB: float32 `[K, B]`, as the network was given them: (target - mean) / scale.
@@ -103,14 +105,19 @@ class PopArt(ValueScale):
     The first and second moments of a task's targets move with every update, and the last layers of both networks with them, so
     that no value changes because of it (proposition 1 there). They move after the update, by the targets that it saw: an
     update's own targets are normalised by the moments before it, where the paper takes the moments that include them. With a small
-    step this is the same; what the first update ever sees is not normalised.
+    step this is the same. Only the very first targets are taken in before they are learned from (`Agent.begin`).
+
+    The spread starts as the root mean square of the first targets, and becomes their standard deviation as more are taken in: the first
+    may all but agree, and in units of their own spread the network would at once be very far from all it has to say.
 
     Args:
         step_size: how far the moments move towards those of an update's targets. The first steps are larger, so that what the
-            moments began with does not count. Published: 3e-4, for runs that are hundreds of times longer; where values grow faster than
-            the moments follow, the growth is taken for spread.
+            moments began with does not count. Published: 3e-4, for runs that are hundreds of times
+            longer; where values grow faster than the moments follow, the growth is taken for spread.
         min_scale: bound below on the spread.
     """
+
+    follows_targets = True
 
     def __init__(self, stream: RewardStream, *, step_size: Fraction = 0.01, min_scale: PositiveFloat = 1e-4):
         super().__init__(stream)
@@ -129,7 +136,7 @@ class PopArt(ValueScale):
         value_KB = target_KB.double() * scale_K[:, None] + mean_K[:, None]
         number_K = seen_KB.sum(1)
         of_batch_2K = torch.stack([value_KB, value_KB.square()]).where(seen_KB, 0.0).sum(2) / number_K.clamp_min(1)
-        step_K = torch.where(number_K > 0, self._step_size, 0.0)
+        step_K = torch.where(number_K > 0, self._step_size, 0.0).double()
         self._weight_K += step_K * (1 - self._weight_K)
         self._moments_2K.lerp_(of_batch_2K, step_K / self._weight_K.clamp_min(1e-300))
         self._settle()
@@ -141,7 +148,8 @@ class PopArt(ValueScale):
     def _settle(self) -> None:
         """Mean and scale as the moments have them; 0 and 1 for a task without any."""
         mean_K, square_K = self._moments_2K
-        scale_K = (square_K - mean_K.square()).clamp_min(0).sqrt().clamp_min(self._min_scale)
+        variance_K = square_K - self._weight_K * mean_K.square()
+        scale_K = variance_K.clamp_min(0).sqrt().clamp_min(self._min_scale)
         self.mean_K = mean_K.float()
         self.scale_K = torch.where(self._weight_K > 0, scale_K, 1.0).float()
 

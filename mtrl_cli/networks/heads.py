@@ -88,7 +88,7 @@ class Head(nn.Module, ABC):
 def _scalar_loss(
     q_KB: torch.Tensor, next_q_KB: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    return value_losses.huber(return_KB + discount_KB * next_q_KB - q_KB, threshold)
+    return value_losses.huber(value_losses.td_target(return_KB, discount_KB, next_q_KB) - q_KB, threshold)
 
 
 class PlainHead(Head):
@@ -241,7 +241,7 @@ class HLGaussHead(Head):
     def loss(
         self, outputs: torch.Tensor, next_outputs: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, huber: float
     ) -> torch.Tensor:
-        target_KB = return_KB + discount_KB * self.expectation(next_outputs)
+        target_KB = value_losses.td_target(return_KB, discount_KB, self.expectation(next_outputs))
         return value_losses.cross_entropy(outputs, value_losses.gaussian_histogram(target_KB, self.edges, self._sigma))
 
 
@@ -265,7 +265,7 @@ class QuantileHead(Head):
     def loss(
         self, outputs: torch.Tensor, next_outputs: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, huber: float
     ) -> torch.Tensor:
-        target_KBZ = return_KB[..., None] + discount_KB[..., None] * next_outputs
+        target_KBZ = value_losses.td_target(return_KB[..., None], discount_KB[..., None], next_outputs)
         return value_losses.quantile_huber(outputs, target_KBZ, huber)
 
     def rescale(self, factor_K: torch.Tensor, offset_K: torch.Tensor) -> None:

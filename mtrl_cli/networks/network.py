@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,16 +56,18 @@ class MultiTaskNetwork(nn.Module):
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:
         """Observations `[K, B, ...]` (uint8 or float32) to what heads read: features `[K, B, F]` (float32)."""
-        dtype = self._autocast or torch.float32
-        with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
-            features = self.sharing(observation.to(dtype) * self._scale)
+        features: torch.Tensor = self._in_precision(self.sharing, observation)
         return features.float()
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
         """How the sharing structure distributes each task over its choices for observations `[K, B, ...]`: see `Sharing.routing`."""
+        found: dict[str, torch.Tensor] = self._in_precision(self.sharing.routing, observation)
+        return found
+
+    def _in_precision(self, function: Callable[[torch.Tensor], Any], observation: torch.Tensor) -> Any:
         dtype = self._autocast or torch.float32
         with torch.autocast(observation.device.type, dtype=dtype, enabled=self._autocast is not None):
-            return self.sharing.routing(observation.to(dtype) * self._scale)
+            return function(observation.to(dtype) * self._scale)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Those that several tasks' losses may reach."""

@@ -10,6 +10,18 @@ import math
 import torch
 
 
+def td_target(return_KB: torch.Tensor, discount_KB: torch.Tensor, value_KB: torch.Tensor) -> torch.Tensor:
+    """n-step target: the window's return and the discounted value of the state at its end, which may be anything where that is terminal.
+
+    Args:
+        return_KB, discount_KB, value_KB: float32 `[K, B]`, or any shapes that go together.
+
+    Returns:
+        float32, of their common shape.
+    """
+    return return_KB + torch.where(discount_KB == 0, 0.0, discount_KB * value_KB)
+
+
 def huber(error: torch.Tensor, threshold: float) -> torch.Tensor:
     """Half the squared error up to the threshold, linear beyond (Huber 1964); a threshold of 0 means half the squared error."""
     squared = 0.5 * error.square()

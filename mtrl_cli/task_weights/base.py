@@ -70,10 +70,12 @@ class TaskWeights(ABC):
     Attributes:
         needs: what of the gradients a method asks for, and so what an update costs: "losses" one backward pass, "gram" hardly more,
             "rows" every task's own gradient.
+        hears_scores: whether `hear_scores` is to be called.
         looks_back: whether `after_step` wants the losses of the same batch after the optimizer's step: one more forward pass.
     """
 
     needs: ClassVar[str] = "losses"
+    hears_scores: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
 
     def __init__(self, tasks: Tasks):

@@ -37,12 +37,18 @@ class AutogradGradients(TaskGradients):
         return self._rows
 
     def combine(self, weight_K: torch.Tensor) -> None:
-        self.replace(weight_K @ self.rows())
+        if self._rows is not None:
+            self.replace(weight_K @ self._rows)
+            return
+        weighted = torch.autograd.grad((weight_K * self._loss_K).sum(), self._shared, retain_graph=True, materialize_grads=True)
+        self._add(weighted)
 
     def replace(self, gradient_P: torch.Tensor) -> None:
-        of_own = torch.autograd.grad(self._loss_K.mean(), self._own, materialize_grads=True)
         parts = gradient_P.split([parameter.numel() for parameter in self._shared])
-        of_shared = [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)]
+        self._add([part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)])
+
+    def _add(self, of_shared: Sequence[torch.Tensor]) -> None:
+        of_own = torch.autograd.grad(self._loss_K.mean(), self._own, materialize_grads=True)
         add_gradients([*self._shared, *self._own], [*of_shared, *of_own])
 
 

@@ -96,11 +96,16 @@ class MGDA(TaskWeights):
         return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float64))
 
 
+_MOST = 10.0  # of the absolute weights of IMTL-G, which sum to 1
+_SAME = 0.99  # cosine between the tasks' projections, times their norms, and what they should be
+
+
 class IMTLG(TaskWeights):
     """IMTL-G (Liu et al. 2021, "Towards Impartial Multi-task Learning", equation 6): the weighted mean with the same projection onto every
     task's direction. TorchJD's weights, which also know linearly dependent gradients (Quinton and Rey 2024).
 
-    Weights may be negative, and large where the gradients almost cancel. Uniform where they sum to zero, as with opposite gradients.
+    Weights may be negative. Where the gradients cancel there is no such mean, and where they almost do, its weights grow without bound:
+    they are uniform where the projections are not the same after all, or the absolute weights sum to more than 10.
     """
 
     needs = "gram"
@@ -114,7 +119,10 @@ class IMTLG(TaskWeights):
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
             weight_K = self._weighting(host_KK)
-            return weight_K / weight_K.sum()  # TorchJD's are all zero where there is no answer
+            weight_K = weight_K / weight_K.sum()  # TorchJD's are all zero where there is no answer
+            norm_K, along_K = host_KK.diagonal().sqrt(), host_KK @ weight_K
+            same = torch.cosine_similarity(along_K, norm_K, dim=0).abs() > _SAME
+            return torch.where(same & (weight_K.abs().sum() <= _MOST), weight_K, torch.nan)
 
         # In the precision that the matrix has: what counts as linearly dependent follows from the dtype.
         return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float32))

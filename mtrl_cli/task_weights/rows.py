@@ -106,9 +106,8 @@ class DBMTL(TaskWeights):
     """DB-MTL (Lin et al. 2023, "Dual-Balancing for Multi-Task Learning", Algorithm 1): logarithms of losses, gradients of one length.
 
     Each task's gradient of log(loss) goes into a moving average; the averages are scaled to the length of the longest and summed. On the
-    mean's scale: times the geometric mean of the losses over K, which is what turns the gradient of sum(log(loss)) into that of
-    the geometric mean. The average begins with the first gradient, where the authors' code begins with zero.
-    A task's weight, for the figures, is the factor that its newest gradient would have if the average were of it alone.
+    mean's scale: divided by the sum of the weights. The average begins with the first gradient, where the authors' code begins with zero.
+    A task's weight is the factor of the gradients in its average, whose losses' inverses are averaged beside them.
 
     Args:
         beta: share of the past in the average.
@@ -122,26 +121,31 @@ class DBMTL(TaskWeights):
         self._beta, self._beta_decay = beta, beta_decay
         self._updates = 0
         self._average_KP: torch.Tensor | None = None
+        self._inverse_K: torch.Tensor | None = None
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        loss_K = gradients.loss_K + _TINY
-        newest_KP = gradients.rows() / loss_K[:, None]
+        inverse_K = 1 / (gradients.loss_K + _TINY)
+        newest_KP = gradients.rows() * inverse_K[:, None]
         self._updates += 1
-        if self._average_KP is None:
-            self._average_KP = newest_KP
+        if self._average_KP is None or self._inverse_K is None:
+            self._average_KP, self._inverse_K = newest_KP, inverse_K
         else:
-            self._average_KP = newest_KP.lerp(self._average_KP, self._beta / self._updates**self._beta_decay)
+            past = self._beta * self._updates**-self._beta_decay
+            self._average_KP, self._inverse_K = newest_KP.lerp(self._average_KP, past), inverse_K.lerp(self._inverse_K, past)
         norm_K = torch.linalg.vector_norm(self._average_KP, dim=1)
-        factor_K = torch.where(norm_K > 0, norm_K.max() / norm_K, 1.0) * loss_K.log().mean().exp() / len(self.tasks)
-        gradients.replace(factor_K @ self._average_KP)
-        return factor_K / loss_K
+        factor_K = torch.where(norm_K > 0, norm_K.max() / norm_K, 1.0)
+        weight_K = factor_K * self._inverse_K
+        gradients.replace(factor_K @ self._average_KP / weight_K.sum())
+        return weight_K / weight_K.sum()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "average": self._average_KP}
+        return {"updates": self._updates, "average": self._average_KP, "inverse": self._inverse_K}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = int(state["updates"])
-        self._average_KP = None if state["average"] is None else state["average"].to(self.tasks.device, copy=True)
+        average_KP, inverse_K = state["average"], state["inverse"]
+        self._average_KP = None if average_KP is None else average_KP.to(self.tasks.device, copy=True)
+        self._inverse_K = None if inverse_K is None else inverse_K.to(self.tasks.device, copy=True)
 
 
 @contextmanager

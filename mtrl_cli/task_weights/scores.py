@@ -8,6 +8,7 @@ import torch
 
 from mtrl_cli.fields import PositiveFloat, PositiveInt
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
+from mtrl_cli.task_weights.parts import finite_or_uniform
 
 
 class ScoreGap(TaskWeights):
@@ -25,6 +26,8 @@ class ScoreGap(TaskWeights):
     Raises:
         ValueError: a task without a random or reference score.
     """
+
+    hears_scores = True
 
     def __init__(self, tasks: Tasks, *, temperature: PositiveFloat, half_life: PositiveInt):
         super().__init__(tasks)
@@ -52,7 +55,7 @@ class ScoreGap(TaskWeights):
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         self._gap_K = self._keep * self._gap_K + (1 - self._keep) * self._heard_K
-        weight_K = (self._gap_K / self._temperature).softmax(0)
+        weight_K = finite_or_uniform((self._gap_K / self._temperature).softmax(0))
         gradients.weigh(weight_K)
         return weight_K
 

@@ -26,8 +26,9 @@ _SMALLEST_SQUARE = 1e-12  # of a row beside the mean of all: less counts as no g
 class CAGrad(TaskWeights):
     """Conflict-averse gradient descent (Liu et al. 2021, "Conflict-Averse Gradient Descent", Algorithm 1), by TorchJD and clarabel.
 
-    Divided by 1 + c, as the authors' code does with `rescale=2`: without conflict the result is the mean of the gradients. All weights are
-    zero where the tasks cannot all be improved, as the paper's step is.
+    Divided by 1 + c, as the authors' code does with its second way to rescale: without conflict the result is the mean of the gradients.
+    Where the tasks cannot all be improved, or one has no gradient, the direction is undefined; the step is then the ball's centre, the
+    mean itself (divided by 1 + c, too), so that learning goes on to the minimum of the mean loss.
 
     Args:
         c: how far from the mean the result may lie, as a share of its length; 0 is the mean.
@@ -40,7 +41,12 @@ class CAGrad(TaskWeights):
         self._c, self._weighting = c, _made("cagrad", lambda: _torchjd().CAGradWeighting(c=c))
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        return combine(gradients, lambda gram_KK: _solved(gram_KK, lambda host_KK: self._weighting(host_KK) / (1 + self._c)))
+        def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
+            weight_K = self._weighting(host_KK)
+            # TorchJD's are all zero where the direction is undefined.
+            return torch.where((weight_K == 0).all(), 1 / len(weight_K), weight_K) / (1 + self._c)
+
+        return combine(gradients, lambda gram_KK: _solved(gram_KK, weights_of))
 
 
 class FairGrad(TaskWeights):
@@ -79,23 +85,26 @@ class NashMTL(TaskWeights):
 
     def __init__(self, tasks: Tasks, *, every: PositiveInt, max_iterations: PositiveInt):
         super().__init__(tasks)
-        self._every, self._updates = every, 0
+        self._every, self._updates, self._found = every, 0, False
         self._weighting = _made("nash_mtl", lambda: _torchjd().NashMTL(len(tasks), max_norm=0.0, optim_niter=max_iterations).weighting)
         self._weight_K = torch.full((len(tasks),), 1 / len(tasks), device=tasks.device)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        due = self._updates % self._every == 0
-        self._updates += 1
-        if due:
+        if self._updates % self._every == 0:
+            self._found = False
             self._weight_K = combine(gradients, lambda gram_KK: _solved(gram_KK, self._bargain, no_zero_row=True))
+            self._updates += self._found  # what failed is tried again with the next update's gradients
         else:
             gradients.combine(self._weight_K)
+            self._updates += 1
         return self._weight_K
 
     def _bargain(self, host_KK: torch.Tensor) -> torch.Tensor:
         # TorchJD's asks for the rows, of which it takes their inner products: any root of the Gram matrix has the same.
         value_K, vector_KK = torch.linalg.eigh(host_KK)
-        return _to_sum_1(self._weighting(vector_KK * value_K.clamp(min=0).sqrt()))
+        weight_K = _to_sum_1(self._weighting(vector_KK * value_K.clamp(min=0).sqrt()))
+        self._found = bool(torch.isfinite(weight_K).all())
+        return weight_K
 
     def state_dict(self) -> dict[str, Any]:
         # Each solution starts from the one before, which is all that the solver keeps.
