@@ -90,6 +90,8 @@ def make(config: Config, group: str, *args: Any) -> Any:
         UserError: what it names is not a class of the group's kind, or refuses its values.
     """
     found, values = class_of(config, group)
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise UserError(f"{group.replace('/', '.')}._target_={found.__module__}.{found.__name__} does not define {', '.join(missing)}")
     try:
         return found(*args, **values)
     except ValueError as error:
@@ -210,6 +212,8 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, s
         UserError: values that it refuses, or a solver that is not installed.
     """
     task_weights: TaskWeights = make(config, "task_weights", tasks)
+    if task_weights.needs not in ("losses", "gram", "rows"):
+        raise UserError(f"task_weights: {type(task_weights).__name__}.needs={task_weights.needs!r}: expected losses, gram or rows")
     if task_weights.needs != "losses" and not network.shared_parameters():
         say(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
         return Uniform(tasks)

@@ -40,6 +40,7 @@ class Learner:
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
         self._tape = tape
+        self._checked = False
         self._taps: list[torch.Tensor] | None = None
         self._shared, self._own = agent.network.shared_parameters(), agent.network.own_parameters()
         self._task_names = task_names
@@ -71,6 +72,8 @@ class Learner:
         losses, gradients = self._differentiate(batch)
         loss_K = gradients.loss_K
         weight_K = self.task_weights.backward(gradients)
+        if not self._checked:
+            self._check_weights(weight_K)
         self.optimizer.at(step / self.replay.spec.total_steps)
         norm = self.optimizer.step()
         self.updates += 1
@@ -80,6 +83,21 @@ class Learner:
         self.agent.after_update(self.updates)
         self.replay.update_priorities(batch, losses.error_KB)
         self._record(step, loss_K, losses.q_K, weight_K, norm)
+
+    def _check_weights(self, weight_K: Any) -> None:
+        """Refuse a weighting of a user's own that leaves out a part of its work: without it the run would learn nothing, or stop later.
+
+        Raises:
+            RunError: it gave no weights, or no gradient.
+        """
+        name, K = type(self.task_weights).__name__, len(self._task_names)
+        if not isinstance(weight_K, torch.Tensor) or weight_K.shape != (K,):
+            raise RunError(f"task_weights: {name}.backward returned no weights: expected those that it used, a tensor of shape [{K}]")
+        if all(parameter.grad is None for parameter in self.optimizer.parameters):
+            raise RunError(
+                f"task_weights: {name}.backward gave no gradient: expected it to call weigh, combine or replace of its gradients"
+            )
+        self._checked = True
 
     def _differentiate(self, batch: Batch) -> tuple[Losses, TaskGradients]:
         """A batch's losses, and the way to their gradients."""
@@ -140,6 +158,8 @@ class Learner:
             for k, name in enumerate(self._task_names):
                 figures |= {f"loss/{name}": means["loss"][k], f"q/mean/{name}": means["q"][k], f"weight/{name}": means["weight"][k]}
             figures["grad/norm"] = means["norm"]
+            for figure, value_K in self.agent.figures().items():
+                figures |= {f"{figure}/{name}": value for name, value in zip(self._task_names, value_K.tolist(), strict=True)}
         for total in self._figures.values():
             total.zero_()
         return figures

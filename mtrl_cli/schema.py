@@ -211,6 +211,8 @@ class _Checker:
     def unknown(self, path: str, name: Any, node: Mapping[str, Any]) -> str:
         """What to say about a key that does not exist: the nearest here, else the nearest anywhere."""
         word = _join(path, show(name))
+        if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
+            return f"{word}: there is no such key; to choose one write {group}={show(node[name])}"
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
@@ -242,8 +244,8 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
 
 
 def _refuse_huge(key: str, value: Any) -> None:
-    """Numbers that int64 or float32 cannot hold, wherever in a value they stand."""
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    """Numbers that int64 or float32 cannot hold, wherever in a value they are."""
+    for each in [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
         _refuse_huge(key, each)
     if isinstance(value, int) and abs(value) >= LARGEST:
         raise UserError(f"{key}={show(value)}: expected a number below 2**63")
@@ -328,14 +330,13 @@ def _check_tasks(tasks: Sequence[str]) -> None:
 def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
     """Heads whose values have fixed ends go with scales that keep returns within a known range, and with no others."""
     head, scale = config["network"]["head"], config["agent"]["value_scale"]
-    found_head = read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root)
-    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
-    if not found_head.attributes.get("bounded", False):
+    if not read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root).attributes.get("bounded", False):
         return
+    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
     if not found_scale.attributes.get("bounds_returns", False):
         raise UserError(
-            f"network/head's {_class(head)} needs returns of a known range, and agent/value_scale's {_class(scale)} sees to none: choose "
-            "agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
+            f"network/head's {_class(head)} needs returns of a known range, which agent/value_scale's {_class(scale)} does not give: "
+            "choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
         )
     limit, largest = scale.get("limit"), head.get("v_max")
     if limit is not None and largest is not None and limit > largest:
@@ -396,4 +397,4 @@ def _hint(path: str) -> str:
 
 
 def _of(node: Mapping[str, Any], path: str) -> str:
-    return f" in {node['_target_'].rpartition('.')[2]}" if path in KINDS and isinstance(node.get("_target_"), str) else ""
+    return f" in {_class(node)}" if path in KINDS and isinstance(node.get("_target_"), str) else ""

@@ -23,6 +23,7 @@ from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
+from mtrl_cli.task_weights.base import TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import TapedGradients, tape_for
@@ -418,3 +419,24 @@ def test_with_a_tape_it_learns_what_it_learns_without(name: str) -> None:
     assert gradients == {TapedGradients, AutogradGradients}
     for (parameter, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), parameter
+
+
+class Forgetful(TaskWeights):
+    """Does a part of its work."""
+
+    def __init__(self, part: str):
+        super().__init__(tasks_of(NAMES))
+        self._part = part
+
+    def backward(self, gradients: Any) -> Any:
+        if self._part != "gradient":
+            gradients.weigh(torch.tensor([0.5, 0.5]))
+        return {"gradient": torch.tensor([0.5, 0.5]), "weights": None, "all weights": torch.ones(())}[self._part]
+
+
+@pytest.mark.parametrize("part", ["gradient", "weights", "all weights"])
+def test_a_weighting_that_leaves_out_a_part_of_its_work_is_told_so(part: str) -> None:
+    learner = fill(learner_of())
+    learner.task_weights = Forgetful(part)
+    with pytest.raises(RunError, match=r"Forgetful.backward (gave no gradient|returned no weights)"):
+        learner.update(0)

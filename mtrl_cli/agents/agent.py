@@ -63,6 +63,10 @@ class Agent(ABC):
     def after_update(self, updates: int) -> None:
         """What follows the `updates`-th step of the optimizer (the target network)."""
 
+    def figures(self) -> dict[str, torch.Tensor]:
+        """What it has to tell of itself now, by name, each float `[K]`."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """State besides the network's."""

@@ -161,6 +161,9 @@ class DQN(Agent):
             else:
                 torch._foreach_lerp_(target, online, self._target_tau)
 
+    def figures(self) -> dict[str, torch.Tensor]:
+        return self._value_scale.figures()
+
     def state_dict(self) -> dict[str, Any]:
         return {"target_network": self.target_network.state_dict(), "value_scale": self._value_scale.state_dict()}
 

@@ -68,6 +68,10 @@ class ValueScale(ABC):
             heads: the online and the target network's.
         """
 
+    def figures(self) -> dict[str, torch.Tensor]:
+        """Its statistics by name, each float `[K]`."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -153,6 +157,9 @@ class PopArt(ValueScale):
         self.mean_K = mean_K.float()
         self.scale_K = torch.where(self._weight_K > 0, scale_K, 1.0).float()
 
+    def figures(self) -> dict[str, torch.Tensor]:
+        return {"value/mean": self.mean_K, "value/scale": self.scale_K}
+
     def state_dict(self) -> dict[str, Any]:
         return {"moments": self._moments_2K, "weight": self._weight_K}
 
@@ -199,9 +206,14 @@ class ReturnNorm(ValueScale):
         self._return_KN.masked_fill_(done_KN, 0.0)
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
+        return rewards_KBn / self._divisor_K()[:, None, None]
+
+    def _divisor_K(self) -> torch.Tensor:
         spread_K = (self._deviation_K / max(1, self._count) + self._eps).sqrt()
-        divisor_K = torch.maximum(spread_K, self._largest_K / self._limit).float()
-        return rewards_KBn / divisor_K[:, None, None]
+        return torch.maximum(spread_K, self._largest_K / self._limit).float()
+
+    def figures(self) -> dict[str, torch.Tensor]:
+        return {"value/scale": self._divisor_K()}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -144,8 +144,8 @@ def _refuse_prefix(name: str) -> None:
     package, colon, rest = name.partition(":")
     if colon:
         raise UserError(
-            f"env.tasks: {name} would import the package {package!r}; give the id alone, {rest}\n"
-            f"If you trust the package with running code, name it on the command line: trusted_packages=[{package}]"
+            f"env.tasks: {name}: an id with a package in front is not taken; give the id alone, {rest}\n"
+            f"If you trust the package {package} with running code, name it on the command line: trusted_packages=[{package}]"
         )
 
 
