@@ -11,8 +11,5 @@ for seed in ${SEEDS:-0 1 2}; do
   mtrl train $common network/sharing=hard seed=$seed run_dir="$folder/hard/s$seed" --or-resume
   mtrl train $common network/sharing=independent network.parameters=$budget seed=$seed run_dir="$folder/independent_equal_parameters/s$seed" --or-resume
   mtrl train $common network/sharing=independent seed=$seed run_dir="$folder/independent_equal_width/s$seed" --or-resume
-  for run in "$folder"/*/s$seed; do
-    mtrl eval "$run" eval.episodes=50
-  done
 done
 python "$(dirname "$0")/results_table.py" --groups "$folder"/hard "$folder"/independent_equal_parameters "$folder"/independent_equal_width
