@@ -67,7 +67,7 @@ def group_table(folders: list[Path]) -> str:
     groups = {folder.name: sorted(path for path in folder.iterdir() if (path / "run.json").is_file()) for folder in folders}
     found = {name: [last_evaluation(run) for run in runs] for name, runs in groups.items()}
     tasks = list(next(iter(found.values()))[0]["tasks"])
-    lines = [["", "parameters", *tasks, "score over tasks", "runs x episodes", "minutes a run"]]
+    lines = [["", "parameters", *tasks, "score over tasks (least to most)", "runs x episodes", "minutes a run"]]
     for name, evaluations in found.items():
         cells = []
         for task in tasks:

@@ -7,6 +7,7 @@ import pytest
 from bench import Figure
 from bench_sb3 import ALL, ONE, Side, overrides, steady_rates
 from conftest import Mtrl
+from results_table import interval_over_runs
 
 
 def test_rates_are_total_work_over_total_time_after_the_warm_up() -> None:
@@ -33,3 +34,10 @@ def test_a_figure_knows_on_which_side_of_its_bar_it_lies() -> None:
     assert not Figure("speed", 2.1, "times", 2.2, at_least=True).met
     assert Figure("memory", 7062, "bytes", 7300, at_least=False).met
     assert not Figure("memory", 7301, "bytes", 7300, at_least=False).met
+
+
+def test_an_interval_over_runs_is_wider_than_that_of_their_games() -> None:
+    """Runs that differ count as the chance in training: two runs of games alike within each, drawn anew, may both be the same one."""
+    assert interval_over_runs([[1.0, 1.0], [1.0, 1.0]], resamples=100) == (1.0, 1.0)
+    low, high = interval_over_runs([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], resamples=1000)
+    assert (low, high) == (1.0, 3.0)

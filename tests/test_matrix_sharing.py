@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, Mtrl, MtrlHere
+from mtrl_cli.hardware import missing_for_compile
 from test_matrix import SMALL, TASKS
 
 STRUCTURES = sorted(path.stem for path in (ROOT / "conf" / "network" / "sharing").glob("*.yaml"))
@@ -59,3 +60,11 @@ def test_in_a_process_of_its_own(structure: str, weights: str, more: list[str], 
     mtrl("train", *SMALL, *LITTLE, f"network/sharing={structure}", f"task_weights={weights}", *more, "run_dir=run")
     last_row(mtrl.folder / "run")
     mtrl("eval", "run", "eval.episodes=1", "eval.max_steps=10")
+
+
+@pytest.mark.skipif(missing_for_compile() is not None, reason=f"torch.compile cannot work here: {missing_for_compile()}")
+def test_compiled_a_structure_that_has_no_quick_way_takes_a_backward_pass_for_each_task(mtrl: Mtrl) -> None:
+    """Compiled code gives its buffers away in its first backward pass unless it is told that more will follow."""
+    small = ["steps_per_task=80", "network.hidden=[8,8]", "log.diagnostics=0"]
+    mtrl("train", *SMALL, *small, "compile=true", "network/sharing=mmoe", "network.sharing.experts=2", "task_weights=pcgrad", "run_dir=run")
+    last_row(mtrl.folder / "run")
