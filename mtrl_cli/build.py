@@ -17,12 +17,14 @@ from mtrl_cli import hardware, signatures
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
+from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
 from mtrl_cli.frame_stack import FrameStack
+from mtrl_cli.group import Group
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
 from mtrl_cli.networks.cost import multiply_adds
@@ -33,6 +35,7 @@ from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import Tape, tape_for
+from mtrl_cli.transfer import Pinned, SharedMemory
 
 Config = dict[str, Any]
 
@@ -130,7 +133,19 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config["seed"], "network"))
-        return _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
+        network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
+    # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" and pack.observation_kind == "image" else network
+
+
+def set_up_torch(config: Config) -> None:
+    """What torch keeps for the whole process: threads, and in what precision a GPU multiplies float32."""
+    torch.set_num_threads(config["threads"])
+    in_tf32 = config["precision"] in ("tf32", "bf16")
+    torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = in_tf32
+    if config["device"] == "cpu":
+        hardware.keep_freed_memory()
 
 
 def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
@@ -227,7 +242,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         UserError: parts that do not fit together.
     """
     device = torch.device(config["device"])
-    torch.set_num_threads(config["threads"])
+    set_up_torch(config)
     if config["compile"] and (compiler := hardware.compiler()):
         os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
@@ -246,14 +261,13 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
     tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
+    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if device.type == "cuda" else None
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder)
 
     def open_loop() -> Loop:
-        seed, num_envs = config["seed"], pack.num_envs
-        envs = TaskPack(pack, num_envs=num_envs, seed=seed, num_threads=hardware.cores(), training=True, stream="train")
-        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(seed, "exploration"))
-        frames = FrameStack(len(names), num_envs, pack.stack, pack.observation_shape, replay.spec.dtype, device)
-        return Loop(envs, actor, replay, learner, frames, EpisodeStatistics(names, num_envs), device)
+        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(config["seed"], "exploration"))
+        groups = [_make_group(config, pack, actor, number, device) for number in range(config["groups"])]
+        return Loop(groups, actor, replay, learner, EpisodeStatistics(names, pack.num_envs), overlapped=device.type == "cuda")
 
     return Run(
         pack=pack,
@@ -268,6 +282,26 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
+
+
+def _make_group(config: Config, pack: Pack, actor: EpsilonGreedy, number: int, device: torch.device) -> Group:
+    """One of the groups that a run's environments are divided into."""
+    size, K = pack.num_envs // config["groups"], len(pack.tasks)
+    dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
+    gpu = device.type == "cuda"
+    transfer = Pinned(K, size, pack.observation_shape, pack.observation_dtype, device) if gpu else SharedMemory()
+    played = TaskPack(
+        pack,
+        num_envs=size,
+        seed=config["seed"],
+        num_threads=hardware.cores(),
+        training=True,
+        stream="train",
+        first_env=number * size,
+        buffers=transfer.buffers,
+    )
+    frames = FrameStack(K, size, pack.stack, pack.observation_shape, dtype, device)
+    return Group(played, actor, frames, transfer, (lambda: CudaGraphs(device, generators_of(actor))) if gpu else None)
 
 
 def check_tasks(saved: Any, pack: Pack, run: Path) -> None:

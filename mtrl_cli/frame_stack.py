@@ -13,6 +13,10 @@ class FrameStack:
         stack: S.
         frame_shape, dtype: of one frame.
         device: where it is kept.
+
+    Attributes:
+        observation: `[K, N, S, *frame]`, newest frame last; the same tensor all along.
+        start: bool `[K, N]`, whether that frame is the first of its episode; likewise.
     """
 
     def __init__(self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -27,11 +31,11 @@ class FrameStack:
     def push(self, frame: torch.Tensor, start: torch.Tensor) -> None:
         """Take the next frame `[K, N, *frame]`; `start` (bool `[K, N]`) marks the first of an episode."""
         older = self.observation[:, :, 1:] * (~start).view(*start.shape, *(1,) * (self.observation.dim() - 2))
-        self.observation = torch.cat([older, frame[:, :, None]], 2)
-        self.start = start
+        self.observation.copy_(torch.cat([older, frame[:, :, None]], 2))
+        self.start.copy_(start)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"observation": self.observation, "start": self.start}
+        return {"observation": self.observation.clone(), "start": self.start.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take what `state_dict` gave.
@@ -39,8 +43,7 @@ class FrameStack:
         Raises:
             ValueError: it is of other shapes.
         """
-        for name, mine in self.state_dict().items():
+        for name, mine in (("observation", self.observation), ("start", self.start)):
             if state[name].shape != mine.shape or state[name].dtype != mine.dtype:
                 raise ValueError(f"frames: {name} is {tuple(state[name].shape)}, expected {tuple(mine.shape)}")
-        self.observation = state["observation"].to(self.observation.device)
-        self.start = state["start"].to(self.start.device)
+            mine.copy_(state[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cores(root: Path = ROOT) -> int:
@@ -116,6 +118,18 @@ def resident_memory(root: Path = ROOT) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees, where the system's C library can be told so (glibc).
+
+    By default glibc gives large blocks back at once and asks for new ones, whose every page costs a fault and is zeroed: a third of a
+    CPU update's time, whose tensors are as large each time (docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is not None:
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20)):
+            mallopt(parameter, value)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

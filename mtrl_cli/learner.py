@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mtrl_cli import capture
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
 from mtrl_cli.errors import RunError
@@ -25,6 +27,7 @@ class Learner:
         agent, replay, augmentation, task_weights, optimizer: the parts of an update.
         task_names: for messages and figures.
         tape: where gradients of tasks are asked for and can be told apart in one backward pass (`tape_for`).
+        recorder: makes the record of an update that is then replayed (`capture.py`); None: updates are made one operation at a time.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Learner:
         optimizer: Optimizer,
         task_names: list[str],
         tape: Tape | None = None,
+        recorder: Callable[[], capture.Recorder] | None = None,
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
@@ -50,6 +54,9 @@ class Learner:
         self._figures = {name: torch.zeros(K, device=device) for name in ("loss", "q", "weight")} | {"norm": torch.zeros((), device=device)}
         self._updates_in_row = 0
         self._bad_step_K = torch.full((K,), _NEVER, dtype=torch.int64, device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        recorded = recorder is not None and task_weights.capturable
+        self._make_update = capture.Captured(self._arithmetic, recorder) if recorder and recorded else self._arithmetic
 
     def updates_due(self, step: int) -> int:
         """How many updates a run should have made by a step (per task)."""
@@ -66,7 +73,17 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
-        batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
+        self.replay.prepare(step)
+        self.optimizer.at(step / self.replay.spec.total_steps)
+        self._step.fill_(step)
+        self._make_update()
+        self.updates += 1
+        self._updates_in_row += 1
+        self.agent.after_update(self.updates)
+
+    def _arithmetic(self) -> None:
+        """All that an update does to tensors. What changes from one to the next is in tensors that stay where they are."""
+        batch = self._augmentation(self.replay.draw(self.agent.batch_size))
         if self.updates == 0:
             self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)
@@ -74,15 +91,13 @@ class Learner:
         weight_K = self.task_weights.backward(gradients)
         if not self._checked:
             self._check_weights(weight_K)
-        self.optimizer.at(step / self.replay.spec.total_steps)
         norm = self.optimizer.step()
-        self.updates += 1
         if self.task_weights.looks_back:
             with torch.no_grad():
                 self.task_weights.after_step(self.agent.losses(batch).loss_KB.mean(1))
-        self.agent.after_update(self.updates)
+        self.agent.follow()
         self.replay.update_priorities(batch, losses.error_KB)
-        self._record(step, loss_K, losses.q_K, weight_K, norm)
+        self._record(loss_K, losses.q_K, weight_K, norm)
 
     def _check_weights(self, weight_K: Any) -> None:
         """Refuse a weighting of a user's own that leaves out a part of its work: without it the run would learn nothing, or stop later.
@@ -124,17 +139,16 @@ class Learner:
         for parameter in self.optimizer.parameters:
             parameter.grad = None
 
-    def _record(self, step: int, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
+    def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
         # One task's bad loss ruins the shared parameters, and with them every task's next loss: only the first is to blame.
         # A finite loss may have a gradient that is not: then the largest is.
         bad_K = ~torch.isfinite(loss_K)
         bad_K = torch.where(bad_K.any() | torch.isfinite(norm), bad_K, loss_K == loss_K.max())
         first = bad_K & (self._bad_step_K == _NEVER).all()
-        self._bad_step_K = torch.where(first, step, self._bad_step_K)
+        self._bad_step_K.copy_(torch.where(first, self._step, self._bad_step_K))
         for name, value in (("loss", loss_K), ("q", q_K), ("weight", weight_K), ("norm", norm)):
-            self._figures[name] += value
-        self._updates_in_row += 1
+            self._figures[name].add_(value)
 
     def check_finite(self) -> None:
         """Look whether all losses since the start and their gradients were finite (waits for the device).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.envs.pack import TaskPack
-from mtrl_cli.errors import RunError
-from mtrl_cli.frame_stack import FrameStack
+from mtrl_cli.envs.pack import Step
+from mtrl_cli.group import Group, Row, joined
 from mtrl_cli.learner import Learner
 from mtrl_cli.replay import Replay
 from mtrl_cli.stats import EpisodeStatistics
@@ -40,63 +39,109 @@ class Clock:
 class Loop:
     """Plays K x N environments and learns from them.
 
+    Environments are in one group, or in several that take turns: while one is being played, actions are chosen for another.
+
     Args:
-        pack, actor, replay, learner, frames, statistics: the parts that take turns.
-        device: of the replay and the learner.
+        groups: of environments, each with as many of each task.
+        actor: chooses for all of them.
+        replay, learner, statistics: the parts that take turns with them.
+        overlapped: whether updates are made while emulators play (on a GPU, which works beside them) or when they have played (on cores that
+            both would fight for).
 
     Attributes:
         step: steps per task so far.
+        num_envs: steps per task of a tick.
         clock: where the time went.
     """
 
     def __init__(
         self,
-        pack: TaskPack,
+        groups: Sequence[Group],
         actor: EpsilonGreedy,
         replay: Replay,
         learner: Learner,
-        frames: FrameStack,
         statistics: EpisodeStatistics,
-        device: torch.device,
+        overlapped: bool = False,
     ):
-        self.pack, self.actor, self.replay, self.learner, self.frames, self.statistics = pack, actor, replay, learner, frames, statistics
-        self.device = device
+        self.groups, self.actor, self.replay, self.learner, self.statistics = list(groups), actor, replay, learner, statistics
+        self.num_envs = sum(group.pack.num_envs for group in groups)
+        self._overlapped = overlapped
         self.step = 0
         self.clock = Clock()
 
     def begin(self) -> None:
         """Start every environment's first episode."""
-        observation = torch.from_numpy(self.pack.reset()).to(self.device)
-        self.frames.push(observation, torch.ones_like(self.frames.start))
+        for group in self.groups:
+            group.begin(self.learner.agent.epsilon(self.step))
+        self.groups[0].choose()
 
     def ticks(self) -> Iterator[int]:
         """One step of every environment at a time, for ever; yields the steps per task so far."""
         while True:
-            with self.clock.time("act"):
-                action = self.actor.act(self.frames.observation, self.learner.agent.epsilon(self.step))
-                self.pack.send(action.cpu().numpy())
-            with self.clock.time("learn"):  # while the emulators work
-                self.learner.learn_what_is_due(self.step)
-            with self.clock.time("env"):
-                step = self.pack.recv()
-            with self.clock.time("log"):
-                self.statistics.add(step.reward, step.done)
-                if self.learner.task_weights.hears_scores and step.done.any():
-                    self.learner.task_weights.hear_scores(self.statistics.recent())
-            with self.clock.time("act"):
-                reward, terminated, truncated, done = (
-                    torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
-                )
-                self.learner.agent.observe(reward, done)
-                self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
-                self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
-            self.step += self.pack.num_envs
+            self._send()
+            if self._overlapped:
+                self._learn()
+            steps, rows = self._receive()
+            if not self._overlapped:
+                self._learn()
+            self._count(steps)
+            self._store(joined(rows))
+            self.step += self.num_envs
             yield self.step
+
+    def _send(self) -> None:
+        """Set all groups going; the first one's actions were chosen at the end of the step before."""
+        for group in self.groups:
+            if group is not self.groups[0]:
+                with self.clock.time("act"):
+                    group.choose()
+            with self.clock.time("env"):
+                group.send()
+
+    def _learn(self) -> None:
+        with self.clock.time("learn"):
+            self.learner.learn_what_is_due(self.step)
+
+    def _receive(self) -> tuple[list[Step], list[Row]]:
+        """Wait for each group; choose for the first while the others are still playing."""
+        steps, rows, epsilon_K = [], [], self.learner.agent.epsilon(self.step + self.num_envs)
+        for group in self.groups:
+            with self.clock.time("env"):
+                steps.append(group.pack.recv())
+            with self.clock.time("act"):
+                rows.append(group.take(steps[-1], epsilon_K))
+                if group is self.groups[0] and len(self.groups) > 1:
+                    group.choose()
+        return steps, rows
+
+    def _count(self, steps: list[Step]) -> None:
+        with self.clock.time("log"):
+            reward, done = (np.concatenate([getattr(step, name) for step in steps], 1) for name in ("reward", "done"))
+            self.statistics.add(reward, done)
+            if self.learner.task_weights.hears_scores and done.any():
+                self.learner.task_weights.hear_scores(self.statistics.recent())
+
+    def _store(self, row: Row) -> None:
+        with self.clock.time("act"):
+            self.learner.agent.observe(row.reward, row.done)
+            self.replay.add(row.frame, row.start, row.action, row.reward, row.terminated, row.truncated)
+            if len(self.groups) == 1:
+                self.groups[0].choose()
+
+    @property
+    def newest_frames(self) -> torch.Tensor:
+        """What every environment shows now, `[K, N, *frame]`."""
+        return torch.cat([group.frames.newest for group in self.groups], 1)
+
+    def close(self) -> None:
+        """Free the environments."""
+        for group in self.groups:
+            group.pack.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next ticks depend on but the rows of the replay."""
-        parts = ("pack", "actor", "replay", "learner", "frames", "statistics")
-        return {"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}
+        parts = {part: getattr(self, part).state_dict() for part in ("actor", "replay", "learner", "statistics")}
+        return {"step": self.step, "groups": {str(index): group.state_dict() for index, group in enumerate(self.groups)}} | parts
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
         """Go on from a state; emulators are brought back by playing their episodes again.
@@ -105,11 +150,16 @@ class Loop:
             RunError: they did not show the frames that they showed before.
         """
         self.step = int(state["step"])
-        for part in ("actor", "learner", "frames", "statistics"):
+        for part in ("actor", "learner", "statistics"):
             getattr(self, part).load_state_dict(state[part])
         self.replay.load_state_dict(state["replay"], rows_restored)
-        newest = self.frames.newest.cpu().numpy()
-        if not np.array_equal(self.pack.load_state_dict(state["pack"]), newest):
-            raise RunError("the environments did not repeat themselves: resume with the versions of the packages that run.json names")
+        # Older checkpoints know one group, by its parts.
+        states = state.get("groups") or {"0": {part: state[part] for part in ("pack", "frames")}}
+        if len(states) != len(self.groups):
+            raise ValueError(f"the saved run has {len(states)} groups of environments, this one {len(self.groups)}")
+        for index, group in enumerate(self.groups):
+            chosen = group.load_state_dict(states[str(index)], self.learner.agent.epsilon(self.step))
+            if index == 0 and not chosen:
+                group.choose()
         if not rows_restored:
             self.learner.refill_from(self.step)

@@ -23,16 +23,22 @@ class Optimizer(ABC):
         self.parameters = parameters
         self._lr, self._lr_final = lr, lr_final
         self._max_grad_norm = max_grad_norm
-        self._optimizer = self.make(parameters)
+        # On a GPU the step size is a tensor there, which a recorded update reads anew each time.
+        self._on_gpu = any(parameter.is_cuda for parameter in parameters)
+        self._optimizer = self.make(parameters, torch.tensor(lr, device=parameters[0].device) if self._on_gpu else lr, self._on_gpu)
 
     def at(self, progress: float) -> None:
         """Set the step size for a moment of the run, 0 at its start and 1 at its end."""
+        lr = self._lr * (1 - (1 - self._lr_final) * min(1.0, progress))
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * (1 - (1 - self._lr_final) * min(1.0, progress))
+            if self._on_gpu:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     @abstractmethod
-    def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """torch's optimizer."""
+    def make(self, parameters: list[torch.nn.Parameter], lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
+        """torch's optimizer, whose steps a CUDA graph can hold where `capturable`."""
 
     def step(self) -> torch.Tensor:
         """Clip, move, and forget the gradients. Returns the gradient's global norm before clipping (scalar, on the device)."""
@@ -72,8 +78,8 @@ class Adam(Optimizer):
         weight_decay: NonNegativeFloat,
         max_grad_norm: NonNegativeFloat,
     ):
-        self._options: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        self._options: dict[str, Any] = {"eps": eps, "weight_decay": weight_decay}
         super().__init__(parameters, lr, lr_final, max_grad_norm)
 
-    def make(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, **self._options, fused=True)
+    def make(self, parameters: list[torch.nn.Parameter], lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr, **self._options, fused=True, capturable=capturable)

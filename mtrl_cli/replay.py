@@ -106,6 +106,9 @@ class Replay(ABC):
         self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self.rows = 0
         self._first_kept = 0
+        # What sampling must know of the moment, on the device: the first eligible row, and how many rows times environments there are.
+        self._first_row = torch.zeros((), dtype=torch.int64, device=spec.device)
+        self._starts = torch.zeros((), dtype=torch.int64, device=spec.device)
 
     # -- writing ------------------------------------------------------------------------------------------------------------
 
@@ -164,9 +167,20 @@ class Replay(ABC):
         """Transitions held, per task."""
         return (self.rows - self._first_kept) * self.spec.num_envs
 
-    @abstractmethod
     def sample(self, batch_size: int, step: int) -> Batch:
         """Draw `batch_size` samples of each task; `step` (per task) is for annealed quantities."""
+        self.prepare(step)
+        return self.draw(batch_size)
+
+    def prepare(self, step: int) -> None:
+        """Write what `draw` must know of the moment into fixed tensors: a step per task, and what is held now."""
+        first, stop = self.eligible_rows
+        self._first_row.fill_(first)
+        self._starts.fill_((stop - first) * self.spec.num_envs)
+
+    @abstractmethod
+    def draw(self, batch_size: int) -> Batch:
+        """Draw `batch_size` samples of each task, after `prepare`. Nothing here waits for the device, or depends on Python's numbers."""
 
     def gather(self, row_KB: torch.Tensor, env_KB: torch.Tensor, weight_KB: torch.Tensor) -> Batch:
         """The samples that start at given rows and environments (int64 `[K, B]`)."""
@@ -261,12 +275,12 @@ class UniformReplay(Replay):
     def __init__(self, spec: ReplaySpec, *, capacity: PositiveInt | Auto):
         super().__init__(spec, int(capacity))
 
-    def sample(self, batch_size: int, step: int) -> Batch:
+    def draw(self, batch_size: int) -> Batch:
         spec = self.spec
-        first, stop = self.eligible_rows
         shape = (_DRAWS, spec.num_tasks, batch_size)
-        draw = torch.randint((stop - first) * spec.num_envs, shape, generator=self._generator, device=spec.device)
-        row, env = first + draw // spec.num_envs, draw % spec.num_envs
+        uniform = torch.rand(shape, generator=self._generator, device=spec.device, dtype=torch.float64)
+        start = torch.minimum((uniform * self._starts).long(), self._starts - 1)
+        row, env = self._first_row + start // spec.num_envs, start % spec.num_envs
         task_K1 = torch.arange(spec.num_tasks, device=spec.device)[:, None]
         useless = (self._flags[task_K1, row % self.capacity_rows, env] & TRUNCATED) != 0
         chosen = useless.to(torch.uint8).argmin(0, keepdim=True)  # the first draw that is of use
@@ -293,6 +307,7 @@ class PrioritizedReplay(Replay):
         self._alpha, self._beta = alpha, beta
         self._tree = SumTree(spec.num_tasks, self.capacity_rows * spec.num_envs, spec.device)
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
+        self._exponent, self._held = torch.zeros((2,), dtype=torch.float64, device=spec.device).unbind()
 
     def add(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
         first_before, _ = self.eligible_rows
@@ -311,23 +326,26 @@ class PrioritizedReplay(Replay):
         priorities = torch.as_tensor(value, dtype=torch.float64, device=self.spec.device).expand(K, N)
         self._tree.set(index.expand(K, N), priorities)
 
-    def sample(self, batch_size: int, step: int) -> Batch:
+    def prepare(self, step: int) -> None:
+        super().prepare(step)
+        self._exponent.fill_(-(self._beta + (1 - self._beta) * min(1.0, step / self.spec.total_steps)))
+        self._held.fill_(self.transitions)
+
+    def draw(self, batch_size: int) -> Batch:
         spec = self.spec
         uniform = torch.rand((spec.num_tasks, batch_size), generator=self._generator, device=spec.device, dtype=torch.float64)
         # Stratified: one sample from each of B equal parts of the mass (Schaul et al. 2016, appendix B.2.1).
         uniform = (uniform + torch.arange(batch_size, device=spec.device)) / batch_size
         index, probability = self._tree.draw(uniform)
-        first, _ = self.eligible_rows
         slot, env = index // spec.num_envs, index % spec.num_envs
-        row = first + (slot - first) % self.capacity_rows
-        beta = self._beta + (1 - self._beta) * min(1.0, step / spec.total_steps)
-        weight = (probability * self.transitions).clamp_min(1e-12) ** -beta
+        row = self._first_row + (slot - self._first_row) % self.capacity_rows
+        weight = (probability * self._held).clamp_min(1e-12) ** self._exponent
         weight = torch.where(probability > 0, weight, 0.0)
         return self.gather(row, env, (weight / weight.amax(1, keepdim=True).clamp_min(1e-12)).float())
 
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
         priority = (error_KB.double() + 1e-6) ** self._alpha
-        self._largest_K1 = torch.maximum(self._largest_K1, priority.amax(1, keepdim=True))
+        torch.maximum(self._largest_K1, priority.amax(1, keepdim=True), out=self._largest_K1)
         # A sample of weight 0 has no successor: its priority stays 0.
         self._tree.set(batch.index, torch.where(batch.weight > 0, priority, 0.0))
 

@@ -49,11 +49,12 @@ class Training:
     steps_per_task: PositiveInt
     seed: NonNegativeInt
     device: Device
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "tf32", "bf16"]
     compile: bool | Auto
     threads: PositiveInt | Auto
     run_dir: str | None
     trusted_packages: list[str]
+    groups: PositiveInt | Auto = 1
 
 
 @dataclasses.dataclass(frozen=True)

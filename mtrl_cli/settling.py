@@ -40,7 +40,10 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
         settled["threads"] = hardware.cores() if image else 1
     if config["precision"] == "auto":
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
-        settled["precision"] = "bf16" if fast else "fp32"
+        settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
+    if settled["precision"] == "tf32" and device.type == "cpu":
+        raise UserError("precision=tf32 is of GPUs; on a CPU: precision=fp32, bf16 or auto")
+    settled["groups"] = _settle_groups(config["groups"], pack.num_envs, device)
     if config["compile"] in ("auto", True):
         missing = hardware.missing_for_compile()
         if missing and config["compile"] is True:
@@ -53,6 +56,15 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
     if device.type == "cpu" and settled["threads"] > hardware.cores():
         say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
     return settled
+
+
+def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
+    """In how many groups environments take turns: two, so that a GPU chooses for one while cores play the other; one where they share cores."""
+    if groups == "auto":
+        return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
+    if num_envs % int(groups):
+        raise UserError(f"groups={groups} does not divide env.num_envs={num_envs}: expected groups of the same size")
+    return int(groups)
 
 
 def fit_network(config: Config, pack: Pack) -> Config:

@@ -211,7 +211,7 @@ class _Training:
                 self.folder.finish("failed", seconds=self.seconds, error=str(error))
             raise
         finally:
-            self.loop.pack.close()
+            self.loop.close()
 
     # -- the run ------------------------------------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class _Training:
     def _log_pictures(self, games: evaluator.Games) -> None:
         """For TensorBoard: the spread of each task's returns, and what its first environment shows."""
         step = self.loop.step
-        newest_KN = self.loop.frames.newest
+        newest_KN = self.loop.newest_frames
         for k, task in enumerate(self.run.pack.tasks):
             self.logger.histogram(f"eval/returns/{task.name}", games.returns[task.name], step)
             if task.observation_shape[0] in (1, 3) and len(task.observation_shape) == 3:

@@ -20,11 +20,11 @@ ROOMS = {
     "procedures": {"train", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
     "configuration": {"config", "schema", "catalogue", "signatures"},
-    "loop": {"loop", "learner", "evaluator", "diagnostics"},
+    "loop": {"group", "loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
-    "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
+    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats", "transfer"},
+    "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leaves"}

@@ -17,6 +17,7 @@ from mtrl_cli.agents.value_scale import NoValueScale
 from mtrl_cli.augmentation import NoAugmentation
 from mtrl_cli.envs.pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
+from mtrl_cli.group import Group
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Clock, Loop
 from mtrl_cli.networks.heads import DuelingHead
@@ -28,12 +29,20 @@ from mtrl_cli.replay import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.transfer import SharedMemory
 
 CPU = torch.device("cpu")
 NAMES = list(TASKS)
 
 
-def loop_of(replay_kind: type[Replay] = UniformReplay, weights_seed: int = 0, capacity: int = 40, **settings: Any) -> Loop:
+def loop_of(
+    replay_kind: type[Replay] = UniformReplay,
+    weights_seed: int = 0,
+    capacity: int = 40,
+    groups: int = 1,
+    overlapped: bool = False,
+    **settings: Any,
+) -> Loop:
     """Three made-up games, two environments each, one small network."""
     pack = FakePack()
     torch.manual_seed(weights_seed)
@@ -62,8 +71,12 @@ def loop_of(replay_kind: type[Replay] = UniformReplay, weights_seed: int = 0, ca
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
     learner = Learner(agent, replay, NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
-    frames = FrameStack(3, 2, 1, pack.observation_shape, torch.float32, CPU)
-    return Loop(task_pack(pack), actor, replay, learner, frames, EpisodeStatistics(NAMES, 2), CPU)
+    size = 2 // groups
+    made = []
+    for number in range(groups):
+        played = TaskPack(pack, num_envs=size, seed=3, num_threads=1, training=True, stream="train", first_env=number * size)
+        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), SharedMemory()))
+    return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
 
 
 def task_pack(pack: FakePack) -> TaskPack:
@@ -82,9 +95,10 @@ def test_steps_are_counted_per_task() -> None:
     assert run(loop, 2) == [8, 10]
 
 
-def test_what_is_stored_is_what_was_played() -> None:
-    """The games played again with the stored actions give the stored frames, rewards and ends."""
-    loop = loop_of(capacity=200)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_stored_is_what_was_played(groups: int) -> None:
+    """The games played again with the stored actions give the stored frames, rewards and ends, in however many groups they were played."""
+    loop = loop_of(capacity=200, groups=groups)
     loop.begin()
     run(loop, 60)
     stored = loop.replay.export_rows(0, 60)
@@ -142,23 +156,48 @@ def test_updates_keep_step_with_play() -> None:
     assert loop.learner.updates == 8
 
 
-def test_the_learner_works_while_the_emulators_do() -> None:
-    loop, calls = loop_of(), []
+@pytest.mark.parametrize(
+    ("groups", "overlapped", "order"),
+    [
+        (1, False, "send0 recv0 learn add choose0"),
+        (1, True, "send0 learn recv0 add choose0"),
+        # While one group is being played, actions are chosen for the other.
+        (2, True, "send0 choose1 send1 learn recv0 choose0 recv1 add"),
+        (2, False, "send0 choose1 send1 recv0 choose0 recv1 learn add"),
+    ],
+)
+def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: str) -> None:
+    loop, calls = loop_of(groups=groups, overlapped=overlapped), []
 
-    def noted(part: Any, method: str) -> None:
+    def noted(part: Any, method: str, name: str) -> None:
         call = getattr(part, method)
 
         def wrapper(*args: Any) -> Any:
-            calls.append(method)
+            calls.append(name)
             return call(*args)
 
         setattr(part, method, wrapper)
 
     loop.begin()
-    for part, method in ((loop.pack, "send"), (loop.pack, "recv"), (loop.learner, "learn_what_is_due"), (loop.replay, "add")):
-        noted(part, method)
+    for number, group in enumerate(loop.groups):
+        for part, method in ((group.pack, "send"), (group.pack, "recv"), (group, "choose")):
+            noted(part, method, f"{method}{number}")
+    noted(loop.learner, "learn_what_is_due", "learn")
+    noted(loop.replay, "add", "add")
     run(loop, 2)
-    assert calls == ["send", "learn_what_is_due", "recv", "add"] * 2
+    assert " ".join(calls) == f"{order} {order}"
+
+
+def test_groups_play_the_environments_that_one_would_play() -> None:
+    """With actions that do not depend on chance, two groups of one environment are one group of two."""
+    stored = []
+    for groups in (1, 2):
+        loop = loop_of(groups=groups, epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000, capacity=200)
+        loop.begin()
+        run(loop, 40)
+        stored.append(loop.replay.export_rows(0, 40))
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name]), name
 
 
 def test_statistics_show_the_games_own_scores() -> None:
@@ -209,17 +248,27 @@ def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
 
 
 @pytest.mark.parametrize("stops", [[0], [1], [33], [3, 4, 5, 30, 50]])
-@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
-def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(replay_kind: type[Replay], stops: list[int]) -> None:
-    alone = loop_of(replay_kind)
+@pytest.mark.parametrize(
+    ("replay_kind", "turns"),
+    [
+        (UniformReplay, {}),
+        (PrioritizedReplay, {}),
+        (UniformReplay, {"groups": 2, "overlapped": True}),
+        (PrioritizedReplay, {"groups": 2, "overlapped": True}),
+    ],
+)
+def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
+    replay_kind: type[Replay], turns: dict[str, Any], stops: list[int]
+) -> None:
+    alone = loop_of(replay_kind, **turns)
     alone.begin()
     run(alone, 70)
-    resumed, played = loop_of(replay_kind), 0
+    resumed, played = loop_of(replay_kind, **turns), 0
     resumed.begin()
     for stop in stops:
         run(resumed, stop - played)
         played = stop
-        resumed = restored(loop_of(replay_kind, weights_seed=9), saved(resumed), resumed.replay)
+        resumed = restored(loop_of(replay_kind, weights_seed=9, **turns), saved(resumed), resumed.replay)
     run(resumed, 70 - played)
     assert resumed.step == alone.step == 140
     assert resumed.learner.updates == alone.learner.updates > 20
@@ -253,3 +302,32 @@ def test_the_clock_adds_up_and_starts_anew_at_every_reading() -> None:
     assert first["act"] > 0
     assert first["learn"] == 0
     assert clock.read() == {"act": 0.0, "learn": 0.0}
+
+
+def test_a_state_of_another_number_of_groups_is_refused() -> None:
+    loop = loop_of()
+    loop.begin()
+    with pytest.raises(ValueError, match="1 groups of environments, this one 2"):
+        restored(loop_of(groups=2), saved(loop), loop.replay)
+
+
+def test_a_state_from_before_actions_were_chosen_at_the_end_of_a_step_goes_on_the_same() -> None:
+    alone = loop_of()
+    alone.begin()
+    actor_before = {}
+    choose = alone.groups[0].choose
+
+    def noting() -> None:
+        actor_before.update({name: tensor.clone() for name, tensor in alone.actor.state_dict().items()})
+        choose()
+
+    alone.groups[0].choose = noting  # type: ignore[method-assign]
+    run(alone, 30)
+    state = saved(alone)
+    old = dict(state["loop"]) | {part: state["loop"]["groups"]["0"][part] for part in ("pack", "frames")} | {"actor": actor_before}
+    del old["groups"]
+    resumed = restored(loop_of(weights_seed=9), state | {"loop": old}, alone.replay)
+    run(alone, 20)
+    run(resumed, 20)
+    for name, tensor in alone.learner.agent.network.state_dict().items():
+        assert torch.equal(tensor, resumed.learner.agent.network.state_dict()[name]), name

@@ -114,7 +114,7 @@ def test_a_sample_shows_what_was_acted_on() -> None:
     seen = []
     for row in islice(random_rows(chosen, 3), 50):
         frames.push(row["frame"], row["start"])
-        seen.append(frames.observation)
+        seen.append(frames.observation.clone())
         replay.add(frames.newest, frames.start, row["action"], row["reward"], row["terminated"], row["truncated"])
     first, stop = replay.eligible_rows
     for row in range(first, stop):

@@ -26,14 +26,25 @@ class EpsilonGreedy:
         self._num_actions_K1 = torch.tensor(num_actions, device=device)[:, None]
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    @torch.no_grad()
     def act(self, observation: torch.Tensor, epsilon_K: np.ndarray) -> torch.Tensor:
         """Actions int64 `[K, N]` for observations `[K, N, S, *frame]`; epsilon is float32 `[K]`."""
-        greedy_KN = self._network(observation.flatten(2, 3)).argmax(-1)
+        return self.choose(observation, torch.as_tensor(epsilon_K, device=observation.device))[0]
+
+    @torch.no_grad()
+    def choose(self, observation: torch.Tensor, epsilon_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions, and the values of the best.
+
+        Args:
+            observation: `[K, N, S, *frame]`.
+            epsilon_K: float32 `[K]`, share of random actions.
+
+        Returns:
+            int64 `[K, N]` and float32 `[K, N]`, on the learner's scale.
+        """
+        value_KN, greedy_KN = self._network(observation.flatten(2, 3)).max(-1)
         draw_2KN = torch.rand((2, *greedy_KN.shape), generator=self._generator, device=observation.device)
         random_KN = (draw_2KN[0] * self._num_actions_K1).long().clamp_max(self._num_actions_K1 - 1)
-        explore_KN = draw_2KN[1] < torch.as_tensor(epsilon_K, device=observation.device)[:, None]
-        return torch.where(explore_KN, random_KN, greedy_KN)
+        return torch.where(draw_2KN[1] < epsilon_K[:, None], random_KN, greedy_KN), value_KN
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"generator": self._generator.get_state()}

@@ -59,9 +59,12 @@ class Agent(ABC):
     def losses(self, batch: Batch) -> Losses:
         """Losses of every sample of every task."""
 
+    def follow(self) -> None:
+        """Take in what the losses of an update were worked out from, once its step is made; a part of what is recorded (`capture.py`)."""
+
     @abstractmethod
     def after_update(self, updates: int) -> None:
-        """What follows the `updates`-th step of the optimizer (the target network)."""
+        """What follows the `updates`-th update (the target network)."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""

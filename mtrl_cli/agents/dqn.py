@@ -147,19 +147,18 @@ class DQN(Agent):
         q_KB = head.expectation(outputs.detach())
         return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
 
-    def after_update(self, updates: int) -> None:
+    def follow(self) -> None:
         if self._seen is not None:
             self._value_scale.follow(*self._seen, (self.network.head, self.target_network.head))
             self._seen = None
-        if self._target_period and updates % self._target_period:
-            return
-        online: list[torch.Tensor] = list(self.network.parameters())
-        target: list[torch.Tensor] = list(self.target_network.parameters())
-        with torch.no_grad():
-            if self._target_period:
-                torch._foreach_copy_(target, online)
-            else:
-                torch._foreach_lerp_(target, online, self._target_tau)
+        if not self._target_period:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.target_network.parameters()), list(self.network.parameters()), self._target_tau)
+
+    def after_update(self, updates: int) -> None:
+        if self._target_period and updates % self._target_period == 0:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.target_network.parameters()), list(self.network.parameters()))
 
     def figures(self) -> dict[str, torch.Tensor]:
         return self._value_scale.figures()

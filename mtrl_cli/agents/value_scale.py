@@ -154,8 +154,8 @@ class PopArt(ValueScale):
         mean_K, square_K = self._moments_2K
         variance_K = square_K - self._weight_K * mean_K.square()
         scale_K = variance_K.clamp_min(0).sqrt().clamp_min(self._min_scale)
-        self.mean_K = mean_K.float()
-        self.scale_K = torch.where(self._weight_K > 0, scale_K, 1.0).float()
+        self.mean_K.copy_(mean_K)
+        self.scale_K.copy_(torch.where(self._weight_K > 0, scale_K, 1.0))
 
     def figures(self) -> dict[str, torch.Tensor]:
         return {"value/mean": self.mean_K, "value/scale": self.scale_K}
@@ -191,6 +191,8 @@ class ReturnNorm(ValueScale):
         # Number of returns so far, their mean, sum of squared deviations from it, and largest magnitude.
         self._count = 0
         self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(3, stream.num_tasks)
+        self._divisor_K = torch.ones(stream.num_tasks, device=stream.device)
+        self._settle()
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
         self._return_KN.mul_(self._gamma).add_(reward_KN)
@@ -204,16 +206,18 @@ class ReturnNorm(ValueScale):
         self._count += number
         torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
         self._return_KN.masked_fill_(done_KN, 0.0)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What rewards are divided by, as the moments have it."""
+        spread_K = (self._deviation_K / max(1, self._count) + self._eps).sqrt()
+        self._divisor_K.copy_(torch.maximum(spread_K, self._largest_K / self._limit))
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
-        return rewards_KBn / self._divisor_K()[:, None, None]
-
-    def _divisor_K(self) -> torch.Tensor:
-        spread_K = (self._deviation_K / max(1, self._count) + self._eps).sqrt()
-        return torch.maximum(spread_K, self._largest_K / self._limit).float()
+        return rewards_KBn / self._divisor_K[:, None, None]
 
     def figures(self) -> dict[str, torch.Tensor]:
-        return {"value/scale": self._divisor_K()}
+        return {"value/scale": self._divisor_K}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -229,3 +233,4 @@ class ReturnNorm(ValueScale):
         self._count = int(state["count"])
         for name in ("mean", "deviation", "largest"):
             getattr(self, f"_{name}_K").copy_(state[name])
+        self._settle()

@@ -184,15 +184,29 @@ class TaskPack:
         seed: the run's; with `stream` (such as "train" or "eval") it decides all seeds of episodes.
         num_threads: emulator threads in all, divided between the tasks, at least one each.
         training: whether a protocol that treats training and evaluation differently is in training.
+        first_env: the number of the first environment, where others play those before: it decides on seeds.
+        buffers: two arrays `[K, N, *padded]`, zeros, that take turns in holding observations; made here where they are left out.
 
     Attributes:
         episodes: int64 `[K, N]`, the number of each environment's episode, from 0.
     """
 
-    def __init__(self, pack: Pack, *, num_envs: int, seed: int, num_threads: int, training: bool, stream: str) -> None:
+    def __init__(
+        self,
+        pack: Pack,
+        *,
+        num_envs: int,
+        seed: int,
+        num_threads: int,
+        training: bool,
+        stream: str,
+        first_env: int = 0,
+        buffers: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self.pack = pack
         self.tasks = pack.tasks
         self.num_envs = num_envs
+        self.first_env = first_env
         self.seed = seed
         self.stream = stream
         shape = (len(self.tasks), num_envs)
@@ -202,7 +216,7 @@ class TaskPack:
         self._num_actions = np.array([[task.num_actions] for task in self.tasks])
         self._in_flight: np.ndarray | None = None
         # Two buffers take turns: what the caller holds stays whole while the next observation is written.
-        self._buffers = [np.zeros((*shape, *pack.observation_shape), pack.observation_dtype) for _ in range(2)]
+        self._buffers = list(buffers or [np.zeros((*shape, *pack.observation_shape), pack.observation_dtype) for _ in range(2)])
         self._own_parts = [
             [buffer[index][:, *(slice(size) for size in task.observation_shape)] for index, task in enumerate(self.tasks)]
             for buffer in self._buffers
@@ -342,7 +356,8 @@ class TaskPack:
         """For the environments in `mask`: the seeds of those that are due for one, `UNSEEDED` for the others."""
         envs = np.flatnonzero(mask).tolist()
         return np.array(
-            [self.episode_seed(task, env, self._seeded_episodes[task, env]) if due[env] else UNSEEDED for env in envs], np.int64
+            [self.episode_seed(task, self.first_env + env, self._seeded_episodes[task, env]) if due[env] else UNSEEDED for env in envs],
+            np.int64,
         )
 
     def _fill(self, observations: Sequence[np.ndarray | None]) -> np.ndarray:

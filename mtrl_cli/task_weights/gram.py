@@ -63,7 +63,7 @@ class GradVac(TaskWeights):
         def weights_of(gram_KK: torch.Tensor) -> torch.Tensor:
             weight_K, cosine_KK = vaccinated(gram_KK, self._target_KK, order_KK)
             newest_KK = torch.where(torch.isfinite(cosine_KK), cosine_KK, self._target_KK)
-            self._target_KK = (1 - self._beta) * self._target_KK + self._beta * newest_KK
+            self._target_KK.copy_((1 - self._beta) * self._target_KK + self._beta * newest_KK)
             return weight_K
 
         return combine(gradients, weights_of)

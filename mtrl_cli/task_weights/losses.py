@@ -106,6 +106,8 @@ class DWA(TaskWeights):
         temperature: larger is closer to uniform.
     """
 
+    capturable = False  # epochs are counted on the host
+
     def __init__(self, tasks: Tasks, *, epoch: PositiveInt, temperature: PositiveFloat):
         super().__init__(tasks)
         self._epoch, self._temperature = epoch, temperature
@@ -158,7 +160,7 @@ class FAMO(TaskWeights):
         # log z - log L, by softmax: a loss near 0 must not make the quotient overflow.
         weight_K = finite_or_uniform((self._logit.value_K.log_softmax(0) - (gradients.loss_K + _TINY).log()).softmax(0))
         gradients.weigh(weight_K)
-        self._before_K = gradients.loss_K.clone()
+        self._before_K.copy_(gradients.loss_K)
         return weight_K
 
     def after_step(self, loss_K: torch.Tensor) -> None:

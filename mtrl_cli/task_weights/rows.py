@@ -73,6 +73,7 @@ class GradDrop(TaskWeights):
     """
 
     needs = "rows"
+    capturable = False  # a seed is drawn on the host each time
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -115,6 +116,7 @@ class DBMTL(TaskWeights):
     """
 
     needs = "rows"
+    capturable = False  # updates are counted on the host
 
     def __init__(self, tasks: Tasks, *, beta: Fraction, beta_decay: NonNegativeFloat):
         super().__init__(tasks)

@@ -45,7 +45,7 @@ class ScoreGap(TaskWeights):
         self._gap_K = torch.ones_like(self._heard_K)
 
     def hear_scores(self, recent: dict[str, float]) -> None:
-        self._heard_K = torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names], device=self.tasks.device)
+        self._heard_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]))
 
     def _gap(self, name: str, score: float | None) -> float:
         if score is None:
@@ -54,7 +54,7 @@ class ScoreGap(TaskWeights):
         return 1.0 - min(1.0, max(0.0, (score - random) / (reference - random)))
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        self._gap_K = self._keep * self._gap_K + (1 - self._keep) * self._heard_K
+        self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._heard_K)
         weight_K = finite_or_uniform((self._gap_K / self._temperature).softmax(0))
         gradients.weigh(weight_K)
         return weight_K

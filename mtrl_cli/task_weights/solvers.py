@@ -82,6 +82,7 @@ class NashMTL(TaskWeights):
     """
 
     needs = "gram"
+    capturable = False  # most updates are made without a solution
 
     def __init__(self, tasks: Tasks, *, every: PositiveInt, max_iterations: PositiveInt):
         super().__init__(tasks)

@@ -1,0 +1,146 @@
+"""Recorded functions: what changes is read anew, what the host is asked is asked anew, and learning from a record is learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fake_tasks import ALL_WEIGHTS, stream_of, weights_of
+from mtrl_cli import build, capture, settling
+from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
+from mtrl_cli.config import compose_training
+from mtrl_cli.replay import PrioritizedReplay, Replay, UniformReplay
+from recorded_operations import RecordedOperations
+from test_learner import NAMES, fill, learner_of, parameters, rows
+
+
+def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() -> None:
+    calls, x, total = [], torch.zeros(3), torch.zeros(())
+
+    def function() -> torch.Tensor:
+        calls.append(len(calls))
+        total.add_(x.sum())
+        return x * 2
+
+    recorded = capture.Captured(function, RecordedOperations, warm_up=2)
+    results = []
+    for value in range(6):
+        x.fill_(value)
+        results.append(recorded().clone())
+    assert [result.tolist() for result in results] == [[2.0 * value] * 3 for value in range(6)]
+    assert len(calls) == 3  # twice as it is, once to record
+    assert total == 3 * (0 + 1 + 2 + 3 + 4 + 5)
+
+
+def test_without_a_recording_the_host_is_simply_asked() -> None:
+    x = torch.arange(4.0)
+    assert torch.equal(capture.on_host(x, lambda host: host.double() * 2, like=x), x * 2)
+    assert capture.on_host(x, lambda host: host.double(), like=x).dtype == torch.float32
+
+
+def test_the_host_is_asked_anew_each_time() -> None:
+    x, asked = torch.ones(2), []
+
+    def function() -> torch.Tensor:
+        def answer(host: torch.Tensor) -> torch.Tensor:
+            asked.append(host.tolist())
+            return host + len(asked)
+
+        return capture.on_host(x * 10, answer, like=x) + 1
+
+    recorded = capture.Captured(function, RecordedOperations, warm_up=0)
+    found = []
+    for value in range(3):
+        x.fill_(value)
+        found.append(recorded().tolist())
+    assert asked == [[0.0, 0.0], [10.0, 10.0], [20.0, 20.0]]
+    assert found == [[2.0, 2.0], [13.0, 13.0], [24.0, 24.0]]
+
+
+def test_a_function_that_waits_for_its_device_cannot_be_recorded() -> None:
+    """The stand-in for graphs is as strict as they are."""
+    x = torch.ones(2)
+    with pytest.raises(AssertionError, match="waited for"):
+        capture.Captured(lambda: x * float(x.sum()), RecordedOperations, warm_up=0)()
+
+
+def compare(change: Callable[[Any], None], updates: int = 12, **settings: Any) -> None:
+    """A learner whose updates are recorded against one whose are not: the same figures and parameters after rows keep coming."""
+    learners, records = [], []
+
+    def recorder() -> RecordedOperations:
+        records.append(RecordedOperations())
+        return records[-1]
+
+    for made_by in (None, recorder):
+        learner = fill(learner_of(**settings), 12)
+        change(learner)
+        if made_by is not None and learner.task_weights.capturable:
+            learner._make_update = capture.Captured(learner._arithmetic, made_by)
+        for update, row in enumerate(rows(updates, start=12)):
+            learner.replay.add(**row)
+            learner.agent.observe(row["reward"], row["terminated"])
+            if learner.task_weights.hears_scores:
+                learner.task_weights.hear_scores({name: float(update) for name in learner.task_weights.tasks.names})
+            learner.update(100 * update)
+        learners.append(learner)
+    eager, recorded = learners
+    assert bool(records) == eager.task_weights.capturable
+    for name, tensor in parameters(eager).items():
+        assert torch.equal(tensor, parameters(recorded)[name]), name
+    figures = eager.row()
+    assert figures == recorded.row()
+    assert figures["grad/norm"] > 0
+
+
+@pytest.mark.parametrize("name", ALL_WEIGHTS)
+def test_with_every_weighting_a_recorded_update_learns_what_an_eager_one_does(name: str) -> None:
+    def change(learner: Any) -> None:
+        learner.task_weights = weights_of(name, num_tasks=2)
+
+    compare(change)
+
+
+@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
+@pytest.mark.parametrize("scale", [NoValueScale, ClipRewards, PopArt, ReturnNorm])
+@pytest.mark.parametrize("target", [{"target_period": 2}, {"target_period": 0, "target_tau": 0.1}])
+def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
+    replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
+) -> None:
+    def change(learner: Any) -> None:
+        learner.agent._value_scale = scale(stream_of(NAMES, num_envs=3))
+
+    compare(change, replay_kind=replay_kind, **target)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins for the CPU are above")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("weights", ["uniform", "pcgrad", "mgda"])
+def test_captured_and_eager_updates_agree_on_a_gpu(weights: str, precision: str, tolerance: float) -> None:
+    """200 updates of a whole Atari run's learner on the same made-up rows, one of them compiled and captured."""
+    words = ["env=atari_pack", "env.tasks=[pong,breakout]", "env.num_envs=2", "agent.batch_size=8", f"task_weights={weights}"]
+    words += ["device=cuda", f"precision={precision}", "replay.capacity=200", "checkpoint.replay=false"]
+    losses = []
+    for captured in (True, False):
+        config = compose_training([*words, f"compile={str(captured).lower()}"])
+        pack = build.make_pack(config)
+        learner = build.make_run(settling.settle(config, pack, print), pack, print).learner
+        assert isinstance(learner._make_update, capture.Captured)
+        if not captured:
+            learner._make_update = learner._arithmetic
+        device, generator = learner.replay.spec.device, torch.Generator().manual_seed(0)
+        for _ in range(60):
+            frame = torch.randint(256, (2, 2, 1, 84, 84), generator=generator, dtype=torch.uint8).to(device)
+            flag = torch.rand((2, 2), generator=generator).to(device) < 0.1
+            action = torch.randint(3, (2, 2), generator=generator).to(device)
+            learner.replay.add(frame, flag, action, torch.ones(2, 2, device=device), flag, torch.zeros_like(flag))
+        rows = []
+        for update in range(200):
+            learner.update(update)
+            rows.append([learner.row()[f"loss/{task.name}"] for task in pack.tasks])
+        losses.append(torch.tensor(rows))
+    assert torch.allclose(losses[0], losses[1], rtol=tolerance, atol=tolerance)
