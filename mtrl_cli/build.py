@@ -135,7 +135,9 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
         torch.manual_seed(derived_seed(config["seed"], "network"))
         network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
     # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" and pack.observation_kind == "image" else network
+    if device.type == "cuda" and pack.observation_kind == "image":
+        torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def set_up_torch(config: Config) -> None:

@@ -45,8 +45,8 @@ class Loop:
         groups: of environments, each with as many of each task.
         actor: chooses for all of them.
         replay, learner, statistics: the parts that take turns with them.
-        overlapped: whether updates are made while emulators play (on a GPU, which works beside them) or when they have played (on cores that
-            both would fight for).
+        overlapped: whether updates are made while emulators play (on a GPU, which works beside them) or when they have played (on cores
+            that both would fight for).
 
     Attributes:
         step: steps per task so far.

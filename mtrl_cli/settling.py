@@ -20,6 +20,11 @@ from mtrl_cli.replay import Replay, ReplaySpec
 # `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
 # and, where checkpoints hold the replay, this share of the free disk.
 _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
+# `agent.batch_size=auto`: samples of all tasks together in one update, at least; fewer make operations too small for their overhead. Large
+# networks are those of whole images; a GPU is wider.
+_SAMPLES_OF_LARGE, _SAMPLES_OF_SMALL, _SAMPLES_ON_GPU = 128, 640, 256
+_LARGE_NETWORK = 1_000_000  # multiply-adds of a forward
+_SMALLEST_BATCH = 32  # of each task (Mnih et al. 2015)
 # A capacity that the user chose leaves this much for the network and the emulators.
 _LARGEST_MEMORY_SHARE = 0.9
 
@@ -52,6 +57,8 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
             say(f"compile: off, about two times slower on a CPU: {missing}")
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
+    if config["agent"].get("batch_size") == "auto":
+        settled["agent"] = config["agent"] | {"batch_size": _settle_batch(settled, pack, device)}
     settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():
         say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
@@ -59,12 +66,20 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
 
 
 def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
-    """In how many groups environments take turns: two, so that a GPU chooses for one while cores play the other; one where they share cores."""
+    """In how many groups environments take turns: two where a GPU chooses for one while cores play the other, else one."""
     if groups == "auto":
         return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
     if num_envs % int(groups):
         raise UserError(f"groups={groups} does not divide env.num_envs={num_envs}: expected groups of the same size")
     return int(groups)
+
+
+def _settle_batch(config: Config, pack: Pack, device: torch.device) -> int:
+    """Samples per task and update: few large updates rather than many small ones, at the same number of samples per step."""
+    large = build.measure(config, pack)[1] >= _LARGE_NETWORK
+    wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
+    each = -(-wanted // len(pack.tasks))
+    return max(_SMALLEST_BATCH, 1 << (each - 1).bit_length())
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
@@ -170,9 +185,18 @@ def describe(config: Config, pack: Pack) -> list[str]:
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
         f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
+        *_describe_updates(config),
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",
     ]
+
+
+def _describe_updates(config: Config) -> list[str]:
+    agent = config["agent"]
+    if "batch_size" not in agent or "samples_per_step" not in agent:
+        return []
+    every = agent["batch_size"] / agent["samples_per_step"]
+    return [f"updates: {agent['batch_size']} samples of each task, one update every {every:g} steps per task"]
 
 
 def own(counts: ParameterCounts) -> str:

@@ -1,4 +1,4 @@
-"""What CUDA graphs do, on a CPU and for tests: the operations of a function are noted down once, with their tensors, and done again as noted."""
+"""What CUDA graphs do, on a CPU and for tests: the operations of a function are noted once, with their tensors, and done again as noted."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from mtrl_cli.replay import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.transfer import SharedMemory
+from mtrl_cli.transfer import Pinned, SharedMemory
 
 CPU = torch.device("cpu")
 NAMES = list(TASKS)
@@ -41,6 +41,7 @@ def loop_of(
     capacity: int = 40,
     groups: int = 1,
     overlapped: bool = False,
+    pinned: bool = False,
     **settings: Any,
 ) -> Loop:
     """Three made-up games, two environments each, one small network."""
@@ -74,8 +75,18 @@ def loop_of(
     size = 2 // groups
     made = []
     for number in range(groups):
-        played = TaskPack(pack, num_envs=size, seed=3, num_threads=1, training=True, stream="train", first_env=number * size)
-        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), SharedMemory()))
+        transfer = Pinned(3, size, pack.observation_shape, pack.observation_dtype, CPU) if pinned else SharedMemory()
+        played = TaskPack(
+            pack,
+            num_envs=size,
+            seed=3,
+            num_threads=1,
+            training=True,
+            stream="train",
+            first_env=number * size,
+            buffers=transfer.buffers,
+        )
+        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), transfer))
     return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
 
 
@@ -254,7 +265,7 @@ def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
         (UniformReplay, {}),
         (PrioritizedReplay, {}),
         (UniformReplay, {"groups": 2, "overlapped": True}),
-        (PrioritizedReplay, {"groups": 2, "overlapped": True}),
+        (PrioritizedReplay, {"groups": 2, "overlapped": True, "pinned": True}),
     ],
 )
 def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
@@ -302,6 +313,20 @@ def test_the_clock_adds_up_and_starts_anew_at_every_reading() -> None:
     assert first["act"] > 0
     assert first["learn"] == 0
     assert clock.read() == {"act": 0.0, "learn": 0.0}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_goes_over_in_one_block_is_what_was_there(groups: int) -> None:
+    """A run whose steps are copied in blocks, as to a GPU, is the run whose emulators and learner share memory."""
+    loops = [loop_of(groups=groups, pinned=pinned) for pinned in (False, True)]
+    for loop in loops:
+        loop.begin()
+        run(loop, 50)
+    shared, pinned = (loop.replay.export_rows(10, 50) for loop in loops)
+    for name, tensor in shared.items():
+        assert torch.equal(tensor, pinned[name]), name
+    for name, tensor in loops[0].learner.agent.network.state_dict().items():
+        assert torch.equal(tensor, loops[1].learner.agent.network.state_dict()[name]), name
 
 
 def test_a_state_of_another_number_of_groups_is_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.value_scale import ValueScale
-from mtrl_cli.fields import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch
@@ -27,7 +27,7 @@ class DQN(Agent):
         value_scale: the learner's view of rewards.
         task_names: for settings by task.
         compile_with: what makes a fast function of the losses (torch.compile), or the identity.
-        batch_size: samples per task and update.
+        batch_size: samples per task and update. ("auto" is decided before an agent is made.)
         samples_per_step: replayed samples per environment step; an update is due every batch_size / samples_per_step steps.
         learning_starts: steps per task before the first update.
         gamma: discount per step.
@@ -52,7 +52,7 @@ class DQN(Agent):
         task_names: Sequence[str],
         compile_with: Callable[[Callable[..., Any]], Callable[..., Any]],
         *,
-        batch_size: PositiveInt,
+        batch_size: PositiveInt | Auto,
         samples_per_step: PositiveFloat,
         learning_starts: NonNegativeInt,
         gamma: Fraction,
@@ -74,7 +74,7 @@ class DQN(Agent):
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
         self.network = network
         self.target_network = copy.deepcopy(network).requires_grad_(False)
-        self.batch_size, self.samples_per_step, self.learning_starts = batch_size, samples_per_step, learning_starts
+        self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
         self.n_step = n_step
         self._gamma, self._double, self._huber = gamma, double, huber
         self._target_period, self._target_tau = target_period, target_tau
