@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Speed against stable-baselines3's DQN at equal work: the same game, the Nature network with a plain head, no double
 Q-learning, one-step returns, 8 replayed samples per step. Each side is a process of its own, in turns; medians of the rounds.
+Beside them `agent=pqn` on the same game, at 4 samples per step (4 epochs), with the LayerNorm that it needs.
 
     pip install 'mtrl_cli[bench]'
     python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
@@ -40,17 +41,22 @@ class Side:
         name: in the table.
         games: `env.tasks`.
         batch_size: samples per task and update.
+        agent: of mtrl.
     """
 
     name: str
     games: tuple[str, ...]
     batch_size: int
+    agent: str = "dqn"
 
 
 GAMES = ("pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway")
 PEER = Side("stable-baselines3, breakout", ("breakout",), 32)
 ONE = Side("mtrl, breakout", ("breakout",), 128)
 ALL = Side("mtrl, eight games", GAMES, 32)
+# 16 environments, rollouts of 32 steps, 4 minibatches of an epoch: 128 samples each.
+PQN = Side("mtrl pqn, breakout", ("breakout",), 16 * 32 // 4, "pqn")
+SIDES = (PEER, ONE, ALL, PQN)
 
 
 def run(command: list[str], folder: str) -> str:
@@ -73,20 +79,24 @@ def time_peer(steps: int, folder: str) -> dict[str, float]:
 def overrides(side: Side, steps: int, run_dir: str) -> list[str]:
     """What `mtrl train` is told."""
     tasks = len(side.games)
+    of_dqn = {
+        "agent.double": "false",
+        "agent.n_step": 1,
+        "agent.samples_per_step": SAMPLES_PER_STEP,
+        "agent.batch_size": side.batch_size,
+        "agent.learning_starts": LEARNING_STARTS // tasks,
+        "replay.capacity": CAPACITY // tasks,
+    }
+    of_pqn = {"agent": "pqn", "env.num_envs": 16, "agent.rollout_length": 32, "agent.minibatches": 4, "agent.epochs": 4}
     values = {
         "env": "atari_pack",
         "network": "nature",
         "network/head": "plain",
         "env.tasks": f"[{','.join(side.games)}]",
         "env.protocol": "nature",
-        "agent.double": "false",
-        "agent.n_step": 1,
-        "agent.samples_per_step": SAMPLES_PER_STEP,
-        "agent.batch_size": side.batch_size,
-        "agent.learning_starts": LEARNING_STARTS // tasks,
         "agent.epsilon_start": EPSILON,
         "agent.epsilon_end": EPSILON,
-        "replay.capacity": CAPACITY // tasks,
+        **(of_pqn if side.agent == "pqn" else of_dqn),
         "steps_per_task": (LEARNING_STARTS + WARM_UP + steps) // tasks,
         "log.every": steps // tasks // ROWS,
         "eval.every": 0,
@@ -126,12 +136,12 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
     """All sides in turns, `rounds` times: every round's rates, and the ratios of the medians to the peer's."""
     if (load := os.getloadavg()[0]) > 1:
         print(f"the machine is busy (load {load:.1f}): threads that wait for each other suffer most: no ratio holds", file=sys.stderr)
-    rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in (PEER, ONE, ALL)}
+    rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
             rates[PEER.name].append(time_peer(steps, folder))
-            for side in (ONE, ALL):
+            for side in SIDES[1:]:
                 rates[side.name].append(time_mtrl(side, steps, folder))
     speeds = {name: [rate["steps_per_second"] for rate in found] for name, found in rates.items()}
     medians = {name: statistics.median(values) for name, values in speeds.items()}
@@ -145,7 +155,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The figures as lines of text."""
     lines = [f"{'medians':<30}{'batch':>9}{'samples/step':>14}{'updates/s':>11}{'steps/s':>9}{'ratio':>7}   ratio by round"]
-    for side in (PEER, ONE, ALL):
+    for side in SIDES:
         keys = ("samples_per_step", "updates_per_second", "steps_per_second")
         samples, updates, steps = (statistics.median(rate[key] for rate in result["sides"][side.name]) for key in keys)
         batch, ratio = f"{len(side.games)} x {side.batch_size}", result["ratio"][side.name]

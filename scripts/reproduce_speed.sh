@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Does speed cost learning? classic_pack and MinAtar's Breakout and Freeway with the fast path (compiled, few large updates, the machine's own
+# precision and threads) against the plain one (eager, float32, updates of 32 samples of each task as published, one thread); three seeds each.
+# Usage: scripts/reproduce_speed.sh [folder]      (twelve runs of 3 to 10 minutes; interrupted, it goes on where it was)
+set -euo pipefail
+folder=${1:-runs/reproduce_speed}
+minatar='env=minatar_pack env.tasks=[breakout,freeway] steps_per_task=300000 eval.episodes=30'
+plain='compile=false precision=fp32 threads=1'
+for seed in ${SEEDS:-0 1 2}; do
+  mtrl train env=classic_pack eval.episodes=30 compile=true seed=$seed run_dir="$folder/classic_fast/s$seed" --or-resume
+  mtrl train env=classic_pack eval.episodes=30 $plain seed=$seed run_dir="$folder/classic_plain/s$seed" --or-resume
+  mtrl train $minatar seed=$seed run_dir="$folder/minatar_fast/s$seed" --or-resume
+  mtrl train $minatar $plain agent.batch_size=32 seed=$seed run_dir="$folder/minatar_plain/s$seed" --or-resume
+done
+python "$(dirname "$0")/results_table.py" --groups "$folder"/classic_fast "$folder"/classic_plain
+python "$(dirname "$0")/results_table.py" --groups "$folder"/minatar_fast "$folder"/minatar_plain
