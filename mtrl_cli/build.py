@@ -28,7 +28,8 @@ from mtrl_cli.loop import Loop
 from mtrl_cli.networks.cost import multiply_adds
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
 from mtrl_cli.replay import Replay, ReplaySpec
-from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
+from mtrl_cli.schema import NOT_THE_CLASSES
+from mtrl_cli.signatures import KINDS
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform

@@ -19,7 +19,7 @@ ROOMS = {
     "cli": {"cli", "__main__"},
     "procedures": {"train", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
-    "configuration": {"config", "schema", "catalogue", "signatures"},
+    "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
