@@ -52,7 +52,8 @@ def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: 
     if not found_scale.attributes.get("bounds_returns", False):
         raise UserError(
             f"network/head's {class_name(head)} needs returns of a known range, "
-            f"which agent/value_scale's {class_name(scale)} does not give: choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
+            f"which agent/value_scale's {class_name(scale)} does not give: "
+            "choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
         )
     limit, largest = scale.get("limit"), head.get("v_max")
     if limit is not None and largest is not None and limit > largest:
