@@ -326,8 +326,9 @@ def replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
         frame_shape=pack.observation_shape,
         dtype=torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype,
         stack=pack.stack,
-        n_step=config["agent"]["n_step"],
+        n_step=config["agent"].get("n_step", 1),
         device=device,
         seed=derived_seed(config["seed"], "replay"),
         total_steps=config["steps_per_task"],
+        rollout_length=config["agent"].get("rollout_length", 0),
     )

@@ -19,6 +19,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     """
     _check_tasks(config["env"].get("tasks", []))
     _check_value_scale(config, trusted, root)
+    _check_replay(config, trusted, root)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
@@ -60,6 +61,36 @@ def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: 
         raise UserError(
             f"agent.value_scale.limit={limit:g} is above network.head.v_max={largest:g}, beyond which the head knows no value: "
             "lower the one or raise the other"
+        )
+
+
+def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
+    """Agents that learn from rollouts go with what keeps these, and with no other replay."""
+    agent, replay = config["agent"], config["replay"]
+    learns_from, keeps = (
+        read(f"{path}._target_", node["_target_"], KINDS[path], trusted, root).attributes.get("from_rollouts", False)
+        for path, node in (("agent", agent), ("replay", replay))
+    )
+    if learns_from and not keeps:
+        raise UserError(
+            f"agent's {class_name(agent)} learns from rollouts, which replay's {class_name(replay)} does not keep: leave replay= out"
+        )
+    if keeps and not learns_from:
+        raise UserError(
+            f"replay's {class_name(replay)} forgets what agent's {class_name(agent)} would learn from: choose replay=uniform or prioritized"
+        )
+    length, parts, num_envs = agent.get("rollout_length"), agent.get("minibatches"), config["env"].get("num_envs")
+    if not learns_from or length is None or num_envs is None:
+        return
+    if parts and length * num_envs % parts:
+        raise UserError(
+            f"agent.minibatches={parts} cannot cut a rollout into equal parts: it has agent.rollout_length={length} times "
+            f"env.num_envs={num_envs} steps, {length * num_envs}; expected a number that divides them"
+        )
+    if (length + 1) * num_envs > config["steps_per_task"]:
+        raise UserError(
+            f"agent.rollout_length={length} with env.num_envs={num_envs} is not complete within "
+            f"steps_per_task={config['steps_per_task']}: nothing would be learned; lower the one or raise the other"
         )
 
 

@@ -56,6 +56,7 @@ class Learner:
         since = step - self._learns_from
         if since < 0 or not self.replay.ready:
             return self.updates
+        since -= since % self.agent.period
         return self._updates_before + int(since * self.agent.samples_per_step / self.agent.batch_size)
 
     def learn_what_is_due(self, step: int) -> None:
@@ -66,7 +67,7 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
-        batch = self._augmentation(self.replay.sample(self.agent.batch_size, step))
+        batch = self._augmentation(self.agent.draw(self.replay, step))
         if self.updates == 0:
             self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)

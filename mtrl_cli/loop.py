@@ -74,6 +74,7 @@ class Loop:
         while True:
             with self.clock.time("act"):
                 action = self.actor.act(self.frames.observation, self.learner.agent.epsilon(self.step))
+                value = self.learner.agent.kept_value(self.actor.value_KN)  # now: the value scale may move with every update
                 self.pack.send(action.cpu().numpy())
             with self.clock.time("learn"):  # while the emulators work
                 self.learner.learn_what_is_due(self.step)
@@ -88,7 +89,7 @@ class Loop:
                     torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
                 )
                 self.learner.agent.observe(reward, done)
-                self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
+                self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated, value)
                 self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
             self.step += self.pack.num_envs
             yield self.step

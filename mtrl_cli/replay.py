@@ -35,6 +35,7 @@ class ReplaySpec:
         device: where it is kept.
         seed: of the sampling.
         total_steps: steps per task of the whole run (for annealing).
+        rollout_length: steps of each environment per rollout, where the agent learns from these.
     """
 
     num_tasks: int
@@ -46,6 +47,7 @@ class ReplaySpec:
     device: torch.device
     seed: int
     total_steps: int
+    rollout_length: int = 0
 
 
 @dataclass
@@ -84,6 +86,11 @@ class Replay(ABC):
     """
 
     @classmethod
+    def fixed_capacity(cls, spec: ReplaySpec) -> int | None:
+        """Transitions per task that a replay without a `capacity` key holds; None: it has that key."""
+        return None
+
+    @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
         """Memory that a transition takes at most: frame, action, reward and flags."""
         return int(np.prod(spec.frame_shape)) * spec.dtype.itemsize + 1 + 4 + 1
@@ -117,6 +124,7 @@ class Replay(ABC):
         reward: torch.Tensor,
         terminated: torch.Tensor,
         truncated: torch.Tensor,
+        value: torch.Tensor | None = None,
     ) -> None:
         """Append a row.
 
@@ -126,6 +134,7 @@ class Replay(ABC):
             action: int64 `[K, N]`.
             reward: float32 `[K, N]`, the game's own.
             terminated, truncated: bool `[K, N]`, what followed; where both, it terminated.
+            value: float32 `[K, N]`, what the agent wants kept of the observation's values; most replays have no use for it.
         """
         slot = self.rows % self.capacity_rows
         self._frames_KTN[:, slot] = frame
@@ -136,6 +145,10 @@ class Replay(ABC):
         )
         self.rows += 1
         self._first_kept = max(self._first_kept, self.rows - self.capacity_rows)
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """All that is kept of a row, by name, each `[K, T, N, ...]`: views, to be read and written."""
+        return {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
 
     @property
     def _frames_KTN(self) -> torch.Tensor:
@@ -235,16 +248,14 @@ class Replay(ABC):
     def export_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows [start, stop) as tensors `[K, stop - start, N, ...]` on the host."""
         slots = torch.arange(start, stop, device=self.spec.device) % self.capacity_rows
-        stored = {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
-        return {name: tensor[:, slots].cpu() for name, tensor in stored.items()}
+        return {name: tensor[:, slots].cpu() for name, tensor in self._stored().items()}
 
     def import_rows(self, start: int, tensors: dict[str, torch.Tensor]) -> None:
         """Put rows back where `export_rows(start, ...)` took them from. Of more than the ring holds, the newest stay."""
         rows = tensors["flags"].shape[1]
         newest = slice(max(0, rows - self.capacity_rows), rows)
         slots = torch.arange(start + newest.start, start + rows, device=self.spec.device) % self.capacity_rows
-        stored = {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
-        for name, tensor in stored.items():
+        for name, tensor in self._stored().items():
             tensor[:, slots] = tensors[name][:, newest].to(self.spec.device)
 
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
@@ -294,7 +305,7 @@ class PrioritizedReplay(Replay):
         self._tree = SumTree(spec.num_tasks, self.capacity_rows * spec.num_envs, spec.device)
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
 
-    def add(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+    def add(self, *args: Any, **kwargs: Any) -> None:
         first_before, _ = self.eligible_rows
         super().add(*args, **kwargs)
         first, stop = self.eligible_rows

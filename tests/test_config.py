@@ -36,7 +36,12 @@ def own(tmp_path: Path) -> Path:
 
 def other(group: str, option: str) -> list[str]:
     """The overrides with which an option composes: some go only with a pack."""
-    more = {"mlp": ["env=classic_pack"], "minatar": ["env=minatar_pack"], "gymnasium": ["env.tasks=[CartPole-v1]"]}
+    more = {
+        "mlp": ["env=classic_pack"],
+        "minatar": ["env=minatar_pack"],
+        "gymnasium": ["env.tasks=[CartPole-v1]"],
+        "rollouts": ["agent=pqn"],
+    }
     return [*more.get(option, []), f"{group}={option}"]
 
 

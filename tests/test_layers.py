@@ -23,11 +23,12 @@ ROOMS = {
     "loop": {"loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
+    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats"},
+    "replay": {"replay", "rollouts"},
     "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.
-LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leaves"}
+LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "replay", "leaves"}
 ARROWS = {
     "cli": {"procedures", "configuration"},
     "procedures": {"build", "configuration", "loop", "storage", *LEARNING},
@@ -35,11 +36,12 @@ ARROWS = {
     "configuration": set(),
     "loop": LEARNING,  # saving, logging and signals happen to the loop from outside
     "agents": LEARNING - {"envs"},
-    "augmentation": {"leaves"},
+    "augmentation": {"replay"},
     "networks": set(),
     "task_weights": set(),
     "envs": set(),
     "storage": set(),
+    "replay": set(),
     "leaves": set(),
     "base": set(),
 }
