@@ -119,17 +119,17 @@ def test_popart_normalises_returns_and_keeps_values() -> None:
 
 
 def loop_of(
-    head: type[Head] = PlainHead, scale: type[ValueScale] = NoValueScale, weights_seed: int = 0, num_envs: int = 2, **settings: Any
+    head: type[Head] = PlainHead, scale: type[ValueScale] = NoValueScale, num_envs: int = 2, lr: float = 0.01, **settings: Any
 ) -> Loop:
     """Three made-up games, one small network."""
     pack = FakePack(num_envs=num_envs)
-    torch.manual_seed(weights_seed)
+    torch.manual_seed(0)
     sharing = HardSharing(MLP(hidden=[8, 6], layer_norm=True), [task.observation_shape for task in pack.tasks])
     network = MultiTaskNetwork(sharing, head(6, [task.num_actions for task in pack.tasks]), observation_scale=1.0)
     chosen = SETTINGS | settings
     made = PQN(network, scale(stream_of(NAMES, num_envs=num_envs)), NAMES, lambda function: function, **chosen)
     spec = ReplaySpec(3, num_envs, pack.observation_shape, torch.float32, 1, 1, CPU, 1, 10_000, rollout_length=chosen["rollout_length"])
-    optimizer = RAdam(list(network.parameters()), lr=0.01, lr_final=1.0, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
+    optimizer = RAdam(list(network.parameters()), lr=lr, lr_final=1.0, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
     learner = Learner(made, Rollouts(spec), NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
     envs = TaskPack(pack, num_envs=num_envs, seed=3, num_threads=1, training=True, stream="train")
@@ -221,13 +221,14 @@ def test_a_look_aside_and_compiling_leave_no_trace(overlap: bool, scale: type[Va
 def test_with_every_head_values_become_the_returns(head: type[Head]) -> None:
     """Without discount an action is worth its number and half a tenth, clipped at 1; the best is found, and played."""
     huber = 1.0 if head is QuantileHead else 0.0
-    loop = loop_of(head=head, scale=ClipRewards, num_envs=8, rollout_length=8, gamma=0.0, trace_decay=0.0, epsilon_steps=1200, huber=huber)
-    run(loop, 220)
+    settings = {"num_envs": 8, "rollout_length": 8, "epochs": 4, "gamma": 0.0, "trace_decay": 0.0, "epsilon_steps": 1000, "huber": huber}
+    loop = loop_of(head=head, scale=ClipRewards, lr=0.03, **settings)
+    run(loop, 180)
     with torch.no_grad():
         q_KA = loop.learner.agent.network(loop.frames.observation.flatten(2, 3)).mean(1)
-    assert q_KA[0, :2].tolist() == pytest.approx([0.05, 1.0], abs=0.2)
-    assert q_KA[1, :4].tolist() == pytest.approx([0.05, 1.0, 1.0, 1.0], abs=0.2)
-    assert q_KA[2, :3].tolist() == pytest.approx([0.05, 1.0, 1.0], abs=0.2)
+    assert q_KA[0, :2].tolist() == pytest.approx([0.05, 1.0], abs=0.15)
+    assert q_KA[1, :4].tolist() == pytest.approx([0.05, 1.0, 1.0, 1.0], abs=0.15)
+    assert q_KA[2, :3].tolist() == pytest.approx([0.05, 1.0, 1.0], abs=0.15)
     stored = loop.replay.export_rows(loop.replay.rows - 16, loop.replay.rows)
     rewards_K = stored["rewards"].clamp(max=1).flatten(1).mean(1)
     assert (rewards_K > 0.85).all(), "a tenth of the actions are random"
