@@ -30,7 +30,8 @@ from mtrl_cli.loop import Loop
 from mtrl_cli.networks.cost import multiply_adds
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
 from mtrl_cli.replay import Replay, ReplaySpec
-from mtrl_cli.schema import KINDS, NOT_THE_CLASSES
+from mtrl_cli.schema import NOT_THE_CLASSES
+from mtrl_cli.signatures import KINDS
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
@@ -268,7 +269,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
 
     def open_loop() -> Loop:
         actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(config["seed"], "exploration"))
-        groups = [_make_group(config, pack, actor, number, device) for number in range(config["groups"])]
+        groups = [_make_group(config, pack, actor, agent, number, device) for number in range(config["groups"])]
         return Loop(groups, actor, replay, learner, EpisodeStatistics(names, pack.num_envs), overlapped=device.type == "cuda")
 
     return Run(
@@ -286,7 +287,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     )
 
 
-def _make_group(config: Config, pack: Pack, actor: EpsilonGreedy, number: int, device: torch.device) -> Group:
+def _make_group(config: Config, pack: Pack, actor: EpsilonGreedy, agent: Agent, number: int, device: torch.device) -> Group:
     """One of the groups that a run's environments are divided into."""
     size, K = pack.num_envs // config["groups"], len(pack.tasks)
     dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
@@ -303,7 +304,7 @@ def _make_group(config: Config, pack: Pack, actor: EpsilonGreedy, number: int, d
         buffers=transfer.buffers,
     )
     frames = FrameStack(K, size, pack.stack, pack.observation_shape, dtype, device)
-    return Group(played, actor, frames, transfer, (lambda: CudaGraphs(device, generators_of(actor))) if gpu else None)
+    return Group(played, actor, frames, agent.kept_value, transfer, (lambda: CudaGraphs(device, generators_of(actor))) if gpu else None)
 
 
 def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
@@ -361,8 +362,9 @@ def replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
         frame_shape=pack.observation_shape,
         dtype=torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype,
         stack=pack.stack,
-        n_step=config["agent"]["n_step"],
+        n_step=config["agent"].get("n_step", 1),
         device=device,
         seed=derived_seed(config["seed"], "replay"),
         total_steps=config["steps_per_task"],
+        rollout_length=config["agent"].get("rollout_length", 0),
     )

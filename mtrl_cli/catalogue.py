@@ -29,9 +29,14 @@ def conf_folder() -> Path:
     )
 
 
+NOT_CHOSEN = {"tuned"}
+"""Groups whose option follows from other choices: from a pack and an agent."""
+
+
 def groups(folders: Sequence[Path]) -> list[str]:
-    """The names of all groups, nested ones as `network/sharing`, in the order in which train.yaml lists them, users' own last."""
+    """The names of all groups to choose from, nested ones as `network/sharing`, in the order of train.yaml, users' own last."""
     names = {file.parent.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.yaml") if file.parent != folder}
+    names -= NOT_CHOSEN
     order = list(default_choices())
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 

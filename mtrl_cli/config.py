@@ -311,6 +311,8 @@ def _checked(override: _Override, known: Sequence[str], folders: Sequence[Path])
     key, for_hydra = override.key, override.for_hydra
     if key == "hydra" or key.startswith("hydra."):
         raise UserError(f"{key}: of Hydra's own settings only hydra.searchpath=[file:///home/me/conf] has a meaning here")
+    if key in catalogue.NOT_CHOSEN:
+        raise UserError(f"{key}: what is tuned follows from env and agent; to change a value give it, such as agent.gamma=0.9")
     if for_hydra.startswith("~"):
         return for_hydra
     if key in known:

@@ -65,7 +65,8 @@ class Diagnostics:
     def due(self, step: int, finished: bool) -> bool:
         """Whether to look at a step (per task), which the last tick led to."""
         before = step - self._replay.spec.num_envs
-        return self._every > 0 and self._replay.ready and (finished or step // self._every > before // self._every)
+        first, stop = self._replay.eligible_rows
+        return self._every > 0 and stop > first and (finished or step // self._every > before // self._every)
 
     def report(self, step: int) -> Report:
         """All figures and pictures at a step (per task). Waits for the device."""

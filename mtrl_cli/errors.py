@@ -1,4 +1,7 @@
-"""What a run can end with, each with the exit code that the command line promises."""
+"""What a run can end with, each with the exit code that the command line promises, and how a message shows a value."""
+
+import re
+from typing import Any
 
 
 class UserError(ValueError):
@@ -27,3 +30,11 @@ class Stopped(BaseException):
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
         self.told = False
+
+
+def show(value: Any) -> str:
+    """A value for a message: on one line, and short."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
+    if not re.fullmatch(r"[\w./:,@+\[\]{} '-]+", text):
+        text = repr(text)
+    return text if len(text) <= 80 else text[:77] + "..."

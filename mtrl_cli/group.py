@@ -46,6 +46,7 @@ class Group:
         pack: plays them.
         actor: chooses for them.
         frames: what is seen of them.
+        keep: what the replay is to keep of the best values (`Agent.kept_value`).
         transfer: between the two.
         recorder: makes the record of a choice that is then replayed (`capture.py`); None: choices are made one operation at a time.
     """
@@ -55,11 +56,12 @@ class Group:
         pack: TaskPack,
         actor: EpsilonGreedy,
         frames: FrameStack,
+        keep: Callable[[torch.Tensor], torch.Tensor | None],
         transfer: Pinned | SharedMemory,
         recorder: Callable[[], capture.Recorder] | None = None,
     ):
         self.pack, self.frames = pack, frames
-        self._actor, self._transfer = actor, transfer
+        self._actor, self._keep, self._transfer = actor, keep, transfer
         device = frames.observation.device
         shape = (len(pack.tasks), pack.num_envs)
         self._epsilon_K = torch.zeros(shape[0], device=device)
@@ -89,7 +91,9 @@ class Group:
     def _act(self) -> None:
         action, value = self._actor.choose(self.frames.observation, self._epsilon_K)
         self._action.copy_(action)
-        self._value.copy_(value)
+        kept = self._keep(value)  # now: the value scale may move with every update
+        if kept is not None:
+            self._value.copy_(kept)
 
     def send(self) -> None:
         """Set the environments going with the chosen actions."""

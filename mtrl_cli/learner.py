@@ -63,6 +63,7 @@ class Learner:
         since = step - self._learns_from
         if since < 0 or not self.replay.ready:
             return self.updates
+        since -= since % self.agent.period
         return self._updates_before + int(since * self.agent.samples_per_step / self.agent.batch_size)
 
     def learn_what_is_due(self, step: int) -> None:
@@ -73,7 +74,7 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
-        self.replay.prepare(step)
+        self.agent.prepare(self.replay, step)
         self.optimizer.at(step / self.replay.spec.total_steps)
         self._step.fill_(step)
         self._make_update()

@@ -124,7 +124,7 @@ class Loop:
     def _store(self, row: Row) -> None:
         with self.clock.time("act"):
             self.learner.agent.observe(row.reward, row.done)
-            self.replay.add(row.frame, row.start, row.action, row.reward, row.terminated, row.truncated)
+            self.replay.add(row.frame, row.start, row.action, row.reward, row.terminated, row.truncated, row.value)
             if len(self.groups) == 1:
                 self.groups[0].choose()
 

@@ -83,3 +83,31 @@ class Adam(Optimizer):
 
     def make(self, parameters: list[torch.nn.Parameter], lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr, **self._options, fused=True, capturable=capturable)
+
+
+class RAdam(Optimizer):
+    """Adam whose first steps are shorter, as far as the gradients' variance is not known yet (Liu et al. 2020, "RAdam").
+
+    Args:
+        lr: step size at the start.
+        lr_final: the share of it that is left at the end of the run, reached linearly; 1: constant.
+        eps: added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+        max_grad_norm: gradients are scaled down to this global norm; 0: never.
+    """
+
+    def __init__(
+        self,
+        parameters: list[torch.nn.Parameter],
+        *,
+        lr: PositiveFloat,
+        lr_final: Fraction = 1.0,
+        eps: PositiveFloat,
+        weight_decay: NonNegativeFloat,
+        max_grad_norm: NonNegativeFloat,
+    ):
+        self._options: dict[str, Any] = {"eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, lr, lr_final, max_grad_norm)
+
+    def make(self, parameters: list[torch.nn.Parameter], lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
+        return torch.optim.RAdam(parameters, lr, **self._options, foreach=True, capturable=capturable)

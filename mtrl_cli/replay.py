@@ -35,6 +35,7 @@ class ReplaySpec:
         device: where it is kept.
         seed: of the sampling.
         total_steps: steps per task of the whole run (for annealing).
+        rollout_length: steps of each environment per rollout, where the agent learns from these.
     """
 
     num_tasks: int
@@ -46,6 +47,7 @@ class ReplaySpec:
     device: torch.device
     seed: int
     total_steps: int
+    rollout_length: int = 0
 
 
 @dataclass
@@ -84,6 +86,11 @@ class Replay(ABC):
     """
 
     @classmethod
+    def fixed_capacity(cls, spec: ReplaySpec) -> int | None:
+        """Transitions per task that a replay without a `capacity` key holds; None: it has that key."""
+        return None
+
+    @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
         """Memory that a transition takes at most: frame, action, reward and flags."""
         return int(np.prod(spec.frame_shape)) * spec.dtype.itemsize + 1 + 4 + 1
@@ -120,6 +127,7 @@ class Replay(ABC):
         reward: torch.Tensor,
         terminated: torch.Tensor,
         truncated: torch.Tensor,
+        value: torch.Tensor | None = None,
     ) -> None:
         """Append a row.
 
@@ -129,6 +137,7 @@ class Replay(ABC):
             action: int64 `[K, N]`.
             reward: float32 `[K, N]`, the game's own.
             terminated, truncated: bool `[K, N]`, what followed; where both, it terminated.
+            value: float32 `[K, N]`, what the agent wants kept of the observation's values; most replays have no use for it.
         """
         slot = self.rows % self.capacity_rows
         self._frames_KTN[:, slot] = frame
@@ -139,6 +148,10 @@ class Replay(ABC):
         )
         self.rows += 1
         self._first_kept = max(self._first_kept, self.rows - self.capacity_rows)
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """All that is kept of a row, by name, each `[K, T, N, ...]`: views, to be read and written."""
+        return {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
 
     @property
     def _frames_KTN(self) -> torch.Tensor:
@@ -169,11 +182,11 @@ class Replay(ABC):
 
     def sample(self, batch_size: int, step: int) -> Batch:
         """Draw `batch_size` samples of each task; `step` (per task) is for annealed quantities."""
-        self.prepare(step)
+        self.prepare(step, batch_size)
         return self.draw(batch_size)
 
-    def prepare(self, step: int) -> None:
-        """Write what `draw` must know of the moment into fixed tensors: a step per task, and what is held now."""
+    def prepare(self, step: int, batch_size: int) -> None:
+        """Make ready for one `draw`: what it must know of the moment (a step per task, and what is held now) goes into fixed tensors."""
         first, stop = self.eligible_rows
         self._first_row.fill_(first)
         self._starts.fill_((stop - first) * self.spec.num_envs)
@@ -249,16 +262,14 @@ class Replay(ABC):
     def export_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """Rows [start, stop) as tensors `[K, stop - start, N, ...]` on the host."""
         slots = torch.arange(start, stop, device=self.spec.device) % self.capacity_rows
-        stored = {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
-        return {name: tensor[:, slots].cpu() for name, tensor in stored.items()}
+        return {name: tensor[:, slots].cpu() for name, tensor in self._stored().items()}
 
     def import_rows(self, start: int, tensors: dict[str, torch.Tensor]) -> None:
         """Put rows back where `export_rows(start, ...)` took them from. Of more than the ring holds, the newest stay."""
         rows = tensors["flags"].shape[1]
         newest = slice(max(0, rows - self.capacity_rows), rows)
         slots = torch.arange(start + newest.start, start + rows, device=self.spec.device) % self.capacity_rows
-        stored = {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
-        for name, tensor in stored.items():
+        for name, tensor in self._stored().items():
             tensor[:, slots] = tensors[name][:, newest].to(self.spec.device)
 
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
@@ -309,7 +320,7 @@ class PrioritizedReplay(Replay):
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
         self._exponent, self._held = torch.zeros((2,), dtype=torch.float64, device=spec.device).unbind()
 
-    def add(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+    def add(self, *args: Any, **kwargs: Any) -> None:
         first_before, _ = self.eligible_rows
         super().add(*args, **kwargs)
         first, stop = self.eligible_rows
@@ -326,8 +337,8 @@ class PrioritizedReplay(Replay):
         priorities = torch.as_tensor(value, dtype=torch.float64, device=self.spec.device).expand(K, N)
         self._tree.set(index.expand(K, N), priorities)
 
-    def prepare(self, step: int) -> None:
-        super().prepare(step)
+    def prepare(self, step: int, batch_size: int) -> None:
+        super().prepare(step, batch_size)
         self._exponent.fill_(-(self._beta + (1 - self._beta) * min(1.0, step / self.spec.total_steps)))
         self._held.fill_(self.transitions)
 

@@ -1,4 +1,4 @@
-"""The types of a configuration: every key, what its value must be, and which combinations make no sense.
+"""The types of a configuration: every key, and what its value must be. Which values make no sense together: `combinations.py`.
 
 The sections that hold a class (`_target_`) take the keyword-only parameters of that class; the others are the dataclasses below.
 Nothing is imported for it (see `signatures.py`).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,28 +17,15 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mtrl_cli.catalogue import did_you_mean, nearest
-from mtrl_cli.errors import UserError
+from mtrl_cli.catalogue import nearest
+from mtrl_cli.combinations import check_combinations
+from mtrl_cli.errors import UserError, show
 from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, Parameters, PositiveInt
-from mtrl_cli.signatures import MISSING, UNKNOWN, Key, Signature, read
+from mtrl_cli.signatures import KINDS, MISSING, UNKNOWN, Key, Signature, class_name, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
 
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
-
-KINDS = {
-    "env": "mtrl_cli.envs.pack.Pack",
-    "network": "mtrl_cli.networks.torsos.Torso",
-    "network/sharing": "mtrl_cli.networks.sharing.Sharing",
-    "network/head": "mtrl_cli.networks.heads.Head",
-    "agent": "mtrl_cli.agents.agent.Agent",
-    "agent/value_scale": "mtrl_cli.agents.value_scale.ValueScale",
-    "optimizer": "mtrl_cli.optimizers.Optimizer",
-    "replay": "mtrl_cli.replay.Replay",
-    "task_weights": "mtrl_cli.task_weights.base.TaskWeights",
-    "augmentation": "mtrl_cli.augmentation.Augmentation",
-}
-"""Each group, and the base class of what it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,95 +282,6 @@ def _describe_annotated(base: Any, metadata: Sequence[Any]) -> str:
     return words
 
 
-def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), root: Path | None = None) -> None:
-    """Refuse what is right key by key and makes no sense together, as far as can be told without building it.
-
-    Raises:
-        UserError: it names the keys and what to set.
-    """
-    _check_tasks(config["env"].get("tasks", []))
-    _check_value_scale(config, trusted, root)
-    _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
-    n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
-    if isinstance(capacity, int) and n_step >= capacity:
-        raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
-    shown, read_by = (
-        read(f"{path}._target_", config[path]["_target_"], KINDS[path], trusted, root).attributes.get("observation_kind")
-        for path in ("env", "network")
-    )
-    if shown and read_by and shown != read_by:
-        pack, torso = config["env"]["name"], _class(config["network"])
-        raise UserError(
-            f"env={pack} shows {shown}s, and network's {torso} reads {read_by}s: "
-            "choose another network (mtrl ls network), or leave network= out for the pack's own"
-        )
-
-
-def _check_tasks(tasks: Sequence[str]) -> None:
-    if not tasks:
-        raise UserError("env.tasks=[]: expected the name of at least one task, such as env.tasks=[pong,breakout]")
-    repeated = next((name for name in tasks if tasks.count(name) > 1), None)
-    if repeated is not None:
-        raise UserError(f"env.tasks names {show(repeated)} twice: expected each task once")
-
-
-def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
-    """Heads whose values have fixed ends go with scales that keep returns within a known range, and with no others."""
-    head, scale = config["network"]["head"], config["agent"]["value_scale"]
-    if not read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root).attributes.get("bounded", False):
-        return
-    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
-    if not found_scale.attributes.get("bounds_returns", False):
-        raise UserError(
-            f"network/head's {_class(head)} needs returns of a known range, which agent/value_scale's {_class(scale)} does not give: "
-            "choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
-        )
-    limit, largest = scale.get("limit"), head.get("v_max")
-    if limit is not None and largest is not None and limit > largest:
-        raise UserError(
-            f"agent.value_scale.limit={limit:g} is above network.head.v_max={largest:g}, beyond which the head knows no value: "
-            "lower the one or raise the other"
-        )
-
-
-def _class(node: Mapping[str, Any]) -> str:
-    return str(node["_target_"]).rpartition(".")[2]
-
-
-def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:
-    start, end = agent.get("epsilon_start", 1.0), agent.get("epsilon_end", 0.0)
-    if end > start:
-        raise UserError(f"agent.epsilon_end={end} is above agent.epsilon_start={start}: expected exploration to become less")
-    for name, final in agent.get("epsilon_tasks", {}).items():
-        if name not in tasks:
-            raise UserError(f"agent.epsilon_tasks names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
-        if final > start:
-            raise UserError(
-                f"agent.epsilon_tasks: {name}={final} is above agent.epsilon_start={start}: expected exploration to become less"
-            )
-    for name in agent.get("reward_factors", {}):
-        if name not in tasks:
-            raise UserError(f"agent.reward_factors names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
-    if agent.get("target_period", 1) == 0 and not 0 < agent.get("target_tau", 1) <= 1:
-        raise UserError(
-            f"agent.target_period=0 with agent.target_tau={agent['target_tau']}: expected a rate above 0 and at most 1, "
-            "or a period above 0, else the target network never follows"
-        )
-    if agent.get("learning_starts", 0) > steps:
-        raise UserError(
-            f"agent.learning_starts={agent['learning_starts']} is beyond steps_per_task={steps}: nothing would be learned; "
-            "lower the one or raise the other (both are steps per task)"
-        )
-
-
-def show(value: Any) -> str:
-    """A value for a message: on one line, and short."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
-    if not re.fullmatch(r"[\w./:,@+\[\]{} '-]+", text):
-        text = repr(text)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _dotted(path: str) -> str:
     return path.replace("/", ".")
 
@@ -398,4 +295,4 @@ def _hint(path: str) -> str:
 
 
 def _of(node: Mapping[str, Any], path: str) -> str:
-    return f" in {_class(node)}" if path in KINDS and isinstance(node.get("_target_"), str) else ""
+    return f" in {class_name(node)}" if path in KINDS and isinstance(node.get("_target_"), str) else ""

@@ -59,7 +59,11 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
         settled["compile"] = (config["compile"] is True or image) and not missing
     if config["agent"].get("batch_size") == "auto":
         settled["agent"] = config["agent"] | {"batch_size": _settle_batch(settled, pack, device)}
-    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
+    if config["agent"].get("overlap") == "auto":
+        # On a CPU the network's work takes the cores that the emulators would run on.
+        settled["agent"] = config["agent"] | {"overlap": device.type == "cuda"}
+    if "capacity" in config["replay"]:
+        settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():
         say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
     return settled
@@ -154,9 +158,13 @@ def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Call
 
 
 def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
+    return _replay_kind(config).bytes_per_transition(spec)
+
+
+def _replay_kind(config: Config) -> type[Replay]:
     found, _ = build.class_of(config, "replay")
     assert issubclass(found, Replay)
-    return found.bytes_per_transition(spec)
+    return found
 
 
 def _free_memory(device: torch.device) -> int:
@@ -175,7 +183,8 @@ def describe(config: Config, pack: Pack) -> list[str]:
     env, replay = config["env"], config["replay"]
     spec = build.replay_spec(config, pack, torch.device(config["device"]))
     each = _bytes_per_transition(config, spec)
-    taken = replay["capacity"] * each * spec.num_tasks
+    capacity = replay.get("capacity") or _replay_kind(config).fixed_capacity(spec) or 0
+    taken = capacity * each * spec.num_tasks
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
     counts, multiply_adds = build.measure(config, pack)
@@ -184,7 +193,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
+        f"replay: {capacity:,} transitions per task, {size} in all ({each:,} bytes each)",
         *_describe_updates(config),
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",

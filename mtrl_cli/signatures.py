@@ -25,6 +25,20 @@ from mtrl_cli.errors import UserError
 PACKAGE = "mtrl_cli"
 MISSING: Any = object()
 
+KINDS = {
+    "env": "mtrl_cli.envs.pack.Pack",
+    "network": "mtrl_cli.networks.torsos.Torso",
+    "network/sharing": "mtrl_cli.networks.sharing.Sharing",
+    "network/head": "mtrl_cli.networks.heads.Head",
+    "agent": "mtrl_cli.agents.agent.Agent",
+    "agent/value_scale": "mtrl_cli.agents.value_scale.ValueScale",
+    "optimizer": "mtrl_cli.optimizers.Optimizer",
+    "replay": "mtrl_cli.replay.Replay",
+    "task_weights": "mtrl_cli.task_weights.base.TaskWeights",
+    "augmentation": "mtrl_cli.augmentation.Augmentation",
+}
+"""Each group, and the base class of what it holds."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -190,6 +204,11 @@ def _key_of(parameter: inspect.Parameter) -> Key:
     known = annotation is not inspect.Parameter.empty and not isinstance(annotation, str)
     default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
     return Key(annotation if known else Any, default)
+
+
+def class_name(node: Mapping[str, Any]) -> str:
+    """The class that a section names, without its module."""
+    return str(node["_target_"]).rpartition(".")[2]
 
 
 def import_class(target: str) -> type:

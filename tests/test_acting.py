@@ -38,6 +38,11 @@ def test_without_epsilon_the_best_action_is_taken() -> None:
     assert (action == torch.tensor([[2], [0], [4]])).all()
 
 
+def test_the_best_values_are_kept_whatever_is_done() -> None:
+    _, value_KN = actor().choose(torch.zeros(3, 2, 2, 2, 2), torch.tensor([1.0, 0.5, 0.0]))
+    assert value_KN.tolist() == [[2.0, 2.0], [0.0, 0.0], [4.0, 4.0]]
+
+
 def test_random_actions_are_each_tasks_own_equally_often() -> None:
     action = act(actor(), [1.0] * 3)
     for task, number in enumerate(ACTIONS):

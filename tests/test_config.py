@@ -36,7 +36,12 @@ def own(tmp_path: Path) -> Path:
 
 def other(group: str, option: str) -> list[str]:
     """The overrides with which an option composes: some go only with a pack."""
-    more = {"mlp": ["env=classic_pack"], "minatar": ["env=minatar_pack"], "gymnasium": ["env.tasks=[CartPole-v1]"]}
+    more = {
+        "mlp": ["env=classic_pack"],
+        "minatar": ["env=minatar_pack"],
+        "gymnasium": ["env.tasks=[CartPole-v1]"],
+        "rollouts": ["agent=pqn"],
+    }
     return [*more.get(option, []), f"{group}={option}"]
 
 
@@ -294,3 +299,73 @@ def test_evaluation_refuses_what_it_cannot_change(override: str, message: str) -
 def test_every_number_in_a_written_configuration_is_plain_yaml() -> None:
     composed = config.compose_training(["optimizer.lr=1e-9"])
     assert yaml.safe_load(config.dump(composed)) == composed
+
+
+# -- what is tuned for an agent and a pack ----------------------------------------------------------------------------------------
+
+SEARCHED = "hydra.searchpath=[file://{}]"
+
+
+def packs() -> list[str]:
+    return list(catalogue.options("env", [CONF]))
+
+
+@pytest.mark.parametrize("env", packs())
+@pytest.mark.parametrize("agent", catalogue.options("agent", [CONF]))
+def test_every_pack_composes_with_every_agent(env: str, agent: str) -> None:
+    composed = config.compose_training([*other("env", env), f"agent={agent}"])
+    assert composed["agent"]["_target_"].lower().endswith(f".{agent}")
+    rollouts = agent == "pqn"
+    assert composed["replay"]["_target_"].endswith(".Rollouts") == rollouts
+    assert composed["optimizer"]["_target_"].endswith(".RAdam") == rollouts
+    assert composed["network"]["layer_norm"] or not rollouts
+    assert composed["env"]["num_envs"] == (8 if agent == "dqn" else 32 if env == "minatar_pack" else 16)
+
+
+def test_what_is_tuned_gives_way_to_packs_of_ones_own_to_experiments_and_to_the_command_line(own: Path) -> None:
+    """Packs built on ours inherit it, too."""
+    (own / "experiment").mkdir()
+    (own / "env" / "poles.yaml").write_text(
+        "# @package _global_\n# One game\ndefaults: [classic_pack, _self_]\n"
+        "env: {name: poles, tasks: [CartPole-v1], num_envs: 4}\nagent: {epsilon_steps: 77}\n"
+    )
+    (own / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults: [override /env: poles, override /agent: pqn]\nagent: {epochs: 3}\n"
+    )
+    searched = SEARCHED.format(own)
+    dqn = config.compose_training(["env=poles", searched])
+    ours = config.compose_training(["env=classic_pack"])
+    assert dqn["agent"] == ours["agent"] | {"epsilon_steps": 77}
+    assert dqn["agent"]["batch_size"] == 64
+    assert (dqn["optimizer"], dqn["env"]["num_envs"]) == (ours["optimizer"], 4)
+    pqn = config.compose_training(["experiment=mine", "agent.minibatches=2", searched])
+    assert (pqn["agent"]["epochs"], pqn["agent"]["minibatches"], pqn["agent"]["epsilon_steps"]) == (3, 2, 77)
+    assert pqn["agent"]["trace_decay"] == config.compose_training(["env=classic_pack", "agent=pqn"])["agent"]["trace_decay"] == 0.95
+    assert pqn["env"]["num_envs"] == 4
+
+
+def test_a_pack_of_ones_own_may_hold_keys_of_one_agent(own: Path) -> None:
+    (own / "env" / "hasty.yaml").write_text(
+        "# @package _global_\n# Hasty\ndefaults: [minatar_pack, _self_]\nenv: {name: hasty}\nagent: {n_step: 7, target_period: 9}\n"
+    )
+    composed = config.compose_training(["env=hasty", SEARCHED.format(own)])
+    assert (composed["agent"]["n_step"], composed["agent"]["target_period"]) == (7, 9)
+    with pytest.raises(UserError, match=r"agent\.n_step: there is no such key in PQN"):
+        config.compose_training(["env=hasty", "agent=pqn", SEARCHED.format(own)])
+
+
+def test_what_is_tuned_is_nothing_to_choose() -> None:
+    assert "tuned" not in catalogue.groups([CONF])
+    with pytest.raises(UserError, match="tuned: what is tuned follows from env and agent"):
+        config.compose_training(["tuned=dqn_minatar_pack"])
+    for file in (CONF / "tuned").glob("*.yaml"):
+        agent, _, pack = file.stem.partition("_")
+        assert agent in catalogue.options("agent", [CONF]), file
+        assert pack in packs(), file
+
+
+def test_rollouts_are_for_agents_that_learn_from_them() -> None:
+    with pytest.raises(UserError, match="replay's Rollouts forgets what agent's DQN would learn from: choose replay=uniform"):
+        config.compose_training(["replay=rollouts"])
+    with pytest.raises(UserError, match="agent's PQN learns from rollouts, which replay's UniformReplay does not keep"):
+        config.compose_training(["agent=pqn", "replay=uniform"])

@@ -19,15 +19,16 @@ ROOMS = {
     "cli": {"cli", "__main__"},
     "procedures": {"train", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
-    "configuration": {"config", "schema", "catalogue", "signatures"},
+    "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"group", "loop", "learner", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats", "transfer"},
+    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
+    "replay": {"replay", "rollouts"},
     "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
 }
 # What each room may import of ours, besides itself and `base`.
-LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leaves"}
+LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "replay", "leaves"}
 ARROWS = {
     "cli": {"procedures", "configuration"},
     "procedures": {"build", "configuration", "loop", "storage", *LEARNING},
@@ -35,11 +36,12 @@ ARROWS = {
     "configuration": set(),
     "loop": LEARNING,  # saving, logging and signals happen to the loop from outside
     "agents": LEARNING - {"envs"},
-    "augmentation": {"leaves"},
+    "augmentation": {"replay"},
     "networks": set(),
     "task_weights": set(),
     "envs": set(),
     "storage": set(),
+    "replay": set(),
     "leaves": set(),
     "base": set(),
 }

@@ -86,7 +86,7 @@ def loop_of(
             first_env=number * size,
             buffers=transfer.buffers,
         )
-        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), transfer))
+        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), agent.kept_value, transfer))
     return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from mtrl_cli.optimizers import Adam
+from mtrl_cli.optimizers import Adam, Optimizer, RAdam
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -16,6 +18,10 @@ def parameters() -> list[torch.nn.Parameter]:
 
 def adam(of: list[torch.nn.Parameter], max_grad_norm: float = 0.0, weight_decay: float = 0.0) -> Adam:
     return Adam(of, lr=0.1, eps=1e-3, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+
+
+def radam(of: list[torch.nn.Parameter], max_grad_norm: float = 0.0) -> RAdam:
+    return RAdam(of, lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=max_grad_norm)
 
 
 def give(of: list[torch.nn.Parameter], scale: float = 1.0) -> None:
@@ -58,14 +64,15 @@ def test_many_steps_agree_with_torchs_adam() -> None:
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_it_goes_on_identically_from_its_state() -> None:
+@pytest.mark.parametrize("make", [adam, radam])
+def test_it_goes_on_identically_from_its_state(make: Callable[..., Optimizer]) -> None:
     own = parameters()
-    optimizer = adam(own, max_grad_norm=1.0)
+    optimizer = make(own, max_grad_norm=1.0)
     for turn in range(3):
         give(own, turn + 1.0)
         optimizer.step()
     twin_parameters = copy.deepcopy(own)
-    twin = adam(twin_parameters, max_grad_norm=1.0)
+    twin = make(twin_parameters, max_grad_norm=1.0)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for turn in range(3):
         for each, of in ((optimizer, own), (twin, twin_parameters)):
@@ -95,3 +102,27 @@ def test_step_size_falls_linearly_over_the_run() -> None:
         optimizer.at(progress)
         optimizer.step()
         assert before - parameter.item() == pytest.approx(lr, rel=1e-4)
+
+
+def test_radam_by_its_formulas() -> None:
+    """Liu et al. 2020, algorithm 2: while the variance is not tractable (rho_t <= 5), steps of the corrected mean; then rectified ones."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = RAdam([parameter], lr=0.1, eps=1e-12, weight_decay=0.0, max_grad_norm=2.5)
+    beta1, beta2, mean, square, value = 0.9, 0.999, 0.0, 0.0, 0.0
+    rho_inf = 2 / (1 - beta2) - 1
+    rectified = 0
+    for t in range(1, 12):
+        given = float(t % 4)
+        gradient = min(given, 2.5)  # clipped
+        mean, square = beta1 * mean + (1 - beta1) * gradient, beta2 * square + (1 - beta2) * gradient**2
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        step = mean / (1 - beta1**t)
+        if rho > 5:
+            rectified += 1
+            factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+            step *= factor / math.sqrt(square / (1 - beta2**t))
+        value -= 0.1 * step
+        parameter.grad = torch.full((1,), given)
+        optimizer.step()
+        assert parameter.item() == pytest.approx(value, rel=1e-4)
+    assert 0 < rectified < 11

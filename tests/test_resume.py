@@ -46,6 +46,7 @@ ATARI = [
     "compile=false",
     "replay.capacity=300",
 ]
+PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
 MODEL = Path("checkpoints") / "latest"
 
 
@@ -78,11 +79,13 @@ def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, lon
     ("overrides", "kills", "longest"),
     [
         (CLASSIC, 5, 6.0),
+        (PQN, 3, 6.0),
+        ([*PQN, "agent.overlap=true"], 3, 6.0),
         ([*CLASSIC, "replay=prioritized", "network/sharing=independent"], 3, 6.0),
         (ATARI, 4, 8.0),
         ([*ATARI, "env.protocol=nature"], 2, 8.0),
     ],
-    ids=["classic", "prioritized", "atari", "atari-nature"],
+    ids=["classic", "pqn", "pqn-overlap", "prioritized", "atari", "atari-nature"],
 )
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from mtrl_cli.agents.targets import bootstrap_value, discount, n_step_return, of_action
+from mtrl_cli.agents.targets import bootstrap_value, discount, lambda_returns, n_step_return, of_action
 from mtrl_cli.networks.value_losses import td_target
 
 
@@ -61,3 +62,73 @@ def test_what_is_said_of_one_action_is_its_value_or_its_whole_distribution() -> 
     # The best of three actions, of value 1 + 2, is the second.
     next_outputs = torch.tensor([[[[9.0, 9.0], [1.0, 2.0], [0.0, 0.0]]]])
     assert bootstrap_value(next_outputs, torch.tensor([[[0.0, 7.0, 5.0]]])).tolist() == [[[1.0, 2.0]]]
+
+
+# -- lambda-returns -----------------------------------------------------------------------------------------------------------
+
+
+def returns_of(
+    rewards: list[float], values: list[float], trace_decay: float, terminated: tuple[int, ...] = (), truncated: tuple[int, ...] = ()
+) -> list[float]:
+    """Of one environment, gamma 0.5; `terminated` and `truncated` are steps."""
+
+    def column(numbers: list) -> torch.Tensor:
+        return torch.tensor(numbers)[None, :, None]
+
+    ends = [column([step in where for step in range(len(rewards))]) for where in (terminated, truncated)]
+    return lambda_returns(column(rewards), column(values), *ends, 0.5, trace_decay).flatten().tolist()
+
+
+def test_lambda_returns_by_hand() -> None:
+    """G_2 = 4 + 0.5 * 16 = 12; G_1 = 2 + 0.5 * (0.5 * 6 + 0.5 * 12) = 6.5; G_0 = 1 + 0.5 * (0.5 * 10 + 0.5 * 6.5) = 5.125."""
+    assert returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 0.5) == [5.125, 6.5, 12.0]
+
+
+def test_without_lambda_returns_are_of_one_step_and_with_all_of_it_of_the_whole_rollout() -> None:
+    # 1 + 10/2, 2 + 6/2, 4 + 16/2;  1 + 2/2 + 4/4 + 16/8, 2 + 4/2 + 16/4, 4 + 16/2
+    assert returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 0.0) == [6.0, 5.0, 12.0]
+    assert returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 1.0) == [5.0, 8.0, 12.0]
+
+
+def test_nothing_of_the_next_episode_comes_into_a_return() -> None:
+    """Step 1 ends an episode. Terminated, it is worth its reward; truncated, it is what step 0 bootstraps from, by its value."""
+    ended = returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 0.5, terminated=(1,))
+    assert ended == [1 + 0.5 * (0.5 * 10 + 0.5 * 2), 2.0, 12.0]
+    cut = returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 0.5, truncated=(1,))
+    assert cut == [1 + 0.5 * 10, 10.0, 12.0]
+    assert returns_of([1.0, 2.0], [0.0, 0.0, 16.0], 0.5, terminated=(1,)) == [1.5, 2.0]
+
+
+def slow_return(rewards: list, values: list, terminated: list, truncated: list, t: int, gamma: float, trace_decay: float) -> float:
+    """The weighted sum of all n-step returns from a step on, each added up on its own (Sutton and Barto 2018, equation 12.3)."""
+    if truncated[t]:
+        return values[t]
+
+    def n_step(n: int) -> float:
+        total = 0.0
+        for k in range(n):
+            if truncated[t + k]:
+                return total + gamma**k * values[t + k]
+            total += gamma**k * rewards[t + k]
+            if terminated[t + k]:
+                return total
+        return total + gamma**n * values[t + n]
+
+    longest = len(rewards) - t
+    shares = [(1 - trace_decay) * trace_decay ** (n - 1) for n in range(1, longest)] + [trace_decay ** (longest - 1)]
+    return sum(share * n_step(n) for n, share in enumerate(shares, start=1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lambda_returns_are_the_weighted_sum_of_all_n_step_returns(seed: int) -> None:
+    torch.manual_seed(seed)
+    K, T, N, gamma, trace_decay = 2, 1 + 2 * seed, 3, 0.9, [0.0, 0.3, 0.65, 0.95, 1.0][seed % 5]
+    rewards, values = torch.randn(K, T, N), torch.randn(K, T + 1, N)
+    draw = torch.rand(K, T, N)
+    terminated, truncated = draw < 0.2, (draw >= 0.2) & (draw < 0.4)
+    found = lambda_returns(rewards, values, terminated, truncated, gamma, trace_decay)
+    for k in range(K):
+        for n in range(N):
+            columns = [each[k, :, n].tolist() for each in (rewards, values, terminated, truncated)]
+            expected = [slow_return(*columns, t, gamma, trace_decay) for t in range(T)]
+            assert found[k, :, n].tolist() == pytest.approx(expected, abs=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.replay import Batch
+from mtrl_cli.replay import Batch, Replay
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Agent(ABC):
         samples_per_step: replayed samples per environment step.
         learning_starts: steps per task before the first update.
         n_step: rewards per sample.
+        period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
     """
 
     network: MultiTaskNetwork
@@ -44,6 +45,7 @@ class Agent(ABC):
     samples_per_step: float
     learning_starts: int
     n_step: int
+    period: int = 1
 
     @abstractmethod
     def epsilon(self, step: int) -> np.ndarray:
@@ -51,6 +53,14 @@ class Agent(ABC):
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
         """What K x N environments just gave (float32, the game's own) and which episodes ended with it (bool), once per step of each."""
+
+    def kept_value(self, value_KN: torch.Tensor) -> torch.Tensor | None:
+        """What the replay is to keep of the best values (float32 `[K, N]`, as the network just gave them) beside a step; None: nothing."""
+        return None
+
+    def prepare(self, replay: Replay, step: int) -> None:
+        """Make the replay ready to draw the samples of the next update, at a step (per task)."""
+        replay.prepare(step, self.batch_size)
 
     def begin(self, batch: Batch) -> None:
         """Take what must be known of the first batch before anything is learned from it. Called once in a run."""

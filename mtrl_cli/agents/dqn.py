@@ -11,12 +11,12 @@ import torch
 
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
+from mtrl_cli.agents.learner_view import LearnerView, epsilon_schedule
 from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch
-from mtrl_cli.schedules import EpsilonSchedule
 
 
 class DQN(Agent):
@@ -67,9 +67,6 @@ class DQN(Agent):
         epsilon_tasks: dict[str, Fraction],
         reward_factors: dict[str, PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
     ):
-        for key, named in (("epsilon_tasks", epsilon_tasks), ("reward_factors", reward_factors)):
-            if unknown := set(named) - set(task_names):
-                raise ValueError(f"agent.{key} names {sorted(unknown)}; the tasks of this run are {list(task_names)}")
         if not target_period and not target_tau:
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
         self.network = network
@@ -79,18 +76,16 @@ class DQN(Agent):
         self._gamma, self._double, self._huber = gamma, double, huber
         self._target_period, self._target_tau = target_period, target_tau
         self._value_scale = value_scale
-        factors = [reward_factors.get(name, 1.0) for name in task_names]
-        self._factor_K = torch.tensor(factors, device=value_scale.mean_K.device) if reward_factors else None
+        self._view = LearnerView(value_scale, task_names, reward_factors)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
-        ends = [epsilon_tasks.get(name, epsilon_end) for name in task_names]
-        self.epsilon_schedule = EpsilonSchedule(epsilon_start, ends, epsilon_steps)
+        self.epsilon_schedule = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
         self._compiled_losses = compile_with(self._losses)
 
     def epsilon(self, step: int) -> np.ndarray:
         return self.epsilon_schedule(step)
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        self._value_scale.observe(reward_KN if self._factor_K is None else reward_KN * self._factor_K[:, None], done_KN)
+        self._view.observe(reward_KN, done_KN)
 
     def begin(self, batch: Batch) -> None:
         if not self._value_scale.follows_targets:
@@ -106,11 +101,10 @@ class DQN(Agent):
         return Losses(loss_KB, error_KB, q_K)
 
     def _of_batch(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        rewards = batch.rewards if self._factor_K is None else batch.rewards * self._factor_K[:, None, None]
         result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = self._compiled_losses(
             batch.observation.flatten(2, 3),
             batch.action,
-            self._value_scale.rewards(rewards),
+            self._view.rewards(batch.rewards),
             batch.steps,
             batch.terminated,
             batch.next_observation.flatten(2, 3),

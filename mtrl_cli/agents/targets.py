@@ -51,3 +51,37 @@ def bootstrap_value(next_outputs: torch.Tensor, choosing_q_KBA: torch.Tensor) ->
         float32 `[K, B]` or `[K, B, Z]`.
     """
     return of_action(next_outputs, choosing_q_KBA.argmax(-1))
+
+
+def lambda_returns(
+    rewards_KTN: torch.Tensor,
+    values_KTN: torch.Tensor,
+    terminated_KTN: torch.Tensor,
+    truncated_KTN: torch.Tensor,
+    gamma: float,
+    trace_decay: float,
+) -> torch.Tensor:
+    """Returns of a rollout, each step's a mixture of its n-step returns: Peng's Q(lambda) (Peng and Williams 1994; Gallici et al. 2024).
+
+    G_t = r_t + gamma ((1 - lambda) v_t+1 + lambda G_t+1), without what is in brackets where the step terminated, and G_T = v_T.
+    What follows a truncated step was never stored: it has no return of its own, and G_t = v_t is what the step before bootstraps from.
+
+    Args:
+        rewards_KTN: float32 `[K, T, N]`.
+        values_KTN: float32 `[K, T + 1, N]`, v_t, the greedy values of the observations in which the steps were made and of the last one.
+        terminated_KTN, truncated_KTN: bool `[K, T, N]`, what followed the step; not both.
+        gamma: discount per step.
+        trace_decay: lambda.
+
+    Returns:
+        float32 `[K, T, N]`.
+    """
+    next_value_KTN = values_KTN[:, 1:].masked_fill(terminated_KTN, 0.0)
+    # Every step is G_t = known_t + weight_t G_t+1, from the last to the first.
+    known_KTN = torch.where(truncated_KTN, values_KTN[:, :-1], rewards_KTN + gamma * (1 - trace_decay) * next_value_KTN)
+    weight_KTN = (~(terminated_KTN | truncated_KTN)).to(rewards_KTN.dtype) * (gamma * trace_decay)
+    returns, following_KN = [], values_KTN[:, -1]
+    for known_KN, weight_KN in zip(reversed(known_KTN.unbind(1)), reversed(weight_KTN.unbind(1)), strict=True):
+        following_KN = torch.addcmul(known_KN, weight_KN, following_KN)
+        returns.append(following_KN)
+    return torch.stack(returns[::-1], 1)

@@ -42,6 +42,7 @@ class ValueScale(ABC):
     Attributes:
         bounds_returns: whether it brings returns into a range that is known beforehand.
         follows_targets: whether `follow` has anything to do.
+        num_envs: N.
         mean_K, scale_K: float32 `[K]`; the network's values are (value - mean) / scale.
     """
 
@@ -49,6 +50,7 @@ class ValueScale(ABC):
     follows_targets: ClassVar[bool] = False
 
     def __init__(self, stream: RewardStream):
+        self.num_envs = stream.num_envs
         self.mean_K = torch.zeros(stream.num_tasks, device=stream.device)
         self.scale_K = torch.ones(stream.num_tasks, device=stream.device)
 

@@ -49,7 +49,7 @@ class AtariPack(Pack):
         *,
         name: str,
         tasks: Names,
-        num_envs: PositiveInt,
+        num_envs: PositiveInt = 8,
         protocol: Literal["machado", "nature"] = "machado",
         full_action_space: bool = False,
         stack: PositiveInt = 4,

@@ -40,7 +40,7 @@ class GymnasiumPack(Pack):
         *,
         name: str,
         tasks: Names,
-        num_envs: PositiveInt,
+        num_envs: PositiveInt = 8,
         max_episode_steps: NonNegativeInt = 0,
     ) -> None:
         for each in tasks:

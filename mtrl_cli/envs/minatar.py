@@ -45,7 +45,7 @@ class MinAtarPack(Pack):
         *,
         name: str,
         tasks: Names,
-        num_envs: PositiveInt,
+        num_envs: PositiveInt = 8,
         sticky: Fraction = 0.1,
         difficulty_ramping: bool = True,
         minimal_actions: bool = True,

@@ -1,0 +1,120 @@
+"""Which values of a configuration, right key by key, make no sense together. Nothing is imported for it (see `signatures.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mtrl_cli.catalogue import did_you_mean
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.signatures import KINDS, class_name, read
+
+
+def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), root: Path | None = None) -> None:
+    """Refuse what is right key by key and makes no sense together, as far as can be told without building it.
+
+    Raises:
+        UserError: it names the keys and what to set.
+    """
+    _check_tasks(config["env"].get("tasks", []))
+    _check_value_scale(config, trusted, root)
+    _check_replay(config, trusted, root)
+    _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
+    n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
+    if isinstance(capacity, int) and n_step >= capacity:
+        raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
+    shown, read_by = (
+        read(f"{path}._target_", config[path]["_target_"], KINDS[path], trusted, root).attributes.get("observation_kind")
+        for path in ("env", "network")
+    )
+    if shown and read_by and shown != read_by:
+        pack, torso = config["env"]["name"], class_name(config["network"])
+        raise UserError(
+            f"env={pack} shows {shown}s, and network's {torso} reads {read_by}s: "
+            "choose another network (mtrl ls network), or leave network= out for the pack's own"
+        )
+
+
+def _check_tasks(tasks: Sequence[str]) -> None:
+    if not tasks:
+        raise UserError("env.tasks=[]: expected the name of at least one task, such as env.tasks=[pong,breakout]")
+    repeated = next((name for name in tasks if tasks.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"env.tasks names {show(repeated)} twice: expected each task once")
+
+
+def _check_value_scale(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
+    """Heads whose values have fixed ends go with scales that keep returns within a known range, and with no others."""
+    head, scale = config["network"]["head"], config["agent"]["value_scale"]
+    if not read("network.head._target_", head["_target_"], KINDS["network/head"], trusted, root).attributes.get("bounded", False):
+        return
+    found_scale = read("agent.value_scale._target_", scale["_target_"], KINDS["agent/value_scale"], trusted, root)
+    if not found_scale.attributes.get("bounds_returns", False):
+        raise UserError(
+            f"network/head's {class_name(head)} needs returns of a known range, "
+            f"which agent/value_scale's {class_name(scale)} does not give: "
+            "choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
+        )
+    limit, largest = scale.get("limit"), head.get("v_max")
+    if limit is not None and largest is not None and limit > largest:
+        raise UserError(
+            f"agent.value_scale.limit={limit:g} is above network.head.v_max={largest:g}, beyond which the head knows no value: "
+            "lower the one or raise the other"
+        )
+
+
+def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path | None) -> None:
+    """Agents that learn from rollouts go with what keeps these, and with no other replay."""
+    agent, replay = config["agent"], config["replay"]
+    learns_from, keeps = (
+        read(f"{path}._target_", node["_target_"], KINDS[path], trusted, root).attributes.get("from_rollouts", False)
+        for path, node in (("agent", agent), ("replay", replay))
+    )
+    if learns_from and not keeps:
+        raise UserError(
+            f"agent's {class_name(agent)} learns from rollouts, which replay's {class_name(replay)} does not keep: leave replay= out"
+        )
+    if keeps and not learns_from:
+        raise UserError(
+            f"replay's {class_name(replay)} forgets what agent's {class_name(agent)} would learn from: choose replay=uniform or prioritized"
+        )
+    length, parts, num_envs = agent.get("rollout_length"), agent.get("minibatches"), config["env"].get("num_envs")
+    if not learns_from or length is None or num_envs is None:
+        return
+    if parts and length * num_envs % parts:
+        raise UserError(
+            f"agent.minibatches={parts} cannot cut a rollout into equal parts: it has agent.rollout_length={length} times "
+            f"env.num_envs={num_envs} steps, {length * num_envs}; expected a number that divides them"
+        )
+    if (length + 1) * num_envs > config["steps_per_task"]:
+        raise UserError(
+            f"agent.rollout_length={length} with env.num_envs={num_envs} is not complete within "
+            f"steps_per_task={config['steps_per_task']}: nothing would be learned; lower the one or raise the other"
+        )
+
+
+def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:
+    start, end = agent.get("epsilon_start", 1.0), agent.get("epsilon_end", 0.0)
+    if end > start:
+        raise UserError(f"agent.epsilon_end={end} is above agent.epsilon_start={start}: expected exploration to become less")
+    for name, final in agent.get("epsilon_tasks", {}).items():
+        if name not in tasks:
+            raise UserError(f"agent.epsilon_tasks names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
+        if final > start:
+            raise UserError(
+                f"agent.epsilon_tasks: {name}={final} is above agent.epsilon_start={start}: expected exploration to become less"
+            )
+    for name in agent.get("reward_factors", {}):
+        if name not in tasks:
+            raise UserError(f"agent.reward_factors names {show(name)}, which is not in env.tasks: {did_you_mean(name, tasks)}")
+    if agent.get("target_period", 1) == 0 and not 0 < agent.get("target_tau", 1) <= 1:
+        raise UserError(
+            f"agent.target_period=0 with agent.target_tau={agent['target_tau']}: expected a rate above 0 and at most 1, "
+            "or a period above 0, else the target network never follows"
+        )
+    if agent.get("learning_starts", 0) > steps:
+        raise UserError(
+            f"agent.learning_starts={agent['learning_starts']} is beyond steps_per_task={steps}: nothing would be learned; "
+            "lower the one or raise the other (both are steps per task)"
+        )
