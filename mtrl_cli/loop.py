@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.envs.pack import Step, TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.learner import Learner
@@ -73,7 +73,7 @@ class Loop:
         """One step of every environment at a time, for ever; yields the steps per task so far."""
         while True:
             with self.clock.time("act"):
-                action = self.actor.act(self.frames.observation, self.learner.agent.epsilon(self.step))
+                action = self.act()
                 self.pack.send(action.cpu().numpy())
             with self.clock.time("learn"):  # while the emulators work
                 self.learner.learn_what_is_due(self.step)
@@ -84,14 +84,22 @@ class Loop:
                 if self.learner.task_weights.hears_scores and step.done.any():
                     self.learner.task_weights.hear_scores(self.statistics.recent())
             with self.clock.time("act"):
-                reward, terminated, truncated, done = (
-                    torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
-                )
-                self.learner.agent.observe(reward, done)
-                self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
-                self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
+                self.store(action, step)
             self.step += self.pack.num_envs
             yield self.step
+
+    def act(self) -> torch.Tensor:
+        """What to do next in every environment, int64 `[K, N]` on the device."""
+        return self.actor.act(self.frames.observation, self.learner.agent.epsilon(self.step))
+
+    def store(self, action: torch.Tensor, step: Step) -> None:
+        """Take what came of `action` (int64 `[K, N]`): into the replay, and as what to act on next."""
+        reward, terminated, truncated, done = (
+            torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
+        )
+        self.learner.agent.observe(reward, done)
+        self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
+        self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next ticks depend on but the rows of the replay."""

@@ -164,6 +164,11 @@ class Replay(ABC):
         """Transitions held, per task."""
         return (self.rows - self._first_kept) * self.spec.num_envs
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, all its tensors together."""
+        return self._frames.nbytes + self._actions.nbytes + self._rewards.nbytes + self._flags.nbytes
+
     @abstractmethod
     def sample(self, batch_size: int, step: int) -> Batch:
         """Draw `batch_size` samples of each task; `step` (per task) is for annealed quantities."""
@@ -293,6 +298,10 @@ class PrioritizedReplay(Replay):
         self._alpha, self._beta = alpha, beta
         self._tree = SumTree(spec.num_tasks, self.capacity_rows * spec.num_envs, spec.device)
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._tree.nbytes
 
     def add(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
         first_before, _ = self.eligible_rows
