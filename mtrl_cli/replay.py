@@ -99,7 +99,7 @@ class Replay(ABC):
             )
         K, T, N = spec.num_tasks, self.capacity_rows, spec.num_envs
         # One row more than is stored stays zero: what a stack shows before its episode's start.
-        self._frames = torch.zeros((K * T * N + 1, *spec.frame_shape), dtype=spec.dtype, device=spec.device)
+        self._frames = _zeros((K * T * N + 1, *spec.frame_shape), spec.dtype, spec.device)
         self._actions = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
         self._rewards = torch.zeros((K, T, N), dtype=torch.float32, device=spec.device)
         self._flags = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
@@ -254,6 +254,13 @@ class Replay(ABC):
 
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
         """Tell how far off the values of a batch were (absolute temporal-difference errors `[K, B]`)."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory only where they are written over: torch would write all of them, a second for every GiB."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
 
 class UniformReplay(Replay):
