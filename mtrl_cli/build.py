@@ -246,8 +246,10 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     """
     device = torch.device(config["device"])
     set_up_torch(config)
-    if config["compile"] and (compiler := hardware.compiler()):
-        os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
+    if config["compile"]:
+        hardware.keep_compiled()
+        if compiler := hardware.compiler():
+            os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)

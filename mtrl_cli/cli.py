@@ -25,6 +25,7 @@ Examples:
   mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
   mtrl resume runs/atari_pack/…             go on where a run stopped
   mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
+  mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
 Every command tells more: mtrl train --help.""",
     rich_markup_mode=None,
@@ -141,6 +142,36 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
 
     with _reader_may_leave():  # what it prints comes last: the scores are written by then
         evaluate_run(run, options)
+
+
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, help="How long to measure in all, without starting and compiling.")
+    ] = 15.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast a run would be on this machine, part by part, and how near its limit.
+
+    \b
+    Takes what mtrl train takes, and measures the emulators alone, acting alone, learning alone and the whole loop. The limit follows
+    from the parts: where they share the same cores their times add up; with a GPU the slower side decides.
+    Nothing is kept: run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts are accepted and have no effect.
+
+    \b
+    Examples:
+      mtrl bench env=atari_pack
+      mtrl bench env=atari_pack network=impala device=cuda
+      mtrl bench env=classic_pack --seconds 5 --json
+    """
+    from mtrl_cli import config
+
+    composed = config.compose_training(overrides or [])
+    from mtrl_cli.bench import bench as measure
+
+    with _reader_may_leave():
+        measure(composed, seconds=seconds, as_json=as_json)
 
 
 @app.command()

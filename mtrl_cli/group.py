@@ -95,9 +95,13 @@ class Group:
         if kept is not None:
             self._value.copy_(kept)
 
+    def chosen(self) -> NDArray[np.int64]:
+        """The chosen actions `[K, n]`, once they are on the host."""
+        return self._transfer.fetched()
+
     def send(self) -> None:
         """Set the environments going with the chosen actions."""
-        self.pack.send(self._transfer.fetched())
+        self.pack.send(self.chosen())
 
     def take(self, step: Step, epsilon_K: NDArray[np.float32]) -> Row:
         """What came of it. From now on what is seen is what follows.

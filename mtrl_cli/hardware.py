@@ -194,6 +194,17 @@ def compiler() -> str | None:
     return None
 
 
+def keep_compiled() -> None:
+    """Let torch keep compiled code where it outlives a restart: in the user's cache folder rather than in /tmp, unless told otherwise."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mtrl" / "torchinductor"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def missing_for_compile() -> str | None:
     """Why torch.compile cannot work on the CPU here, in a few words, or None if it can."""
     if compiler() is None:

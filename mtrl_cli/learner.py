@@ -66,6 +66,11 @@ class Learner:
         since -= since % self.agent.period
         return self._updates_before + int(since * self.agent.samples_per_step / self.agent.batch_size)
 
+    @property
+    def steps_per_update(self) -> float:
+        """Steps per task for which one update is due."""
+        return self.agent.batch_size / self.agent.samples_per_step
+
     def learn_what_is_due(self, step: int) -> None:
         """Make the updates that are due at a step (per task)."""
         due = self.updates_due(step)

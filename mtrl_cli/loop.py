@@ -85,7 +85,10 @@ class Loop:
             if not self._overlapped:
                 self._learn()
             self._count(steps)
-            self._store(joined(rows))
+            with self.clock.time("act"):
+                self.store(rows)
+                if len(self.groups) == 1:
+                    self.groups[0].choose()
             self.step += self.num_envs
             yield self.step
 
@@ -121,12 +124,11 @@ class Loop:
             if self.learner.task_weights.hears_scores and done.any():
                 self.learner.task_weights.hear_scores(self.statistics.recent())
 
-    def _store(self, row: Row) -> None:
-        with self.clock.time("act"):
-            self.learner.agent.observe(row.reward, row.done)
-            self.replay.add(row.frame, row.start, row.action, row.reward, row.terminated, row.truncated, row.value)
-            if len(self.groups) == 1:
-                self.groups[0].choose()
+    def store(self, rows: list[Row]) -> None:
+        """Put a step of all groups into the replay."""
+        row = joined(rows)
+        self.learner.agent.observe(row.reward, row.done)
+        self.replay.add(row.frame, row.start, row.action, row.reward, row.terminated, row.truncated, row.value)
 
     @property
     def newest_frames(self) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Replay(ABC):
             )
         K, T, N = spec.num_tasks, self.capacity_rows, spec.num_envs
         # One row more than is stored stays zero: what a stack shows before its episode's start.
-        self._frames = torch.zeros((K * T * N + 1, *spec.frame_shape), dtype=spec.dtype, device=spec.device)
+        self._frames = _zeros((K * T * N + 1, *spec.frame_shape), spec.dtype, spec.device)
         self._actions = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
         self._rewards = torch.zeros((K, T, N), dtype=torch.float32, device=spec.device)
         self._flags = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
@@ -179,6 +179,17 @@ class Replay(ABC):
     def transitions(self) -> int:
         """Transitions held, per task."""
         return (self.rows - self._first_kept) * self.spec.num_envs
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, all its tensors together."""
+        return sum(tensor.nbytes for tensor in self._stored().values())
+
+    def again(self) -> None:
+        """Let the newest steps be drawn anew, where each is drawn only so often: to measure how long that takes."""
+
+    def restart(self) -> None:
+        """Let drawing begin with what is stored next, where it follows the order of rows."""
 
     def sample(self, batch_size: int, step: int) -> Batch:
         """Draw `batch_size` samples of each task; `step` (per task) is for annealed quantities."""
@@ -276,6 +287,13 @@ class Replay(ABC):
         """Tell how far off the values of a batch were (absolute temporal-difference errors `[K, B]`)."""
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory only where they are written over: torch would write all of them, a second for every GiB."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+
+
 class UniformReplay(Replay):
     """Every transition that has a successor is drawn equally often (Mnih et al. 2015).
 
@@ -319,6 +337,10 @@ class PrioritizedReplay(Replay):
         self._tree = SumTree(spec.num_tasks, self.capacity_rows * spec.num_envs, spec.device)
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
         self._exponent, self._held = torch.zeros((2,), dtype=torch.float64, device=spec.device).unbind()
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._tree.nbytes
 
     def add(self, *args: Any, **kwargs: Any) -> None:
         first_before, _ = self.eligible_rows

@@ -154,6 +154,14 @@ class Rollouts(Replay):
             index=slot_KB * spec.num_envs + env_KB,
         )
 
+    def again(self) -> None:
+        self._origin, self._opened, self.drawn = self.rows - self.spec.rollout_length - 1, 0, 0
+        self._mark()
+
+    def restart(self) -> None:
+        self._origin, self._opened, self.drawn = self.rows, 0, 0
+        self._mark()
+
     # -- state --------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class Rollouts(Replay):
             ValueError: the state is of another capacity.
         """
         super().load_state_dict(state, rows_restored)
-        self._origin, self._opened, self.drawn = self.rows, 0, 0
+        self.restart()
         if rows_restored:
             self._origin, self._opened, self.drawn = int(state["origin"]), int(state["opened"]), int(state["drawn"])
             self._returns.copy_(state["returns"])

@@ -28,6 +28,11 @@ class SumTree:
         """Priorities, float64 `[K, size]`."""
         return self._nodes[:, self._first_leaf : self._first_leaf + self._size]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the nodes take."""
+        return self._nodes.nbytes
+
     def load(self, leaves: torch.Tensor) -> None:
         """Set all leaves (float64 `[K, size]`) and all sums."""
         self.leaves.copy_(leaves)

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, evaluator, files, hardware, settling
+from mtrl_cli import build, evaluator, files, hardware, settling, throughput
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
 from mtrl_cli.display import Display, evaluation_table, say
@@ -227,7 +227,10 @@ class _Training:
             if self.saved_at < 0:
                 self._save()
             raise
-        self.display.message(f"compiled in {time.perf_counter() - begun:.0f} s")
+        seconds = time.perf_counter() - begun
+        self.display.message(f"compiled in {seconds:.0f} s")
+        step, figures = self.loop.step, {"perf/seconds/compile": seconds}
+        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
 
     def _train(self) -> None:
         intervals, ticks = self.run.intervals, self.loop.ticks()
@@ -322,7 +325,11 @@ class _Training:
             "perf/updates_per_second": (updates - self.row_updates) / seconds,
             "perf/memory": float(hardware.resident_memory()),
         }
-        figures |= {f"perf/seconds/{part}": value for part, value in self.loop.clock.read().items()}
+        spent = self.loop.clock.read()
+        figures |= {f"perf/seconds/{part}": value for part, value in spent.items()}
+        if self.run.device.type == "cpu":  # a GPU works while the host's clock shows something else: mtrl bench tells
+            steps, each = (step - self.row_step) * len(tasks), self.run.learner.steps_per_update * len(tasks)
+            figures |= throughput.of_a_row(spent, steps, (updates - self.row_updates) * each, each, per_second)
         self.logger.row(step, step * self._frames_per_step, self.seconds, updates, figures)
         # A row's own episodes are few: the table shows the mean of the last hundred.
         self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)

@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ class Mtrl:
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         """Start it, with pipes for stdout and stderr; further keywords are environment variables."""
         clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        # Their homes are new each time; what torch compiled for one serves the next.
+        clean["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_tests_{os.getuid()}")
         return subprocess.Popen(
             [str(self.executable), *map(str, arguments)],
             cwd=self.folder,

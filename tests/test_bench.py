@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import bench_first_step
 from bench import Figure
 from bench_sb3 import ALL, ONE, Side, overrides, steady_rates
 from conftest import Mtrl
@@ -41,3 +42,11 @@ def test_an_interval_over_runs_is_wider_than_that_of_their_games() -> None:
     assert interval_over_runs([[1.0, 1.0], [1.0, 1.0]], resamples=100) == (1.0, 1.0)
     low, high = interval_over_runs([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], resamples=1000)
     assert (low, high) == (1.0, 3.0)
+
+
+def test_first_steps_stand_beside_their_bars() -> None:
+    slow, quick = ({"first_step": seconds, "emulators": 1.0, "first_update": seconds + 1} for seconds in (3.1, 2.9))
+    eager = {way: bench_first_step.table({"classic_pack": {"eager": found}}) for way, found in (("slow", slow), ("quick", quick))}
+    assert "3 MISSED" in eager["slow"]
+    assert "3 met" in eager["quick"]
+    assert "60 met" in bench_first_step.table({"classic_pack": {"compiled, first run": slow}})

@@ -55,6 +55,9 @@ def procedures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     evaluate.evaluate_run = lambda run, options: calls.append(("eval", run, options))
     monkeypatch.setitem(sys.modules, "mtrl_cli.train", train)
     monkeypatch.setitem(sys.modules, "mtrl_cli.evaluate", evaluate)
+    bench: Any = types.ModuleType("mtrl_cli.bench")
+    bench.bench = lambda config, *, seconds, as_json: calls.append(("bench", config, seconds, as_json))
+    monkeypatch.setitem(sys.modules, "mtrl_cli.bench", bench)
     return calls
 
 
@@ -78,6 +81,7 @@ main()
     ("words", "never"),
     [
         (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["bench", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["train", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["ls"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
@@ -97,10 +101,10 @@ def test_what_is_slow_to_import_is_not_imported(words: list[str], never: list[st
 def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("--help")
     assert (code, err) == (0, "")
-    for word in ("train", "resume", "eval", "ls", "info", "--version", "mtrl train env=atari_pack"):
+    for word in ("train", "resume", "eval", "bench", "ls", "info", "--version", "mtrl train env=atari_pack"):
         assert word in out
     assert mtrl()[:2] == (0, out)
-    for command in ("train", "resume", "eval", "ls"):
+    for command in ("train", "resume", "eval", "bench", "ls"):
         code, out, err = mtrl(command, "--help")
         assert (code, err) == (0, "")
         assert f"  mtrl {command}" in out, "examples, each on a line of its own"
@@ -158,7 +162,9 @@ def test_commands_hand_over_plain_values(mtrl: Callable[..., Outcome], procedure
     assert mtrl("train", "env=classic_pack", "--or-resume", "run_dir=r")[0] == 0
     assert mtrl("resume", "r", "device=cpu")[0] == 0
     assert mtrl("eval", "r", "eval.episodes=10", "video=true")[0] == 0
-    train, resume, evaluate = procedures
+    assert mtrl("bench", "env=classic_pack", "--seconds", "3", "--json")[0] == 0
+    train, resume, evaluate, bench = procedures
+    assert bench == ("bench", config.compose_training(["env=classic_pack"]), 3.0, True)
     assert train == (
         "train",
         config.compose_training(["env=classic_pack", "run_dir=r"]),

@@ -77,6 +77,8 @@ def test_folders_of_ones_own_are_offered(tmp_path: Path) -> None:
 
 
 def test_the_other_commands_offer_what_they_take() -> None:
+    assert offered("bench", "agent.n_") == offered("train", "agent.n_") != []
+    assert offered("bench", "env=cl") == ["env=classic_pack"]
     assert offered("resume", "") == [f"{key}=" for key in config.RESUMABLE]
     assert offered("eval", "eval.epi") == ["eval.episodes="]
     assert offered("eval", "video=") == ["video=true", "video=false"]

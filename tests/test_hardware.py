@@ -163,3 +163,24 @@ def test_a_compiler_is_one_that_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX")
     _program(tmp_path / "clang++", 1)
     assert "no C++ compiler" in (hardware.missing_for_compile() or "")
+
+
+def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what is set below is taken back afterwards
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    hardware.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mtrl" / "torchinductor")
+    assert (tmp_path / "mtrl" / "torchinductor").stat().st_mode & 0o077 == 0, "others could put code there"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    hardware.keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
+def test_a_cache_folder_that_cannot_be_made_leaves_torchs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    hardware.keep_compiled()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

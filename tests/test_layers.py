@@ -17,10 +17,10 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
     "cli": {"cli", "__main__"},
-    "procedures": {"train", "evaluate", "info", "listing", "completion"},
+    "procedures": {"train", "bench", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
-    "loop": {"group", "loop", "learner", "evaluator", "diagnostics"},
+    "loop": {"group", "loop", "learner", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},

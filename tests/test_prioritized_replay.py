@@ -191,3 +191,12 @@ def test_without_its_rows_no_priority_is_left() -> None:
         assert (leaves(fresh) > 0).any() == fresh.ready
         if fresh.ready:
             assert_legal(fresh.sample(4, step=0), fresh, slow)
+
+
+def test_what_its_tensors_take_is_what_a_transition_was_said_to_take() -> None:
+    some = spec(frame_shape=(50,), stack=1)
+    replay = PrioritizedReplay(some, capacity=256 * some.num_envs)  # a tree of a power of two wastes nothing
+    held = replay.capacity_rows * some.num_envs * some.num_tasks
+    tree_per_transition = 2 * 8 * 2 ** math.ceil(math.log2(256 * some.num_envs)) / (256 * some.num_envs)
+    expected = PrioritizedReplay.bytes_per_transition(some) - 32 + tree_per_transition
+    assert replay.nbytes / held == pytest.approx(expected, rel=0.001)

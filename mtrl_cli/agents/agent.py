@@ -37,6 +37,7 @@ class Agent(ABC):
         samples_per_step: replayed samples per environment step.
         learning_starts: steps per task before the first update.
         n_step: rewards per sample.
+        updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
         period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
     """
 
@@ -45,6 +46,7 @@ class Agent(ABC):
     samples_per_step: float
     learning_starts: int
     n_step: int
+    updates_per_rollout: int = 0
     period: int = 1
 
     @abstractmethod

@@ -82,7 +82,7 @@ class PQN(Agent):
         # the first is due at once, so that the last is made before that is complete.
         self.period = 1 if overlap else samples
         self.learning_starts = num_envs + (samples - math.ceil(self.batch_size / epochs) if overlap else 0)
-        self._samples_per_rollout = samples * epochs
+        self.updates_per_rollout = epochs * minibatches
         self._gamma, self._trace_decay, self._huber = gamma, trace_decay, huber
         self._view = LearnerView(value_scale, task_names, reward_factors)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -101,7 +101,7 @@ class PQN(Agent):
 
     def prepare(self, replay: Replay, step: int) -> None:
         assert isinstance(replay, Rollouts)
-        if not replay.is_open or replay.drawn == self._samples_per_rollout:
+        if not replay.is_open or replay.drawn == self.updates_per_rollout * self.batch_size:
             rewards, values, terminated, truncated = replay.next_rollout()
             rewards = self._view.rewards(rewards)
             replay.open_next(targets.lambda_returns(rewards, values, terminated, truncated, self._gamma, self._trace_decay))

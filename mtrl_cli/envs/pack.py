@@ -14,6 +14,7 @@ import difflib
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,6 +222,7 @@ class TaskPack:
             [buffer[index][:, *(slice(size) for size in task.observation_shape)] for index, task in enumerate(self.tasks)]
             for buffer in self._buffers
         ]
+        self._num_threads = num_threads
         threads = max(1, num_threads // len(self.tasks))
         self._vectors = [pack.vector(index, num_envs, threads, training) for index in range(len(self.tasks))]
 
@@ -239,9 +241,10 @@ class TaskPack:
         self._journals.lengths[:] = 0
         self._in_flight = None
         everything = np.ones(self.num_envs, bool)
-        return self._fill(
-            [vector.reset(self._seeds(task, everything, everything), everything) for task, vector in enumerate(self._vectors)]
-        )
+        seeds = [self._seeds(task, everything, everything) for task in range(len(self.tasks))]
+        # ale-py loads a ROM for every environment, and lets other threads work meanwhile.
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            return self._fill(list(threads.map(lambda vector, seed: vector.reset(seed, everything), self._vectors, seeds)))
 
     def send(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
         """Set the environments going; `recv` takes what came of it.
