@@ -88,7 +88,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, slower)
 
     slow(TaskPack, "recv", EMULATING)
-    slow(EpsilonGreedy, "act", ACTING)
+    slow(EpsilonGreedy, "choose", ACTING)
     slow(Learner, "update", LEARNING)
 
 
