@@ -68,3 +68,6 @@ def test_compiled_a_structure_that_has_no_quick_way_takes_a_backward_pass_for_ea
     small = ["steps_per_task=80", "network.hidden=[8,8]", "log.diagnostics=0"]
     mtrl("train", *SMALL, *small, "compile=true", "network/sharing=mmoe", "network.sharing.experts=2", "task_weights=pcgrad", "run_dir=run")
     last_row(mtrl.folder / "run")
+    compiling = [json.loads(line) for line in (mtrl.folder / "run" / "metrics.jsonl").read_text().splitlines() if "seconds/compile" in line]
+    assert [row["step"] for row in compiling] == [0]
+    assert compiling[0]["perf/seconds/compile"] > 0
