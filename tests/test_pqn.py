@@ -15,6 +15,7 @@ import torch
 from conftest import MtrlHere
 from fake_pack import TASKS, FakePack
 from fake_tasks import stream_of, tasks_of
+from mtrl_cli import build, config, hardware, settling
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.pqn import PQN
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
@@ -363,3 +364,17 @@ def test_what_makes_no_sense_is_refused_in_a_line(here: MtrlHere, overrides: lis
     assert says in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert list(here.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("device", "overlap"), [("cpu", False), ("cuda", True)])
+def test_what_is_left_open_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool) -> None:
+    monkeypatch.setattr(hardware, "resolve_device", lambda name: torch.device(device))
+    composed = config.compose_training(["env=classic_pack", "agent=pqn"])
+    pack = build.make_pack(composed)
+    settled = settling.settle(composed, pack, lambda line: None)
+    assert settled["agent"]["overlap"] is overlap
+    assert settled["replay"] == {"_target_": "mtrl_cli.rollouts.Rollouts"}
+    chosen = settling.settle(config.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None)
+    assert chosen["agent"]["overlap"] is True
+    # 2 rollouts of 32 rows and 3 more of 16 environments; each of 6 numbers, an action, a reward, flags and a value.
+    assert "replay: 1,072 transitions per task, 0.1 MiB in all (34 bytes each)" in settling.describe(settled | {"device": "cpu"}, pack)
