@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Pack, TaskPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
@@ -98,9 +99,9 @@ def make(config: Config, group: str, *args: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def make_store(config: Config, folder: Path) -> CheckpointStore:
+def make_store(config: Config, folder: Path, ranks: Ranks = ALONE) -> CheckpointStore:
     """The checkpoints of a run, in `folder`."""
-    return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"])
+    return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"], ranks=ranks)
 
 
 def derived_seed(seed: int, label: str) -> int:
@@ -220,22 +221,24 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, s
     return task_weights
 
 
-def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
-    """All parts of a training run. Nothing is written, and no emulator started. What the user should know is told by `say`.
+def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Run:
+    """All parts of a training run; of several ranks, this one's. Nothing is written, and no emulator started. What the user should
+    know is told by `say`.
 
     Raises:
         UserError: parts that do not fit together.
     """
-    device = torch.device(config["device"])
+    device = device_of(config, ranks)
+    num_envs = ranks.share("env.num_envs", pack.num_envs)
     torch.set_num_threads(config["threads"])
     if config["compile"] and (compiler := hardware.compiler()):
         os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device))
+    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
     agent = make(config, "agent", network, value_scale, names, compile_with)
-    replay = make(config, "replay", replay_spec(config, pack, device))
+    replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
     optimizer = make(config, "optimizer", list(network.parameters()))
     tasks = Tasks(
         names=tuple(names),
@@ -246,14 +249,17 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
     tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape)
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, ranks)
 
     def open_loop() -> Loop:
-        seed, num_envs = config["seed"], pack.num_envs
-        envs = TaskPack(pack, num_envs=num_envs, seed=seed, num_threads=hardware.cores(), training=True, stream="train")
-        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(seed, "exploration"))
+        seed, threads, first = config["seed"], max(1, hardware.cores() // ranks.place.local_size), ranks.rank * num_envs
+        envs = TaskPack(pack, num_envs=num_envs, seed=seed, num_threads=threads, training=True, stream="train", first_env=first)
+        exploration = derived_seed(seed, ranks.label("exploration"))
+        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, exploration)
         frames = FrameStack(len(names), num_envs, pack.stack, pack.observation_shape, replay.spec.dtype, device)
-        return Loop(envs, actor, replay, learner, frames, EpisodeStatistics(names, num_envs), device)
+        # The last hundred episodes of each task are those of all ranks.
+        statistics = EpisodeStatistics(names, num_envs, window=max(1, 100 // ranks.size))
+        return Loop(envs, actor, replay, learner, frames, statistics, device, ranks)
 
     return Run(
         pack=pack,
@@ -261,13 +267,41 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
-        diagnostics=Diagnostics(agent, replay, names, every=config["log"]["diagnostics"], seed=derived_seed(config["seed"], "diagnostics")),
+        diagnostics=Diagnostics(
+            agent,
+            replay,
+            names,
+            every=config["log"]["diagnostics"],
+            seed=derived_seed(config["seed"], "diagnostics"),
+            steps_per_tick=pack.num_envs,
+        ),
         intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
         device=device,
         seed=config["seed"],
         compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
+
+
+def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:
+    """A rank's part of the replay."""
+    spec = replace(spec, num_envs=num_envs, seed=derived_seed(config["seed"], ranks.label("replay")))
+    part = config["replay"] | {"capacity": config["replay"]["capacity"] // ranks.size}
+    try:
+        replay: Replay = make(config | {"replay": part}, "replay", spec)
+        return replay
+    except UserError as error:
+        raise UserError(str(error) if ranks.size == 1 else f"of each of {ranks.size} ranks: {error}") from error
+
+
+def device_of(config: Config, ranks: Ranks) -> torch.device:
+    """Where a rank trains: on the GPU of its number on this machine, where the configuration says `cuda` for all.
+
+    Raises:
+        UserError: it is not there.
+    """
+    named = config["device"]
+    return hardware.resolve_device(f"cuda:{ranks.place.local_rank}" if named == "cuda" and ranks.size > 1 else named)
 
 
 def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
@@ -306,7 +340,10 @@ def for_evaluation(config: Config, device: str | None) -> Config:
         if device is not None:
             raise
         resolved = hardware.resolve_device("auto")  # a run from a GPU, looked at on a laptop
-    return config | {"device": str(resolved), "precision": config["precision"] if str(resolved) == config["device"] else "fp32"}
+    return config | {
+        "device": str(resolved),
+        "precision": config["precision"] if config["device"] in (str(resolved), resolved.type) else "fp32",
+    }
 
 
 def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:

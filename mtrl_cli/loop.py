@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
@@ -38,14 +39,15 @@ class Clock:
 
 
 class Loop:
-    """Plays K x N environments and learns from them.
+    """Plays K x N environments and learns from them. Where several ranks train, each plays N of its own, and all go in step.
 
     Args:
         pack, actor, replay, learner, frames, statistics: the parts that take turns.
         device: of the replay and the learner.
+        ranks: that train together.
 
     Attributes:
-        step: steps per task so far.
+        step: steps per task so far, of all ranks together.
         clock: where the time went.
     """
 
@@ -58,9 +60,10 @@ class Loop:
         frames: FrameStack,
         statistics: EpisodeStatistics,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ):
         self.pack, self.actor, self.replay, self.learner, self.frames, self.statistics = pack, actor, replay, learner, frames, statistics
-        self.device = device
+        self.device, self.ranks = device, ranks
         self.step = 0
         self.clock = Clock()
 
@@ -81,8 +84,8 @@ class Loop:
                 step = self.pack.recv()
             with self.clock.time("log"):
                 self.statistics.add(step.reward, step.done)
-                if self.learner.task_weights.hears_scores and step.done.any():
-                    self.learner.task_weights.hear_scores(self.statistics.recent())
+                if self.learner.task_weights.hears_scores and self.ranks.largest(bool(step.done.any())):
+                    self.learner.task_weights.hear_scores(self.statistics.recent(self.ranks.total))
             with self.clock.time("act"):
                 reward, terminated, truncated, done = (
                     torch.from_numpy(array).to(self.device) for array in (step.reward, step.terminated, step.truncated, step.done)
@@ -90,13 +93,18 @@ class Loop:
                 self.learner.agent.observe(reward, done)
                 self.replay.add(self.frames.newest, self.frames.start, action, reward, terminated, truncated)
                 self.frames.push(torch.from_numpy(step.observation).to(self.device), done)
-            self.step += self.pack.num_envs
+            self.step += self.pack.num_envs * self.ranks.size
             yield self.step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next ticks depend on but the rows of the replay."""
         parts = ("pack", "actor", "replay", "learner", "frames", "statistics")
         return {"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What of `state_dict` the first rank's does not tell of this one: the learned weights of tasks are the same on all."""
+        state = self.state_dict()
+        return state | {"learner": {name: value for name, value in state["learner"].items() if name != "task_weights"}}
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
         """Go on from a state; emulators are brought back by playing their episodes again.

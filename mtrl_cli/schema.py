@@ -44,7 +44,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The keys at the top of a training configuration. Counts of steps are per task."""
+    """The keys at the top of a training configuration. Counts of steps are per task. `ranks` is what torchrun says, written down."""
 
     steps_per_task: PositiveInt
     seed: NonNegativeInt
@@ -54,6 +54,7 @@ class Training:
     threads: PositiveInt | Auto
     run_dir: str | None
     trusted_packages: list[str]
+    ranks: PositiveInt = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from mtrl_cli import budget, build, hardware
 from mtrl_cli.build import Config
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.networks.network import ParameterCounts
@@ -24,20 +25,25 @@ _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
 _LARGEST_MEMORY_SHARE = 0.9
 
 
-def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
+def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
     """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
 
+    Of several ranks, the first settles it for all.
+
     Raises:
-        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives.
+        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives, or
+            what cannot be shared evenly by the ranks.
     """
     device = hardware.resolve_device(config["device"])
+    _check_ranks(config, device, ranks)
     if config["network"]["parameters"] is not None:
         budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
-    settled = fit_network(config, pack) | {"device": str(device)}
+    # Each rank has the GPU of its own number, so for several the name is that of the kind.
+    settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
     image = pack.observation_kind == "image"
     if config["threads"] == "auto":
         # The products of a small vector network are over before a second thread has begun.
-        settled["threads"] = hardware.cores() if image else 1
+        settled["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
     if config["precision"] == "auto":
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
         settled["precision"] = "bf16" if fast else "fp32"
@@ -49,10 +55,21 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
             say(f"compile: off, about two times slower on a CPU: {missing}")
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
-    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
+    settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():
         say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
     return settled
+
+
+def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
+    ranks.share("env.num_envs", config["env"]["num_envs"])
+    if ranks.size == 1 or device.type == "cpu":
+        return
+    here, devices = ranks.place.local_size, torch.cuda.device_count()
+    if config["device"] not in ("auto", "cuda"):
+        raise UserError(f"device={config['device']}: each of {ranks.size} ranks takes a GPU of its own; give device=auto, cuda or cpu")
+    if here > devices:
+        raise UserError(f"{here} ranks on this machine need as many GPUs, and there are {devices}; start fewer, or give device=cpu")
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
@@ -105,10 +122,12 @@ def _with(config: Config, widths: Config) -> Config:
     return config | {"network": network}
 
 
-def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
+def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None], ranks: Ranks) -> int:
     spec = build.replay_spec(config, pack, device)
     each = _bytes_per_transition(config, spec) * spec.num_tasks
-    free, capacity = _free_memory(device), config["replay"]["capacity"]
+    # Each rank keeps its part: in its GPU's memory, or with the others of its machine in that one's.
+    free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
+    capacity = config["replay"]["capacity"]
     if capacity == "auto":
         room, of_what = free * _MEMORY_SHARE, "memory"
         disk = _free_disk(config["run_dir"]) * _DISK_SHARE
@@ -160,7 +179,13 @@ def describe(config: Config, pack: Pack) -> list[str]:
         f"replay: {replay['capacity']:,} transitions per task, {size} in all ({each:,} bytes each)",
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",
+        *_describe_ranks(config),
     ]
+
+
+def _describe_ranks(config: Config) -> list[str]:
+    ranks = config["ranks"]
+    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} of the environments of each task"] if ranks > 1 else []
 
 
 def own(counts: ParameterCounts) -> str:

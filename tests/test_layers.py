@@ -17,14 +17,14 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
     "cli": {"cli", "__main__"},
-    "procedures": {"train", "evaluate", "info", "listing", "completion"},
+    "procedures": {"train", "training", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
     "configuration": {"config", "schema", "catalogue", "signatures"},
-    "loop": {"loop", "learner", "evaluator", "diagnostics"},
+    "loop": {"loop", "learner", "rank_gradients", "evaluator", "diagnostics"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
-    "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
+    "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "replay", "schedules", "signals", "stats"},
+    "base": {"__init__", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
 }
 # What each room may import of ours, besides itself and `base`.
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "leaves"}
@@ -39,7 +39,7 @@ ARROWS = {
     "networks": set(),
     "task_weights": set(),
     "envs": set(),
-    "storage": set(),
+    "storage": {"leaves"},
     "leaves": set(),
     "base": set(),
 }

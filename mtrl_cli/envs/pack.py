@@ -184,17 +184,19 @@ class TaskPack:
         seed: the run's; with `stream` (such as "train" or "eval") it decides all seeds of episodes.
         num_threads: emulator threads in all, divided between the tasks, at least one each.
         training: whether a protocol that treats training and evaluation differently is in training.
+        first_env: number of the first environment among those of its task, where these are a part of them.
 
     Attributes:
         episodes: int64 `[K, N]`, the number of each environment's episode, from 0.
     """
 
-    def __init__(self, pack: Pack, *, num_envs: int, seed: int, num_threads: int, training: bool, stream: str) -> None:
+    def __init__(self, pack: Pack, *, num_envs: int, seed: int, num_threads: int, training: bool, stream: str, first_env: int = 0) -> None:
         self.pack = pack
         self.tasks = pack.tasks
         self.num_envs = num_envs
         self.seed = seed
         self.stream = stream
+        self.first_env = first_env
         shape = (len(self.tasks), num_envs)
         self.episodes = np.zeros(shape, np.int64)
         self._seeded_episodes = np.zeros(shape, np.int64)
@@ -215,7 +217,7 @@ class TaskPack:
 
         It hangs on the task's name, not its place, so that the rest of the pack does not matter.
         """
-        words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{env}/{episode}"
+        words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{self.first_env + env}/{episode}"
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") & 0x7FFFFFFF
 
     def reset(self) -> np.ndarray:
