@@ -118,8 +118,7 @@ OWN_KEYS = {
 """Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
 a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
 
-NOT_THE_CLASSES = {"network": {"parameters"}}
-"""Those of them that are not given to the class."""
+NOT_THE_CLASSES = {"network": {"parameters"}}  # those of them that are not given to the class
 
 
 def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
