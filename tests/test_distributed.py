@@ -16,7 +16,6 @@ import pytest
 
 from conftest import ROOT, MtrlHere
 from mtrl_cli import torchrun
-from mtrl_cli.build import replay_spec
 from mtrl_cli.config import compose_training, load
 from mtrl_cli.distributed import Ranks
 from mtrl_cli.envs.gymnasium import GymnasiumPack
@@ -34,8 +33,8 @@ SMALL = [
     "agent/value_scale=popart",
     "task_weights=pcgrad",
     "network.hidden=[16,16]",
-    "steps_per_task=2400",
-    "eval.every=1200",
+    "steps_per_task=1600",
+    "eval.every=800",
     "eval.episodes=2",
     "eval.max_steps=30",
     "checkpoint.every=200",
@@ -173,6 +172,20 @@ def test_error_of_one_rank_is_raised_on_all(found: list[dict[str, Any]]) -> None
     assert found[1]["raised"] == [["UserError", "0 cannot"], ["RunError", "1 cannot"]]
 
 
+def test_rank_that_fails_alone_takes_the_others_with_it_and_the_first_knows_why(found: list[dict[str, Any]]) -> None:
+    line, seconds = found[0]["lost"]
+    assert line == "rank 1 has failed: the disk is full"
+    assert seconds < 10
+
+
+def test_rank_that_cannot_notice_a_loss_by_itself_is_ended_from_beside(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    _, errors = Torchrun(tmp_path)(tmp_path, "stuck", script="ranks_checks.py", code=1)
+    assert time.monotonic() - begun < 90  # it would be busy for longer than that
+    assert "rank 1 of 2 is gone" in (tmp_path / "lost").read_text()
+    assert [line for line in errors_of_ours(errors) if "rank 1 of 2 is gone" in line]
+
+
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +202,9 @@ def test_run_is_one_and_counts_all_ranks(alone: Path) -> None:
     assert json.loads((alone / "run.json").read_text())["status"] == "completed"
     rows = learning_rows(alone)
     logged = [row for row in rows if "q/mean/CartPole-v1" in row]
-    assert [row["step"] for row in logged] == list(range(200, 2401, 200))
+    assert [row["step"] for row in logged] == list(range(200, 1601, 200))
     # An update every batch_size / samples_per_step = 2 steps per task, over all ranks; it comes before its tick's steps are counted.
-    assert [row["updates"] for row in logged] == [(step - 4 - 100) // 2 for step in range(200, 2401, 200)]
+    assert [row["updates"] for row in logged] == [(step - 4 - 100) // 2 for step in range(200, 1601, 200)]
     whole = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
     speeds = [(row["step"], row["seconds"], row["perf/steps_per_second"]) for row in whole if "perf/steps_per_second" in row]
     (before, begun, _), (step, ended, speed) = speeds[1], speeds[2]
@@ -219,7 +232,7 @@ def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, t
         ranks.until(lambda: latest(run) >= step)
         return ranks.ranks()
 
-    for killed, step in ((1, 200), (0, 600)):
+    for killed, step in ((1, 200), (0, 400)):
         os.kill(go_on_until(step)[killed], signal.SIGKILL)
         moment = time.monotonic()
         _, errors = ranks.end(code=1)
@@ -228,13 +241,13 @@ def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, t
         (line,) = errors_of_ours(errors)
         assert f"rank {killed} of 2 is gone" in line
         assert "torchrun --nproc-per-node=2 -m mtrl_cli resume run" in errors
-        assert "Traceback" not in errors.partition("torch.distributed.elastic")[0]
+        assert "mtrl_cli/" not in errors  # tracebacks are torchrun's own
 
-    for pid in [*go_on_until(1000).values(), ranks.process.pid]:
+    for pid in [*go_on_until(800).values(), ranks.process.pid]:
         os.kill(pid, signal.SIGKILL)
     ranks.end(code=-signal.SIGKILL)
 
-    os.kill(go_on_until(1400)[1], signal.SIGTERM)  # one rank alone
+    os.kill(go_on_until(1000)[1], signal.SIGTERM)  # one rank alone
     output, errors = ranks.end(code=1)
     assert "exitcode  : 143" in errors, errors
     assert errors_of_ours(errors) == []
@@ -291,9 +304,7 @@ def test_settling_refuses_what_ranks_cannot_share(changes: str, words: str) -> N
 def test_settled_capacity_is_that_of_all_ranks_and_each_keeps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_training(["env=classic_pack", "device=cpu", "checkpoint.replay=false"])
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)
-    each = 30  # 4 * 6 bytes of an Acrobot's frame are not in this pack: CartPole's are 4 * 4
-    spec = replay_spec(config, pack, __import__("torch").device("cpu"))
-    each = 4 * spec.frame_shape[0] + 6
+    each = 4 * 4 + 6  # CartPole's four numbers, and action, reward and flags
     monkeypatch.setattr("mtrl_cli.hardware.memory_available", lambda: 2 * 1000 * each)
     of_one_machine = settle(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 4)))["replay"]["capacity"]
     of_two = settle(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 2)))["replay"]["capacity"]
