@@ -15,6 +15,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -31,6 +32,8 @@ FOR_EVER = timedelta(days=365)  # an evaluation, for which the others wait, may 
 MEETING = timedelta(minutes=10)
 GRACE_SECONDS = 15.0
 """So long a rank whose peer is gone may take to notice it by itself, before it is ended from beside."""
+NAMING_SECONDS = 3.0
+"""So long is looked for which rank was lost, and why."""
 _FAILURE = "mtrl/failure"
 
 
@@ -280,16 +283,18 @@ class TorchRanks(Ranks):
         """Exchange something: the other side may be gone."""
         try:
             yield
-        except RuntimeError as error:
-            raise RanksLost(self._what_was_lost(error)) from None
+        except RuntimeError:
+            raise RanksLost(self._what_was_lost()) from None
 
-    def _what_was_lost(self, error: Exception | None = None) -> str:
-        with suppress(RuntimeError):
-            if self._store.check([_FAILURE]):
-                return self._store.get(_FAILURE).decode(errors="replace")
-        if gone := self._gone():
-            return f"rank {gone[0]} of {self.size} is gone: killed, perhaps for want of memory"
-        return f"a rank of {self.size} is gone" + (f" ({_first_line(error)})" if error is not None else "")
+    def _what_was_lost(self) -> str:
+        until = time.monotonic() + NAMING_SECONDS
+        while time.monotonic() < until:
+            with suppress(RuntimeError):
+                if self._store.check([_FAILURE]):
+                    return self._store.get(_FAILURE).decode(errors="replace")
+            if gone := self._gone(wait=0.1):  # its connections may be closed before it is gone
+                return f"rank {gone[0]} of {self.size} is gone: killed, perhaps for want of memory"
+        return f"a rank of {self.size} does not answer any more"
 
     def _open_peers(self) -> dict[int, int]:
         """A descriptor of the process of each other rank on this machine; none where the system has no such thing."""
@@ -302,9 +307,9 @@ class TorchRanks(Ranks):
                         peers[rank] = os.pidfd_open(pid)
         return peers
 
-    def _gone(self) -> list[int]:
-        """The ranks on this machine that have ended."""
-        ended = select.select(list(self._peers.values()), [], [], 0)[0] if self._peers else []
+    def _gone(self, wait: float = 0.0) -> list[int]:
+        """The ranks on this machine that have ended, or end in so many seconds."""
+        ended = select.select(list(self._peers.values()), [], [], wait)[0]
         return [rank for rank, fd in self._peers.items() if fd in ended]
 
     def _watch(self) -> None:

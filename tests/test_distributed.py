@@ -236,7 +236,7 @@ def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, t
         os.kill(go_on_until(step)[killed], signal.SIGKILL)
         moment = time.monotonic()
         _, errors = ranks.end(code=1)
-        assert time.monotonic() - moment < 20
+        assert time.monotonic() - moment < 30
         assert record()["status"] == "failed"
         (line,) = errors_of_ours(errors)
         assert f"rank {killed} of 2 is gone" in line
