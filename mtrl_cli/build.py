@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
-from mtrl_cli.envs.pack import Pack, TaskPack
+from mtrl_cli.distributed import ALONE, Ranks
+from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
-from mtrl_cli.frame_stack import FrameStack
-from mtrl_cli.group import Group
+from mtrl_cli.group import make_group
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
 from mtrl_cli.networks.cost import multiply_adds
@@ -36,7 +36,6 @@ from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import Tape, tape_for
-from mtrl_cli.transfer import Pinned, SharedMemory
 
 Config = dict[str, Any]
 
@@ -102,9 +101,9 @@ def make(config: Config, group: str, *args: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def make_store(config: Config, folder: Path) -> CheckpointStore:
+def make_store(config: Config, folder: Path, ranks: Ranks = ALONE) -> CheckpointStore:
     """The checkpoints of a run, in `folder`."""
-    return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"])
+    return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"], ranks=ranks)
 
 
 def derived_seed(seed: int, label: str) -> int:
@@ -238,13 +237,15 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, s
     return task_weights
 
 
-def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
-    """All parts of a training run. Nothing is written, and no emulator started. What the user should know is told by `say`.
+def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Run:
+    """All parts of a training run; of several ranks, this one's. Nothing is written, and no emulator started. What the user should
+    know is told by `say`.
 
     Raises:
         UserError: parts that do not fit together.
     """
-    device = torch.device(config["device"])
+    device = device_of(config, ranks)
+    num_envs = ranks.share("env.num_envs", pack.num_envs)
     set_up_torch(config)
     if config["compile"]:
         hardware.keep_compiled()
@@ -253,9 +254,9 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device))
+    value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
     agent = make(config, "agent", network, value_scale, names, compile_with)
-    replay = make(config, "replay", replay_spec(config, pack, device))
+    replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
     optimizer = make(config, "optimizer", list(network.parameters()))
     tasks = Tasks(
         names=tuple(names),
@@ -266,13 +267,20 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
     tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
-    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if device.type == "cuda" else None
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder)
+    # Exchanges between ranks are made one at a time.
+    recorded = device.type == "cuda" and ranks.size == 1
+    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
+    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder, ranks)
 
     def open_loop() -> Loop:
-        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, derived_seed(config["seed"], "exploration"))
-        groups = [_make_group(config, pack, actor, agent, number, device) for number in range(config["groups"])]
-        return Loop(groups, actor, replay, learner, EpisodeStatistics(names, pack.num_envs), overlapped=device.type == "cuda")
+        exploration = derived_seed(config["seed"], ranks.label("exploration"))
+        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], device, exploration)
+        threads, size = max(1, hardware.cores() // ranks.place.local_size), num_envs // config["groups"]
+        firsts = range(ranks.rank * num_envs, (ranks.rank + 1) * num_envs, size)
+        groups = [make_group(pack, actor, agent, first, size, config["seed"], threads, device) for first in firsts]
+        # The last hundred episodes of each task are those of all ranks.
+        statistics = EpisodeStatistics(names, num_envs, window=max(1, 100 // ranks.size))
+        return Loop(groups, actor, replay, learner, statistics, overlapped=device.type == "cuda", ranks=ranks)
 
     return Run(
         pack=pack,
@@ -280,7 +288,14 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
-        diagnostics=Diagnostics(agent, replay, names, every=config["log"]["diagnostics"], seed=derived_seed(config["seed"], "diagnostics")),
+        diagnostics=Diagnostics(
+            agent,
+            replay,
+            names,
+            every=config["log"]["diagnostics"],
+            seed=derived_seed(config["seed"], "diagnostics"),
+            steps_per_tick=pack.num_envs,
+        ),
         intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
         device=device,
         seed=config["seed"],
@@ -289,24 +304,26 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None]) -> Run:
     )
 
 
-def _make_group(config: Config, pack: Pack, actor: EpsilonGreedy, agent: Agent, number: int, device: torch.device) -> Group:
-    """One of the groups that a run's environments are divided into."""
-    size, K = pack.num_envs // config["groups"], len(pack.tasks)
-    dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
-    gpu = device.type == "cuda"
-    transfer = Pinned(K, size, pack.observation_shape, pack.observation_dtype, device) if gpu else SharedMemory()
-    played = TaskPack(
-        pack,
-        num_envs=size,
-        seed=config["seed"],
-        num_threads=hardware.cores(),
-        training=True,
-        stream="train",
-        first_env=number * size,
-        buffers=transfer.buffers,
-    )
-    frames = FrameStack(K, size, pack.stack, pack.observation_shape, dtype, device)
-    return Group(played, actor, frames, agent.kept_value, transfer, (lambda: CudaGraphs(device, generators_of(actor))) if gpu else None)
+def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:
+    """A rank's part of the replay."""
+    spec = replace(spec, num_envs=num_envs, seed=derived_seed(config["seed"], ranks.label("replay")))
+    capacity = config["replay"].get("capacity")
+    part = config["replay"] | ({} if capacity is None else {"capacity": capacity // ranks.size})
+    try:
+        replay: Replay = make(config | {"replay": part}, "replay", spec)
+        return replay
+    except UserError as error:
+        raise UserError(str(error) if ranks.size == 1 else f"of each of {ranks.size} ranks: {error}") from error
+
+
+def device_of(config: Config, ranks: Ranks) -> torch.device:
+    """Where a rank trains: on the GPU of its number on this machine, where the configuration says `cuda` for all.
+
+    Raises:
+        UserError: it is not there.
+    """
+    named = config["device"]
+    return hardware.resolve_device(f"cuda:{ranks.place.local_rank}" if named == "cuda" and ranks.size > 1 else named)
 
 
 def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
@@ -345,7 +362,10 @@ def for_evaluation(config: Config, device: str | None) -> Config:
         if device is not None:
             raise
         resolved = hardware.resolve_device("auto")  # a run from a GPU, looked at on a laptop
-    return config | {"device": str(resolved), "precision": config["precision"] if str(resolved) == config["device"] else "fp32"}
+    return config | {
+        "device": str(resolved),
+        "precision": config["precision"] if config["device"] in (str(resolved), resolved.type) else "fp32",
+    }
 
 
 def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:

@@ -16,19 +16,22 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from mtrl_cli import files
-from mtrl_cli.checkpoint_files import NewerFormat, read_checkpoint, write_checkpoint
+from mtrl_cli.checkpoint_files import NewerFormat, from_bytes, read_checkpoint, to_bytes, write_checkpoint
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.replay_segments import ReplayRows, ReplaySegments, segment_names
 
 STEP = re.compile(r"0|[1-9]\d{0,17}")
 SAVING, REPLACED, REMOVED = ".saving-", ".replaced-", ".removed-"
+RANK = "rank-"
 Which = int | Literal["latest", "best"]
 Warn = Callable[[str], None]
 
@@ -57,20 +60,22 @@ class CheckpointStore:
         folder: `checkpoints/` of the run; made at the first save.
         keep: how many of the newest to keep, besides the best.
         with_replay: whether a checkpoint without its replay counts as damaged, and whether replay is saved.
+        ranks: that save together. The first keeps the others' states in its own, as "others" by rank; each has replay segments of its own.
 
-    Only the process that holds the run's lock may call `recover`, `save` and `discard_after`; anyone may load. Raises UserError if
-    the folder is a link that leads elsewhere.
+    Only the process that holds the run's lock may call `recover`, `save` and `discard_after`; anyone may load. Where there are several
+    ranks, all call `save`. Raises UserError if the folder is a link that leads elsewhere.
     """
 
-    def __init__(self, folder: Path, *, keep: int, with_replay: bool):
+    def __init__(self, folder: Path, *, keep: int, with_replay: bool, ranks: Ranks = ALONE):
         assert keep >= 1, keep
-        for link in (folder, folder / "replay"):
+        for link in (folder, folder / "replay", *(folder / "replay").glob(f"{RANK}*")):
             if not files.is_inside(link, link.parent):
                 raise UserError(f"{link} is a link that leaves the run; nothing is read or written through it.")
         self.folder = folder
         self.keep = keep
         self.with_replay = with_replay
-        self._segments = ReplaySegments(folder / "replay")
+        self._ranks = ranks
+        self._segments = self._segments_of(ranks.rank)
         self._headers: dict[int, dict[str, Any]] = {}
 
     # -- what there is ------------------------------------------------------------------------------------------------------
@@ -116,38 +121,49 @@ class CheckpointStore:
         Saving a step again replaces its checkpoint and keeps its score unless a new one is given. Raises RunError if the disk is
         full or fails, with the checkpoints before still whole.
         """
+        written: list[Path] = []
+        try:
+            record = None
+            with self._ranks.together(), self._telling_failure(step):
+                if self.with_replay and replay is not None:
+                    record = self._segments.write_new(replay, written)
+            others = self._ranks.gather(b"" if self._ranks.is_first else to_bytes({"replay": record, "state": state}))
+            with self._ranks.together(), self._telling_failure(step):
+                if self._ranks.is_first:
+                    self._write(step, score, state, record, [from_bytes(data) for data in others])
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+        if record is not None:
+            self._segments.current = record["segments"]
+        with self._ranks.together(), self._telling_failure(step):
+            if self._ranks.is_first:
+                files.replace(self.folder / "latest", f"{step}\n".encode())
+                self._repair_best()
+                self._prune()
+
+    def _write(self, step: int, score: float | None, state: dict[str, Any], record: Any, others: list[dict[str, Any]]) -> None:
+        """Write the checkpoint's own folder, with what the other ranks have handed over."""
         score = None if score is None or not math.isfinite(score) else float(score)
         if score is None and step in self.steps():
             score = self._score(step)
-        header: dict[str, Any] = {"step": step, "score": score, "replay": None}
+        header: dict[str, Any] = {"step": step, "score": score, "replay": record}
+        if others:
+            header["others"] = [other["replay"] for other in others]
+            state = state | {"others": {str(rank): other["state"] for rank, other in enumerate(others, 1)}}
         temporary = self.folder / f"{SAVING}{step}"
-        written: list[Path] = []
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
-                files.sync_folder(self.folder.parent)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.sync_folder(self.folder.parent)
             shutil.rmtree(temporary, ignore_errors=True)
-            if self.with_replay and replay is not None:
-                header["replay"] = self._segments.write_new(replay, written)
             write_checkpoint(temporary, header, state)
             self._publish(temporary, step)
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            for path in written:
-                path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise self._failed(step, error) from None
             raise
         shutil.rmtree(self.folder / f"{REPLACED}{step}", ignore_errors=True)
         self._headers[step] = header
-        if header["replay"] is not None:
-            self._segments.current = header["replay"]["segments"]
-        try:
-            files.replace(self.folder / "latest", f"{step}\n".encode())
-            self._repair_best()
-        except OSError as error:
-            raise self._failed(step, error) from None
-        self._prune()
 
     def _publish(self, temporary: Path, step: int) -> None:
         """Give a whole folder its name. One that has it already is put aside first, where `_path` finds it."""
@@ -162,6 +178,13 @@ class CheckpointStore:
                 aside.rename(path)
             raise
         files.sync_folder(self.folder)
+
+    @contextmanager
+    def _telling_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._failed(step, error) from None
 
     def _failed(self, step: int, error: OSError) -> RunError:
         last = self.latest()
@@ -182,7 +205,8 @@ class CheckpointStore:
             elif path.name.startswith((SAVING, REPLACED, REMOVED)):
                 shutil.rmtree(path, ignore_errors=True)
         files.remove_temporaries(self.folder)
-        files.remove_temporaries(self.folder / "replay")
+        for segments in self._all_segments():
+            files.remove_temporaries(segments.folder)
         self._repair_best()
         self._delete_unnamed_segments()
 
@@ -229,8 +253,18 @@ class CheckpointStore:
 
     def _delete_unnamed_segments(self) -> None:
         """Keep the segments of the newest `keep` checkpoints; one that is kept only as the best needs none."""
-        records = (self._header(step).get("replay") for step in self.steps()[-self.keep :])
-        self._segments.delete_all_but({name for record in records for name in segment_names(record)})
+        kept = [_records(self._header(step)) for step in self.steps()[-self.keep :]]
+        for rank, segments in enumerate(self._all_segments()):
+            segments.delete_all_but({name for records in kept for record in records[rank : rank + 1] for name in segment_names(record)})
+
+    def _segments_of(self, rank: int) -> ReplaySegments:
+        folder = self.folder / "replay"
+        return ReplaySegments(folder if rank == 0 else folder / f"{RANK}{rank}")
+
+    def _all_segments(self) -> list[ReplaySegments]:
+        """Those of every rank that has saved any, and of those before it."""
+        found = [path.name.removeprefix(RANK) for path in (self.folder / "replay").glob(f"{RANK}*")]
+        return [self._segments_of(rank) for rank in range(1 + max((int(name) for name in found if STEP.fullmatch(name)), default=0))]
 
     def _header(self, step: int) -> dict[str, Any]:
         """What a checkpoint's state.json holds; {} if it cannot be read."""
@@ -310,7 +344,8 @@ class CheckpointStore:
         if header.get("step") != step:
             raise UserError(f"{folder / 'state.json'} is of step {str(header.get('step'))[:20]}, not {step}")
         if self.with_replay and header.get("replay") is not None:
-            self._segments.check(_record(header, folder))
+            for rank in range(len(_records(header))) if self._ranks.is_first else [self._ranks.rank]:
+                self._segments_of(rank).check(_record(header, rank, folder))
         self._headers[step] = {key: value for key, value in header.items() if key != "state"}
         return state
 
@@ -319,12 +354,18 @@ class CheckpointStore:
         header = self._header(step)
         if not self.with_replay or header.get("replay") is None:
             return False
-        self._segments.load(_record(header, self._path(step)), replay)
+        self._segments.load(_record(header, self._ranks.rank, self._path(step)), replay)
         return True
 
 
-def _record(header: dict[str, Any], folder: Path) -> dict[str, Any]:
-    record = header["replay"]
+def _records(header: dict[str, Any]) -> list[Any]:
+    """The record of each rank's replay."""
+    others = header.get("others")
+    return [header.get("replay"), *(others if isinstance(others, list) else [])]
+
+
+def _record(header: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
+    record = next(iter(_records(header)[rank : rank + 1]), None)
     if not isinstance(record, dict):
         raise UserError(f"{folder / 'state.json'} is damaged: its replay is a {type(record).__name__}")
     return record

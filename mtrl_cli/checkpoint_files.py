@@ -71,6 +71,20 @@ def read_checkpoint(folder: Path, root: Path, device: str | torch.device) -> tup
     return header, {key: state[key] if key in state else rest[key] for key in tree}
 
 
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """A state for another rank of this run to keep: a nested dictionary of tensors, numpy arrays and plain values."""
+    tensors: Tensors = {}
+    tree = json.dumps(take_apart(state, tensors), allow_nan=False).encode()
+    return len(tree).to_bytes(8, "little") + tree + _serialise(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """What `to_bytes` was given."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    tree: dict[str, Any] = put_together(json.loads(data[8:start]), safetensors.torch.load(data[start:]))
+    return tree
+
+
 def _read_files(folder: Path, root: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """(state.json's object, the bytes of each file), sizes and checksums agreeing with COMPLETE. Raises UserError."""
     complete, described = folder / "COMPLETE", folder / "state.json"

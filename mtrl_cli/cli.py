@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mtrl_cli import __version__
+from mtrl_cli import __version__, torchrun
 from mtrl_cli.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
@@ -32,6 +33,9 @@ Every command tells more: mtrl train --help.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+OTHERS_SECONDS = 10.0
+"""So long the ranks after the first leave it to that one to tell an error, which is most often the same; torchrun ends them by then."""
 
 QUIET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What the disk may do to a run: the user's to repair, so a line says it all."""
@@ -226,10 +230,10 @@ def main() -> NoReturn:
     except typer.TyperException as error:  # the parser's own
         code = _say(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = _say(str(error), error.exit_code)
+        code = _say(str(error), error.exit_code, is_ours=getattr(error, "is_ours_to_tell", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told:
+        if not stopped.told and _is_first():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
@@ -248,14 +252,26 @@ def _in_one_line(error: typer.TyperException) -> str:
     return f"{message} (see {context.command_path if context else 'mtrl'} --help)"
 
 
-def _say(message: str, code: int) -> int:
+def _is_first() -> bool:
+    """Whether this process is the one that speaks, of those that torchrun has started."""
+    try:
+        return torchrun.place().is_first
+    except UserError:
+        return True
+
+
+def _say(message: str, code: int, is_ours: bool = False) -> int:
     """One or two plain lines on stderr. What a stranger's file put into them cannot steer the terminal."""
+    if not _is_first() and not is_ours:
+        time.sleep(OTHERS_SECONDS)
     plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
     print(f"mtrl: error: {plain}", file=sys.stderr)
     return code
 
 
 def _show(text: str) -> None:
+    if not _is_first():
+        return
     with _reader_may_leave():
         print(text, flush=True)
 

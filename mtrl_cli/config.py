@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mtrl_cli import catalogue, files, schema
+from mtrl_cli import catalogue, files, schema, torchrun
 from mtrl_cli.errors import UserError
 
 LARGEST_FILE = 256 * 1024
@@ -58,7 +58,7 @@ class _Override:
 
 
 def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
-    """What `mtrl train` is to run: conf/train.yaml with the overrides, resolved and checked; `auto` stays.
+    """What `mtrl train` is to run: conf/train.yaml with the overrides, resolved and checked; `auto` stays, and torchrun has its say.
 
     Raises:
         UserError: an override cannot be read, or names a group, option, key, value, game or class that there is not.
@@ -68,7 +68,12 @@ def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     _check_known_tasks(checked["env"], folders)
     if checked["run_dir"] is not None:
         checked["run_dir"] = os.path.expanduser(checked["run_dir"])
-    return checked
+    here = torchrun.place()
+    if checked["ranks"] not in (1, here.size):
+        raise UserError(
+            f"ranks={checked['ranks']}: how many train together is for torchrun to say: {torchrun.command(checked['ranks'], 'train …')}"
+        )
+    return checked | {"ranks": here.size}
 
 
 def compose_evaluation(overrides: Sequence[str]) -> dict[str, Any]:

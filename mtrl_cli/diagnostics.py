@@ -56,15 +56,19 @@ class Diagnostics:
         task_names: of its K tasks.
         every: steps per task from one look to the next; there is one at the end, too. 0: none at all.
         seed: of the samples.
+        steps_per_tick: steps per task that a tick of the loop makes; None: as many as the replay has environments.
     """
 
-    def __init__(self, agent: Agent, replay: Replay, task_names: Sequence[str], *, every: int, seed: int):
+    def __init__(
+        self, agent: Agent, replay: Replay, task_names: Sequence[str], *, every: int, seed: int, steps_per_tick: int | None = None
+    ):
         self._agent, self._replay, self._task_names = agent, replay, list(task_names)
         self._every, self._seed = every, seed
+        self._steps_per_tick = steps_per_tick or replay.spec.num_envs
 
     def due(self, step: int, finished: bool) -> bool:
         """Whether to look at a step (per task), which the last tick led to."""
-        before = step - self._replay.spec.num_envs
+        before = step - self._steps_per_tick
         first, stop = self._replay.eligible_rows
         return self._every > 0 and stop > first and (finished or step // self._every > before // self._every)
 

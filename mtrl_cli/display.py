@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mtrl_cli import torchrun
+
 LIVE_SECONDS = 0.3
 PLAIN_SECONDS = 5.0
 PLAIN_TASKS = 10  # more would make a line that nobody reads: then only their number and mean
@@ -21,7 +23,26 @@ SUMMARY_LINES = 4
 NAME_WIDTH = 22
 
 
-class Display:
+class NullDisplay:
+    """Shows nothing: for the ranks after the first."""
+
+    def __enter__(self) -> NullDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def update(self, step: int, figures: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Take the newest figures."""
+
+    def message(self, text: str) -> None:
+        """Print lines that stay."""
+
+    def print(self, renderable: RenderableType) -> None:
+        """Print what stays."""
+
+
+class Display(NullDisplay):
     """The progress of a run: a live table on a terminal, otherwise a line now and then.
 
     It is plain too under NO_COLOR or TERM=dumb. If whoever reads goes away (`| head`), it falls silent and the run goes on.
@@ -196,7 +217,9 @@ class Display:
 
 
 def say(line: str) -> None:
-    """Print a line on standard output; where nobody reads it any more, fall silent."""
+    """Print a line on standard output, of ranks only the first; where nobody reads it any more, fall silent."""
+    if not torchrun.place().is_first:
+        return
     try:
         print(line, flush=True)
     except OSError:

@@ -16,6 +16,16 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class RanksLost(RunError):
+    """Another rank of the run has ended, so this one cannot go on.
+
+    Attributes:
+        is_ours_to_tell: whether this rank tells it, though it is not the first: that one is gone.
+    """
+
+    is_ours_to_tell = False
+
+
 class Stopped(BaseException):
     """SIGINT or SIGTERM arrived. Exit code 128 + the signal's number, after saving.
 

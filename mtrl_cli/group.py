@@ -12,10 +12,33 @@ from numpy.typing import NDArray
 
 from mtrl_cli import capture
 from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.envs.pack import Step, TaskPack
+from mtrl_cli.agents.agent import Agent
+from mtrl_cli.envs.pack import Pack, Step, TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.transfer import Arrived, Pinned, SharedMemory
+
+
+def make_group(
+    pack: Pack, actor: EpsilonGreedy, agent: Agent, first_env: int, num_envs: int, seed: int, num_threads: int, device: torch.device
+) -> Group:
+    """`num_envs` environments of each task, from that of number `first_env`, which are played in training and seen on a device."""
+    K, on_gpu = len(pack.tasks), device.type == "cuda"
+    transfer = Pinned(K, num_envs, pack.observation_shape, pack.observation_dtype, device) if on_gpu else SharedMemory()
+    played = TaskPack(
+        pack,
+        num_envs=num_envs,
+        seed=seed,
+        num_threads=num_threads,
+        training=True,
+        stream="train",
+        first_env=first_env,
+        buffers=transfer.buffers,
+    )
+    dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
+    frames = FrameStack(K, num_envs, pack.stack, pack.observation_shape, dtype, device)
+    recorder = (lambda: capture.CudaGraphs(device, capture.generators_of(actor))) if on_gpu else None
+    return Group(played, actor, frames, agent.kept_value, transfer, recorder)
 
 
 @dataclass

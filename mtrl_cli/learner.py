@@ -10,8 +10,10 @@ import torch
 from mtrl_cli import capture
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError
 from mtrl_cli.optimizers import Optimizer
+from mtrl_cli.rank_gradients import RankGradients
 from mtrl_cli.replay import Batch, Replay
 from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
@@ -28,6 +30,7 @@ class Learner:
         task_names: for messages and figures.
         tape: where gradients of tasks are asked for and can be told apart in one backward pass (`tape_for`).
         recorder: makes the record of an update that is then replayed (`capture.py`); None: updates are made one operation at a time.
+        ranks: that train together: each draws its share of a batch, and losses and gradients are averaged over all.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class Learner:
         task_names: list[str],
         tape: Tape | None = None,
         recorder: Callable[[], capture.Recorder] | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
-        self._tape = tape
+        self._tape, self._ranks = tape, ranks
+        self._batch_size = ranks.share("agent.batch_size", agent.batch_size)
         self._checked = False
         self._taps: list[torch.Tensor] | None = None
         self._shared, self._own = agent.network.shared_parameters(), agent.network.own_parameters()
@@ -79,7 +84,7 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
-        self.agent.prepare(self.replay, step)
+        self.agent.prepare(self.replay, step, self._batch_size)
         self.optimizer.at(step / self.replay.spec.total_steps)
         self._step.fill_(step)
         self._make_update()
@@ -89,10 +94,12 @@ class Learner:
 
     def _arithmetic(self) -> None:
         """All that an update does to tensors. What changes from one to the next is in tensors that stay where they are."""
-        batch = self._augmentation(self.replay.draw(self.agent.batch_size))
+        batch = self._augmentation(self.replay.draw(self._batch_size))
         if self.updates == 0:
             self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)
+        if self._ranks.size > 1:
+            gradients = RankGradients(gradients, self._shared, self._own, self._ranks)
         loss_K = gradients.loss_K
         weight_K = self.task_weights.backward(gradients)
         if not self._checked:
@@ -100,7 +107,9 @@ class Learner:
         norm = self.optimizer.step()
         if self.task_weights.looks_back:
             with torch.no_grad():
-                self.task_weights.after_step(self.agent.losses(batch).loss_KB.mean(1))
+                after_K = self.agent.losses(batch).loss_KB.mean(1)
+                self._ranks.mean_([after_K])
+                self.task_weights.after_step(after_K)
         self.agent.follow()
         self.replay.update_priorities(batch, losses.error_KB)
         self._record(loss_K, losses.q_K, weight_K, norm)
@@ -134,7 +143,7 @@ class Learner:
 
     def warm_up(self) -> None:
         """Compile what is compiled, on samples of no meaning. Leaves no trace in what is learned."""
-        shape = (len(self._task_names), self.agent.batch_size)
+        shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
         _, gradients = self._differentiate(batch)
@@ -172,6 +181,7 @@ class Learner:
     def row(self) -> dict[str, float]:
         """Means of the figures since the last row (waits for the device), and start anew."""
         count, self._updates_in_row = self._updates_in_row, 0
+        self._ranks.mean_([*self._figures.values()])  # only the values of actions differ
         figures: dict[str, float] = {}
         if count:
             means: dict[str, Any] = {name: (total / count).tolist() for name, total in self._figures.items()}

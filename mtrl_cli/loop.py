@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Step
 from mtrl_cli.group import Group, Row, joined
 from mtrl_cli.learner import Learner
@@ -37,7 +38,7 @@ class Clock:
 
 
 class Loop:
-    """Plays K x N environments and learns from them.
+    """Plays K x N environments and learns from them. Where several ranks train, each plays N of its own, and all go in step.
 
     Environments are in one group, or in several that take turns: while one is being played, actions are chosen for another.
 
@@ -47,10 +48,11 @@ class Loop:
         replay, learner, statistics: the parts that take turns with them.
         overlapped: whether updates are made while emulators play (on a GPU, which works beside them) or when they have played (on cores
             that both would fight for).
+        ranks: that train together.
 
     Attributes:
-        step: steps per task so far.
-        num_envs: steps per task of a tick.
+        step: steps per task so far, of all ranks together.
+        num_envs: environments of each task here.
         clock: where the time went.
     """
 
@@ -62,10 +64,11 @@ class Loop:
         learner: Learner,
         statistics: EpisodeStatistics,
         overlapped: bool = False,
+        ranks: Ranks = ALONE,
     ):
         self.groups, self.actor, self.replay, self.learner, self.statistics = list(groups), actor, replay, learner, statistics
         self.num_envs = sum(group.pack.num_envs for group in groups)
-        self._overlapped = overlapped
+        self._overlapped, self.ranks = overlapped, ranks
         self.step = 0
         self.clock = Clock()
 
@@ -89,7 +92,7 @@ class Loop:
                 self.store(rows)
                 if len(self.groups) == 1:
                     self.groups[0].choose()
-            self.step += self.num_envs
+            self.step += self.num_envs * self.ranks.size
             yield self.step
 
     def _send(self) -> None:
@@ -107,7 +110,7 @@ class Loop:
 
     def _receive(self) -> tuple[list[Step], list[Row]]:
         """Wait for each group; choose for the first while the others are still playing."""
-        steps, rows, epsilon_K = [], [], self.learner.agent.epsilon(self.step + self.num_envs)
+        steps, rows, epsilon_K = [], [], self.learner.agent.epsilon(self.step + self.num_envs * self.ranks.size)
         for group in self.groups:
             with self.clock.time("env"):
                 steps.append(group.pack.recv())
@@ -121,8 +124,8 @@ class Loop:
         with self.clock.time("log"):
             reward, done = (np.concatenate([getattr(step, name) for step in steps], 1) for name in ("reward", "done"))
             self.statistics.add(reward, done)
-            if self.learner.task_weights.hears_scores and done.any():
-                self.learner.task_weights.hear_scores(self.statistics.recent())
+            if self.learner.task_weights.hears_scores and self.ranks.largest(bool(done.any())):
+                self.learner.task_weights.hear_scores(self.statistics.recent(self.ranks.total))
 
     def store(self, rows: list[Row]) -> None:
         """Put a step of all groups into the replay."""
@@ -144,6 +147,11 @@ class Loop:
         """Everything that the next ticks depend on but the rows of the replay."""
         parts = {part: getattr(self, part).state_dict() for part in ("actor", "replay", "learner", "statistics")}
         return {"step": self.step, "groups": {str(index): group.state_dict() for index, group in enumerate(self.groups)}} | parts
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What of `state_dict` the first rank's does not tell of this one: the learned weights of tasks are the same on all."""
+        state = self.state_dict()
+        return state | {"learner": {name: value for name, value in state["learner"].items() if name != "task_weights"}}
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
         """Go on from a state; emulators are brought back by playing their episodes again.

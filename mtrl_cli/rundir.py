@@ -11,6 +11,7 @@ import re
 import shlex
 import stat
 import subprocess
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from mtrl_cli import __version__, files
 from mtrl_cli.errors import UserError
 
+PATIENCE_SECONDS = 3.0  # in which a first rank that was killed is gone for certain
 STATUSES = ("running", "completed", "stopped", "failed")
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "hydra-core", "safetensors", "tensorboard")
 
@@ -232,10 +234,48 @@ class RunFolder:
             return  # the folder was removed: half a run must not come back
         self._write_record({**self.read_record(), "ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error})
 
+    def bury(self, *, seconds: float, error: str) -> bool:
+        """Write that the run failed; returns whether it was for us to write. Raises OSError, UserError."""
+        self.finish("failed", seconds=seconds, error=error)
+        return True
+
     def _write_record(self, record: dict[str, Any]) -> None:
         order = ("command", "started", "ended", "status", "seconds", "error", "device", "versions", "git", "resumed")
         ordered = {key: record[key] for key in order if key in record} | record
         self.write("run.json", files.to_json(ordered))
+
+
+class FolderOfTheFirst(RunFolder):
+    """A run's folder to the ranks after the first: the first rank writes in it, and holds its lock."""
+
+    def lock(self) -> None:
+        pass
+
+    def write(self, name: str, text: str) -> None:
+        pass
+
+    def begin(self, *, command: Sequence[str], device: str) -> None:
+        pass
+
+    def finish(self, status: str, *, seconds: float, error: str | None = None) -> None:
+        pass
+
+    def bury(self, *, seconds: float, error: str) -> bool:
+        """Write that the run failed, if the first rank is gone and could not."""
+        folder, until = RunFolder(self.path), time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                folder.lock()
+                break
+            except UserError:
+                if time.monotonic() > until:
+                    return False  # it lives, or somebody goes on with the run already
+                time.sleep(0.05)
+        with folder:
+            if folder.read_record().get("status") != "running":
+                return False
+            folder.finish("failed", seconds=seconds, error=error)
+            return True
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The keys at the top of a training configuration. Counts of steps are per task."""
+    """The keys at the top of a training configuration. Counts of steps are per task. `ranks` is what torchrun says, written down."""
 
     steps_per_task: PositiveInt
     seed: NonNegativeInt
@@ -41,6 +41,7 @@ class Training:
     run_dir: str | None
     trusted_packages: list[str]
     groups: PositiveInt | Auto = 1
+    ranks: PositiveInt = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,7 @@ OWN_KEYS = {
 """Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
 a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
 
-NOT_THE_CLASSES = {"network": {"parameters"}}
-"""Those of them that are not given to the class."""
+NOT_THE_CLASSES = {"network": {"parameters"}}  # those of them that are not given to the class
 
 
 def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from mtrl_cli import budget, build, hardware
 from mtrl_cli.build import Config
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.networks.network import ParameterCounts
@@ -29,26 +30,31 @@ _SMALLEST_BATCH = 32  # of each task (Mnih et al. 2015)
 _LARGEST_MEMORY_SHARE = 0.9
 
 
-def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
+def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
     """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
 
+    Of several ranks, the first settles it for all.
+
     Raises:
-        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives.
+        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives, or
+            what cannot be shared evenly by the ranks.
     """
     device = hardware.resolve_device(config["device"])
+    _check_ranks(config, device, ranks)
     if config["network"]["parameters"] is not None:
         budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
-    settled = fit_network(config, pack) | {"device": str(device)}
+    # Each rank has the GPU of its own number, so for several the name is that of the kind.
+    settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
     image = pack.observation_kind == "image"
     if config["threads"] == "auto":
         # The products of a small vector network are over before a second thread has begun.
-        settled["threads"] = hardware.cores() if image else 1
+        settled["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
     if config["precision"] == "auto":
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
         settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
     if settled["precision"] == "tf32" and device.type == "cpu":
         raise UserError("precision=tf32 is of GPUs; on a CPU: precision=fp32, bf16 or auto")
-    settled["groups"] = _settle_groups(config["groups"], pack.num_envs, device)
+    settled["groups"] = _settle_groups(config["groups"], pack.num_envs // ranks.size, device)
     if config["compile"] in ("auto", True):
         missing = hardware.missing_for_compile()
         if missing and config["compile"] is True:
@@ -58,12 +64,12 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None]) -> Config:
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
     if config["agent"].get("batch_size") == "auto":
-        settled["agent"] = config["agent"] | {"batch_size": _settle_batch(settled, pack, device)}
+        settled["agent"] = config["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
     if config["agent"].get("overlap") == "auto":
         # On a CPU the network's work takes the cores that the emulators would run on.
         settled["agent"] = config["agent"] | {"overlap": device.type == "cuda"}
     if "capacity" in config["replay"]:
-        settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say)}
+        settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():
         say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
     return settled
@@ -74,16 +80,28 @@ def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> in
     if groups == "auto":
         return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
     if num_envs % int(groups):
-        raise UserError(f"groups={groups} does not divide env.num_envs={num_envs}: expected groups of the same size")
+        raise UserError(f"groups={groups} does not divide the {num_envs} environments of a task: expected groups of the same size")
     return int(groups)
 
 
-def _settle_batch(config: Config, pack: Pack, device: torch.device) -> int:
+def _settle_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
     """Samples per task and update: few large updates rather than many small ones, at the same number of samples per step."""
     large = build.measure(config, pack)[1] >= _LARGE_NETWORK
     wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
     each = -(-wanted // len(pack.tasks))
-    return max(_SMALLEST_BATCH, 1 << (each - 1).bit_length())
+    each = max(_SMALLEST_BATCH, 1 << (each - 1).bit_length())
+    return -(-each // ranks.size) * ranks.size
+
+
+def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
+    ranks.share("env.num_envs", config["env"]["num_envs"])
+    if ranks.size == 1 or device.type == "cpu":
+        return
+    here, devices = ranks.place.local_size, torch.cuda.device_count()
+    if config["device"] not in ("auto", "cuda"):
+        raise UserError(f"device={config['device']}: each of {ranks.size} ranks takes a GPU of its own; give device=auto, cuda or cpu")
+    if here > devices:
+        raise UserError(f"{here} ranks on this machine need as many GPUs, and there are {devices}; start fewer, or give device=cpu")
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
@@ -136,10 +154,12 @@ def _with(config: Config, widths: Config) -> Config:
     return config | {"network": network}
 
 
-def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None]) -> int:
+def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None], ranks: Ranks) -> int:
     spec = build.replay_spec(config, pack, device)
     each = _bytes_per_transition(config, spec) * spec.num_tasks
-    free, capacity = _free_memory(device), config["replay"]["capacity"]
+    # Each rank keeps its part: in its GPU's memory, or with the others of its machine in that one's.
+    free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
+    capacity = config["replay"]["capacity"]
     if capacity == "auto":
         room, of_what = free * _MEMORY_SHARE, "memory"
         disk = _free_disk(config["run_dir"]) * _DISK_SHARE
@@ -197,6 +217,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
         *_describe_updates(config),
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",
+        *_describe_ranks(config),
     ]
 
 
@@ -206,6 +227,11 @@ def _describe_updates(config: Config) -> list[str]:
         return []
     every = agent["batch_size"] / agent["samples_per_step"]
     return [f"updates: {agent['batch_size']} samples of each task, one update every {every:g} steps per task"]
+
+
+def _describe_ranks(config: Config) -> list[str]:
+    ranks = config["ranks"]
+    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} of the environments of each task"] if ranks > 1 else []
 
 
 def own(counts: ParameterCounts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 AGGREGATES = ("mean", "median", "iqm", "min")
+Total = Callable[[NDArray[Any]], NDArray[Any]]
 CHUNK = 100  # resamples at a time, which bounds memory at 57 games of 100 episodes to a few MB
 
 
@@ -98,7 +99,8 @@ def _interval(values: Floats, confidence: float) -> tuple[float, float]:
 class EpisodeStatistics:
     """Returns and lengths of the episodes that training plays, per task: K tasks, N environments each.
 
-    `row()` gives the means over the episodes that ended since the row before; `recent()` over the last `window` of each task.
+    `row()` gives the means over the episodes that ended since the row before; `recent()` over the last `window` of each task. Where
+    several processes play, `total` sums an array over them: then both are means over the episodes of all.
     """
 
     def __init__(self, tasks: Sequence[str], num_envs: int, window: int = 100):
@@ -129,23 +131,26 @@ class EpisodeStatistics:
         self._returns[task, env] = 0.0
         self._lengths[task, env] = 0
 
-    def row(self) -> dict[str, float]:
+    def row(self, total: Total = lambda array: array) -> dict[str, float]:
         """`train/return/<task>` and `train/length/<task>` (in steps): means over the episodes that ended since the last call.
 
         Tasks in which none ended are left out.
         """
         figures: dict[str, float] = {}
-        for index in np.flatnonzero(self._ended):
-            figures[f"train/return/{self.tasks[index]}"] = float(self._ended_return[index] / self._ended[index])
-            figures[f"train/length/{self.tasks[index]}"] = float(self._ended_length[index] / self._ended[index])
+        returns, lengths, ended = total(np.stack([self._ended_return, self._ended_length, self._ended]))
+        for index in np.flatnonzero(ended):
+            figures[f"train/return/{self.tasks[index]}"] = float(returns[index] / ended[index])
+            figures[f"train/length/{self.tasks[index]}"] = float(lengths[index] / ended[index])
         for ended in (self._ended_return, self._ended_length, self._ended):
             ended[:] = 0
         return figures
 
-    def recent(self) -> dict[str, float]:
+    def recent(self, total: Total = lambda array: array) -> dict[str, float]:
         """The mean return of each task's last `window` episodes; tasks with none are left out."""
         held = np.minimum(self._recent_count, self._recent.shape[1])
-        return {task: float(self._recent[index, : held[index]].mean()) for index, task in enumerate(self.tasks) if held[index]}
+        returns = [self._recent[index, :count].sum() for index, count in enumerate(held)]
+        returns, held = total(np.stack([returns, held]))
+        return {task: float(returns[index] / held[index]) for index, task in enumerate(self.tasks) if held[index]}
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Copies of every array."""

@@ -17,15 +17,15 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
     "cli": {"cli", "__main__"},
-    "procedures": {"train", "bench", "evaluate", "info", "listing", "completion"},
+    "procedures": {"train", "training", "bench", "evaluate", "info", "listing", "completion"},
     "build": {"build", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
-    "loop": {"group", "loop", "learner", "evaluator", "diagnostics", "throughput"},
+    "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
+    "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
     "replay": {"replay", "rollouts"},
-    "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree"},
+    "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
 }
 # What each room may import of ours, besides itself and `base`.
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "replay", "leaves"}
@@ -40,7 +40,7 @@ ARROWS = {
     "networks": set(),
     "task_weights": set(),
     "envs": set(),
-    "storage": set(),
+    "storage": {"leaves"},
     "replay": set(),
     "leaves": set(),
     "base": set(),

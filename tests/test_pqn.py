@@ -268,7 +268,7 @@ def test_values_become_those_of_the_best_play() -> None:
         state = torch.where(start, torch.randint(STATES, (K, N)), successor[at])
         if number > 4 and number % 4 == 1:
             for _ in range(4):
-                made.prepare(rollouts, number)
+                made.prepare(rollouts, number, made.batch_size)
                 made.losses(rollouts.draw(made.batch_size)).loss_KB.mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()

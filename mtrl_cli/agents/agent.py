@@ -60,9 +60,9 @@ class Agent(ABC):
         """What the replay is to keep of the best values (float32 `[K, N]`, as the network just gave them) beside a step; None: nothing."""
         return None
 
-    def prepare(self, replay: Replay, step: int) -> None:
-        """Make the replay ready to draw the samples of the next update, at a step (per task)."""
-        replay.prepare(step, self.batch_size)
+    def prepare(self, replay: Replay, step: int, batch_size: int) -> None:
+        """Make the replay ready to draw so many samples of each task for the next update, at a step (per task)."""
+        replay.prepare(step, batch_size)
 
     def begin(self, batch: Batch) -> None:
         """Take what must be known of the first batch before anything is learned from it. Called once in a run."""

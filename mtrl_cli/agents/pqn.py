@@ -99,13 +99,13 @@ class PQN(Agent):
         scale = self._view.scale
         return value_KN * scale.scale_K[:, None] + scale.mean_K[:, None]
 
-    def prepare(self, replay: Replay, step: int) -> None:
+    def prepare(self, replay: Replay, step: int, batch_size: int) -> None:
         assert isinstance(replay, Rollouts)
-        if not replay.is_open or replay.drawn == self.updates_per_rollout * self.batch_size:
+        if not replay.is_open or replay.drawn == self.updates_per_rollout * batch_size:
             rewards, values, terminated, truncated = replay.next_rollout()
             rewards = self._view.rewards(rewards)
             replay.open_next(targets.lambda_returns(rewards, values, terminated, truncated, self._gamma, self._trace_decay))
-        super().prepare(replay, step)
+        super().prepare(replay, step, batch_size)
 
     def begin(self, batch: Batch) -> None:
         scale = self._view.scale

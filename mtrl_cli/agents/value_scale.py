@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.fields import Fraction, PositiveFloat
 from mtrl_cli.networks.heads import Head
 
@@ -25,15 +26,17 @@ class RewardStream:
     """What a scale must know of the rewards that it will see.
 
     Attributes:
-        num_tasks, num_envs: K and N.
+        num_tasks, num_envs: K and N; N counts the environments of all ranks.
         gamma: the agent's discount per step.
         device: of the learner.
+        ranks: that play these environments; their statistics are one.
     """
 
     num_tasks: int
     num_envs: int
     gamma: float
     device: torch.device
+    ranks: Ranks = ALONE
 
 
 class ValueScale(ABC):
@@ -55,7 +58,7 @@ class ValueScale(ABC):
         self.scale_K = torch.ones(stream.num_tasks, device=stream.device)
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        """Rewards of one step of all environments (float32), and which episodes ended with it (bool)."""
+        """Rewards of one step of this rank's environments (float32), and which episodes ended with it (bool)."""
 
     @abstractmethod
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
@@ -129,7 +132,7 @@ class PopArt(ValueScale):
         super().__init__(stream)
         if not step_size:
             raise ValueError("agent.value_scale.step_size=0 would never see a target: expected a number above 0 and at most 1")
-        self._step_size, self._min_scale = step_size, min_scale
+        self._step_size, self._min_scale, self._ranks = step_size, min_scale, stream.ranks
         # In float64: the spread is a small difference of the moments where a task's targets are far from zero.
         self._moments_2K = torch.zeros(2, stream.num_tasks, dtype=torch.float64, device=stream.device)
         self._weight_K = torch.zeros(stream.num_tasks, dtype=torch.float64, device=stream.device)
@@ -139,7 +142,8 @@ class PopArt(ValueScale):
 
     def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
         mean_K, scale_K = self.mean_K.double(), self.scale_K.double()
-        value_KB = target_KB.double() * scale_K[:, None] + mean_K[:, None]
+        value_KB = self._ranks.joined(target_KB.double() * scale_K[:, None] + mean_K[:, None], 1)
+        seen_KB = self._ranks.joined(seen_KB.to(torch.uint8), 1).bool()
         number_K = seen_KB.sum(1)
         of_batch_2K = torch.stack([value_KB, value_KB.square()]).where(seen_KB, 0.0).sum(2) / number_K.clamp_min(1)
         step_K = torch.where(number_K > 0, self._step_size, 0.0).double()
@@ -187,7 +191,7 @@ class ReturnNorm(ValueScale):
 
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 10.0, eps: PositiveFloat = 1e-8):
         super().__init__(stream)
-        self._gamma, self._limit, self._eps = stream.gamma, limit, eps
+        self._gamma, self._limit, self._eps, self._ranks = stream.gamma, limit, eps, stream.ranks
         shape = (stream.num_tasks, stream.num_envs)
         self._return_KN = torch.zeros(shape, dtype=torch.float64, device=stream.device)
         # Number of returns so far, their mean, sum of squared deviations from it, and largest magnitude.
@@ -197,6 +201,7 @@ class ReturnNorm(ValueScale):
         self._settle()
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        reward_KN, ended_KN = self._ranks.joined(torch.stack([reward_KN, done_KN.to(reward_KN.dtype)]), 2)
         self._return_KN.mul_(self._gamma).add_(reward_KN)
         # Chan et al. 1979: the moments of two sets, from those of each.
         number = self._return_KN.shape[1]
@@ -207,7 +212,7 @@ class ReturnNorm(ValueScale):
         self._deviation_K += number * variance_K + apart_K.square() * (self._count * share)
         self._count += number
         torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
-        self._return_KN.masked_fill_(done_KN, 0.0)
+        self._return_KN.masked_fill_(ended_KN.bool(), 0.0)
         self._settle()
 
     def _settle(self) -> None:

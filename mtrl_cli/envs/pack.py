@@ -185,8 +185,8 @@ class TaskPack:
         seed: the run's; with `stream` (such as "train" or "eval") it decides all seeds of episodes.
         num_threads: emulator threads in all, divided between the tasks, at least one each.
         training: whether a protocol that treats training and evaluation differently is in training.
-        first_env: the number of the first environment, where others play those before: it decides on seeds.
-        buffers: two arrays `[K, N, *padded]`, zeros, that take turns in holding observations; made here where they are left out.
+        first_env: the number of the first environment, which decides on seeds: others may play those before.
+        buffers: two arrays `[K, N, *padded]`, zeros, that take turns in holding observations, where the caller has some.
 
     Attributes:
         episodes: int64 `[K, N]`, the number of each environment's episode, from 0.
@@ -204,12 +204,9 @@ class TaskPack:
         first_env: int = 0,
         buffers: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self.pack = pack
-        self.tasks = pack.tasks
-        self.num_envs = num_envs
-        self.first_env = first_env
-        self.seed = seed
-        self.stream = stream
+        self.pack, self.tasks = pack, pack.tasks
+        self.num_envs, self.first_env = num_envs, first_env
+        self.seed, self.stream = seed, stream
         shape = (len(self.tasks), num_envs)
         self.episodes = np.zeros(shape, np.int64)
         self._seeded_episodes = np.zeros(shape, np.int64)
@@ -218,10 +215,8 @@ class TaskPack:
         self._in_flight: np.ndarray | None = None
         # Two buffers take turns: what the caller holds stays whole while the next observation is written.
         self._buffers = list(buffers or [np.zeros((*shape, *pack.observation_shape), pack.observation_dtype) for _ in range(2)])
-        self._own_parts = [
-            [buffer[index][:, *(slice(size) for size in task.observation_shape)] for index, task in enumerate(self.tasks)]
-            for buffer in self._buffers
-        ]
+        parts = [tuple(slice(size) for size in task.observation_shape) for task in self.tasks]
+        self._own_parts = [[buffer[index][:, *part] for index, part in enumerate(parts)] for buffer in self._buffers]
         self._num_threads = num_threads
         threads = max(1, num_threads // len(self.tasks))
         self._vectors = [pack.vector(index, num_envs, threads, training) for index in range(len(self.tasks))]
@@ -231,7 +226,7 @@ class TaskPack:
 
         It hangs on the task's name, not its place, so that the rest of the pack does not matter.
         """
-        words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{env}/{episode}"
+        words = f"{self.stream}/{self.seed}/{self.tasks[task].name}/{self.first_env + env}/{episode}"
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") & 0x7FFFFFFF
 
     def reset(self) -> np.ndarray:
@@ -359,8 +354,7 @@ class TaskPack:
         """For the environments in `mask`: the seeds of those that are due for one, `UNSEEDED` for the others."""
         envs = np.flatnonzero(mask).tolist()
         return np.array(
-            [self.episode_seed(task, self.first_env + env, self._seeded_episodes[task, env]) if due[env] else UNSEEDED for env in envs],
-            np.int64,
+            [self.episode_seed(task, env, self._seeded_episodes[task, env]) if due[env] else UNSEEDED for env in envs], np.int64
         )
 
     def _fill(self, observations: Sequence[np.ndarray | None]) -> np.ndarray:

@@ -61,6 +61,10 @@ class TaskGradients(ABC):
     def replace(self, gradient_P: torch.Tensor) -> None:
         """A gradient (float32 `[P]`) to the shared parameters; to each task's own 1 / K of its gradient."""
 
+    def agreed(self, weight_K: torch.Tensor) -> torch.Tensor:
+        """Weights (or whatever a solver decides), as all processes have them that train together."""
+        return weight_K
+
 
 class TaskWeights(ABC):
     """Losses of all tasks to gradients of all parameters.

@@ -27,7 +27,7 @@ def combine(gradients: TaskGradients, weights_of: Callable[[torch.Tensor], torch
         The weights used, float32 `[K]`.
     """
     gram_KK = gradients.gram()
-    weight_K = finite_or_uniform(weights_of(gram_KK / gram_KK.diagonal().mean()))
+    weight_K = gradients.agreed(finite_or_uniform(weights_of(gram_KK / gram_KK.diagonal().mean())))
     gradients.combine(weight_K)
     return weight_K
 

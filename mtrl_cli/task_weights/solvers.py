@@ -94,7 +94,8 @@ class NashMTL(TaskWeights):
         if self._updates % self._every == 0:
             self._found = False
             self._weight_K = combine(gradients, lambda gram_KK: _solved(gram_KK, self._bargain, no_zero_row=True))
-            self._updates += self._found  # what failed is tried again with the next update's gradients
+            found = gradients.agreed(torch.tensor(self._found, dtype=torch.uint8, device=self.tasks.device))
+            self._updates += int(found)  # what failed is tried again with the next update's gradients
         else:
             gradients.combine(self._weight_K)
             self._updates += 1

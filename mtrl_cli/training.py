@@ -1,0 +1,342 @@
+"""One process's work on a run: everything that happens to the loop from outside."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from mtrl_cli import build, evaluator, files, hardware, throughput, torchrun
+from mtrl_cli import config as configuration
+from mtrl_cli.checkpoint import CheckpointStore
+from mtrl_cli.display import Display, NullDisplay, evaluation_table, say
+from mtrl_cli.distributed import Ranks
+from mtrl_cli.envs.scores import normalised
+from mtrl_cli.errors import RanksLost, RunError, Stopped, UserError
+from mtrl_cli.logger import Logger, NullLogger
+from mtrl_cli.loop import Loop
+from mtrl_cli.rundir import RunFolder
+from mtrl_cli.signals import StopRequest
+
+
+class Training:
+    """One process's work on a run.
+
+    Args:
+        folder: locked.
+        config: kept with the run's figures.
+        run, loop: what is trained; the loop has begun, or `restore` is called.
+        store: the run's checkpoints.
+        stop: whether a signal has come.
+        command: the command line.
+        ranks: that train together, all in step: the first writes, logs and evaluates.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: dict[str, Any],
+        run: build.Run,
+        loop: Loop,
+        store: CheckpointStore,
+        stop: StopRequest,
+        command: list[str],
+        ranks: Ranks,
+    ):
+        self.folder, self.config, self.run, self.loop, self.command = folder, config, run, loop, command
+        self.store, self.stop, self.ranks = store, stop, ranks
+        self.logger: NullLogger
+        self.display: NullDisplay
+        self.resumed_at: int | None = None
+        self.evaluated_at, self.saved_at, self.logged_at = 0, -1, 0
+        self.seconds_before, self.began = 0.0, time.perf_counter()
+        self.row_began, self.row_excluded = self.began, 0.0
+        self.row_step = self.row_updates = 0
+        self.summary: dict[str, Any] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work over all resumes."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        """Take a checkpoint's state.
+
+        Raises:
+            UserError: it is not of this configuration. RunError: the environments did not repeat themselves.
+        """
+        what = f"checkpoint {step} of {self.folder.path}"
+        build.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
+        build.load_weights(self.run.agent.network, state, what)
+        try:
+            rows_restored = self.store.load_replay(step, self.run.replay)
+            self.run.learner.optimizer.load_state_dict(state["optimizer"])
+            self.run.agent.load_state_dict(state["agent"])
+            self.loop.load_state_dict(self._of_this_rank(state), rows_restored)
+            progress = state["progress"]
+            self.evaluated_at, self.logged_at = int(progress["evaluated_at"]), int(progress["logged_at"])
+            self.seconds_before = float(progress["seconds"])
+        except (RunError, UserError):
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            first_line = str(error).strip().split("\n")[0][:200]
+            raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
+        self.resumed_at = self.saved_at = step
+        self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
+        say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
+
+    def _of_this_rank(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of the loop that this rank saved, of a checkpoint's."""
+        first: dict[str, Any] = state["loop"]
+        if self.ranks.is_first:
+            return first
+        mine: dict[str, Any] = state["others"][str(self.ranks.rank)]["loop"]
+        return mine | {"learner": mine["learner"] | {"task_weights": first["learner"]["task_weights"]}}
+
+    def work(self) -> None:
+        """Train to the end, a signal or a failure, and write which it was."""
+        self.ranks.at_loss = self._bury
+        try:
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    self.folder.begin(command=self.command, device=str(self.run.device))
+                    self.store.discard_after(-1 if self.resumed_at is None else self.resumed_at)
+                self.logger = Logger(self.folder.path, resume_at=self.resumed_at) if self.ranks.is_first else NullLogger()
+            with closing(self.logger):
+                with self._make_display() as self.display:
+                    if self.resumed_at is None:
+                        self._log_parameters()
+                    self._warm_up()
+                    self._train()
+                if self.ranks.is_first:
+                    self._finish()
+            self._part()
+        except Stopped as stopped:
+            stopped.told = True
+            self.folder.finish("stopped", seconds=self.seconds)
+            say(f"stopped at step {self.loop.step:,} and saved; go on with: {self._resume_command()}")
+            self._part()
+            raise
+        except RanksLost as lost:
+            told = RanksLost(
+                f"{lost}\nThe run has failed at step {self.loop.step:,}; go on from its last checkpoint with: {self._resume_command()}"
+            )
+            told.is_ours_to_tell = self._bury(str(lost))
+            raise told from None
+        except Exception as error:
+            with suppress(OSError, UserError):  # of a full disk, say: what failed first is what the user must hear
+                self.folder.finish("failed", seconds=self.seconds, error=str(error))
+            raise
+        finally:
+            self.loop.close()
+
+    def _make_display(self) -> NullDisplay:
+        tasks = [task.name for task in self.run.pack.tasks]
+        return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
+
+    def _resume_command(self, more: str = "") -> str:
+        return torchrun.command(self.ranks.size, f"resume {shlex.quote(str(self.folder.path))}{more}")
+
+    def _part(self) -> None:
+        """End together: torchrun ends the others where one ends by a signal, and the first must have written and said all by then."""
+        with suppress(RanksLost):
+            self.ranks.wait()
+
+    def _bury(self, line: str) -> bool:
+        """Write that the run failed for want of another rank; returns whether it is for this rank to tell."""
+        with suppress(OSError, UserError):
+            return self.folder.bury(seconds=self.seconds, error=line)
+        return self.ranks.is_first
+
+    # -- the run ------------------------------------------------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        if not self.run.compiled:
+            return
+        self.display.message("compiling the update: seconds where it is cached, a minute where not")
+        begun = time.perf_counter()
+        with suppress(Stopped), self.stop.interruptible():  # whoever asked to stop is heard in a moment, with the other ranks
+            self.run.learner.warm_up()
+            seconds = time.perf_counter() - begun
+            self.display.message(f"compiled in {seconds:.0f} s")
+            step, figures = self.loop.step, {"perf/seconds/compile": seconds}
+            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+
+    def _train(self) -> None:
+        intervals, ticks = self.run.intervals, self.loop.ticks()
+        self.row_began, self.row_excluded = time.perf_counter(), 0.0
+        while True:
+            step, finished = self.loop.step, self.loop.step >= intervals.total
+            if _due(step, self.evaluated_at, intervals.evaluate, finished):
+                self._evaluate()
+            if _due(step, self.saved_at, intervals.checkpoint, finished):
+                self._save()
+            if finished:
+                return
+            # A signal comes to each rank at another moment, or to one alone.
+            if asked := self.ranks.largest(self.stop.received or 0):
+                if self.saved_at != step:
+                    self._save()
+                raise Stopped(asked)
+            next(ticks)
+            self.display.update(self.loop.step, {}, seconds=self.seconds)
+            if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
+                with self.loop.clock.time("log"):
+                    self._log_row()
+            if self.ranks.is_first and self.run.diagnostics.due(self.loop.step, self.loop.step >= intervals.total):
+                self._diagnose()
+
+    def _evaluate(self) -> None:
+        step = self.loop.step
+        self.run.learner.check_finite()
+        self.display.message(f"evaluating at step {step:,}")
+        with self._aside():
+            asked, score = self.ranks.from_first(self._play() if self.ranks.is_first else None)
+            if asked:
+                self._save()
+                raise Stopped(asked)
+            self.evaluated_at = step
+            self._save(score)
+
+    def _play(self) -> tuple[int, float | None]:
+        """The evaluation's games: which signal ended them (0: none), and the score by which checkpoints are compared."""
+        step = self.loop.step
+        try:
+            games = self.run.evaluator.play(self.run.agent.network, self.stop.check)
+        except Stopped as stopped:
+            return stopped.signal_number, None
+        self.summary = evaluator.summarise(games, self.run.pack, step, str(step))
+        self.folder.write(f"eval/{step}.json", files.to_json(self.summary))
+        figures = evaluator.figures(self.summary)
+        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+        self._log_pictures(games)
+        self.display.update(step, figures, seconds=self.seconds)
+        return 0, evaluator.ranking(self.summary)
+
+    def _save(self, score: float | None = None) -> None:
+        self.run.learner.check_finite()
+        with self.ranks.together():
+            if self.ranks.is_first and not self.folder.config.exists():
+                raise RunError(f"{self.folder.path} was removed while the run was working on it: there is nowhere to save")
+        with self._aside():
+            self.logger.flush()
+            self.store.save(self.loop.step, self._state(), self.run.replay, score)
+            self.saved_at = self.loop.step
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds. The other ranks give what they have played; what was learned is the same on all."""
+        if self.ranks.is_first:
+            return {
+                "tasks": [task.name for task in self.run.pack.tasks],
+                "model": self.run.agent.network.state_dict(),
+                "optimizer": self.run.learner.optimizer.state_dict(),
+                "agent": self.run.agent.state_dict(),
+                "loop": self.loop.state_dict(),
+                "progress": {"evaluated_at": self.evaluated_at, "logged_at": self.logged_at, "seconds": self.seconds},
+            }
+        return {"loop": self.loop.own_state_dict()}
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave the time spent inside out of the speed figures."""
+        begun, before = time.perf_counter(), self.row_excluded
+        yield
+        self.row_excluded = before + time.perf_counter() - begun
+
+    # -- figures ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _frames_per_step(self) -> int:
+        return self.run.pack.tasks[0].frames_per_step
+
+    def _log_row(self) -> None:
+        self.run.learner.check_finite()
+        step, updates = self.loop.step, self.run.learner.updates
+        now = time.perf_counter()
+        seconds = max(1e-9, now - self.row_began - self.row_excluded)
+        per_second = (step - self.row_step) * len(self.run.pack.tasks) / seconds
+        tasks = self.run.pack.tasks
+        names = [task.name for task in tasks]
+        figures = self.loop.statistics.row(self.ranks.total) | self.run.learner.row()
+        recent = self.loop.statistics.recent(self.ranks.total)
+        for task in tasks:
+            if task.name in recent:
+                score = normalised(recent[task.name], task.random_score, task.reference_score)
+                figures |= {} if score is None else {f"train/score/{task.name}": score}
+        figures |= {f"epsilon/{name}": float(value) for name, value in zip(names, self.run.agent.epsilon(step), strict=True)}
+        figures |= {
+            "perf/steps_per_second": per_second,
+            "perf/frames_per_second": per_second * self._frames_per_step,
+            "perf/updates_per_second": (updates - self.row_updates) / seconds,
+            "perf/memory": float(self.ranks.total(np.array(hardware.resident_memory()))),
+        }
+        spent = self.loop.clock.read()
+        figures |= {f"perf/seconds/{part}": value for part, value in spent.items()}
+        if self.run.device.type == "cpu":  # a GPU works while the host's clock shows something else: mtrl bench tells
+            steps, each = (step - self.row_step) * len(tasks), self.run.learner.steps_per_update * len(tasks)
+            figures |= throughput.of_a_row(spent, steps, (updates - self.row_updates) * each, each, per_second)
+        self.logger.row(step, step * self._frames_per_step, self.seconds, updates, figures)
+        # A row's own episodes are few: the table shows the mean of the last hundred.
+        self.display.update(step, figures | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
+        self.logged_at = step
+        self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+
+    def _diagnose(self) -> None:
+        self.run.learner.check_finite()
+        step, begun = self.loop.step, time.perf_counter()
+        with self._aside():
+            report = self.run.diagnostics.report(step)
+            figures = report.figures | {"perf/seconds/diagnostics": time.perf_counter() - begun}
+            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
+            for name, picture in report.pictures.items():
+                self.logger.image(name, picture, step)
+
+    def _log_pictures(self, games: evaluator.Games) -> None:
+        """For TensorBoard: the spread of each task's returns, and what its first environment shows."""
+        step = self.loop.step
+        newest_KN = self.loop.newest_frames
+        for k, task in enumerate(self.run.pack.tasks):
+            self.logger.histogram(f"eval/returns/{task.name}", games.returns[task.name], step)
+            if task.observation_shape[0] in (1, 3) and len(task.observation_shape) == 3:
+                channels_last = newest_KN[k, 0, : task.observation_shape[0]].movedim(0, -1)
+                self.logger.image(f"frame/{task.name}", channels_last.contiguous().cpu().numpy(), step)
+
+    def _log_parameters(self) -> None:
+        counts = self.run.agent.network.parameter_counts()
+        figures = {"parameters/total": float(counts.total), "parameters/shared": float(counts.shared)}
+        figures |= {f"parameters/{task.name}": float(count) for task, count in zip(self.run.pack.tasks, counts.per_task, strict=True)}
+        self.logger.row(0, 0, self.seconds, 0, figures)
+
+    def _finish(self) -> None:
+        final = self.summary or files.read_json(self.folder.evaluations / f"{self.loop.step}.json", self.folder.path)
+        self.logger.hyperparameters(dict(configuration.flat(self.config)), evaluator.figures(final), self.loop.step)
+        self.folder.finish("completed", seconds=self.seconds)
+        self.display.print(evaluation_table(final, self.run.evaluator.max_steps))
+        quoted = shlex.quote(str(self.folder.path))
+        trusted = self.config["trusted_packages"]
+        also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
+        say(f"run folder   {self.folder.path}")
+        say(f"look at it   tensorboard --logdir {quoted}")
+        say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
+        say(f"train on     {self._resume_command(f' steps_per_task={2 * self.run.intervals.total}{also}')}")
+        if full := _full_run(self.command):
+            say(f"a full run   {full}")
+
+
+def _full_run(command: list[str]) -> str | None:
+    """The command without what made its run a small one; None if there is nothing to leave out."""
+    small = ("experiment=", "steps_per_task=", "run_dir=", "agent.learning_starts=", "eval.", "checkpoint.", "log.", "--")
+    kept = [word for word in command if not word.startswith(small)]
+    shortened = any(word.startswith(("experiment=", "steps_per_task=")) for word in command)
+    return shlex.join(kept) if command[1:2] == ["train"] and shortened else None
+
+
+def _due(step: int, last: int, every: int, finished: bool) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) is due at a step, once."""
+    if step == last:
+        return False
+    return finished or (every > 0 and step // every > max(last, 0) // every)
