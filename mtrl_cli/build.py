@@ -257,20 +257,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
     agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
-    optimizer = make(config, "optimizer", list(network.parameters()))
-    tasks = Tasks(
-        names=tuple(names),
-        random_scores=tuple(task.random_score for task in pack.tasks),
-        reference_scores=tuple(task.reference_score for task in pack.tasks),
-        seed=derived_seed(config["seed"], "task weights"),
-        device=device,
-    )
-    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
-    tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
-    # Exchanges between ranks are made one at a time.
-    recorded = device.type == "cuda" and ranks.size == 1
-    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
-    learner = Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder, ranks)
+    learner = _make_learner(config, pack, agent, replay, ranks, say)
 
     def open_loop() -> Loop:
         exploration = derived_seed(config["seed"], ranks.label("exploration"))
@@ -302,6 +289,25 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
+
+
+def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
+    """What trains the agent's network from the replay."""
+    device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
+    optimizer = make(config, "optimizer", list(network.parameters()))
+    tasks = Tasks(
+        names=tuple(names),
+        random_scores=tuple(task.random_score for task in pack.tasks),
+        reference_scores=tuple(task.reference_score for task in pack.tasks),
+        seed=derived_seed(config["seed"], "task weights"),
+        device=device,
+    )
+    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
+    # Exchanges between ranks are made one at a time.
+    recorded = device.type == "cuda" and ranks.size == 1
+    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
+    return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder, ranks)
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:
