@@ -211,7 +211,7 @@ class TorchRanks(Ranks):
         return summed.numpy()
 
     def largest(self, number: int) -> int:
-        tensor = torch.tensor(number)
+        tensor = torch.tensor(int(number))  # gloo knows no bool
         with self._noticing():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)

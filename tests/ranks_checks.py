@@ -35,6 +35,7 @@ from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import Batch, UniformReplay
 from mtrl_cli.signals import StopRequest
+from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.tape import tape_for
 from replay_reference import spec
 
@@ -147,7 +148,12 @@ def check_exchanges(ranks: Ranks, found: dict[str, Any]) -> None:
     found["joined"] = ranks.joined(torch.tensor([[rank], [10 + rank]]), 1).tolist()
     found["agreed"] = ranks.agreed(torch.tensor([rank + 1.5])).tolist()
     found["total"] = ranks.total(np.array([rank + 1, 10])).tolist()
-    found["largest"] = ranks.largest(7 * rank)
+    found["largest"] = [ranks.largest(7 * rank), ranks.largest(rank == 1)]
+    statistics = EpisodeStatistics(["a", "b"], num_envs=1)
+    for reward in ([2.0], [5.0, 8.0])[rank]:  # episodes of one step, of the first task alone
+        statistics.add(np.array([[reward], [1.0]]), np.array([[True], [False]]))
+    found["recent"] = statistics.recent(ranks.total)
+    found["row"] = statistics.row(ranks.total)
     found["from_first"] = ranks.from_first({"rank": rank, "text": "ü" * (rank + 1)})
     found["gather"] = [data.decode() for data in ranks.gather(f"of {rank}".encode() * 3)]
     found["raised"] = []

@@ -71,14 +71,19 @@ class Torchrun:
         )
         return self.process
 
-    def __call__(self, *words: object, script: str = "", code: int = 0) -> tuple[str, str]:
+    def __call__(self, *words: object, script: str = "", code: int = 0, seconds: float = 300.0) -> tuple[str, str]:
         """Run them to their end: (stdout, stderr)."""
         self.start(*words, script=script)
-        return self.end(code)
+        return self.end(code, seconds)
 
-    def end(self, code: int = 0) -> tuple[str, str]:
+    def end(self, code: int = 0, seconds: float = 300.0) -> tuple[str, str]:
         """Wait for the end; torchrun's own exit code is 1 whatever that of a rank is."""
-        output, errors = self.process.communicate(timeout=200)
+        try:
+            output, errors = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for pid in [*self.ranks().values(), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            raise
         assert self.process.returncode == code, f"{output[-2000:]}\n{errors[-6000:]}"
         return output, errors
 
@@ -162,7 +167,9 @@ def test_exchanges_worked_out_by_hand(found: list[dict[str, Any]]) -> None:
         assert rank["joined"] == [[0, 1], [10, 11]]
         assert rank["agreed"] == [1.5]
         assert rank["total"] == [3, 20]
-        assert rank["largest"] == 7
+        assert rank["largest"] == [7, 1]
+        assert rank["recent"] == {"a": 5.0}
+        assert rank["row"] == {"train/return/a": 5.0, "train/length/a": 1.0}
         assert rank["from_first"] == {"rank": 0, "text": "ü"}
     assert [rank["gather"] for rank in found] == [["of 1of 1of 1"], []]
 
@@ -331,7 +338,7 @@ def test_folder_of_the_first_is_written_to_only_when_that_is_gone(tmp_path: Path
 @pytest.mark.learning
 def test_classic_pack_reaches_its_thresholds_on_two_ranks(tmp_path: Path) -> None:
     """At the pack's default budget: minutes."""
-    Torchrun(tmp_path)("train", "env=classic_pack", "run_dir=run", "eval.episodes=100")
+    Torchrun(tmp_path)("train", "env=classic_pack", "run_dir=run", "eval.episodes=100", seconds=7200.0)
     step = latest(tmp_path / "run")
     tasks = json.loads((tmp_path / "run" / "eval" / f"{step}.json").read_text())["tasks"]
     thresholds = {"CartPole-v1": 475, "Acrobot-v1": -100, "MountainCar-v0": -120}
