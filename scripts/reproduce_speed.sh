@@ -4,7 +4,7 @@
 # Usage: scripts/reproduce_speed.sh [folder]      (twelve runs of 3 to 10 minutes; interrupted, it goes on where it was)
 set -euo pipefail
 folder=${1:-runs/reproduce_speed}
-minatar='env=minatar_pack env.tasks=[breakout,freeway] steps_per_task=300000 eval.episodes=30'
+minatar='env=minatar_pack env.tasks=[breakout,freeway] steps_per_task=200000 eval.episodes=30'
 plain='compile=false precision=fp32 threads=1'
 for seed in ${SEEDS:-0 1 2}; do
   mtrl train env=classic_pack eval.episodes=30 compile=true seed=$seed run_dir="$folder/classic_fast/s$seed" --or-resume
