@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from mtrl_cli import build, settling, throughput
+from mtrl_cli import build, settling, throughput, torchrun
 from mtrl_cli.display import console
+from mtrl_cli.errors import UserError
 from mtrl_cli.loop import Loop
 from mtrl_cli.signals import StopRequest
 
@@ -37,6 +38,8 @@ def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
     Raises:
         UserError: it cannot be trained so here. Stopped: by a signal.
     """
+    if torchrun.place().size > 1:
+        raise UserError("mtrl bench measures one process: start it without torchrun")
     with StopRequest() as stop, stop.interruptible():
         pack = build.make_pack(config)
         config = settling.settle(config, pack, _note)

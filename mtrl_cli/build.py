@@ -140,14 +140,16 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     return network
 
 
-def set_up_torch(config: Config) -> None:
-    """What torch keeps for the whole process: threads, and in what precision a GPU multiplies float32."""
+def set_up_torch(config: Config, device: torch.device) -> None:
+    """What torch keeps for the whole process: threads, the current GPU, and in what precision that multiplies float32."""
     torch.set_num_threads(config["threads"])
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+        return
+    torch.cuda.set_device(device)
     in_tf32 = config["precision"] in ("tf32", "bf16")
     torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = in_tf32
-    if config["device"] == "cpu":
-        hardware.keep_freed_memory()
 
 
 def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
@@ -246,7 +248,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     """
     device = device_of(config, ranks)
     num_envs = ranks.share("env.num_envs", pack.num_envs)
-    set_up_torch(config)
+    set_up_torch(config, device)
     if config["compile"]:
         hardware.keep_compiled()
         if compiler := hardware.compiler():
@@ -307,7 +309,7 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
     recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
-    return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape, recorder, ranks)
+    return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape=tape, recorder=recorder, ranks=ranks)
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:

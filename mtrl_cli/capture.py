@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,6 +22,9 @@ WARM_UP = 3
 
 class Recorder(Protocol):
     """Takes note of what is done on a device, in order, to do it again."""
+
+    def warm_up(self, function: Callable[[], Result]) -> Result:
+        """Call a function as it is, where it will be recorded."""
 
     def record(self, function: Callable[[], Result]) -> Result:
         """Take note of all that a function does. Its results, once `replay` has been called, hold what it would have returned."""
@@ -54,25 +57,27 @@ class Captured(Generic[Result]):
 
     Args:
         function: works on fixed tensors; what it returns is a tensor, a tuple of them, or nothing.
-        recorder: makes the record, the first time that one is wanted.
+        recorder: makes what makes the record, at the first call.
         warm_up: how many calls are made as they are before.
     """
 
     def __init__(self, function: Callable[[], Result], recorder: Callable[[], Recorder], warm_up: int = WARM_UP):
         self._function, self._make_recorder, self._left = function, recorder, warm_up
         self._recorder: Recorder | None = None
+        self._recorded = False
         self._result: Result
 
     def __call__(self) -> Result:
         """What the function returns; once it is recorded, in the same tensors each time."""
+        if self._recorder is None:
+            self._recorder = self._make_recorder()
         if self._left > 0:
             self._left -= 1
-            return self._function()
-        if self._recorder is None:
-            recorder = self._make_recorder()
-            with _as_recorder(recorder):
-                self._result = recorder.record(self._function)
-            self._recorder = recorder
+            return self._recorder.warm_up(self._function)
+        if not self._recorded:
+            with _as_recorder(self._recorder):
+                self._result = self._recorder.record(self._function)
+            self._recorded = True
         self._recorder.replay()
         return self._result
 
@@ -106,6 +111,15 @@ class CudaGraphs:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps: list[Callable[[], None]] = []
 
+    def warm_up(self, function: Callable[[], Result]) -> Result:
+        # On the stream of the record: autograd remembers on which one a parameter's gradient was first made.
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        return result
+
     def record(self, function: Callable[[], Result]) -> Result:
         torch.cuda.synchronize(self._device)
         gc.collect()  # what is freed while recording would be freed in each replay
@@ -113,9 +127,13 @@ class CudaGraphs:
         with torch.cuda.stream(self._stream):
             self._begin()
             try:
-                return function()
-            finally:
-                self._end()
+                result = function()
+            except BaseException:
+                with suppress(RuntimeError):  # a record that failed cannot be ended well; what failed is what to tell
+                    self._end()
+                raise
+            self._end()
+            return result
 
     def replay(self) -> None:
         for step in self._steps:
@@ -127,7 +145,7 @@ class CudaGraphs:
             result = torch.empty(like.shape, dtype=like.dtype, device=self._device)
 
         def step() -> None:
-            result.copy_(function(tensor.cpu()))
+            result.copy_(function(tensor.cpu()), non_blocking=True)
 
         self._steps.append(step)
         self._begin()
@@ -141,7 +159,7 @@ class CudaGraphs:
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:
-        assert self._graph is not None
+        assert self._graph is not None, "nothing is being recorded"
         self._graph.capture_end()
         self._steps.append(self._graph.replay)
         self._graph = None

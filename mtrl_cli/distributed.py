@@ -162,10 +162,12 @@ class TorchRanks(Ranks):
         self._tensors: dist.ProcessGroup | None = None  # None: the group of all, by gloo
         self._parted = threading.Event()
         self._peers = self._open_peers()
-        threading.Thread(target=self._watch, name="watch over ranks", daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, name="watch over ranks", daemon=True)
+        self._watching.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._parted.set()
+        self._watching.join()
         if isinstance(error, Exception) and not isinstance(error, RanksLost):
             with suppress(RuntimeError):  # for the first rank to tell, which will miss us in a moment
                 self._store.compare_set(_FAILURE, "", f"rank {self.rank} has failed: {_first_line(error)}")
@@ -309,7 +311,10 @@ class TorchRanks(Ranks):
 
     def _gone(self, wait: float = 0.0) -> list[int]:
         """The ranks on this machine that have ended, or end in so many seconds."""
-        ended = select.select(list(self._peers.values()), [], [], wait)[0]
+        watch = select.poll()
+        for fd in self._peers.values():
+            watch.register(fd, select.POLLIN)
+        ended = {fd for fd, _ in watch.poll(wait * 1000)}
         return [rank for rank, fd in self._peers.items() if fd in ended]
 
     def _watch(self) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, evaluator, files, video
+from mtrl_cli import build, evaluator, files, torchrun, video
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, parse_which
 from mtrl_cli.display import console, evaluation_table
@@ -26,6 +26,8 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
     Raises:
         UserError: no such run or checkpoint. Stopped: by a signal; nothing is written.
     """
+    if torchrun.place().size > 1:
+        raise UserError("mtrl eval plays in one process: start it without torchrun")
     folder, named = RunFolder.open(run_path)
     config = configuration.load(folder.config, trusted=options["trusted_packages"])
     config["eval"] = config["eval"] | {key: value for key, value in options["eval"].items() if value is not None}

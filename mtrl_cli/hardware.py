@@ -196,10 +196,10 @@ def compiler() -> str | None:
 
 def keep_compiled() -> None:
     """Let torch keep compiled code where it outlives a restart: in the user's cache folder rather than in /tmp, unless told otherwise."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mtrl" / "torchinductor"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mtrl" / "torchinductor"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # nowhere to keep it
         return
     if os.access(folder, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -41,6 +41,7 @@ class Learner:
         task_weights: TaskWeights,
         optimizer: Optimizer,
         task_names: list[str],
+        *,
         tape: Tape | None = None,
         recorder: Callable[[], capture.Recorder] | None = None,
         ranks: Ranks = ALONE,
@@ -48,7 +49,7 @@ class Learner:
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
         self._tape, self._ranks = tape, ranks
-        self._batch_size = ranks.share("agent.batch_size", agent.batch_size)
+        self._batch_size = ranks.share(agent.batch_key, agent.batch_size)
         self._checked = False
         self._taps: list[torch.Tensor] | None = None
         self._shared, self._own = agent.network.shared_parameters(), agent.network.own_parameters()
@@ -60,7 +61,7 @@ class Learner:
         self._updates_in_row = 0
         self._bad_step_K = torch.full((K,), _NEVER, dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        recorded = recorder is not None and task_weights.capturable
+        recorded = all(part.capturable for part in (agent, replay, augmentation, task_weights))
         self._make_update = capture.Captured(self._arithmetic, recorder) if recorder and recorded else self._arithmetic
 
     def updates_due(self, step: int) -> int:

@@ -55,6 +55,11 @@ class Optimizer(ABC):
         """Take what `state_dict` gave."""
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": {int(index): values for index, values in state.items()}, "param_groups": groups})
+        # A file knows no layout, and fused optimizers read moments in that of their parameter.
+        for parameter, values in self._optimizer.state.items():
+            for name, value in values.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class Adam(Optimizer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -83,7 +83,14 @@ class Replay(ABC):
 
     Raises:
         ValueError: fewer rows than one window and one stack need.
+
+    Attributes:
+        from_rollouts: whether it is for agents that learn from rollouts, and for no others.
+        capturable: whether what `draw` and `update_priorities` do can be recorded once and replayed (`capture.py`).
     """
+
+    from_rollouts: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
 
     @classmethod
     def fixed_capacity(cls, spec: ReplaySpec) -> int | None:
@@ -116,8 +123,6 @@ class Replay(ABC):
         # What sampling must know of the moment, on the device: the first eligible row, and how many rows times environments there are.
         self._first_row = torch.zeros((), dtype=torch.int64, device=spec.device)
         self._starts = torch.zeros((), dtype=torch.int64, device=spec.device)
-
-    # -- writing ------------------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -247,8 +252,6 @@ class Replay(ABC):
         index_KBS = torch.stack(indices[::-1], 2)
         return self._frames.index_select(0, index_KBS.flatten()).view(*index_KBS.shape, *spec.frame_shape)
 
-    # -- state --------------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Everything but the rows, which `export_rows` gives."""
         return {
@@ -301,6 +304,8 @@ class UniformReplay(Replay):
         capacity: transitions per task, or "auto": what fits into memory.
     """
 
+    capturable = True
+
     def __init__(self, spec: ReplaySpec, *, capacity: PositiveInt | Auto):
         super().__init__(spec, int(capacity))
 
@@ -325,6 +330,8 @@ class PrioritizedReplay(Replay):
         alpha: exponent of the priorities; 0 is uniform.
         beta: exponent of the importance weights at the start, annealed linearly to 1 over the run.
     """
+
+    capturable = True
 
     @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
@@ -387,6 +394,6 @@ class PrioritizedReplay(Replay):
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
         super().load_state_dict(state, rows_restored)
-        self._largest_K1 = state["largest"].to(self.spec.device)
+        self._largest_K1.copy_(state["largest"])
         if rows_restored:
             self._tree.load(state["tree"])

@@ -27,6 +27,7 @@ class Rollouts(Replay):
     """
 
     from_rollouts = True
+    capturable = True
 
     @classmethod
     def fixed_capacity(cls, spec: ReplaySpec) -> int | None:
@@ -35,8 +36,12 @@ class Rollouts(Replay):
 
     @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
-        """As every replay's, and a value."""
-        return super().bytes_per_transition(spec) + 4
+        """As every replay's, and a value; of a rollout's steps also returns and places in the order."""
+        return super().bytes_per_transition(spec) + 16
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._returns.nbytes + self._order.nbytes
 
     def __init__(self, spec: ReplaySpec):
         if not spec.rollout_length:

@@ -26,6 +26,7 @@ _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
 _SAMPLES_OF_LARGE, _SAMPLES_OF_SMALL, _SAMPLES_ON_GPU = 128, 640, 256
 _LARGE_NETWORK = 1_000_000  # multiply-adds of a forward
 _SMALLEST_BATCH = 32  # of each task (Mnih et al. 2015)
+_SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples of each task between copies; 2,000 updates of 32
 # A capacity that the user chose leaves this much for the network and the emulators.
 _LARGEST_MEMORY_SHARE = 0.9
 
@@ -53,7 +54,8 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks 
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
         settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
     if settled["precision"] == "tf32" and device.type == "cpu":
-        raise UserError("precision=tf32 is of GPUs; on a CPU: precision=fp32, bf16 or auto")
+        say("precision: fp32, as tf32 is of GPUs")  # a run from a GPU may go on here
+        settled["precision"] = "fp32"
     settled["groups"] = _settle_groups(config["groups"], pack.num_envs // ranks.size, device)
     if config["compile"] in ("auto", True):
         missing = hardware.missing_for_compile()
@@ -64,10 +66,13 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks 
         # Small vector networks gain too little to pay for compiling.
         settled["compile"] = (config["compile"] is True or image) and not missing
     if config["agent"].get("batch_size") == "auto":
-        settled["agent"] = config["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
+        settled["agent"] = settled["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
+    if config["agent"].get("target_period") == "auto":
+        period = _SAMPLES_PER_TARGET // settled["agent"]["batch_size"]
+        settled["agent"] = settled["agent"] | {"target_period": max(1, period)}
     if config["agent"].get("overlap") == "auto":
         # On a CPU the network's work takes the cores that the emulators would run on.
-        settled["agent"] = config["agent"] | {"overlap": device.type == "cuda"}
+        settled["agent"] = settled["agent"] | {"overlap": device.type == "cuda"}
     if "capacity" in config["replay"]:
         settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():

@@ -5,7 +5,7 @@
 set -euo pipefail
 folder=${1:-runs/reproduce_minatar}
 # 2 replayed samples per step rather than 8, so that a run takes minutes; the target follows as a moving average, as updates are few.
-common="env=minatar_pack agent.samples_per_step=2 agent.target_period=0 compile=false threads=1"
+common="env=minatar_pack agent.samples_per_step=2 agent.batch_size=32 agent.target_period=0 compile=false threads=1"
 budget=139098 # what hard sharing has at its default width
 for seed in ${SEEDS:-0 1 2}; do
   mtrl train $common network/sharing=hard seed=$seed run_dir="$folder/hard/s$seed" --or-resume

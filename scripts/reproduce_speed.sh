@@ -10,7 +10,7 @@ for seed in ${SEEDS:-0 1 2}; do
   mtrl train env=classic_pack eval.episodes=30 compile=true seed=$seed run_dir="$folder/classic_fast/s$seed" --or-resume
   mtrl train env=classic_pack eval.episodes=30 $plain seed=$seed run_dir="$folder/classic_plain/s$seed" --or-resume
   mtrl train $minatar seed=$seed run_dir="$folder/minatar_fast/s$seed" --or-resume
-  mtrl train $minatar $plain agent.batch_size=32 seed=$seed run_dir="$folder/minatar_plain/s$seed" --or-resume
+  mtrl train $minatar $plain agent.batch_size=32 agent.target_period=1000 seed=$seed run_dir="$folder/minatar_plain/s$seed" --or-resume
 done
 python "$(dirname "$0")/results_table.py" --groups "$folder"/classic_fast "$folder"/classic_plain
 python "$(dirname "$0")/results_table.py" --groups "$folder"/minatar_fast "$folder"/minatar_plain

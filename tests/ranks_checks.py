@@ -66,7 +66,10 @@ class FixedReplay(UniformReplay):
         super().__init__(SPEC, capacity=36)
         self._ranks, self._random = ranks, torch.Generator().manual_seed(0)
 
-    def sample(self, batch_size: int, step: int) -> Batch:
+    def prepare(self, step: int, batch_size: int) -> None:
+        """Nothing: batches do not depend on what is held."""
+
+    def draw(self, batch_size: int) -> Batch:
         B, random = batch_size * self._ranks.size, self._random
         mine = slice(self._ranks.rank * batch_size, (self._ranks.rank + 1) * batch_size)
         # Tasks of quite different scales.
@@ -99,7 +102,7 @@ def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Reco
     agent = DQN(network, scale, NAMES, lambda function: function, **SETTINGS)
     optimizer = Recording(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
     tape = tape_for(network, network.shared_parameters(), network.own_parameters(), torch.rand(3, 2, 5)) if taped else None
-    learner = Learner(agent, FixedReplay(ranks), NoAugmentation(), weights_of(weighting), optimizer, NAMES, tape, ranks)
+    learner = Learner(agent, FixedReplay(ranks), NoAugmentation(), weights_of(weighting), optimizer, NAMES, tape=tape, ranks=ranks)
     return learner, optimizer, scale
 
 
@@ -112,6 +115,7 @@ def check_updates(ranks: Ranks, found: dict[str, Any]) -> None:
     for weighting in WEIGHTINGS:
         for taped in (False, True):
             (mine, seen, scale), (alone, whole, one) = learner_of(weighting, ranks, taped), learner_of(weighting, ALONE, taped)
+            assert (mine._ranks.size, mine._batch_size) == (2, alone._batch_size // 2)
             gradients, moments = [], []
             for update in range(3):
                 mine.update(update)
@@ -195,7 +199,7 @@ def digest_at_the_end(folder: Path, rank: int) -> None:
     def parting(self: training.Training) -> None:
         vector = torch.nn.utils.parameters_to_vector(self.run.agent.network.parameters()).detach()
         digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()
-        seeds = [self.loop.pack.episode_seed(0, env, 0) for env in range(self.loop.pack.num_envs)]
+        seeds = [group.pack.episode_seed(0, env, 0) for group in self.loop.groups for env in range(group.pack.num_envs)]
         rewards = self.run.replay.export_rows(self.run.replay.rows - 5, self.run.replay.rows)["frames"].sum().item()
         (folder / f"{rank}.json").write_text(json.dumps({"digest": digest, "seeds": seeds, "frames": rewards}))
         part(self)

@@ -17,10 +17,6 @@ Result = TypeVar("Result")
 class RecordedOperations:
     """A `mtrl_cli.capture.Recorder`. As with a graph, Python's own numbers are those of the one time that was noted, and waiting for a
     value is refused; unlike a graph's, its first replay has been done by recording.
-
-    Attributes:
-        steps: how many operations were noted.
-        hosted: how often the host was asked.
     """
 
     def __init__(self) -> None:
@@ -28,11 +24,9 @@ class RecordedOperations:
         self._kept: list[Any] = []  # so that no two tensors have one id
         self._result: Any = None
         self._fresh = True
-        self.hosted = 0
 
-    @property
-    def steps(self) -> int:
-        return len(self._steps)
+    def warm_up(self, function: Callable[[], Result]) -> Result:
+        return function()
 
     def record(self, function: Callable[[], Result]) -> Result:
         with _Notes(self):
@@ -72,7 +66,6 @@ class RecordedOperations:
         self._kept.append((tensor, result))
 
         def ask(made: dict[int, Any]) -> None:
-            self.hosted += 1
             result.copy_(function(made.get(id(tensor), tensor)))
 
         with torch.utils._python_dispatch._disable_current_modes():

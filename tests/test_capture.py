@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from fake_tasks import ALL_WEIGHTS, stream_of, weights_of
 from mtrl_cli import build, capture, settling
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
 from mtrl_cli.config import compose_training
+from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import PrioritizedReplay, Replay, UniformReplay
+from mtrl_cli.task_weights.tape import tape_for
 from recorded_operations import RecordedOperations
 from test_learner import NAMES, fill, learner_of, parameters, rows
+from test_pqn import loop_of as pqn_loop
 
 
 def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() -> None:
@@ -111,9 +115,47 @@ def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
     replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
 ) -> None:
     def change(learner: Any) -> None:
-        learner.agent._value_scale = scale(stream_of(NAMES, num_envs=3))
+        learner.agent._view.scale = scale(stream_of(NAMES, num_envs=3))
 
     compare(change, replay_kind=replay_kind, **target)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "mgda", "gradnorm", "uniform"])
+def test_with_a_tape_it_learns_what_an_eager_one_does(name: str) -> None:
+    def change(learner: Any) -> None:
+        learner.task_weights = weights_of(name, num_tasks=2)
+        network = learner.agent.network
+        sample = learner.replay.sample(2, 0).observation.flatten(2, 3)
+        learner._tape = tape_for(network, network.shared_parameters(), network.own_parameters(), sample)
+        assert learner._tape is not None
+
+    compare(change)
+
+
+@pytest.mark.parametrize("scale", [NoValueScale, PopArt, ReturnNorm])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_rollouts_and_choices_that_are_recorded_are_those_that_are_not(overlap: bool, scale: type[ValueScale]) -> None:
+    """A whole run of PQN, its updates and its choices of actions recorded and not."""
+    loops = []
+    for recorded in (False, True):
+        loop = pqn_loop(scale=scale, overlap=overlap)
+        group = loop.groups[0]
+        # torch's RAdam counts on the host where there is no GPU.
+        own = list(loop.learner.agent.network.parameters())
+        loop.learner.optimizer = Adam(own, lr=0.01, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
+        if recorded:
+            loop.learner._make_update = capture.Captured(loop.learner._arithmetic, RecordedOperations)
+            group._choose = capture.Captured(group._act, RecordedOperations)
+        list(islice(loop.ticks(), 40))
+        loops.append(loop)
+    eager, recorded_loop = loops
+    assert eager.learner.updates == recorded_loop.learner.updates > 30
+    for name, tensor in parameters(eager.learner).items():
+        assert torch.equal(tensor, parameters(recorded_loop.learner)[name]), name
+    stored = [loop.replay.export_rows(loop.replay.rows - 8, loop.replay.rows) for loop in loops]
+    for name, tensor in stored[0].items():
+        assert torch.equal(tensor, stored[1][name]), name
+    assert eager.learner.row() == recorded_loop.learner.row()
 
 
 @pytest.mark.gpu

@@ -126,3 +126,29 @@ def test_radam_by_its_formulas() -> None:
         optimizer.step()
         assert parameter.item() == pytest.approx(value, rel=1e-4)
     assert 0 < rectified < 11
+
+
+@pytest.mark.parametrize("kind", [Adam, RAdam])
+def test_moments_take_the_layout_of_their_parameter_whatever_a_file_made_of_it(kind: type[Optimizer]) -> None:
+    """Images of a GPU's network are kept channel by channel within a pixel; a checkpoint's tensors are not."""
+
+    def made(channels_last: bool) -> torch.nn.Parameter:
+        weight = torch.arange(72.0).view(4, 3, 2, 3) / 72
+        return torch.nn.Parameter(weight.to(memory_format=torch.channels_last) if channels_last else weight)
+
+    def move(parameter: torch.nn.Parameter, optimizer: Optimizer, number: int) -> None:
+        gradient = torch.sin(torch.arange(72.0) * (number + 1)).view(4, 3, 2, 3)
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    settings = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    plain, images = made(False), made(True)
+    one, other = kind([plain], **settings), kind([images], **settings)  # type: ignore[call-arg, arg-type]
+    for number in range(3):
+        move(plain, one, number)
+    images.data.copy_(plain.data)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for number in range(3, 9):
+        move(plain, one, number)
+        move(images, other, number)
+    assert torch.allclose(plain, images, atol=1e-6)

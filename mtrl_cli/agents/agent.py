@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ class Agent(ABC):
         samples_per_step: replayed samples per environment step.
         learning_starts: steps per task before the first update.
         n_step: rewards per sample.
+        batch_key: what a message calls the samples of an update.
+        from_rollouts: whether it learns from rollouts rather than from a replay.
+        capturable: whether `losses` and `follow` can be recorded once and replayed (`capture.py`).
         updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
         period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
     """
@@ -46,6 +49,9 @@ class Agent(ABC):
     samples_per_step: float
     learning_starts: int
     n_step: int
+    batch_key: ClassVar[str] = "agent.batch_size"
+    from_rollouts: ClassVar[bool] = False
+    capturable: bool = False
     updates_per_rollout: int = 0
     period: int = 1
 

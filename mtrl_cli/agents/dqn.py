@@ -35,7 +35,7 @@ class DQN(Agent):
         double: the online network chooses the next action, the target network values it (van Hasselt et al. 2016).
         huber: error beyond which the loss is linear; 0: squared error everywhere (of quantiles: their plain loss). Heads that give a
             distribution over fixed returns have no such errors.
-        target_period: updates between copies to the target network; 0: it follows as a moving average.
+        target_period: updates between copies to the target network; 0: it follows as a moving average. ("auto" is decided before.)
         target_tau: share of the online network in each step of that moving average (Lillicrap et al. 2016).
         epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
         epsilon_tasks: final epsilon of single tasks, by name.
@@ -59,7 +59,7 @@ class DQN(Agent):
         n_step: PositiveInt,
         double: bool,
         huber: NonNegativeFloat,
-        target_period: NonNegativeInt,
+        target_period: NonNegativeInt | Auto,
         target_tau: Fraction,
         epsilon_start: Fraction,
         epsilon_end: Fraction,
@@ -69,13 +69,12 @@ class DQN(Agent):
     ):
         if not target_period and not target_tau:
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
-        self.network = network
+        self.network, self.capturable = network, value_scale.capturable
         self.target_network = copy.deepcopy(network).requires_grad_(False)
         self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
         self.n_step = n_step
         self._gamma, self._double, self._huber = gamma, double, huber
-        self._target_period, self._target_tau = target_period, target_tau
-        self._value_scale = value_scale
+        self._target_period, self._target_tau = int(target_period), target_tau
         self._view = LearnerView(value_scale, task_names, reward_factors)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self.epsilon_schedule = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
@@ -88,11 +87,11 @@ class DQN(Agent):
         self._view.observe(reward_KN, done_KN)
 
     def begin(self, batch: Batch) -> None:
-        if not self._value_scale.follows_targets:
+        if not self._view.scale.follows_targets:
             return
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # once, without gradients: not worth a graph
             target_KB = self._of_batch(batch)[3]
-        self._value_scale.follow(target_KB, batch.weight > 0, (self.network.head, self.target_network.head))
+        self._view.scale.follow(target_KB, batch.weight > 0, (self.network.head, self.target_network.head))
 
     def losses(self, batch: Batch) -> Losses:
         loss_KB, error_KB, q_K, target_KB = self._of_batch(batch)
@@ -109,8 +108,8 @@ class DQN(Agent):
             batch.terminated,
             batch.next_observation.flatten(2, 3),
             batch.weight,
-            self._value_scale.mean_K,
-            self._value_scale.scale_K,
+            self._view.scale.mean_K,
+            self._view.scale.scale_K,
         )
         return result
 
@@ -143,7 +142,7 @@ class DQN(Agent):
 
     def follow(self) -> None:
         if self._seen is not None:
-            self._value_scale.follow(*self._seen, (self.network.head, self.target_network.head))
+            self._view.scale.follow(*self._seen, (self.network.head, self.target_network.head))
             self._seen = None
         if not self._target_period:
             with torch.no_grad():
@@ -155,11 +154,11 @@ class DQN(Agent):
                 torch._foreach_copy_(list(self.target_network.parameters()), list(self.network.parameters()))
 
     def figures(self) -> dict[str, torch.Tensor]:
-        return self._value_scale.figures()
+        return self._view.scale.figures()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target_network": self.target_network.state_dict(), "value_scale": self._value_scale.state_dict()}
+        return {"target_network": self.target_network.state_dict(), "value_scale": self._view.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.target_network.load_state_dict(state["target_network"])
-        self._value_scale.load_state_dict(state.get("value_scale", {}))  # older checkpoints: of a scale without state
+        self._view.scale.load_state_dict(state.get("value_scale", {}))  # older checkpoints: of a scale without state

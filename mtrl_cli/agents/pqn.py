@@ -48,6 +48,7 @@ class PQN(Agent):
     """
 
     from_rollouts = True
+    batch_key = "a minibatch (agent.rollout_length times env.num_envs, by agent.minibatches)"
 
     def __init__(
         self,
@@ -76,10 +77,10 @@ class PQN(Agent):
                 f"agent.minibatches={minibatches} cannot cut a rollout into equal parts: it has agent.rollout_length={rollout_length} "
                 f"times env.num_envs={num_envs} steps, {samples}; expected a number that divides them"
             )
-        self.network = network
+        self.network, self.capturable = network, value_scale.capturable
         self.batch_size, self.samples_per_step, self.n_step = samples // minibatches, float(epochs), 1
         # The first rollout is complete when rollout_length + 1 steps are made. Of those updates that are spread over the next rollout
-        # the first is due at once, so that the last is made before that is complete.
+        # the first is due at once, so that the last is made no later than in the step that completes that one.
         self.period = 1 if overlap else samples
         self.learning_starts = num_envs + (samples - math.ceil(self.batch_size / epochs) if overlap else 0)
         self.updates_per_rollout = epochs * minibatches

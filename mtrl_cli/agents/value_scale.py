@@ -45,12 +45,14 @@ class ValueScale(ABC):
     Attributes:
         bounds_returns: whether it brings returns into a range that is known beforehand.
         follows_targets: whether `follow` has anything to do.
+        capturable: whether `rewards` and `follow` can be recorded once and replayed (`capture.py`).
         num_envs: N.
         mean_K, scale_K: float32 `[K]`; the network's values are (value - mean) / scale.
     """
 
     bounds_returns: ClassVar[bool] = False
     follows_targets: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
 
     def __init__(self, stream: RewardStream):
         self.num_envs = stream.num_envs
@@ -87,6 +89,8 @@ class ValueScale(ABC):
 class NoValueScale(ValueScale):
     """Rewards as they are."""
 
+    capturable = True
+
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn
 
@@ -99,6 +103,7 @@ class ClipRewards(ValueScale):
     """
 
     bounds_returns = True
+    capturable = True
 
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 1.0):
         super().__init__(stream)
@@ -127,6 +132,7 @@ class PopArt(ValueScale):
     """
 
     follows_targets = True
+    capturable = True
 
     def __init__(self, stream: RewardStream, *, step_size: Fraction = 0.01, min_scale: PositiveFloat = 1e-4):
         super().__init__(stream)
@@ -188,6 +194,7 @@ class ReturnNorm(ValueScale):
     """
 
     bounds_returns = True
+    capturable = True
 
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 10.0, eps: PositiveFloat = 1e-8):
         super().__init__(stream)

@@ -77,13 +77,14 @@ class TaskWeights(ABC):
         hears_scores: whether `hear_scores` is to be called.
         looks_back: whether `after_step` wants the losses of the same batch after the optimizer's step: one more forward pass.
         capturable: whether an update can be recorded once and replayed (`capture.py`): whatever changes from one update to the next lies in
-            tensors that stay where they are, and what the host works out goes through `capture.on_host`.
+            tensors that stay where they are, and what the host works out goes through `capture.on_host`. Where not, updates are made one
+            operation at a time.
     """
 
     needs: ClassVar[str] = "losses"
     hears_scores: ClassVar[bool] = False
     looks_back: ClassVar[bool] = False
-    capturable: ClassVar[bool] = True
+    capturable: ClassVar[bool] = False
 
     def __init__(self, tasks: Tasks):
         self.tasks = tasks

@@ -23,6 +23,7 @@ class PCGrad(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -50,6 +51,7 @@ class GradVac(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, beta: Fraction):
         super().__init__(tasks)
@@ -84,6 +86,7 @@ class MGDA(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, max_iterations: PositiveInt):
         super().__init__(tasks)
@@ -109,6 +112,7 @@ class IMTLG(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -137,6 +141,7 @@ class AlignedMTL(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, scale: Literal["min", "median", "rmse"]):
         super().__init__(tasks)

@@ -17,6 +17,8 @@ _TINY = 1e-8  # keeps logarithms and ratios of losses finite; FAMO's own
 class Uniform(TaskWeights):
     """The mean of the tasks' losses: every task weighs 1 / K."""
 
+    capturable = True
+
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         weight_K = torch.full_like(gradients.loss_K, 1 / len(self.tasks))
         gradients.weigh(weight_K)
@@ -32,6 +34,8 @@ class Static(TaskWeights):
     Raises:
         ValueError: a name that is not a task's, or no task weighs more than 0.
     """
+
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, weights: dict[str, NonNegativeFloat]):
         super().__init__(tasks)
@@ -50,6 +54,8 @@ class Static(TaskWeights):
 
 class Random(TaskWeights):
     """RLW (Lin et al. 2022, "Reasonable Effectiveness of Random Weighting", Algorithm 2): the softmax of normal draws, new each update."""
+
+    capturable = True
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -76,6 +82,8 @@ class Uncertainty(TaskWeights):
     Args:
         lr: step size of the log-variances.
     """
+
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, lr: PositiveFloat):
         super().__init__(tasks)
@@ -150,6 +158,7 @@ class FAMO(TaskWeights):
     """
 
     looks_back = True
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, lr: PositiveFloat, weight_decay: NonNegativeFloat):
         super().__init__(tasks)
@@ -184,6 +193,8 @@ class STCH(TaskWeights):
     Args:
         mu: smaller is closer to training the task of the largest loss alone.
     """
+
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, mu: PositiveFloat):
         super().__init__(tasks)

@@ -34,6 +34,7 @@ class GradNorm(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, alpha: NonNegativeFloat, lr: PositiveFloat):
         super().__init__(tasks)

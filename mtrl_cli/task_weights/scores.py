@@ -28,6 +28,7 @@ class ScoreGap(TaskWeights):
     """
 
     hears_scores = True
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, temperature: PositiveFloat, half_life: PositiveInt):
         super().__init__(tasks)
@@ -45,7 +46,7 @@ class ScoreGap(TaskWeights):
         self._gap_K = torch.ones_like(self._heard_K)
 
     def hear_scores(self, recent: dict[str, float]) -> None:
-        self._heard_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]))
+        self._heard_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]), non_blocking=True)
 
     def _gap(self, name: str, score: float | None) -> float:
         if score is None:

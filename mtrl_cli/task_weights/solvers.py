@@ -35,6 +35,7 @@ class CAGrad(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, c: NonNegativeFloat):
         super().__init__(tasks)
@@ -60,6 +61,7 @@ class FairGrad(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks, *, alpha: PositiveFloat):
         super().__init__(tasks)
@@ -125,6 +127,7 @@ class UPGrad(TaskWeights):
     """
 
     needs = "gram"
+    capturable = True
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)

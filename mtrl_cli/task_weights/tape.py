@@ -46,7 +46,7 @@ class Tape:
     def _pass(self, index: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self.taps is None or not torch.is_grad_enabled():
             return output
-        self.inputs[index] = x
+        self.inputs[index] = x.detach()  # without the graph, which would outlive its update
         return output + self.taps[index]
 
     @contextmanager
