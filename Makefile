@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed-bench ## speed against stable-baselines3, cost of task weightings, memory of the replay, start-up times (20 minutes)
+bench: $(VENV)/.installed-bench ## speed against stable-baselines3 and the machine's limit, cost of weightings, memory, start-up times (40 minutes)
 	$(VENV)/bin/python scripts/bench.py $(ARGS)
 
 tensorboard: $(VENV)/.installed ## look at the runs in runs/ with a browser

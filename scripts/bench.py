@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_sb3 import table
+import bench_first_step
+import bench_limit
+import bench_sb3
 
 
 class Figure(NamedTuple):
@@ -34,7 +36,7 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         bound = f"{'at least' if self.at_least else 'at most'} {self.bound:,g}"
-        return f"{self.name:<58}{self.value:>10,.4g} {self.unit:<6} {bound:<15} {'met' if self.met else 'MISSED'}"
+        return f"{self.name:<66}{self.value:>10,.4g} {self.unit:<6} {bound:<15} {'met' if self.met else 'MISSED'}"
 
 
 def script(name: str, *arguments: str) -> Any:
@@ -46,16 +48,34 @@ def script(name: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def figures(startup: dict[str, float], memory: dict[str, float], ratio: dict[str, float], weights: list[dict[str, Any]]) -> list[Figure]:
+def figures(
+    startup: dict[str, float],
+    first_step: dict[str, dict[str, dict[str, float]]],
+    memory: dict[str, float],
+    ratio: dict[str, float],
+    limit: dict[str, Any],
+    weights: list[dict[str, Any]],
+) -> list[Figure]:
     """All figures with their bars."""
     worst = [max((row for row in weights if row["needs"] == needs), key=lambda row: row["ratio"]) for needs in ("gram", "rows")]
+    sides = limit["sides"]
     return [
+        Figure("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
+        Figure("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 3.0, True),
+        Figure("steps/s over stable-baselines3's DQN, pqn, one game", ratio["mtrl pqn, breakout"], "times", 5.5, True),
+        *(Figure(f"share of the limit, {side}", found["share"], "", 0.9, True) for side, found in sides.items()),
+        Figure("eight games over one with as many environments", limit["eight_over_one"], "times", 0.9, True),
+        Figure("MinAtar, dqn at 8 samples per step", sides["minatar_pack"]["loop"], "steps/s", 4000, True),
+        Figure("MinAtar, pqn at 4 samples per step", sides["minatar_pack, pqn, 4 epochs"]["loop"], "steps/s", 10_000, True),
+        *(
+            Figure(f"to the first step, {pack}, {way}", found["first_step"], "s", bench_first_step.BARS[way], False)
+            for pack, ways in first_step.items()
+            for way, found in ways.items()
+        ),
         *(
             Figure(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
             for row in worst
         ),
-        Figure("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 2.2, True),
-        Figure("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 2.0, True),
         Figure("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
         Figure("mtrl --help", startup["help"], "s", 0.5, False),
         Figure("mtrl train --dry-run", startup["dry_run"], "s", 1.5, False),
@@ -64,22 +84,29 @@ def figures(startup: dict[str, float], memory: dict[str, float], ratio: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns against stable-baselines3")
+    parser.add_argument("--rounds", type=int, default=3, help="turns against stable-baselines3, and of mtrl bench")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    startup = script("bench_startup.py")
-    memory = script("bench_replay_memory.py")
-    speed = script("bench_sb3.py", f"--rounds={options.rounds}")
-    weights = script("bench_task_weights.py")
+    found = {
+        "startup": script("bench_startup.py"),
+        "memory": script("bench_replay_memory.py"),
+        "speed": script("bench_sb3.py", f"--rounds={options.rounds}"),
+        "limit": script("bench_limit.py", f"--rounds={options.rounds}"),
+        "first_step": script("bench_first_step.py"),
+        "task_weights": script("bench_task_weights.py"),
+    }
     from bench_task_weights import table as weights_table  # imports torch and the peers, which the figures above do without
 
     if options.json:
-        print(json.dumps({"startup": startup, "memory": memory, "speed": speed, "task_weights": weights}))
+        print(json.dumps(found))
         return
     print(f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}\n")
-    print(table(speed), end="\n\n")
-    print(weights_table(weights), end="\n\n")
-    for figure in figures(startup, memory, speed["ratio"], weights):
+    print(bench_sb3.table(found["speed"]), end="\n\n")
+    print(bench_limit.table(found["limit"]), end="\n\n")
+    print(bench_first_step.table(found["first_step"]), end="\n\n")
+    print(weights_table(found["task_weights"]), end="\n\n")
+    startup, first_step, memory, ratio = found["startup"], found["first_step"], found["memory"], found["speed"]["ratio"]
+    for figure in figures(startup, first_step, memory, ratio, found["limit"], found["task_weights"]):
         print(figure)
 
 

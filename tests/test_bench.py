@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 import bench_first_step
-from bench import Figure
-from bench_sb3 import ALL, ONE, Side, overrides, steady_rates
+import bench_limit
+from bench import Figure, figures
+from bench_sb3 import ALL, ONE, PQN, Side, overrides, steady_rates
 from conftest import Mtrl
 from results_table import interval_over_runs
 
@@ -23,11 +25,41 @@ def test_rates_are_total_work_over_total_time_after_the_warm_up() -> None:
     assert rates == pytest.approx({"steps_per_second": 200.0, "updates_per_second": 10.0, "samples_per_step": 8.0})
 
 
-@pytest.mark.parametrize("side", [ONE, ALL], ids=["one game", "eight games"])
+@pytest.mark.parametrize("side", [ONE, ALL, PQN], ids=["one game", "eight games", "pqn"])
 def test_the_benchmarked_command_is_a_valid_one(side: Side, mtrl: Mtrl) -> None:
-    resolved = mtrl("train", "--dry-run", *overrides(side, 4096, str(mtrl.folder / "run"))).stdout
-    assert "double: false" in resolved
-    assert "mtrl_cli.networks.heads.PlainHead" in resolved
+    resolved = yaml.safe_load(mtrl("train", "--dry-run", *overrides(side, 4096, str(mtrl.folder / "run"))).stdout)
+    assert resolved["network"]["head"]["_target_"] == "mtrl_cli.networks.heads.PlainHead"
+    agent = resolved["agent"]
+    if side is PQN:
+        # 4 samples per step, in minibatches of the size that the table says.
+        assert (agent["epochs"], agent["rollout_length"] * resolved["env"]["num_envs"] // agent["minibatches"]) == (4, side.batch_size)
+    else:
+        assert (agent["double"], agent["n_step"], agent["samples_per_step"], agent["batch_size"]) == (False, 1, 8.0, side.batch_size)
+
+
+@pytest.mark.parametrize("side", bench_limit.SIDES)
+def test_what_is_held_against_the_limit_is_a_valid_configuration(side: str, mtrl: Mtrl) -> None:
+    resolved = yaml.safe_load(mtrl("train", "--dry-run", *bench_limit.SIDES[side]).stdout)
+    assert len(resolved["env"]["tasks"]) * resolved["env"]["num_envs"] == {"pqn": 128, "dqn": 64}["pqn" if "pqn" in side else "dqn"] or (
+        resolved["env"]["name"] == "minatar_pack"
+    )
+
+
+def test_every_promised_figure_is_held_against_its_bar() -> None:
+    ways = {"eager": {"first_step": 2.0, "emulators": 1.0, "first_update": 3.0}}
+    sides = {side: {"share": 0.95, "loop": 3999.0} for side in bench_limit.SIDES}
+    ratio = {"mtrl, breakout": 3.6, "mtrl, eight games": 2.9, "mtrl pqn, breakout": 5.6}
+    weights = [{"needs": needs, "name": needs, "ratio": 1.2, "bar": 1.3} for needs in ("gram", "rows")]
+    startup, memory = {"help": 0.1, "dry_run": 0.2}, {"bytes_per_transition": 7000.0}
+    found = figures(startup, {"classic_pack": ways}, memory, ratio, {"sides": sides, "eight_over_one": 0.8}, weights)
+    missed = [figure.name for figure in found if not figure.met]
+    assert len(found) == 17
+    assert missed == [
+        "steps/s over stable-baselines3's DQN, all eight games",
+        "eight games over one with as many environments",
+        "MinAtar, dqn at 8 samples per step",
+        "MinAtar, pqn at 4 samples per step",
+    ]
 
 
 def test_a_figure_knows_on_which_side_of_its_bar_it_lies() -> None:
