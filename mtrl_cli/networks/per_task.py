@@ -10,6 +10,10 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 
+_FEW_TASKS = 8
+"""More modules than these are never called one after the other: it would take long to compile."""
+
+
 class TaskOwned:
     """Marks a module whose own parameters are stacked by task: row k of each is reached by task k's loss alone, by no other task's.
 
@@ -66,10 +70,14 @@ class Stacked(nn.Module):
 
     def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
         """A number of sets of parameters (`[number, ...]`), each with its own of the inputs, or all with one (`in_dim` None)."""
-        if number > 1 and not self.one_by_one:
+        if number > 1 and not self.one_by_one and not self._is_quicker_apart(x, number):
             return vmap(self._call, in_dims=(0, in_dim))(parameters, x)
         inputs = [x] * number if in_dim is None else list(x)
         return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
+
+    def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
+        """Whether calling one module after the other takes less time than all at once."""
+        return False
 
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))
@@ -77,6 +85,10 @@ class Stacked(nn.Module):
 
 class PerTask(TaskOwned, Stacked):
     """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
+
+    def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
+        # A CPU has enough to do with one task's images, and its grouped convolutions and normalisations are slower than plain ones.
+        return x.device.type == "cpu" and x.dim() == 5 and number <= _FEW_TASKS
 
 
 class TaskVectors(TaskOwned, nn.Module):
