@@ -23,7 +23,7 @@ _PARTS_OF_CLOCK = {"emulators": "env", "acting": "act", "learning": "learn"}
 _ADVICE = {
     "emulators": "more cores would help, and nothing else",
     "acting": "more environments at a time (env.num_envs), a smaller network or a GPU would help",
-    "learning": "fewer samples per step (agent.samples_per_step), a smaller network or a GPU would help",
+    "learning": "fewer samples per step (agent.{samples}), a smaller network or a GPU would help",
 }
 
 
@@ -110,7 +110,7 @@ def _measure(run: build.Run, loop: Loop, last_step: int, seconds: float) -> dict
         **rates,
         "limit": limit,
         "share": rates["loop"] / limit,
-        "limited_by": _limited_by(parts, shared_cores),
+        "limited_by": _limited_by(parts, shared_cores).format(samples="epochs" if run.agent.updates_per_rollout else "samples_per_step"),
         "spread": {part: [min(each), max(each)] for part, each in measured.rates.items()},
         "split": measured.split,
         "bytes_per_transition": run.replay.nbytes / (run.replay.capacity_rows * spec.num_envs * spec.num_tasks),

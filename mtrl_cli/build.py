@@ -379,7 +379,7 @@ def for_evaluation(config: Config, device: str | None) -> Config:
 def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:
     """The parts of an evaluation: the tasks, a network to load weights into, and what plays."""
     device = torch.device(config["device"])
-    torch.set_num_threads(hardware.cores())
+    torch.set_num_threads(min(config["threads"], hardware.cores()))
     pack = make_pack(config)
     return pack, make_network(config, pack, device), make_evaluator(config, pack, device)
 

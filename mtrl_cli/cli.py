@@ -152,7 +152,10 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
 def bench(
     overrides: Overrides = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, help="How long to measure in all, without starting and compiling.")
+        float,
+        typer.Option(
+            "--seconds", min=0.1, help="About how long to measure, besides starting and compiling; a round does each part once at least."
+        ),
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -161,7 +164,7 @@ def bench(
     \b
     Takes what mtrl train takes, and measures the emulators alone, acting alone, learning alone and the whole loop. The limit follows
     from the parts: where they share the same cores their times add up; with a GPU the slower side decides.
-    Nothing is kept: run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts are accepted and have no effect.
+    Nothing is kept or waited for: run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts must be valid, and change nothing.
 
     \b
     Examples:
@@ -242,7 +245,8 @@ def main() -> NoReturn:
             raise
         code = _say(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
     with _reader_may_leave():
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before we began
+            sys.stdout.flush()
     sys.exit(code)
 
 

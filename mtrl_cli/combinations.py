@@ -89,8 +89,8 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
         )
     if (length + 1) * num_envs > config["steps_per_task"]:
         raise UserError(
-            f"agent.rollout_length={length} with env.num_envs={num_envs} is not complete within "
-            f"steps_per_task={config['steps_per_task']}: nothing would be learned; lower the one or raise the other"
+            f"steps_per_task={config['steps_per_task']}: agent.rollout_length={length} with env.num_envs={num_envs} needs "
+            f"{(length + 1) * num_envs} steps per task before anything is learned (one more of each environment); lower these or raise it"
         )
 
 

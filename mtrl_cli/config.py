@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mtrl_cli import catalogue, files, schema, torchrun
+from mtrl_cli import catalogue, files, schema, signatures, torchrun
 from mtrl_cli.errors import UserError
 
 LARGEST_FILE = 256 * 1024
@@ -264,7 +265,19 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
     content = {str(key): value for key, value in content.items()} | {"trusted_packages": trusted}
     if "${" in str(content):
         raise UserError("The configuration holds '${' after resolving: write the value itself")
+    _leave_out_unknown(content, [each.key for each in given], trusted)
     return content, folders, trusted
+
+
+def _leave_out_unknown(content: dict[str, Any], given: Sequence[str], trusted: Sequence[str]) -> None:
+    """Take out what an agent asks of every network (pqn: LayerNorm), where a torso of the user's own does not know it."""
+    network = content.get("network")
+    if not isinstance(network, dict) or "layer_norm" not in network or "network.layer_norm" in given:
+        return
+    with suppress(UserError):  # of a class that cannot be read the schema will tell
+        known = signatures.read("network._target_", network.get("_target_"), signatures.KINDS["network"], trusted, None).keys
+        if "layer_norm" not in known:
+            del network["layer_norm"]
 
 
 def _parse(text: str) -> _Override:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mtrl_cli import catalogue
 from mtrl_cli.catalogue import nearest
 from mtrl_cli.combinations import check_combinations
 from mtrl_cli.errors import UserError, show
@@ -200,12 +201,23 @@ class _Checker:
         word = _join(path, show(name))
         if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
             return f"{word}: there is no such key; to choose one write {group}={show(node[name])}"
+        owner = next((option for option in _options_with(path, str(name)) if path in self.kinds), None)
+        if owner is not None:
+            return f"{word}: there is no such key{_of(node, path)}; it is one of {path}={owner}"
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
         meant = _join(path, near) if near else elsewhere.get(nearest(str(name), elsewhere) or "")
         what = f"did you mean {meant}?" if meant else f"{_dotted(path) or 'it'} takes {', '.join(here) or 'no keys'}"
         return f"{word}: there is no such key{_of(node, path)}; {what}"
+
+
+def _options_with(group: str, key: str) -> Iterator[str]:
+    """The options of a group, of ours, whose YAML holds a key."""
+    for option, file in catalogue.options(group, [catalogue.conf_folder()]).items() if group else ():
+        content = catalogue.read_yaml(file)
+        if key in content or key in (content.get(group) or {}):
+            yield option
 
 
 def keys_of(section: type) -> dict[str, Key]:

@@ -218,7 +218,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"replay: {capacity:,} transitions per task, {size} in all ({each:,} bytes each)",
+        f"{'replay' if 'capacity' in replay else 'rollouts'}: {capacity:,} transitions per task, {size} in all ({each:,} bytes each)",
         *_describe_updates(config),
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",

@@ -43,8 +43,8 @@ def shares_of_limit(emulators: float, acting: float, learning: float) -> dict[st
 def of_a_row(seconds: Mapping[str, float], steps: float, learned: float, per_update: float, rate: float) -> dict[str, float]:
     """`perf/emulators|acting|learning|limit|share` of a run between two rows, where all parts share the same cores.
 
-    What the row cannot tell is left out: learning where no update was made, limit and share where updates did not keep up with steps
-    (learning began in it).
+    What the row cannot tell is left out: learning where no update was made, limit and share where updates did not keep step (learning began
+    in it, or a rollout's updates fell into it or out of it).
 
     Args:
         seconds: of the parts `act`, `env` and `learn` of the loop's clock.
@@ -56,7 +56,7 @@ def of_a_row(seconds: Mapping[str, float], steps: float, learned: float, per_upd
     rates = {"emulators": (steps, seconds["env"]), "acting": (steps, seconds["act"]), "learning": (learned, seconds["learn"])}
     known = {part: count / spent for part, (count, spent) in rates.items() if count > 0 and spent > 0}
     figures = {f"perf/{part}": each for part, each in known.items()}
-    if len(known) == len(rates) and learned > steps - per_update:
+    if len(known) == len(rates) and abs(learned - steps) < per_update:
         highest = limit(**known, shared_cores=True)
         figures |= {"perf/limit": highest, "perf/share": rate / highest}
     return figures

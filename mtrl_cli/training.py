@@ -323,7 +323,7 @@ class Training:
         say(f"look at it   tensorboard --logdir {quoted}")
         say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
         say(f"train on     {self._resume_command(f' steps_per_task={2 * self.run.intervals.total}{also}')}")
-        if full := _full_run(self.command):
+        if self.ranks.size == 1 and (full := _full_run(self.command)):
             say(f"a full run   {full}")
 
 

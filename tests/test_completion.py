@@ -49,7 +49,7 @@ NETWORK = ("features", "width", "layer_norm", "parameters")
         ("agent.n_", ["agent.n_step=", "agent.n_step=3"]),
         ("agent.epsilon_s", ["agent.epsilon_start=", "agent.epsilon_steps="]),
         ("agent.double=", ["agent.double=true", "agent.double=false"]),
-        ("precision=", ["precision=auto", "precision=fp32", "precision=bf16"]),
+        ("precision=", ["precision=auto", "precision=fp32", "precision=tf32", "precision=bf16"]),
         ("env.protocol=n", ["env.protocol=nature"]),
         ("replay.capacity=", ["replay.capacity=auto"]),
         ("netw", ["network=", "network/sharing=", "network/head=", *(f"network.{key}=" for key in NETWORK)]),

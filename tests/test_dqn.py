@@ -233,13 +233,13 @@ def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head
     assert torch.equal(first.loss_KB, expected.loss_KB)
     with torch.no_grad():
         normalised.losses(given)  # a look back is no update
-    normalised.after_update(1)
+    normalised.follow()
     assert scale.scale_K[1] > 100
     second = normalised.losses(given)
     assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
     assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
     mean_K = scale.mean_K.clone()
-    normalised.after_update(2)  # the same targets again: the moments stay
+    normalised.follow()  # the same targets again: the moments stay
     assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
 
 
@@ -249,10 +249,10 @@ def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
     made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
     given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
     made.losses(given)
-    made.after_update(1)
+    made.follow()
     assert scale.mean_K.tolist() == [4.25]
     assert scale.scale_K.tolist() == pytest.approx([(18.125 - 0.01 * 4.25**2) ** 0.5])  # one step of 0.01 has been taken
-    made.after_update(2)  # nothing was seen since
+    made.follow()  # nothing was seen since
     assert scale.mean_K.tolist() == [4.25]
 
 
@@ -317,9 +317,9 @@ def test_by_period_the_target_is_a_copy_every_so_many_updates() -> None:
 
 def test_as_a_moving_average_the_target_goes_a_share_of_the_way_at_every_update() -> None:
     made = agent([[[4.0, 8.0]] * 3], [[[0.0, 0.0]] * 3], target_period=0, target_tau=0.25)
-    made.after_update(1)
+    made.follow()
     assert values(made.target_network) == [[[1.0, 2.0]] * 3]
-    made.after_update(2)  # a quarter of what is left: 1 + 3/4, 2 + 6/4
+    made.follow()  # a quarter of what is left: 1 + 3/4, 2 + 6/4
     assert values(made.target_network) == [[[1.75, 3.5]] * 3]
 
 

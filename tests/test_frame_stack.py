@@ -34,11 +34,15 @@ def test_a_stack_of_one_is_the_frame() -> None:
     assert frames.start.tolist() == [[False, True]]
 
 
-def test_an_observation_handed_out_stays_as_it_was() -> None:
+def test_observations_are_shown_in_one_tensor_all_along_and_a_state_stays_as_it_was() -> None:
     frames = stack_of()
     push(frames, [1, 2], [True, True])
-    seen = frames.observation
+    seen, state = frames.observation, frames.state_dict()
     push(frames, [3, 4], [False, False])
+    assert seen is frames.observation
+    assert seen[0, :, :, 0].tolist() == [[0, 1, 3], [0, 2, 4]]
+    assert state["observation"][0, :, :, 0].tolist() == [[0, 0, 1], [0, 0, 2]]
+    frames.load_state_dict(state)
     assert seen[0, :, :, 0].tolist() == [[0, 0, 1], [0, 0, 2]]
 
 

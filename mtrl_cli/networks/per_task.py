@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-
 _FEW_TASKS = 8
 """More modules than these are never called one after the other: it would take long to compile."""
 
