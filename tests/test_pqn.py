@@ -353,7 +353,7 @@ def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
     ("overrides", "says"),
     [
         (["agent.minibatches=5"], "agent.minibatches=5 cannot cut a rollout into equal parts: it has agent.rollout_length=8 times"),
-        (["agent.rollout_length=60"], "agent.rollout_length=60 with env.num_envs=4 is not complete within steps_per_task=240"),
+        (["agent.rollout_length=60"], "steps_per_task=240: agent.rollout_length=60 with env.num_envs=4 needs 244 steps per task"),
         (["replay=uniform"], "agent's PQN learns from rollouts, which replay's UniformReplay does not keep"),
         (["replay=prioritized"], "which replay's PrioritizedReplay does not keep"),
         (["agent.n_step=3"], "agent.n_step: there is no such key in PQN"),
