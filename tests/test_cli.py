@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -313,3 +314,11 @@ def test_a_reader_that_leaves_is_no_error(unbuffered: str, monkeypatch: pytest.M
 def test_the_module_runs_as_the_command_does() -> None:
     done = process("import runpy, sys; sys.argv[0] = 'mtrl'; runpy.run_module('mtrl_cli', run_name='__main__')", "--version")
     assert (done.returncode, done.stdout) == (0, f"mtrl {__version__}\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor as a shell does")
+@pytest.mark.parametrize("words", [["ls"], ["--version"], ["info", "--json"]])
+def test_a_closed_standard_output_is_no_failure(words: list[str], tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "mtrl_cli", *words]) + " >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -350,7 +350,7 @@ def test_a_pack_of_ones_own_may_hold_keys_of_one_agent(own: Path) -> None:
     )
     composed = config.compose_training(["env=hasty", SEARCHED.format(own)])
     assert (composed["agent"]["n_step"], composed["agent"]["target_period"]) == (7, 9)
-    with pytest.raises(UserError, match=r"agent\.n_step: there is no such key in PQN"):
+    with pytest.raises(UserError, match=r"agent\.n_step: there is no such key in PQN; it is one of agent=dqn"):
         config.compose_training(["env=hasty", "agent=pqn", SEARCHED.format(own)])
 
 

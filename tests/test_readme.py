@@ -51,6 +51,17 @@ def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
     words = [word for word in shlex.split(evaluate)[2:] if not word.startswith(("video", "eval."))]
     mtrl(*words, "eval.episodes=1", "eval.max_steps=5", PYTHONPATH=".")
     assert list(Path(mtrl.folder / "run" / "eval").iterdir())
+    # pqn asks torsos for LayerNorm, which one of a user's own need not know.
+    of_pqn = [
+        "agent=pqn",
+        "agent.rollout_length=4",
+        "steps_per_task=300",
+        "eval.episodes=1",
+        "eval.max_steps=5",
+        "run_dir=pqn",
+        "device=cpu",
+    ]
+    assert "CartPole-v1" in mtrl(*shlex.split(command)[2:], *of_pqn, PYTHONPATH=".").stdout
 
 
 def test_documents_that_the_readme_names_are_there() -> None:
