@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 LINES = [line for language, text in BLOCKS if not language for line in text.replace("\\\n", " ").splitlines()]
 TRAINING = [line for line in LINES if line.startswith("mtrl train ") and "run_dir=R" not in line]
+FAST = [line for line in LINES if line.startswith(("mtrl bench ", "torchrun "))]
 
 
 @pytest.mark.parametrize("line", TRAINING)
@@ -23,8 +24,16 @@ def test_every_training_command_composes(line: str, here: MtrlHere) -> None:
     assert "steps_per_task" in here(*shlex.split(line, comments=True)[1:], "--dry-run").stdout
 
 
+@pytest.mark.parametrize("line", FAST)
+def test_every_command_of_speed_composes(line: str, here: MtrlHere) -> None:
+    """`mtrl bench` and torchrun's take the words of `mtrl train`."""
+    words = [word for word in shlex.split(line, comments=True) if "=" in word and not word.startswith("-")]
+    assert "steps_per_task" in here("train", *words, "--dry-run").stdout
+
+
 def test_there_are_commands_to_test() -> None:
     assert len(TRAINING) >= 6
+    assert len(FAST) == 3
 
 
 def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
