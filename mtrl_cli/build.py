@@ -1,8 +1,7 @@
-"""Configuration to objects: the only reader of a configuration's values."""
+"""Configuration to the objects of a run. Beside it only `instances`, `build_network` and `settling` read a configuration's values."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtrl_cli import hardware, signatures
+from mtrl_cli import hardware
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
+from mtrl_cli.build_network import make_network, make_tape
 from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
@@ -25,19 +25,14 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.evaluator import Evaluator
 from mtrl_cli.group import make_group
+from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
-from mtrl_cli.networks.cost import multiply_adds
-from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
+from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Replay, ReplaySpec
-from mtrl_cli.schema import NOT_THE_CLASSES
-from mtrl_cli.signatures import KINDS
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.task_weights.tape import Tape, tape_for
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,48 +62,9 @@ class Run:
     open_loop: Callable[[], Loop]
 
 
-def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
-    """The class that a group's section of the configuration names, and the section's keys for it.
-
-    Raises:
-        UserError: what it names is not a class of the group's kind.
-    """
-    node = config
-    for part in group.split("/"):
-        node = node[part]
-    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_THE_CLASSES.get(group, set())
-    target = node["_target_"]
-    # The schema has looked at the source alone; this looks at what was really imported.
-    ours = signatures.is_trusted(target, ["mtrl_cli", *config["trusted_packages"]])
-    found = signatures.import_class(target) if ours else object
-    if found.__module__ != target.rpartition(".")[0] or not issubclass(found, signatures.import_class(KINDS[group])):
-        raise UserError(f"{group}._target_={target} is not a class of the kind that {group} holds ({KINDS[group].rpartition('.')[2]})")
-    return found, {key: value for key, value in node.items() if key != "_target_" and key not in below}
-
-
-def make(config: Config, group: str, *args: Any) -> Any:
-    """The object that a group's section of the configuration names, given `args` and the section's keys.
-
-    Raises:
-        UserError: what it names is not a class of the group's kind, or refuses its values.
-    """
-    found, values = class_of(config, group)
-    if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise UserError(f"{group.replace('/', '.')}._target_={found.__module__}.{found.__name__} does not define {', '.join(missing)}")
-    try:
-        return found(*args, **values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def make_store(config: Config, folder: Path, ranks: Ranks = ALONE) -> CheckpointStore:
     """The checkpoints of a run, in `folder`."""
     return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"], ranks=ranks)
-
-
-def derived_seed(seed: int, label: str) -> int:
-    """An independent seed for one purpose of a run, 63 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{label}/{seed}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 def make_pack(config: Config) -> Pack:
@@ -125,21 +81,6 @@ def make_pack(config: Config) -> Pack:
     return make(config, "env")
 
 
-def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskNetwork:
-    """The network, initialised from the run's seed.
-
-    Raises:
-        UserError: a torso for another kind of observation.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(config["seed"], "network"))
-        network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
-    # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.
-    if device.type == "cuda" and pack.observation_kind == "image":
-        torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
-
-
 def set_up_torch(config: Config, device: torch.device) -> None:
     """What torch keeps for the whole process: threads, the current GPU, and in what precision that multiplies float32."""
     torch.set_num_threads(config["threads"])
@@ -150,64 +91,6 @@ def set_up_torch(config: Config, device: torch.device) -> None:
     in_tf32 = config["precision"] in ("tf32", "bf16")
     torch.set_float32_matmul_precision("high" if in_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = in_tf32
-
-
-def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
-    """The network without any memory or values, to be counted.
-
-    Raises:
-        UserError: as `make_network`.
-    """
-    with torch.device("meta"):
-        return _assemble(config, pack, None)
-
-
-def measure(config: Config, pack: Pack) -> tuple[ParameterCounts, int]:
-    """The network's numbers of parameters, and the multiply-adds of a forward per observation.
-
-    Raises:
-        UserError: as `make_network`.
-    """
-    network = empty_network(config, pack)
-    return network.parameter_counts(), multiply_adds(network, _stacked(pack))
-
-
-def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> MultiTaskNetwork:
-    torso = make(config, "network")
-    if torso.observation_kind != pack.observation_kind:
-        raise UserError(
-            f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
-            f"those of env={config['env']['name']} are {pack.observation_kind}s: choose a network for these (mtrl ls network)"
-        )
-    # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
-    shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
-    num_actions = [task.num_actions for task in pack.tasks]
-    try:
-        sharing = make(config, "network/sharing", torso, shapes)
-    except RuntimeError as error:  # torch: an image too small for the convolutions
-        raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
-    head = make(config, "network/head", sharing.num_features, num_actions)
-    return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
-
-
-def _make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
-    """The quick way to the gradients of tasks, where the network has one."""
-    random = torch.Generator().manual_seed(0)
-    sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
-    for own, task in zip(sample, pack.tasks, strict=True):
-        noise = torch.rand((2, pack.stack, *task.observation_shape), generator=random)
-        own[:, :, *(slice(size) for size in task.observation_shape)] = noise * pack.observation_scale
-    observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
-    tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
-    if tape is None and config["compile"]:
-        # A backward pass for each task needs the graph again, which compiled code would otherwise take apart in the first.
-        compiled: Any = importlib.import_module("torch._functorch.config")
-        compiled.donated_buffer = False
-    return tape
-
-
-def _stacked(pack: Pack) -> tuple[int, ...]:
-    return (pack.stack * pack.observation_shape[0], *pack.observation_shape[1:])
 
 
 def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
@@ -305,7 +188,7 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
-    tape = _make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
+    tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
     recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
@@ -347,19 +230,6 @@ def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
         added, missing = [name for name in names if name not in saved], [name for name in saved if name not in names]
         what = f"adds {', '.join(added)}" if added else f"leaves out {', '.join(missing)}" if missing else "has them in another order"
         raise UserError(f"{run} was trained on {', '.join(saved)}, and its config.yaml {what}: tasks of a run cannot be changed")
-
-
-def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) -> None:
-    """Take a checkpoint's "model".
-
-    Raises:
-        UserError: it is of another network; `what` names it.
-    """
-    try:
-        network.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{what} does not fit its configuration: {(lines or ['no model'])[-1][:200]}") from error
 
 
 def for_evaluation(config: Config, device: str | None) -> Config:

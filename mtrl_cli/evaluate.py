@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, evaluator, files, torchrun, video
+from mtrl_cli import build, build_network, evaluator, files, torchrun, video
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, parse_which
 from mtrl_cli.display import console, evaluation_table
@@ -41,7 +41,7 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
             for index in range(len(pack.tasks)):
                 next(iter(pack.render(index, 0, [])))  # what cannot be drawn is said before hours of play
         build.check_tasks(state.get("tasks"), pack, folder.path)
-        build.load_weights(network, state, f"checkpoint {step} of {folder.path}")
+        build_network.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)
         summary = evaluator.summarise(games, pack, step, str(step))
         before = _episodes_before(folder, step)

@@ -97,7 +97,7 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
 
 def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
     """What tells, for a run's overrides: parameters in all, shared, each task's own, multiply-adds, and the pack. It imports torch."""
-    from mtrl_cli import build, settling
+    from mtrl_cli import build, build_network, settling
 
     packs: dict[str, Any] = {}
 
@@ -107,7 +107,7 @@ def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
         if env not in packs:
             packs[env] = build.make_pack(composed)
         fitted = settling.fit_network(composed, packs[env])
-        counts, multiply_adds = build.measure(fitted, packs[env])
+        counts, multiply_adds = build_network.measure(fitted, packs[env])
         return f"{counts.total:,}", f"{counts.shared:,}", settling.own(counts), settling.in_short(multiply_adds), composed["env"]["name"]
 
     return size

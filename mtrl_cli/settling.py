@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mtrl_cli import budget, build, hardware
-from mtrl_cli.build import Config
+from mtrl_cli import budget, build, build_network, hardware
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
+from mtrl_cli.instances import Config, class_of
 from mtrl_cli.networks.network import ParameterCounts
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.torsos import Torso
@@ -91,7 +91,7 @@ def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> in
 
 def _settle_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
     """Samples per task and update: few large updates rather than many small ones, at the same number of samples per step."""
-    large = build.measure(config, pack)[1] >= _LARGE_NETWORK
+    large = build_network.measure(config, pack)[1] >= _LARGE_NETWORK
     wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
     each = -(-wanted // len(pack.tasks))
     each = max(_SMALLEST_BATCH, 1 << (each - 1).bit_length())
@@ -120,11 +120,11 @@ def fit_network(config: Config, pack: Pack) -> Config:
         return config
     if not given:
         raise UserError(f"network.parameters={network['parameters']}: {network['_target_']} comes in one width; leave the budget out")
-    build.empty_network(config, pack)  # what cannot be built at any width says so itself
+    build_network.empty_network(config, pack)  # what cannot be built at any width says so itself
 
     def count(widths: Config) -> int:
         try:
-            return build.empty_network(_with(config, widths), pack).parameter_counts().total
+            return build_network.empty_network(_with(config, widths), pack).parameter_counts().total
         except UserError:  # a width that a structure refuses
             return 0
 
@@ -138,8 +138,8 @@ def scaled_keys(config: Config) -> list[str]:
 
 def _widths(config: Config) -> Config:
     """The values by dotted key with which the torso and the sharing structure become wider."""
-    torso, of_torso = build.class_of(config, "network")
-    sharing, of_sharing = build.class_of(config, "network/sharing")
+    torso, of_torso = class_of(config, "network")
+    sharing, of_sharing = class_of(config, "network/sharing")
     assert issubclass(torso, Torso)
     assert issubclass(sharing, Sharing)
     return {f"network.{key}": of_torso[key] for key in torso.scaled_keys if key in of_torso} | {
@@ -187,7 +187,7 @@ def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
 
 
 def _replay_kind(config: Config) -> type[Replay]:
-    found, _ = build.class_of(config, "replay")
+    found, _ = class_of(config, "replay")
     assert issubclass(found, Replay)
     return found
 
@@ -212,7 +212,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
     taken = capacity * each * spec.num_tasks
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
-    counts, multiply_adds = build.measure(config, pack)
+    counts, multiply_adds = build_network.measure(config, pack)
     wanted, widths = config["network"]["parameters"], [f"{key}={value}" for key, value in _widths(config).items()]
     budgeted = "" if wanted is None else f"; network.parameters={wanted} gives {', '.join(widths)}"
     return [

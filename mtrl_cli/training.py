@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli import build, evaluator, files, hardware, throughput, torchrun
+from mtrl_cli import build, build_network, evaluator, files, hardware, throughput, torchrun
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.display import Display, NullDisplay, evaluation_table, say
@@ -71,7 +71,7 @@ class Training:
         """
         what = f"checkpoint {step} of {self.folder.path}"
         build.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
-        build.load_weights(self.run.agent.network, state, what)
+        build_network.load_weights(self.run.agent.network, state, what)
         try:
             rows_restored = self.store.load_replay(step, self.run.replay)
             self.run.learner.optimizer.load_state_dict(state["optimizer"])

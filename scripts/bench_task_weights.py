@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from bench_task_weights_peers import PEERS
-from mtrl_cli import build, catalogue, config, settling
+from mtrl_cli import build, catalogue, config, instances, settling
 from mtrl_cli.errors import UserError
 from mtrl_cli.learner import Learner
 from mtrl_cli.task_weights.base import TaskWeights
@@ -81,7 +81,7 @@ def settled_every(name: str) -> int:
 def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWeights:
     """Another weighting for the same run."""
     section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
-    made: TaskWeights = build.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
+    made: TaskWeights = instances.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
     return made
 
 

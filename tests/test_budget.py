@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import MtrlHere
-from mtrl_cli import budget, build, catalogue, config, schema, settling
+from mtrl_cli import budget, build_network, catalogue, config, schema, settling
 from mtrl_cli.envs.pack import Task
 from mtrl_cli.errors import UserError
 
@@ -41,7 +41,7 @@ def composed(torso: str, *overrides: str) -> dict[str, Any]:
 
 
 def total(configured: dict[str, Any], torso: str) -> int:
-    return build.empty_network(configured, pack_of(torso)).parameter_counts().total
+    return build_network.empty_network(configured, pack_of(torso)).parameter_counts().total
 
 
 def within(configured: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

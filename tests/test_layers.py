@@ -18,7 +18,7 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 ROOMS = {
     "cli": {"cli", "__main__"},
     "procedures": {"train", "training", "bench", "evaluate", "info", "listing", "completion"},
-    "build": {"build", "settling"},
+    "build": {"build", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
