@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.envs.pack import Pack, TaskPack
+from mtrl_cli.envs.pack import Pack
 from mtrl_cli.envs.scores import normalised
+from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.stats import bootstrap_mean_ci, over_tasks

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from mtrl_cli import capture
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
-from mtrl_cli.envs.pack import Pack, Step, TaskPack
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.envs.task_pack import Step, TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.transfer import Arrived, Pinned, SharedMemory

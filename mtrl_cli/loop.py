@@ -12,7 +12,7 @@ import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.distributed import ALONE, Ranks
-from mtrl_cli.envs.pack import Step
+from mtrl_cli.envs.task_pack import Step
 from mtrl_cli.group import Group, Row, joined
 from mtrl_cli.learner import Learner
 from mtrl_cli.replay import Replay

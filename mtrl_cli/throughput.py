@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from mtrl_cli.envs.pack import Step
+from mtrl_cli.envs.task_pack import Step
 from mtrl_cli.group import Row
 from mtrl_cli.loop import Loop
 

@@ -35,7 +35,7 @@ def play_until_first_update(overrides: list[str]) -> dict[str, float]:
         seconds since the imports to the `first_step` and the `first_update`; `emulators`, those of them in which emulators were started.
     """
     from mtrl_cli import config, train
-    from mtrl_cli.envs.pack import TaskPack
+    from mtrl_cli.envs.task_pack import TaskPack
     from mtrl_cli.learner import Learner
     from mtrl_cli.loop import Loop
 

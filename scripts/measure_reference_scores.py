@@ -16,7 +16,8 @@ import numpy as np
 
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.envs.minatar import GAMES, MinAtarPack
-from mtrl_cli.envs.pack import Pack, TaskPack
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.envs.task_pack import TaskPack
 
 TABLE = Path(__file__).parent.parent / "mtrl_cli/envs/data/other_scores.csv"
 NUM_ENVS = 16

@@ -7,7 +7,7 @@ import pytest
 
 from mtrl_cli.envs import atari
 from mtrl_cli.envs.atari import AtariPack
-from mtrl_cli.envs.pack import Step, TaskPack
+from mtrl_cli.envs.task_pack import Step, TaskPack
 from mtrl_cli.errors import UserError
 
 

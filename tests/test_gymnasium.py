@@ -14,7 +14,7 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 
 from mtrl_cli.envs.gymnasium import GymnasiumPack
-from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.errors import UserError
 
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]

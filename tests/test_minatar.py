@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mtrl_cli.envs.minatar import GAMES, MinAtarPack
-from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.errors import UserError
 
 pytest.importorskip("minatar", reason="an extra")

@@ -20,7 +20,7 @@ from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.pqn import PQN
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
 from mtrl_cli.augmentation import NoAugmentation
-from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.group import Group
 from mtrl_cli.learner import Learner

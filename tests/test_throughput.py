@@ -12,7 +12,7 @@ import pytest
 
 from conftest import MtrlHere
 from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.envs.pack import TaskPack
+from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.learner import Learner
 from mtrl_cli.throughput import Meter, limit, of_a_row, shares_of_limit
 from test_loop import loop_of
