@@ -21,9 +21,10 @@ from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.distributed import ALONE, Ranks
+from mtrl_cli.early_stopping import EarlyStopping
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.errors import UserError
-from mtrl_cli.evaluator import Evaluator
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.evaluator import Evaluator, figure_names
 from mtrl_cli.group import make_group
 from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.learner import Learner
@@ -37,12 +38,13 @@ from mtrl_cli.task_weights.losses import Uniform
 
 @dataclass(frozen=True)
 class Intervals:
-    """When things happen, in steps per task; 0: only at the end."""
+    """When things happen, in steps per task; 0: only at the end. `evaluate_at_start`: also before the first step."""
 
     total: int
     log: int
     evaluate: int
     checkpoint: int
+    evaluate_at_start: bool
 
 
 @dataclass
@@ -54,6 +56,8 @@ class Run:
     replay: Replay
     learner: Learner
     evaluator: Evaluator
+    tester: Evaluator | None
+    early_stopping: EarlyStopping
     diagnostics: Diagnostics
     intervals: Intervals
     device: torch.device
@@ -95,7 +99,17 @@ def set_up_torch(config: Config, device: torch.device) -> None:
 
 def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
     """What plays the evaluation games."""
+    return _make_player(config["eval"], pack, device)
+
+
+def make_tester(config: Config, pack: Pack, device: torch.device) -> Evaluator | None:
+    """What plays the test games at the end: as many, unless it is told otherwise, with seeds of their own. None: there is no test."""
     games = config["eval"]
+    episodes = games["episodes"] if games["test_episodes"] is None else games["test_episodes"]
+    return _make_player(games | {"episodes": episodes, "seed": games["test_seed"]}, pack, device) if episodes else None
+
+
+def _make_player(games: Config, pack: Pack, device: torch.device) -> Evaluator:
     return Evaluator(
         pack,
         episodes=games["episodes"],
@@ -105,6 +119,18 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
         num_threads=hardware.cores(),
         device=device,
     )
+
+
+def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
+    """What stops a run whose evaluations no longer improve.
+
+    Raises:
+        UserError: its figure is none that an evaluation of these tasks has.
+    """
+    section, names = config["early_stopping"], figure_names(pack)
+    if section["figure"] not in (None, *names):
+        raise UserError(f"early_stopping.figure={show(section['figure'])}: an evaluation of these tasks has {', '.join(names)}")
+    return EarlyStopping(**section)
 
 
 def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
@@ -160,6 +186,8 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
+        tester=make_tester(config, pack, device),
+        early_stopping=make_early_stopping(config, pack),
         diagnostics=Diagnostics(
             agent,
             replay,
@@ -168,7 +196,13 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
             seed=derived_seed(config["seed"], "diagnostics"),
             steps_per_tick=pack.num_envs,
         ),
-        intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
+        intervals=Intervals(
+            config["steps_per_task"],
+            config["log"]["every"],
+            config["eval"]["every"],
+            config["checkpoint"]["every"],
+            config["eval"]["at_start"],
+        ),
         device=device,
         seed=config["seed"],
         compiled=bool(config["compile"]),

@@ -20,6 +20,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_tasks(config["env"].get("tasks", []))
     _check_value_scale(config, trusted, root)
     _check_replay(config, trusted, root)
+    _check_evaluations(config)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
@@ -91,6 +92,20 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
         raise UserError(
             f"steps_per_task={config['steps_per_task']}: agent.rollout_length={length} with env.num_envs={num_envs} needs "
             f"{(length + 1) * num_envs} steps per task before anything is learned (one more of each environment); lower these or raise it"
+        )
+
+
+def _check_evaluations(config: Mapping[str, Any]) -> None:
+    games, figure = config["eval"], config["early_stopping"]["figure"]
+    if games["test_seed"] == games["seed"] and games["test_episodes"] != 0:
+        raise UserError(
+            f"eval.test_seed={games['test_seed']} is eval.seed, so that the test would play the games by which the best checkpoint "
+            "was chosen: expected another"
+        )
+    if figure is not None and games["every"] == 0:
+        raise UserError(
+            f"early_stopping.figure={show(figure)} with eval.every=0: there is no evaluation before the end to stop at; "
+            "set eval.every, in steps per task"
         )
 
 

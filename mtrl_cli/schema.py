@@ -21,7 +21,7 @@ from mtrl_cli import catalogue
 from mtrl_cli.catalogue import nearest
 from mtrl_cli.combinations import check_combinations
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, Parameters, PositiveInt
+from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Parameters, PositiveInt
 from mtrl_cli.signatures import KINDS, MISSING, UNKNOWN, Key, Signature, class_name, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
@@ -47,13 +47,25 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingEvaluation:
-    """When and how a run is evaluated. `every` 0: only at the end."""
+    """When and how a run is evaluated. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
 
     every: NonNegativeInt
     episodes: PositiveInt
     max_steps: PositiveInt
     epsilon: Fraction
     seed: NonNegativeInt
+    at_start: bool = False
+    test_seed: NonNegativeInt = 2000003
+    test_episodes: NonNegativeInt | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """By which figure of its evaluations a run is stopped before its budget is used up. `figure` None: by none."""
+
+    figure: str | None = None
+    patience: PositiveInt = 5
+    min_delta: NonNegativeFloat = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +106,7 @@ class EvaluationGames:
 
 
 SECTIONS: dict[str, dict[str, type]] = {
-    "train": {"": Training, "eval": TrainingEvaluation, "checkpoint": Checkpointing, "log": Logging},
+    "train": {"": Training, "eval": TrainingEvaluation, "early_stopping": EarlyStopping, "checkpoint": Checkpointing, "log": Logging},
     "eval": {"": Evaluation, "eval": EvaluationGames},
 }
 """The sections without a class, of each command's configuration."""
@@ -164,10 +176,14 @@ class _Checker:
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
-            if child not in node:
+            if child not in node and not self.may_be_missing(f"{path}/{child}".lstrip("/")):
                 raise UserError(f"{_join(path, child)} is missing: expected a section of keys and values")
-            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node[child])
+            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node.get(child, {}))
         return checked
+
+    def may_be_missing(self, path: str) -> bool:
+        """Whether all keys of a section have defaults: it is from before there was such a section."""
+        return path in self.sections and all(key.default is not MISSING for key in keys_of(self.sections[path]).values())
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
         """The keys of a section, apart from its `_target_` and the sections within."""

@@ -90,9 +90,10 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
         with stop.interruptible():  # until the run goes on, what is on disk stays as it was
             store = build.make_store(config, folder.checkpoints, ranks)
             step, state = _load_latest(folder, store, ranks)
-            if state is not None and folder.read_record().get("status") == "completed" and step >= config["steps_per_task"]:
-                more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={2 * step}")
-                say(f"{folder.path} is completed ({step:,} steps per task); to train on: {more}")
+            if state is not None and (completed := _completed(folder, step, config["steps_per_task"])):
+                budget = 2 * max(step, config["steps_per_task"])
+                more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
+                say(f"{folder.path} is completed ({completed}); to train on: {more}")
                 return
             config, run, loop = _prepared(config, ranks)
             training = Training(folder, config, run, loop, store, stop, command, ranks)
@@ -103,6 +104,19 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
                     training.restore(step, state)
         folder.write("config.yaml", configuration.dump(config))
         training.work()
+
+
+def _completed(folder: RunFolder, step: int, budget: int) -> str | None:
+    """How a run whose latest checkpoint is at `step` was completed, in words; None if it was not, or its budget was raised."""
+    record = folder.read_record()
+    if record.get("status") != "completed":
+        return None
+    if step >= budget:
+        return f"{step:,} steps per task"
+    early = record.get("stopped_early")
+    if not isinstance(early, dict) or early.get("step") != step or early.get("steps_per_task") != budget:
+        return None
+    return f"stopped early at step {step:,} of {budget:,}; {folder.record} says why"
 
 
 def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tuple[int, dict[str, Any] | None]:
