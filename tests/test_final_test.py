@@ -35,7 +35,7 @@ class LikesItOrNot(LikesTheLast):
         return self.sign * super().forward(observation)
 
 
-def tested(tmp_path: Path, scores: dict[int, float | None], damage: bool = False) -> dict:
+def played_at_30(tmp_path: Path, scores: dict[int, float | None], damage: bool = False) -> dict:
     """The test of a network that likes last actions, at step 30; whose checkpoints before did not."""
     pack = FakePack(["short", "long"])
     store = CheckpointStore(tmp_path / "checkpoints", keep=1, with_replay=True)
@@ -53,7 +53,7 @@ def tested(tmp_path: Path, scores: dict[int, float | None], damage: bool = False
 
 
 def test_best_by_validation_is_tested_with_its_own_weights(tmp_path: Path) -> None:
-    result = tested(tmp_path, {10: 0.2, 20: 0.9, 30: 0.5})
+    result = played_at_30(tmp_path, {10: 0.2, 20: 0.9, 30: 0.5})
     assert (result["last"]["step"], result["best"]["step"]) == (30, 20)
     assert (result["last"]["split"], result["last"]["seed"], result["best"]["seed"]) == ("test", 7, 7)
     for task, best_action in (("short", 1), ("long", 2)):
@@ -69,17 +69,17 @@ def test_best_by_validation_is_tested_with_its_own_weights(tmp_path: Path) -> No
 
 
 def test_best_that_is_the_last_is_not_played_twice(tmp_path: Path) -> None:
-    result = tested(tmp_path, {10: 0.2, 20: 0.4, 30: 0.5})
+    result = played_at_30(tmp_path, {10: 0.2, 20: 0.4, 30: 0.5})
     assert result["best"] == result["last"]
     assert not [name for name in figures(result) if name.startswith("test/best")]
 
 
 def test_where_nothing_could_be_chosen_by_there_is_no_best(tmp_path: Path) -> None:
-    assert tested(tmp_path, {10: None, 30: None})["best"] is None
+    assert played_at_30(tmp_path, {10: None, 30: None})["best"] is None
 
 
 def test_damaged_best_checkpoint_is_told_and_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = tested(tmp_path, {10: 0.9, 30: 0.5}, damage=True)
+    result = played_at_30(tmp_path, {10: 0.9, 30: 0.5}, damage=True)
     assert result["best"] is None
     assert result["last"]["step"] == 30
     assert "the best checkpoint cannot be tested: checkpoint 10" in capsys.readouterr().out
