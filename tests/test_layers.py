@@ -17,7 +17,10 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
     "cli": {"cli", "__main__"},
-    "procedures": {"train", "training", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"},
+    "procedures": {
+        *("train", "training", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
+        *("transfer_study", "transfer_report"),
+    },
     "build": {"build", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
@@ -25,7 +28,7 @@ ROOMS = {
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
         *("budget", "distributed", "early_stopping", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals"),
-        *("stats", "transfer"),
+        *("stats", "transfer", "transfer_metrics"),
     },
     "replay": {"replay", "rollouts"},
     "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
