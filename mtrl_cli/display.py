@@ -268,7 +268,7 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None, of
     A task's "cut", where given, is how many of its games `eval.max_steps` ended: such tasks are marked, with a footnote. The interval
     is left out where a single episode has none, the score where a task has no reference.
     """
-    table = Table(title=_title(result, of), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("task", no_wrap=True)
     for title in ("mean", "std", "score", "95% interval of the mean", "episodes"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -281,7 +281,7 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None, of
         table.add_row(
             name + (" *" if cut else ""), _number(task["mean"]), _number(task["std"]), _fixed(task.get("score")), interval, str(episodes)
         )
-    lines: list[RenderableType] = [table]
+    lines: list[RenderableType] = [Text(_title(result, of), style="bold"), table]
     over = result.get("over_tasks") or {}
     if over.get("mean") is not None:
         lines.append(Text("score over tasks: " + "  ".join(_aggregate(name, over) for name in ("mean", "median", "iqm", "min"))))

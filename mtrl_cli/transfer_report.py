@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 KINDS = {"fine_tuned": "fine-tuned", "scratch": "from scratch"}
 COLOURS = {"fine_tuned": "tab:blue", "scratch": "tab:orange"}
 COLUMNS = 4  # of the picture
+HEADINGS = {
+    "zero_shot": "zero-shot",
+    "jump_start": "jump-start",
+    "steps_to_scratch": "steps to scratch's final",
+    "area_ratio": "area ratio",
+    "final_fine_tuned": "final, fine-tuned",
+    "final_scratch": "final, from scratch",
+    "final_difference": "difference",
+}
+"""The metrics, as the table calls them."""
 Report = dict[str, Any]
 
 
@@ -97,8 +107,7 @@ def table(told: Report) -> str:
     """The study in Markdown: what was done, a row for each task and one over tasks, and how to read it."""
     seeds, steps = told["seeds"], told["steps_per_task"]
     of_seeds = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"one seed, {seeds[0]}, so there are no intervals"
-    header = ["task", "zero-shot", "jump-start", "steps to scratch's final", "area ratio"]
-    header += ["final, fine-tuned", "final, from scratch", "difference"]
+    header = ["task", *HEADINGS.values()]
     rows = [_row(f"{task} (return)" if own["unit"] == "return" else task, own) for task, own in told["tasks"].items()]
     if told["over_tasks"] is not None and len(told["tasks"]) > 1:
         rows.append(_row("mean over tasks", told["over_tasks"]))
@@ -110,13 +119,12 @@ def table(told: Report) -> str:
 
 
 def _row(name: str, own: dict[str, Any]) -> list[str]:
-    number = _score if own["unit"] == "score" else _return
-    steps = _cell(own["steps_to_scratch"], lambda value: f"{value:,.0f}", "never")
-    cells = [_cell(own["zero_shot"], number), _cell(own["jump_start"], number), steps, _cell(own["area_ratio"], _ratio)]
-    return [name, *cells, *(_cell(own[key], number) for key in ("final_fine_tuned", "final_scratch", "final_difference"))]
+    plain = _score if own["unit"] == "score" else _return
+    numbers = dict.fromkeys(HEADINGS, plain) | {"steps_to_scratch": _steps, "area_ratio": _ratio}
+    return [name, *(_cell(own[key], numbers[key], "never" if key == "steps_to_scratch" else "-") for key in HEADINGS)]
 
 
-def _cell(metric: dict[str, Any], number: Any, none: str = "-") -> str:
+def _cell(metric: dict[str, Any], number: Callable[[float], str], none: str) -> str:
     """A value, and in brackets its interval."""
     value, ends = (none if metric["value"] is None else number(metric["value"])), metric["ci"]
     return value if ends is None else f"{value} ({' to '.join(none if end is None else number(end) for end in ends)})"
@@ -128,6 +136,10 @@ def _score(value: float) -> str:
 
 def _return(value: float) -> str:
     return f"{value:.1f}"
+
+
+def _steps(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _ratio(value: float) -> str:

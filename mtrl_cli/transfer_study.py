@@ -214,7 +214,7 @@ def _check_same(path: Path, plan: Plan, before: dict[str, Any]) -> None:
     if not isinstance(seeds, list) or not isinstance(configs, dict) or not isinstance(before.get("checkpoint"), int):
         raise UserError(f"{path / RECORD} is damaged: {elsewhere}")
     if plan.seeds[: len(seeds)] != seeds:
-        raise UserError(f"run_dir={path} holds a study of the seeds {show(seeds)}, and more can only be added: {elsewhere}")
+        raise UserError(f"run_dir={path} holds a study of the seed(s) {show(seeds)}: others or fewer make another study; {elsewhere}")
     for kind in KINDS:
         old, new = (dict(configuration.flat(configs.get(kind, {}))), dict(configuration.flat(json.loads(json.dumps(plan.configs[kind])))))
         different = sorted(key for key in {*old, *new} - {*_NOT_COMPARED} if old.get(key) != new.get(key))
