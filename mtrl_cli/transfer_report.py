@@ -111,9 +111,9 @@ def table(told: Report) -> str:
     rows = [_row(f"{task} (return)" if own["unit"] == "return" else task, own) for task, own in told["tasks"].items()]
     if told["over_tasks"] is not None and len(told["tasks"]) > 1:
         rows.append(_row("mean over tasks", told["over_tasks"]))
+    games = f"{told['episodes']['validation']} games of validation per task and evaluation, {told['episodes']['test']} of the test"
     lines = [f"# Transfer to {told['env']} from {told['source']}, checkpoint {told['checkpoint']}", ""]
-    lines += [f"{steps:,} steps per task, {of_seeds}; {told['episodes']['validation']} games of validation per task and evaluation,"]
-    lines[-1] += f" {told['episodes']['test']} of the test.", ""
+    lines += [f"{steps:,} steps per task, {of_seeds}; {games}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] + ["---:"] * (len(header) - 1), *rows)]
     return "\n".join([*lines, "", *_notes(told)]) + "\n"
 
