@@ -93,10 +93,9 @@ def _plan(run_path: Path, overrides: Sequence[str]) -> Plan:
         raise UserError("init_from: mtrl transfer begins with the network of RUN; leave init_from out")
     trained = configuration.load(source.config, trusted=configuration.trusted_packages(words))
     which = "latest" if named is None else named
-    composed = configuration.compose_training(words)
+    composed = configuration.compose_training([*words, f"init_from={os.path.abspath(source.path)}/checkpoints/{which}"])
     _check(composed, given)
     config = _evaluated_often(_with_network_of(trained, composed, given), given)
-    config["init_from"] = f"{os.path.abspath(source.path)}/checkpoints/{which}"
     run_dir = config["run_dir"]
     trusted = config["trusted_packages"]
     # What transfer.* says is of a source, and of the runs that have one.

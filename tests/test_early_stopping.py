@@ -12,6 +12,7 @@ import pytest
 
 from conftest import MtrlHere
 from mtrl_cli.early_stopping import EarlyStopping
+from test_distributed import Torchrun
 from test_train import TINY, rows
 
 
@@ -144,6 +145,14 @@ def test_patience_that_lasts_changes_nothing(here: MtrlHere) -> None:
     here("train", *TINY, "run_dir=patient", "early_stopping.figure=eval/return/CartPole-v1", "early_stopping.patience=3")
     assert bytes_of(here.folder / "plain", 600) == bytes_of(here.folder / "patient", 600)
     assert json.loads((here.folder / "patient" / "run.json").read_text())["stopped_early"] is None
+
+
+def test_all_ranks_stop_together(tmp_path: Path) -> None:
+    printed, _ = Torchrun(tmp_path)("train", *STOPS, "run_dir=run", seconds=120)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["stopped_early"]["step"]) == ("completed", 400)
+    assert printed.count("stopped early at step 400") == 1
+    assert json.loads((tmp_path / "run" / "eval" / "test.json").read_text())["last"]["step"] == 400
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_run_from_before_there_was_a_test_resumes(trained: tuple[Path, str], her
 
 
 def test_run_stopped_during_its_test_plays_it_again_and_ends_the_same(mtrl: Mtrl) -> None:
-    overrides = [*TINY, "steps_per_task=208", "eval.every=0", "eval.max_steps=500", "eval.epsilon=0.0", "eval.test_episodes=150"]
+    overrides = [*TINY, "steps_per_task=208", "eval.every=0", "eval.max_steps=300", "eval.test_episodes=40"]
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
