@@ -23,7 +23,7 @@ ROOMS = {
     "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
+    "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "pinned"},
     "replay": {"replay", "rollouts"},
     "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
 }
