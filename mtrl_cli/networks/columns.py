@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.fields import Fraction
+from mtrl_cli.networks.parts import mark
 from mtrl_cli.networks.per_task import Stacked, TaskLinear, TaskVectors
 from mtrl_cli.networks.sharing import Sharing, blocks_of, output_shapes, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
@@ -91,7 +92,7 @@ class MTAN(Sharing):
         super().__init__(torso, shapes)
         self.stem = stem_of(torso, shapes)
         self.blocks = nn.ModuleList(blocks_of(torso.body(shapes[0])))
-        self.bridges = nn.ModuleList(blocks_of(torso.body(shapes[0])))
+        self.bridges = mark(nn.ModuleList(blocks_of(torso.body(shapes[0]))), None)  # made like the torso's blocks, and none of them
         channels = [shape[0] for shape in output_shapes([torso.stem(shapes[0]), *self.blocks], shapes[0])]
         inputs = [channels[0], *(2 * each for each in channels[1:])]
         self.attentions = nn.ModuleList(_Attention(len(shapes), *each) for each in zip(inputs, channels, strict=True))
