@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+TORSO_LAYER = "torso_layer"
+"""The attribute by which a module tells which layer of the torso it is (`parts.py`)."""
+
 _FEW_TASKS = 8
 """More modules than these are never called one after the other: it would take long to compile."""
 
@@ -57,6 +60,7 @@ class Stacked(nn.Module):
     Attributes:
         sizes: each module's number of parameters, without padding.
         owners: the task that each module was made for, where it is known to be for one; None: for all.
+        torso_layers: which layer of the torso each stacked tensor is of, None: of none (`parts.py`).
         structure: whose layers are called with each module's parameters.
         one_by_one: call it for a module after the other rather than for all at once: slower, and open to hooks on the layers of
             `structure`, which see no plain tensors otherwise.
@@ -73,6 +77,9 @@ class Stacked(nn.Module):
         self.stacked = nn.ParameterDict(
             {name.replace(".", ":"): nn.Parameter(_stack_padded([parameters[name].detach() for parameters in each])) for name in each[0]}
         )
+        self.torso_layers: dict[str, int | None] = {
+            name.replace(".", ":"): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in each[0]
+        }
         # In a list, so that it is no submodule: only its structure is used, never its parameters.
         self._structure = [modules[0]]
 
