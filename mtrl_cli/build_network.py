@@ -11,6 +11,7 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.networks.cost import multiply_adds
+from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.task_weights.tape import Tape, tape_for
@@ -66,6 +67,11 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     except RuntimeError as error:  # torch: an image too small for the convolutions
         raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
     head = make(config, "network/head", sharing.num_features, num_actions)
+    if config["transfer"]["adapters"] == "lora":  # after all else, so that the rest is what it would be without
+        try:
+            add_adapters(sharing, config["transfer"]["rank"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 
