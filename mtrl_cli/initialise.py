@@ -15,14 +15,13 @@ from mtrl_cli import build, build_network
 from mtrl_cli import config as configuration
 from mtrl_cli.agents.value_scale import RewardStream, ValueScale
 from mtrl_cli.build_network import make_network
-from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
+from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.display import console, say
 from mtrl_cli.distributed import Ranks
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, show
 from mtrl_cli.instances import Config, class_of, make
 from mtrl_cli.networks.matching import Outcome, Source, Taken, take
-from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay_segments import ReplayRows
 from mtrl_cli.rundir import RunFolder
 
@@ -63,8 +62,6 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
         replay = config["transfer"]["replay"]
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
         step, state = store.load(which or "latest", warn=say)
-    except NoCheckpoint as error:
-        raise UserError(f"init_from={path}: {error}") from None
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from None
     return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)
