@@ -114,10 +114,8 @@ def _check_torso(config: Config, source: Config, what: str) -> None:
     different = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
     if "_target_" in different:
         raise UserError(f"{what}: its torso is {_name(source, 'network')}, and this run's {_name(config, 'network')}: expected the same")
-    there, here = (", ".join(f"network.{key}={each.get(key)}" for key in different) for each in (theirs, mine))
-    raise UserError(
-        f"{what}: its torso ({_name(source, 'network')}) has {there.replace(' ', '')}, and this run's {here}: expected the same"
-    )
+    there, here = (", ".join(f"network.{key}={show(each.get(key))}" for key in different) for each in (theirs, mine))
+    raise UserError(f"{what}: its torso ({_name(source, 'network')}) has {there}, and this run's {here}: expected the same")
 
 
 def _name(config: Config, group: str) -> str:
