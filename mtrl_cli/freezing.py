@@ -10,6 +10,7 @@ import torch
 from mtrl_cli.networks.lora import LowRank
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
+from mtrl_cli.networks.per_task import Stacked, TaskOwned
 
 Rows = Mapping[str, list[int] | None]
 """Of each tensor of which something was loaded, by name, the rows that were; None: all of it."""
@@ -41,6 +42,7 @@ class Freezing:
     def __init__(self, network: MultiTaskNetwork, *, freeze: str = "none", unfreeze_at: int | None = None, gradual: bool = False):
         self._network = network
         self._thaws = _thaws(network, freeze, unfreeze_at, gradual)
+        self._sizes = _sizes_of_rows(network)
         self._loaded: Rows = {}
         self.stage = 0
         self.moments: list[int] = []
@@ -104,9 +106,13 @@ class Freezing:
 
     @property
     def number(self) -> int:
-        """How many parameters are frozen now."""
-        whole = sum(parameter.numel() for parameter in self._network.parameters() if not parameter.requires_grad)
-        return whole + sum(int((~mask).sum()) * parameter[0].numel() for parameter, mask, _ in self._kept)
+        """How many parameters are frozen now, without padding."""
+        total = 0
+        for name, parameter in self._network.named_parameters():
+            if name in self._still(self.stage):
+                sizes, rows = self._sizes.get(name, {}), self._loaded[name]
+                total += sum(sizes[row] for row in (sizes if rows is None else rows)) if sizes else parameter.numel()
+        return total
 
     def what_thawed(self, stage: int) -> str:
         """A line on what the thaw that leads to a stage let go."""
@@ -134,6 +140,18 @@ class Freezing:
                 raise ValueError(f"what was loaded of {name} is not of this network")
         self._know(loaded)
         self.move_to(int(state.get("stage", 0)))
+
+
+def _sizes_of_rows(network: MultiTaskNetwork) -> dict[str, dict[int, int]]:
+    """Of each tensor whose rows are several modules' or tasks', how many parameters a row has without padding."""
+    sizes: dict[str, dict[int, int]] = {}
+    for path, module in network.named_modules():
+        if isinstance(module, TaskOwned | Stacked):
+            for each in module.slices():
+                row = each.index[0]
+                assert isinstance(row, int)
+                sizes.setdefault(f"{path}.{each.parameter}", {})[row] = module.get_parameter(each.parameter)[each.index].numel()
+    return sizes
 
 
 def layers_of(network: MultiTaskNetwork) -> int:

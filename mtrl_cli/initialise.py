@@ -15,7 +15,7 @@ from mtrl_cli import build, build_network
 from mtrl_cli import config as configuration
 from mtrl_cli.agents.value_scale import RewardStream, ValueScale
 from mtrl_cli.build_network import make_network
-from mtrl_cli.checkpoint import CheckpointStore
+from mtrl_cli.checkpoint import CheckpointStore, parse_which
 from mtrl_cli.display import console, say
 from mtrl_cli.distributed import Ranks
 from mtrl_cli.envs.pack import Pack
@@ -61,7 +61,7 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
         source = configuration.load(folder.config, trusted=config["trusted_packages"])
         replay = config["transfer"]["replay"]
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
-        step, state = store.load(which or "latest", warn=say)
+        step, state = store.load(parse_which(which or "latest"), warn=say)
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from None
     return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)

@@ -122,7 +122,7 @@ class Stacked(nn.Module):
         return functional_call(self._structure[0], parameters, (x_B,))
 
 
-class PerTask(TaskOwned, Stacked):
+class PerTask(Stacked, TaskOwned):
     """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
 
     def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
