@@ -16,7 +16,7 @@ from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
 from test_sharing import STRUCTURES, observations, structure
 
 VECTOR = {"a": (4,), "b": (6,), "c": (2,), "d": (6,)}
-IMAGE = {name: (4, 10, 10) for name in "abcd"}
+IMAGE = dict.fromkeys("abcd", (4, 10, 10))
 ACTIONS = {"a": 2, "b": 3, "c": 3, "d": 5}
 MLP_TORSO, CNN = MLP(hidden=[8, 7, 5]), MinAtarCNN(channels=3, features=5, layer_norm=True)
 
@@ -100,7 +100,9 @@ def test_a_shared_stem_becomes_each_tasks_own_and_ones_own_that_of_the_only_task
     taken(shared, "ab", own, "bc")
     for task in "bc":
         assert torch.equal(tensor(own, "bc", task, "sharing.stem.0.weight"), tensor(shared, "ab", None, "sharing.stem.0.weight"))
-    own, only, other, two = (network_of(*each) for each in (("input_adapters", "bc", CNN, 3), *(("hard", t, CNN, 4) for t in ("c", "d", "bc"))))
+    own, only, other, two = (
+        network_of(*each) for each in (("input_adapters", "bc", CNN, 3), *(("hard", t, CNN, 4) for t in ("c", "d", "bc")))
+    )
     for network, tasks, fate in ((only, "c", "loaded"), (other, "d", "fresh"), (two, "bc", "fresh")):
         assert fates(taken(own, "bc", network, tasks))[None, "torso", 0] == fate
     assert torch.equal(tensor(only, "c", None, "sharing.stem.0.weight"), tensor(own, "bc", "c", "sharing.stem.0.weight"))
@@ -137,7 +139,9 @@ def test_a_layer_of_which_one_tensor_does_not_fit_is_fresh_as_a_whole() -> None:
     assert "other shape: 3x7x3x3, in the source 3x4x3x3" in [each.why for each in found.outcomes]
 
 
-@pytest.mark.parametrize(("there", "here"), [("hard", "film"), ("film", "mtan"), ("hard", "independent"), ("input_adapters", "independent")])
+@pytest.mark.parametrize(
+    ("there", "here"), [("hard", "film"), ("film", "mtan"), ("hard", "independent"), ("input_adapters", "independent")]
+)
 def test_other_structures_that_keep_the_torsos_layers_take_them(there: str, here: str) -> None:
     source, network = network_of(there, "ab", seed=1), network_of(here, "ab", seed=2)
     found = taken(source, "ab", network, "ab")
