@@ -25,6 +25,7 @@ from mtrl_cli.early_stopping import EarlyStopping
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.evaluator import Evaluator, figure_names
+from mtrl_cli.freezing import Freezing
 from mtrl_cli.group import make_group
 from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.learner import Learner
@@ -34,6 +35,7 @@ from mtrl_cli.replay import Replay, ReplaySpec
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,39 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
-    tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
+
+    def tape_of_trained() -> Tape | None:
+        return make_tape(config, network, pack, device) if task_weights.needs != "losses" and network.shared_parameters() else None
+
+    def anew() -> Tape | None:
+        if config["compile"]:
+            torch.compiler.reset()  # each set of trained parameters is code of its own, and only so many are kept
+        return tape_of_trained()
+
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
     recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
-    return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape=tape, recorder=recorder, ranks=ranks)
+    return Learner(
+        agent,
+        replay,
+        augmentation,
+        task_weights,
+        optimizer,
+        names,
+        tape=tape_of_trained(),
+        recorder=recorder,
+        ranks=ranks,
+        freezing=_make_freezing(config, network),
+        make_tape=anew,
+    )
+
+
+def _make_freezing(config: Config, network: MultiTaskNetwork) -> Freezing:
+    keys = config["transfer"]
+    try:
+        return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"], gradual=keys["gradual"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:

@@ -22,6 +22,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_replay(config, trusted, root)
     _check_evaluations(config)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
+    _check_transfer(config)
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
         raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
@@ -133,3 +134,18 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
             f"agent.learning_starts={agent['learning_starts']} is beyond steps_per_task={steps}: nothing would be learned; "
             "lower the one or raise the other (both are steps per task)"
         )
+
+
+def _check_transfer(config: Mapping[str, Any]) -> None:
+    keys = config["transfer"]
+    freeze, thaw = keys["freeze"], keys["unfreeze_at"]
+    if config["init_from"] is None and freeze != "none":
+        raise UserError(f"transfer.freeze={freeze} would freeze what is random, as there is no source: give init_from=RUN")
+    if config["init_from"] is None and keys["replay"]:
+        raise UserError("transfer.replay=true goes on with a source's replay, and there is no source: give init_from=RUN")
+    if keys["adapters"] == "lora" and freeze != "torso":
+        raise UserError(f"transfer.adapters=lora is for a frozen torso, and transfer.freeze={freeze}: give transfer.freeze=torso")
+    if thaw is not None and freeze == "none":
+        raise UserError(f"transfer.unfreeze_at={thaw} thaws nothing, as transfer.freeze=none: give transfer.freeze=torso, for example")
+    if keys["gradual"] and thaw is None:
+        raise UserError("transfer.gradual=true, and nothing ever thaws: give transfer.unfreeze_at=STEPS")

@@ -67,8 +67,9 @@ def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     config, folders, trusted = _compose("train", overrides)
     checked = schema.validate(config, trusted=trusted)
     _check_known_tasks(checked["env"], folders)
-    if checked["run_dir"] is not None:
-        checked["run_dir"] = os.path.expanduser(checked["run_dir"])
+    for key in ("run_dir", "init_from"):
+        if checked[key] is not None:
+            checked[key] = os.path.expanduser(checked[key])
     here = torchrun.place()
     if checked["ranks"] not in (1, here.size):
         raise UserError(
@@ -290,7 +291,7 @@ def _parse(text: str) -> _Override:
     key, equals, value = text.partition("=")
     parsed: Override | None = None
     as_text = f"{key}={_quoted(value)}"
-    is_path = key == "run_dir" and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
+    is_path = key in ("run_dir", "init_from") and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
     for attempt in (as_text,) if is_path else (text, as_text):
         try:
             parsed = parser.parse_override(attempt)

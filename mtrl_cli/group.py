@@ -16,7 +16,7 @@ from mtrl_cli.agents.agent import Agent
 from mtrl_cli.envs.pack import Pack, Step, TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
-from mtrl_cli.transfer import Arrived, Pinned, SharedMemory
+from mtrl_cli.pinned import Arrived, Pinned, SharedMemory
 
 
 def make_group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Optimizer(ABC):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def forget(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Let the optimizer begin with parameters as if it had never moved them."""
+        for parameter in parameters:
+            self._optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> dict[str, Any]:
         """State of each parameter, by its position: `{"0": {"exp_avg": ...}, ...}`. Options come from the configuration."""

@@ -26,6 +26,10 @@ from mtrl_cli.signatures import KINDS, MISSING, UNKNOWN, Key, Signature, class_n
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
 
+Freeze = Annotated[
+    str, Field(pattern=r"^(none|torso|torso:[1-9]\d{0,3}|all_but_heads)$", description="none, torso, torso:N (N layers) or all_but_heads")
+]
+
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
 
@@ -43,6 +47,19 @@ class Training:
     trusted_packages: list[str]
     groups: PositiveInt | Auto = 1
     ranks: PositiveInt = 1
+    init_from: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What becomes of the parameters that `init_from` brings. Counts of steps are per task."""
+
+    freeze: Freeze = "none"
+    unfreeze_at: PositiveInt | None = None
+    gradual: bool = False
+    adapters: Literal["none", "lora"] = "none"
+    rank: PositiveInt = 4
+    replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +123,14 @@ class EvaluationGames:
 
 
 SECTIONS: dict[str, dict[str, type]] = {
-    "train": {"": Training, "eval": TrainingEvaluation, "early_stopping": EarlyStopping, "checkpoint": Checkpointing, "log": Logging},
+    "train": {
+        "": Training,
+        "eval": TrainingEvaluation,
+        "early_stopping": EarlyStopping,
+        "checkpoint": Checkpointing,
+        "log": Logging,
+        "transfer": Transfer,
+    },
     "eval": {"": Evaluation, "eval": EvaluationGames},
 }
 """The sections without a class, of each command's configuration."""
@@ -176,13 +200,13 @@ class _Checker:
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
-            if child not in node and not self.may_be_missing(f"{path}/{child}".lstrip("/")):
+            if child not in node and not self.is_later(child):
                 raise UserError(f"{_join(path, child)} is missing: expected a section of keys and values")
             checked[child] = self.section(f"{path}/{child}".lstrip("/"), node.get(child, {}))
         return checked
 
-    def may_be_missing(self, path: str) -> bool:
-        """Whether all keys of a section have defaults: it is from before there was such a section."""
+    def is_later(self, path: str) -> bool:
+        """Whether a section came with a later version: every key of it has a default, for configurations from before."""
         return path in self.sections and all(key.default is not MISSING for key in keys_of(self.sections[path]).values())
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:

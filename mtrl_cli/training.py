@@ -192,7 +192,10 @@ class Training:
                 if self.saved_at != step:
                     self._save()
                 raise Stopped(asked)
+            stage = self.run.learner.freezing.stage
             next(ticks)
+            for thaw in range(stage, self.run.learner.freezing.stage):
+                self.display.message(self.run.learner.freezing.what_thawed(thaw + 1))
             self.display.update(self.loop.step, {}, seconds=self.seconds)
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch, Replay
 
@@ -42,6 +43,7 @@ class Agent(ABC):
         capturable: whether `losses` and `follow` can be recorded once and replayed (`capture.py`).
         updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
         period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
+        value_scale: the learner's view of rewards; None: it has none that others may take statistics from.
     """
 
     network: MultiTaskNetwork
@@ -54,6 +56,7 @@ class Agent(ABC):
     capturable: bool = False
     updates_per_rollout: int = 0
     period: int = 1
+    value_scale: ValueScale | None = None
 
     @abstractmethod
     def epsilon(self, step: int) -> np.ndarray:
@@ -79,6 +82,9 @@ class Agent(ABC):
 
     def follow(self) -> None:
         """Take in what the losses of an update were worked out from, once its step is made; a part of what is recorded (`capture.py`)."""
+
+    def adopt(self) -> None:
+        """The network has been given other parameters from outside: let what follows it have the same."""
 
     @abstractmethod
     def after_update(self, updates: int) -> None:

@@ -69,7 +69,7 @@ class DQN(Agent):
     ):
         if not target_period and not target_tau:
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
-        self.network, self.capturable = network, value_scale.capturable
+        self.network, self.value_scale, self.capturable = network, value_scale, value_scale.capturable
         self.target_network = copy.deepcopy(network).requires_grad_(False)
         self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
         self.n_step = n_step
@@ -147,6 +147,9 @@ class DQN(Agent):
         if not self._target_period:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.target_network.parameters()), list(self.network.parameters()), self._target_tau)
+
+    def adopt(self) -> None:
+        self.target_network.load_state_dict(self.network.state_dict())
 
     def after_update(self, updates: int) -> None:
         if self._target_period and updates % self._target_period == 0:
