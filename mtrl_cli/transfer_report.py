@@ -131,11 +131,16 @@ def _cell(metric: dict[str, Any], number: Callable[[float], str], none: str) -> 
 
 
 def _score(value: float) -> str:
-    return f"{value:.3f}"
+    return _unsigned(f"{value:.3f}")
 
 
 def _return(value: float) -> str:
-    return f"{value:.1f}"
+    return _unsigned(f"{value:.1f}")
+
+
+def _unsigned(text: str) -> str:
+    """Without the sign of a negative number that is 0 when rounded."""
+    return text if float(text) else text.lstrip("-")
 
 
 def _steps(value: float) -> str:
@@ -176,6 +181,7 @@ def _notes(told: Report) -> list[str]:
 def draw(told: Report) -> Figure:
     """The curves of validation, a panel for each task and one over tasks; bands are 95% intervals over seeds, stars the tests."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels = dict(told["tasks"])
     if told["over_tasks"] is not None and len(panels) > 1:
@@ -188,7 +194,9 @@ def draw(told: Report) -> Figure:
         _draw_panel(panel, name, own)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="grey", marker="*", linestyle=""))
+    figure.legend(handles, [*labels, "last network in test games"], loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

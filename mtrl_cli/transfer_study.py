@@ -12,6 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtrl_cli import config as configuration
 from mtrl_cli import files, schema, torchrun, transfer_report
 from mtrl_cli.checkpoint import CheckpointStore
@@ -242,8 +244,10 @@ def _work(folder: RunFolder, plan: Plan, stop: StopRequest, command: list[str]) 
         config = plan.configs[kind] | {"seed": seed, "run_dir": str(path)}
         if kind == "fine_tuned":
             config["init_from"] = str(plan.source / "checkpoints" / str(record["checkpoint"]))
-        train(config, command=command, or_resume=True)
-        gc.collect()  # the next run measures how much memory there is
+        train(_with_replay_of(todo[0][2], config), command=command, or_resume=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     with stop.interruptible():
         scratch = plan.configs["scratch"]
         told = transfer_report.report(
@@ -261,6 +265,14 @@ def _work(folder: RunFolder, plan: Plan, stop: StopRequest, command: list[str]) 
     folder.write("transfer.md", in_markdown)
     files.replace(folder.path / "transfer.png", picture)
     say(f"\n{in_markdown}\nwritten to {folder.path}: transfer.md, transfer.png, transfer.json")
+
+
+def _with_replay_of(first: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the replay's capacity that the study's first run settled on: memory that is free changes from run to run."""
+    if config["replay"].get("capacity") != "auto" or not RunFolder.is_run(first):
+        return config
+    settled = configuration.load(first / "config.yaml", trusted=config["trusted_packages"])["replay"]["capacity"]
+    return config | {"replay": config["replay"] | {"capacity": settled}}
 
 
 def _is_completed(path: Path) -> bool:
