@@ -121,7 +121,7 @@ def test_version(mtrl: Callable[..., Outcome]) -> None:
     [
         (["--nope"], "No such option: --nope (see mtrl --help)"),
         (["train", "--nope"], "No such option: --nope (see mtrl train --help)"),
-        (["trian"], "Did you mean 'train'? (see mtrl --help)"),
+        (["trian"], "Did you mean 'train', 'transfer'? (see mtrl --help)"),
         (["resume"], "Missing argument 'RUN' (see mtrl resume --help)"),
         (["eval"], "Missing argument 'RUN' (see mtrl eval --help)"),
         (["transfer"], "Missing argument 'RUN' (see mtrl transfer --help)"),
