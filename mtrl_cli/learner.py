@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mtrl_cli import capture
+from mtrl_cli import capture, generators
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
 from mtrl_cli.distributed import ALONE, Ranks
@@ -15,6 +15,7 @@ from mtrl_cli.errors import RunError
 from mtrl_cli.optimizers import Optimizer
 from mtrl_cli.rank_gradients import RankGradients
 from mtrl_cli.replay import Batch, Replay
+from mtrl_cli.resets import Resets
 from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.tape import Tape, TapedGradients
@@ -31,6 +32,8 @@ class Learner:
         tape: where gradients of tasks are asked for and can be told apart in one backward pass (`tape_for`).
         recorder: makes the record of an update that is then replayed (`capture.py`); None: updates are made one operation at a time.
         ranks: that train together: each draws its share of a batch, and losses and gradients are averaged over all.
+        resets: of the network, between updates.
+        dropout: what the network's dropout draws from, which is torch's own generator of the device; None: it has no dropout.
     """
 
     def __init__(
@@ -45,10 +48,14 @@ class Learner:
         tape: Tape | None = None,
         recorder: Callable[[], capture.Recorder] | None = None,
         ranks: Ranks = ALONE,
+        resets: Resets | None = None,
+        dropout: torch.Generator | None = None,
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
         self._tape, self._ranks = tape, ranks
+        self._resets, self._dropout = resets, dropout
+        self._spectral_layers = agent.network.spectral_layers()
         self._batch_size = ranks.share(agent.batch_key, agent.batch_size)
         self._checked = False
         self._taps: list[torch.Tensor] | None = None
@@ -61,7 +68,7 @@ class Learner:
         self._updates_in_row = 0
         self._bad_step_K = torch.full((K,), _NEVER, dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        recorded = all(part.capturable for part in (agent, replay, augmentation, task_weights))
+        recorded = all(part.capturable for part in (agent, replay, augmentation, task_weights, optimizer))
         self._make_update = capture.Captured(self._arithmetic, recorder) if recorder and recorded else self._arithmetic
 
     def updates_due(self, step: int) -> int:
@@ -85,8 +92,10 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
+        if self._resets is not None:
+            self._resets.make_what_is_due(step, self.agent, self.optimizer)
         self.agent.prepare(self.replay, step, self._batch_size)
-        self.optimizer.at(step / self.replay.spec.total_steps)
+        self.optimizer.at(step / self.replay.spec.total_steps, step - self.agent.learning_starts)
         self._step.fill_(step)
         self._make_update()
         self.updates += 1
@@ -96,6 +105,8 @@ class Learner:
     def _arithmetic(self) -> None:
         """All that an update does to tensors. What changes from one to the next is in tensors that stay where they are."""
         batch = self._augmentation(self.replay.draw(self._batch_size))
+        for layer in self._spectral_layers:
+            layer.power_step()
         if self.updates == 0:
             self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)
@@ -147,6 +158,7 @@ class Learner:
         shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
+        drawn = self._dropout and self._dropout.get_state()
         _, gradients = self._differentiate(batch)
         gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
         if self.task_weights.looks_back:
@@ -154,6 +166,8 @@ class Learner:
                 self.agent.losses(batch)
         for parameter in self.optimizer.parameters:
             parameter.grad = None
+        if self._dropout and drawn is not None:
+            self._dropout.set_state(drawn)
 
     def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
@@ -191,12 +205,17 @@ class Learner:
             figures["grad/norm"] = means["norm"]
             for figure, value_K in self.agent.figures().items():
                 figures |= {f"{figure}/{name}": value for name, value in zip(self._task_names, value_K.tolist(), strict=True)}
+        if self._resets is not None:
+            figures["resets"] = float(self._resets.made)
         for total in self._figures.values():
             total.zero_()
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {} if self._resets is None else {"resets": self._resets.state_dict()}
+        if self._dropout is not None:
+            state["dropout"] = self._dropout.get_state()
+        return state | {
             "updates": self.updates,
             "learns_from": self._learns_from,
             "updates_before": self._updates_before,
@@ -212,6 +231,10 @@ class Learner:
         for name, total in self._figures.items():
             total.copy_(state["figures"][name])
         self.task_weights.load_state_dict(state["task_weights"])
+        if self._resets is not None and "resets" in state:
+            self._resets.load_state_dict(state["resets"])
+        if self._dropout is not None and "dropout" in state:
+            generators.restore(self._dropout, state["dropout"])
 
     def refill_from(self, step: int) -> None:
         """Start over with an empty replay at a step: gather as much as at the start, and make up for no update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,6 +84,9 @@ class Agent(ABC):
     @abstractmethod
     def after_update(self, updates: int) -> None:
         """What follows the `updates`-th update (the target network)."""
+
+    def take_over(self, names: Collection[str]) -> None:
+        """Some of the network's parameters, by name, were changed but not learned (a reset): what follows them slowly takes them at once."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+from mtrl_cli.networks.regularised import SpectralLinear, power_step
+
 TORSO_LAYER = "torso_layer"
 """The attribute by which a module tells which layer of the torso it is (`parts.py`)."""
 
@@ -55,6 +57,10 @@ class Stacked(nn.Module):
         self.torso_layers: dict[str, int | None] = {
             name.replace(".", ":"): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in each[0]
         }
+        self._spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
+        for name in self._vectors():
+            vectors = [module.get_buffer(name) for module in modules]
+            self.register_buffer(name.replace(".", ":"), _stack_padded(vectors))
         # In a list, so that it is no submodule: only its structure is used, never its parameters.
         self._structure = [modules[0]]
 
@@ -68,7 +74,23 @@ class Stacked(nn.Module):
 
     def _parameters_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # vmap does not see autocast: what it computes has the dtype of what it is given.
-        return {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
+        parameters = {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
+        return parameters | {name: self.get_buffer(name.replace(".", ":")) for name in self._vectors()}
+
+    def _vectors(self) -> list[str]:
+        """The buffers of the layers of spectral norm one, by their names in `structure`."""
+        return [f"{name}.{side}" for name in self._spectral for side in ("left", "right")]
+
+    @property
+    def has_spectral_layers(self) -> bool:
+        return bool(self._spectral)
+
+    def power_step(self, *, times: int = 1, frozen: bool = False) -> None:
+        """As `regularised.power_step`, of all layers of spectral norm one; where `frozen`, of those that are not trained, too."""
+        for name in self._spectral:
+            weight = self.stacked[f"{name}.weight".replace(".", ":")]
+            if frozen or weight.requires_grad:
+                power_step(weight, *(self.get_buffer(f"{name}.{side}".replace(".", ":")) for side in ("left", "right")), times=times)
 
     @property
     def structure(self) -> nn.Module:
@@ -77,7 +99,7 @@ class Stacked(nn.Module):
     def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
         """A number of sets of parameters (`[number, ...]`), each with its own of the inputs, or all with one (`in_dim` None)."""
         if number > 1 and not self.one_by_one and not self._is_quicker_apart(x, number):
-            return vmap(self._call, in_dims=(0, in_dim))(parameters, x)
+            return vmap(self._call, in_dims=(0, in_dim), randomness="different")(parameters, x)
         inputs = [x] * number if in_dim is None else list(x)
         return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
 
