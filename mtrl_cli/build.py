@@ -193,8 +193,8 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
     if network.has_dropout and task_weights.looks_back:
         raise UserError(
-            f"network.dropout={config['network'].get('dropout')}: task_weights' {type(task_weights).__name__} compares a batch's losses before "
-            "and after an update, which dropout would change as well: choose other weights, or network.dropout=0"
+            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares a batch's losses before and after "
+            "an update, which dropout would change as well: choose other task_weights, or network.dropout=0"
         )
     tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
     # Exchanges between ranks are made one at a time.

@@ -12,6 +12,7 @@ from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.optimizers import Optimizer
 from mtrl_cli.rank_gradients import RankGradients
 from mtrl_cli.replay import Batch, Replay
@@ -55,7 +56,7 @@ class Learner:
         self._augmentation = augmentation
         self._tape, self._ranks = tape, ranks
         self._resets, self._dropout = resets, dropout
-        self._spectral_layers = agent.network.spectral_layers()
+        self._spectral_layers = spectral_layers(agent.network)
         self._batch_size = ranks.share(agent.batch_key, agent.batch_size)
         self._checked = False
         self._taps: list[torch.Tensor] | None = None

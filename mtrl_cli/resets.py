@@ -10,6 +10,7 @@ import torch
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import FIRST_ITERATIONS
 from mtrl_cli.optimizers import Optimizer
 
@@ -56,7 +57,7 @@ class Resets:
         }
         for name, parameter in chosen.items():
             parameter.copy_(self._shrink * parameter + (1 - self._shrink) * fresh[name])
-        for layer in network.spectral_layers():
+        for layer in spectral_layers(network):
             layer.power_step(times=FIRST_ITERATIONS)
         optimizer.forget(list(chosen.values()))
         agent.take_over(chosen)

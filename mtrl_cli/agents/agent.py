@@ -86,7 +86,7 @@ class Agent(ABC):
         """What follows the `updates`-th update (the target network)."""
 
     def take_over(self, names: Collection[str]) -> None:
-        """Some of the network's parameters, by name, were changed but not learned (a reset): what follows them slowly takes them at once."""
+        """Some of the network's parameters, by name, were changed, not learned (a reset): what follows them slowly takes them at once."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""

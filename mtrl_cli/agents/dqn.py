@@ -16,6 +16,7 @@ from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import FIRST_ITERATIONS
 from mtrl_cli.replay import Batch
 
@@ -72,7 +73,7 @@ class DQN(Agent):
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
         self.network, self.capturable = network, value_scale.capturable
         self.target_network = copy.deepcopy(network).requires_grad_(False)
-        self._target_spectral_layers = self.target_network.spectral_layers()
+        self._target_spectral_layers = spectral_layers(self.target_network)
         self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
         self.n_step = n_step
         self._gamma, self._double, self._huber = gamma, double, huber

@@ -24,7 +24,7 @@ class Composed(Stacked):
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__(modules)
-        if self._spectral:
+        if self.spectral:
             raise ValueError(
                 "network.spectral_norm=true does not go with network/sharing=paco, which mixes a layer's weights anew in every forward: "
                 "choose another structure, or network.layer_norm"

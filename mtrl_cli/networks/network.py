@@ -11,7 +11,7 @@ from torch import nn
 
 from mtrl_cli.networks.heads import Head
 from mtrl_cli.networks.per_task import Stacked, TaskOwned
-from mtrl_cli.networks.regularised import Dropout, SpectralLinear
+from mtrl_cli.networks.regularised import Dropout
 from mtrl_cli.networks.sharing import Sharing
 
 
@@ -80,13 +80,9 @@ class MultiTaskNetwork(nn.Module):
         owned = [module for module in self.modules() if isinstance(module, TaskOwned)]
         return list({id(parameter): parameter for module in owned for parameter in module.parameters()}.values())
 
-    def spectral_layers(self) -> list[SpectralLinear | Stacked]:
-        """The modules in which there are layers of spectral norm one, to be called `power_step` before an update's forward."""
-        found = [module for module in self.modules() if isinstance(module, SpectralLinear | Stacked)]
-        return [module for module in found if isinstance(module, SpectralLinear) or module.has_spectral_layers]
-
     @property
     def has_dropout(self) -> bool:
+        """Whether a forward with gradients draws at random."""
         structures = [module.structure for module in self.modules() if isinstance(module, Stacked)]
         return any(isinstance(module, Dropout) for each in (self, *structures) for module in each.modules())
 

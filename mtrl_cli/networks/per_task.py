@@ -40,6 +40,7 @@ class Stacked(nn.Module):
     Attributes:
         sizes: each module's number of parameters, without padding.
         torso_layers: which layer of the torso each stacked tensor is of, None: of none (`parts.py`).
+        spectral: names of those layers of `structure` that are of spectral norm one.
         structure: whose layers are called with each module's parameters.
         one_by_one: call it for a module after the other rather than for all at once: slower, and open to hooks on the layers of
             `structure`, which see no plain tensors otherwise.
@@ -57,7 +58,7 @@ class Stacked(nn.Module):
         self.torso_layers: dict[str, int | None] = {
             name.replace(".", ":"): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in each[0]
         }
-        self._spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
+        self.spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
         for name in self._vectors():
             vectors = [module.get_buffer(name) for module in modules]
             self.register_buffer(name.replace(".", ":"), _stack_padded(vectors))
@@ -79,15 +80,11 @@ class Stacked(nn.Module):
 
     def _vectors(self) -> list[str]:
         """The buffers of the layers of spectral norm one, by their names in `structure`."""
-        return [f"{name}.{side}" for name in self._spectral for side in ("left", "right")]
-
-    @property
-    def has_spectral_layers(self) -> bool:
-        return bool(self._spectral)
+        return [f"{name}.{side}" for name in self.spectral for side in ("left", "right")]
 
     def power_step(self, *, times: int = 1, frozen: bool = False) -> None:
         """As `regularised.power_step`, of all layers of spectral norm one; where `frozen`, of those that are not trained, too."""
-        for name in self._spectral:
+        for name in self.spectral:
             weight = self.stacked[f"{name}.weight".replace(".", ":")]
             if frozen or weight.requires_grad:
                 power_step(weight, *(self.get_buffer(f"{name}.{side}".replace(".", ":")) for side in ("left", "right")), times=times)
@@ -134,6 +131,12 @@ class TaskVectors(TaskOwned, nn.Module):
     def forward(self) -> torch.Tensor:
         """The vectors, float32 `[K, V]`."""
         return self.vectors
+
+
+def spectral_layers(network: nn.Module) -> list[SpectralLinear | Stacked]:
+    """The modules of a network in which there are layers of spectral norm one, to be called `power_step` before an update's forward."""
+    found = [module for module in network.modules() if isinstance(module, SpectralLinear | Stacked)]
+    return [module for module in found if isinstance(module, SpectralLinear) or module.spectral]
 
 
 def parameter_counts(module: nn.Module, num_tasks: int) -> tuple[int, list[int]]:
