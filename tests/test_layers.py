@@ -20,7 +20,7 @@ ROOMS = {
     "procedures": {"train", "training", "initialise", "bench", "evaluate", "info", "listing", "completion"},
     "build": {"build", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
-    "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
+    "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "pinned"},
