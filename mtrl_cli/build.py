@@ -31,7 +31,10 @@ from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.parts import parts_of
+from mtrl_cli.networks.regularised import dropout_generator
 from mtrl_cli.replay import Replay, ReplaySpec
+from mtrl_cli.resets import Resets
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
@@ -215,7 +218,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
 def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
     """What trains the agent's network from the replay."""
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
-    optimizer = make(config, "optimizer", list(network.parameters()))
+    optimizer = make(config, "optimizer", list(network.parameters()), [part.kind for part in parts_of(network).values()])
     tasks = Tasks(
         names=tuple(names),
         random_scores=tuple(task.random_score for task in pack.tasks),
@@ -224,6 +227,11 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    if network.has_dropout and task_weights.looks_back:
+        raise UserError(
+            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares a batch's losses before and after "
+            "an update, which dropout would change as well: choose other task_weights, or network.dropout=0"
+        )
 
     def tape_of_trained() -> Tape | None:
         return make_tape(config, network, pack, device) if task_weights.needs != "losses" and network.shared_parameters() else None
@@ -246,6 +254,8 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         tape=tape_of_trained(),
         recorder=recorder,
         ranks=ranks,
+        resets=_make_resets(config, pack, device),
+        dropout=dropout_generator(device, derived_seed(config["seed"], ranks.label("dropout"))) if network.has_dropout else None,
         freezing=_make_freezing(config, network),
         make_tape=anew,
     )
@@ -257,6 +267,19 @@ def _make_freezing(config: Config, network: MultiTaskNetwork) -> Freezing:
         return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"], gradual=keys["gradual"])
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets | None:
+    """Resets of the network, whose new parameters are drawn from the run's seed and the number of the reset."""
+    resets = config["resets"]
+    if not resets["every"]:
+        return None
+
+    def fresh(number: int) -> MultiTaskNetwork:
+        return make_network(config | {"seed": derived_seed(config["seed"], f"reset {number}")}, pack, device)
+
+    last_step = resets["until"] * config["steps_per_task"]
+    return Resets(every=resets["every"], shrink=resets["shrink"], parts=resets["parts"], last_step=last_step, fresh=fresh)
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:

@@ -23,7 +23,7 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     Raises:
         UserError: a torso for another kind of observation.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the seed is given to GPUs, too
         torch.manual_seed(derived_seed(config["seed"], "network"))
         network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
     # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.

@@ -23,6 +23,12 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_evaluations(config)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
     _check_transfer(config)
+    _check_resets(config["resets"], config["steps_per_task"])
+    if config["optimizer"].get("warm_up", 0) > config["steps_per_task"]:
+        raise UserError(
+            f"optimizer.warm_up={config['optimizer']['warm_up']} is beyond steps_per_task={config['steps_per_task']}: optimizer.lr would "
+            "never be reached; lower the one or raise the other (both are steps per task)"
+        )
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
         raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
@@ -107,6 +113,20 @@ def _check_evaluations(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"early_stopping.figure={show(figure)} with eval.every=0: there is no evaluation before the end to stop at; "
             "set eval.every, in steps per task"
+        )
+
+
+def _check_resets(resets: Mapping[str, Any], steps: int) -> None:
+    """Resets that would change nothing."""
+    if not resets["every"]:
+        return
+    if resets["shrink"] == 1 or not resets["parts"]:
+        key = "shrink=1" if resets["parts"] else "parts=[]"
+        raise UserError(f"resets.{key} resets nothing: expected resets.shrink below 1 and a part at least, or resets.every=0")
+    if resets["every"] > resets["until"] * steps:
+        raise UserError(
+            f"resets.every={resets['every']} is beyond resets.until={resets['until']:g} of steps_per_task={steps}: nothing would be reset; "
+            "lower the one or raise the others"
         )
 
 

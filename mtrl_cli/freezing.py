@@ -46,7 +46,7 @@ class Freezing:
         self._loaded: Rows = {}
         self.stage = 0
         self.moments: list[int] = []
-        self._kept: list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        self._kept: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     @property
     def is_asked(self) -> bool:
@@ -77,16 +77,22 @@ class Freezing:
         before, now = self._still(self.stage), self._still(stage)
         self.stage, self._kept = stage, []
         for name, parameter in parameters.items():
-            rows = self._loaded.get(name)
-            parameter.requires_grad_(not (name in now and rows is None))
-            if name in now and rows is None:
+            is_whole = self._loaded.get(name) is None
+            parameter.requires_grad_(not (name in now and is_whole))
+            if name in now and is_whole:
                 parameter.grad = None
             elif name in now:
-                is_trained = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
-                is_trained[torch.tensor(rows, device=parameter.device)] = False
-                mask = is_trained.view(-1, *(1,) * (parameter.dim() - 1))
-                self._kept.append((parameter, mask, parameter.detach().clone()))
+                self._keep(name, parameter)
+        for name, buffer in self._network.named_buffers():
+            if self._loaded.get(name) and _weight_of(name) in now:
+                self._keep(name, buffer)
         return [parameters[name] for name in sorted(before - now)]
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Remember the rows of a tensor that were loaded."""
+        is_trained = torch.ones(len(tensor), dtype=torch.bool, device=tensor.device)
+        is_trained[torch.tensor(self._loaded[name], device=tensor.device)] = False
+        self._kept.append((tensor, is_trained.view(-1, *(1,) * (tensor.dim() - 1)), tensor.detach().clone()))
 
     def _still(self, stage: int) -> set[str]:
         """The tensors that are frozen, wholly or in part, after so many thaws."""
@@ -144,14 +150,21 @@ class Freezing:
 
 def _sizes_of_rows(network: MultiTaskNetwork) -> dict[str, dict[int, int]]:
     """Of each tensor whose rows are several modules' or tasks', how many parameters a row has without padding."""
-    sizes: dict[str, dict[int, int]] = {}
+    parameters, sizes = dict(network.named_parameters()), dict[str, dict[int, int]]()
     for path, module in network.named_modules():
         if isinstance(module, TaskOwned | Stacked):
             for each in module.slices():
                 row = each.index[0]
                 assert isinstance(row, int)
-                sizes.setdefault(f"{path}.{each.parameter}", {})[row] = module.get_parameter(each.parameter)[each.index].numel()
+                if (name := f"{path}.{each.parameter}") in parameters:
+                    sizes.setdefault(name, {})[row] = parameters[name][each.index].numel()
     return sizes
+
+
+def _weight_of(buffer: str) -> str:
+    """The stacked weight that a stacked layer's buffer (of spectral norm) is of."""
+    module, _, name = buffer.rpartition(".")
+    return f"{module}.stacked.{name.rpartition(':')[0]}:weight"
 
 
 def layers_of(network: MultiTaskNetwork) -> int:

@@ -98,7 +98,7 @@ def initialise(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks)
         )
     if run.agent.value_scale is not None and not converted:
         run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
-    run.agent.adopt()
+    run.agent.take_over(list(run.agent.network.state_dict()))
     run.learner.freeze(taken.rows)
     if ranks.is_first:
         console(sys.stdout).print(_table(taken, source))

@@ -247,6 +247,8 @@ class Replay(ABC):
         """
         self.rows = int(state["rows"])
         self._first_kept = max(int(state["first_row"]), self.rows - self.capacity_rows)
+        if self.rows == 0:
+            return
         last = self._flags[:, (self.rows - 1) % self.capacity_rows]
         last |= torch.where((last & TERMINATED) != 0, 0, TRUNCATED).to(torch.uint8)
 

@@ -103,6 +103,16 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Resets:
+    """When parts of the network are brought back towards fresh parameters, and how far. `every` 0: never."""
+
+    every: NonNegativeInt = 0
+    shrink: Fraction = 0.5
+    parts: list[Literal["torso", "sharing", "heads"]] = dataclasses.field(default_factory=lambda: ["torso", "sharing", "heads"])
+    until: Fraction = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The keys at the top of `mtrl eval`'s configuration. None: as the run has it."""
 
@@ -130,6 +140,7 @@ SECTIONS: dict[str, dict[str, type]] = {
         "checkpoint": Checkpointing,
         "log": Logging,
         "transfer": Transfer,
+        "resets": Resets,
     },
     "eval": {"": Evaluation, "eval": EvaluationGames},
 }
@@ -200,13 +211,13 @@ class _Checker:
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
-            if child not in node and not self.is_later(child):
+            if child not in node and not self.may_be_left_out(f"{path}/{child}".lstrip("/")):
                 raise UserError(f"{_join(path, child)} is missing: expected a section of keys and values")
             checked[child] = self.section(f"{path}/{child}".lstrip("/"), node.get(child, {}))
         return checked
 
-    def is_later(self, path: str) -> bool:
-        """Whether a section came with a later version: every key of it has a default, for configurations from before."""
+    def may_be_left_out(self, path: str) -> bool:
+        """Whether a section is one that older configurations do not have: all its keys have defaults."""
         return path in self.sections and all(key.default is not MISSING for key in keys_of(self.sections[path]).values())
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
@@ -263,7 +274,10 @@ def _options_with(group: str, key: str) -> Iterator[str]:
 def keys_of(section: type) -> dict[str, Key]:
     """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
     annotations = typing.get_type_hints(section, include_extras=True)
-    fields = {field.name: field.default for field in dataclasses.fields(section)}
+    fields = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(section)
+    }
     return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
 
 
@@ -312,7 +326,8 @@ def describe(annotation: Any) -> str:
     if origin is list:
         return "a list of names" if arguments[0] is str else f"a list, each {describe(arguments[0])}"
     if origin is dict:
-        return f"names with values, each {describe(arguments[1])}"
+        names = "names with values" if arguments[0] is str else f"values for {describe(arguments[0])}"
+        return f"{names}, each {describe(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

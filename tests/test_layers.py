@@ -23,7 +23,7 @@ ROOMS = {
     },
     "build": {"build", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
-    "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
+    "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {

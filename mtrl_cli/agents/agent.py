@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,12 +84,12 @@ class Agent(ABC):
     def follow(self) -> None:
         """Take in what the losses of an update were worked out from, once its step is made; a part of what is recorded (`capture.py`)."""
 
-    def adopt(self) -> None:
-        """The network has been given other parameters from outside: let what follows it have the same."""
-
     @abstractmethod
     def after_update(self, updates: int) -> None:
         """What follows the `updates`-th update (the target network)."""
+
+    def take_over(self, names: Collection[str]) -> None:
+        """Some of the network's parameters, by name, were changed, not learned (a reset, a source): what follows takes them at once."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""

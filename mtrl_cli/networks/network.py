@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.heads import Head
-from mtrl_cli.networks.per_task import TaskOwned
+from mtrl_cli.networks.per_task import Stacked, TaskOwned
+from mtrl_cli.networks.regularised import Dropout
 from mtrl_cli.networks.sharing import Sharing
 
 
@@ -78,6 +79,12 @@ class MultiTaskNetwork(nn.Module):
         """Those whose rows belong to one task each (see `TaskOwned`), as far as they are trained."""
         owned = [parameter for module in self.modules() if isinstance(module, TaskOwned) for parameter in module.parameters()]
         return list({id(parameter): parameter for parameter in owned if parameter.requires_grad}.values())
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a forward with gradients draws at random."""
+        structures = [module.structure for module in self.modules() if isinstance(module, Stacked)]
+        return any(isinstance(module, Dropout) for each in (self, *structures) for module in each.modules())
 
     def parameter_counts(self) -> ParameterCounts:
         shared, torsos = self.sharing.parameter_counts()

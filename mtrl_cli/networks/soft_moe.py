@@ -82,7 +82,7 @@ def _of_a_token(layer: nn.Module, channels: int) -> nn.Sequential:
         raise ValueError("network/sharing=soft_moe replaces a torso's last layer: expected a torso of images that ends in one linear layer")
     width = linear[0].out_features
     of_torso: int | None = getattr(linear[0], TORSO_LAYER, None)
-    reading = [mark(nn.Linear(channels, width), of_torso) if each is linear[0] else each for each in layers[1:]]
+    reading = [mark(type(linear[0])(channels, width), of_torso) if each is linear[0] else each for each in layers[1:]]
     return nn.Sequential(*reading, nn.Linear(width, channels))
 
 
