@@ -178,14 +178,14 @@ def test_run_from_before_there_was_a_test_resumes(trained: tuple[Path, str], her
 
 
 def test_run_stopped_during_its_test_plays_it_again_and_ends_the_same(mtrl: Mtrl) -> None:
-    overrides = [*TINY, "steps_per_task=208", "eval.every=0", "eval.max_steps=300", "eval.test_episodes=40"]
+    overrides = [*TINY, "steps_per_task=208", "eval.every=0", "eval.max_steps=300", "eval.test_episodes=32"]
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
         assert process.stdout is not None
         while "testing at step 208" not in process.stdout.readline():
             assert process.poll() is None
-        time.sleep(0.2)
+        time.sleep(0.05)
         process.send_signal(number)
         process.communicate()
         assert process.returncode == code
