@@ -41,6 +41,9 @@ def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
     if torchrun.place().size > 1:
         raise UserError("mtrl bench measures one process: start it without torchrun")
     with StopRequest() as stop, stop.interruptible():
+        if config["init_from"] is not None:
+            _note("init_from: left out, with transfer.freeze and transfer.replay: a speed does not depend on it, and all is trained here")
+            config = config | {"init_from": None, "transfer": config["transfer"] | {"freeze": "none", "replay": False}}
         pack = build.make_pack(config)
         config = settling.settle(config, pack, _note)
         for line in settling.describe(config, pack):

@@ -21,28 +21,35 @@ from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.diagnostics import Diagnostics
 from mtrl_cli.distributed import ALONE, Ranks
+from mtrl_cli.early_stopping import EarlyStopping
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.errors import UserError
-from mtrl_cli.evaluator import Evaluator
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.evaluator import Evaluator, figure_names
+from mtrl_cli.freezing import Freezing
 from mtrl_cli.group import make_group
 from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.learner import Learner
 from mtrl_cli.loop import Loop
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.parts import parts_of
+from mtrl_cli.networks.regularised import dropout_generator
 from mtrl_cli.replay import Replay, ReplaySpec
+from mtrl_cli.resets import Resets
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import Tape
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """When things happen, in steps per task; 0: only at the end."""
+    """When things happen, in steps per task; 0: only at the end. `evaluate_at_start`: also before the first step."""
 
     total: int
     log: int
     evaluate: int
     checkpoint: int
+    evaluate_at_start: bool
 
 
 @dataclass
@@ -54,6 +61,8 @@ class Run:
     replay: Replay
     learner: Learner
     evaluator: Evaluator
+    tester: Evaluator | None
+    early_stopping: EarlyStopping
     diagnostics: Diagnostics
     intervals: Intervals
     device: torch.device
@@ -95,7 +104,17 @@ def set_up_torch(config: Config, device: torch.device) -> None:
 
 def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
     """What plays the evaluation games."""
+    return _make_player(config["eval"], pack, device)
+
+
+def make_tester(config: Config, pack: Pack, device: torch.device) -> Evaluator | None:
+    """What plays the test games at the end: as many, unless it is told otherwise, with seeds of their own. None: there is no test."""
     games = config["eval"]
+    episodes = games["episodes"] if games["test_episodes"] is None else games["test_episodes"]
+    return _make_player(games | {"episodes": episodes, "seed": games["test_seed"]}, pack, device) if episodes else None
+
+
+def _make_player(games: Config, pack: Pack, device: torch.device) -> Evaluator:
     return Evaluator(
         pack,
         episodes=games["episodes"],
@@ -105,6 +124,18 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
         num_threads=hardware.cores(),
         device=device,
     )
+
+
+def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
+    """What stops a run whose evaluations no longer improve.
+
+    Raises:
+        UserError: its figure is none that an evaluation of these tasks has.
+    """
+    section, names = config["early_stopping"], figure_names(pack)
+    if section["figure"] not in (None, *names):
+        raise UserError(f"early_stopping.figure={show(section['figure'])}: an evaluation of these tasks has {', '.join(names)}")
+    return EarlyStopping(**section)
 
 
 def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
@@ -160,6 +191,8 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         replay=replay,
         learner=learner,
         evaluator=make_evaluator(config, pack, device),
+        tester=make_tester(config, pack, device),
+        early_stopping=make_early_stopping(config, pack),
         diagnostics=Diagnostics(
             agent,
             replay,
@@ -168,7 +201,13 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
             seed=derived_seed(config["seed"], "diagnostics"),
             steps_per_tick=pack.num_envs,
         ),
-        intervals=Intervals(config["steps_per_task"], config["log"]["every"], config["eval"]["every"], config["checkpoint"]["every"]),
+        intervals=Intervals(
+            config["steps_per_task"],
+            config["log"]["every"],
+            config["eval"]["every"],
+            config["checkpoint"]["every"],
+            config["eval"]["at_start"],
+        ),
         device=device,
         seed=config["seed"],
         compiled=bool(config["compile"]),
@@ -179,7 +218,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
 def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
     """What trains the agent's network from the replay."""
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
-    optimizer = make(config, "optimizer", list(network.parameters()))
+    optimizer = make(config, "optimizer", list(network.parameters()), [part.kind for part in parts_of(network).values()])
     tasks = Tasks(
         names=tuple(names),
         random_scores=tuple(task.random_score for task in pack.tasks),
@@ -188,11 +227,59 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         device=device,
     )
     augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
-    tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
+    if network.has_dropout and task_weights.looks_back:
+        raise UserError(
+            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares a batch's losses before and after "
+            "an update, which dropout would change as well: choose other task_weights, or network.dropout=0"
+        )
+
+    def tape_of_trained() -> Tape | None:
+        return make_tape(config, network, pack, device) if task_weights.needs != "losses" and network.shared_parameters() else None
+
+    def anew() -> Tape | None:
+        if config["compile"]:
+            torch.compiler.reset()  # each set of trained parameters is code of its own, and only so many are kept
+        return tape_of_trained()
+
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
     recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
-    return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape=tape, recorder=recorder, ranks=ranks)
+    return Learner(
+        agent,
+        replay,
+        augmentation,
+        task_weights,
+        optimizer,
+        names,
+        tape=tape_of_trained(),
+        recorder=recorder,
+        ranks=ranks,
+        resets=_make_resets(config, pack, device),
+        dropout=dropout_generator(device, derived_seed(config["seed"], ranks.label("dropout"))) if network.has_dropout else None,
+        freezing=_make_freezing(config, network),
+        make_tape=anew,
+    )
+
+
+def _make_freezing(config: Config, network: MultiTaskNetwork) -> Freezing:
+    keys = config["transfer"]
+    try:
+        return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"], gradual=keys["gradual"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets | None:
+    """Resets of the network, whose new parameters are drawn from the run's seed and the number of the reset."""
+    resets = config["resets"]
+    if not resets["every"]:
+        return None
+
+    def fresh(number: int) -> MultiTaskNetwork:
+        return make_network(config | {"seed": derived_seed(config["seed"], f"reset {number}")}, pack, device)
+
+    last_step = resets["until"] * config["steps_per_task"]
+    return Resets(every=resets["every"], shrink=resets["shrink"], parts=resets["parts"], last_step=last_step, fresh=fresh)
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:

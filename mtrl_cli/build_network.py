@@ -11,7 +11,9 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.instances import Config, derived_seed, make
 from mtrl_cli.networks.cost import multiply_adds
+from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
+from mtrl_cli.networks.parts import tagged
 from mtrl_cli.task_weights.tape import Tape, tape_for
 
 
@@ -21,7 +23,7 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     Raises:
         UserError: a torso for another kind of observation.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the seed is given to GPUs, too
         torch.manual_seed(derived_seed(config["seed"], "network"))
         network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
     # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.
@@ -61,10 +63,15 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
     num_actions = [task.num_actions for task in pack.tasks]
     try:
-        sharing = make(config, "network/sharing", torso, shapes)
+        sharing = make(config, "network/sharing", tagged(torso), shapes)
     except RuntimeError as error:  # torch: an image too small for the convolutions
         raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
     head = make(config, "network/head", sharing.num_features, num_actions)
+    if config["transfer"]["adapters"] == "lora":  # after all else, so that the rest is what it would be without
+        try:
+            add_adapters(sharing, config["transfer"]["rank"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 

@@ -26,6 +26,7 @@ Examples:
   mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
   mtrl resume runs/atari_pack/…             go on where a run stopped
   mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
+  mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
   mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
 Every command tells more: mtrl train --help.""",
@@ -123,6 +124,25 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     from mtrl_cli.train import resume as go_on
 
     go_on(run, overrides or [], command=_command())
+
+
+@app.command()
+def transfer(run: Run, overrides: Overrides = None) -> None:
+    """Use a run's network again for other tasks, and show by how much it pays.
+
+    \b
+    Over some seeds it evaluates the network on the new tasks as it is, trains on from it, and trains the same budget from scratch. Takes
+    what mtrl train takes, and seeds=3. The network is the source's unless network=, network/sharing= or network/head= is given;
+    transfer.* is for the runs that begin with it. Started again with the same words and run_dir, it goes on where it was.
+
+    \b
+    Examples:
+      mtrl transfer runs/mine env=minatar_pack 'env.tasks=[asterix,seaquest]'
+      mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=torso seeds=5 run_dir=runs/transfer/mine
+    """
+    from mtrl_cli.transfer_study import transfer as study
+
+    study(run, overrides or [], command=_command())
 
 
 @app.command("eval")

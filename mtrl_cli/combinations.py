@@ -20,7 +20,15 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_tasks(config["env"].get("tasks", []))
     _check_value_scale(config, trusted, root)
     _check_replay(config, trusted, root)
+    _check_evaluations(config)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
+    _check_transfer(config)
+    _check_resets(config["resets"], config["steps_per_task"])
+    if config["optimizer"].get("warm_up", 0) > config["steps_per_task"]:
+        raise UserError(
+            f"optimizer.warm_up={config['optimizer']['warm_up']} is beyond steps_per_task={config['steps_per_task']}: optimizer.lr would "
+            "never be reached; lower the one or raise the other (both are steps per task)"
+        )
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
         raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
@@ -94,6 +102,34 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
         )
 
 
+def _check_evaluations(config: Mapping[str, Any]) -> None:
+    games, figure = config["eval"], config["early_stopping"]["figure"]
+    if games["test_seed"] == games["seed"] and games["test_episodes"] != 0:
+        raise UserError(
+            f"eval.test_seed={games['test_seed']} is eval.seed, so that the test would play the games by which the best checkpoint "
+            "was chosen: expected another"
+        )
+    if figure is not None and games["every"] == 0:
+        raise UserError(
+            f"early_stopping.figure={show(figure)} with eval.every=0: there is no evaluation before the end to stop at; "
+            "set eval.every, in steps per task"
+        )
+
+
+def _check_resets(resets: Mapping[str, Any], steps: int) -> None:
+    """Resets that would change nothing."""
+    if not resets["every"]:
+        return
+    if resets["shrink"] == 1 or not resets["parts"]:
+        key = "shrink=1" if resets["parts"] else "parts=[]"
+        raise UserError(f"resets.{key} resets nothing: expected resets.shrink below 1 and a part at least, or resets.every=0")
+    if resets["every"] > resets["until"] * steps:
+        raise UserError(
+            f"resets.every={resets['every']} is beyond resets.until={resets['until']:g} of steps_per_task={steps}: nothing would be reset; "
+            "lower the one or raise the others"
+        )
+
+
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:
     start, end = agent.get("epsilon_start", 1.0), agent.get("epsilon_end", 0.0)
     if end > start:
@@ -118,3 +154,18 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
             f"agent.learning_starts={agent['learning_starts']} is beyond steps_per_task={steps}: nothing would be learned; "
             "lower the one or raise the other (both are steps per task)"
         )
+
+
+def _check_transfer(config: Mapping[str, Any]) -> None:
+    keys = config["transfer"]
+    freeze, thaw = keys["freeze"], keys["unfreeze_at"]
+    if config["init_from"] is None and freeze != "none":
+        raise UserError(f"transfer.freeze={freeze} would freeze what is random, as there is no source: give init_from=RUN")
+    if config["init_from"] is None and keys["replay"]:
+        raise UserError("transfer.replay=true goes on with a source's replay, and there is no source: give init_from=RUN")
+    if keys["adapters"] == "lora" and freeze != "torso":
+        raise UserError(f"transfer.adapters=lora is for a frozen torso, and transfer.freeze={freeze}: give transfer.freeze=torso")
+    if thaw is not None and freeze == "none":
+        raise UserError(f"transfer.unfreeze_at={thaw} thaws nothing, as transfer.freeze=none: give transfer.freeze=torso, for example")
+    if keys["gradual"] and thaw is None:
+        raise UserError("transfer.gradual=true, and nothing ever thaws: give transfer.unfreeze_at=STEPS")

@@ -67,8 +67,9 @@ def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
     config, folders, trusted = _compose("train", overrides)
     checked = schema.validate(config, trusted=trusted)
     _check_known_tasks(checked["env"], folders)
-    if checked["run_dir"] is not None:
-        checked["run_dir"] = os.path.expanduser(checked["run_dir"])
+    for key in ("run_dir", "init_from"):
+        if checked[key] is not None:
+            checked[key] = os.path.expanduser(checked[key])
     here = torchrun.place()
     if checked["ranks"] not in (1, here.size):
         raise UserError(
@@ -270,14 +271,16 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
 
 
 def _leave_out_unknown(content: dict[str, Any], given: Sequence[str], trusted: Sequence[str]) -> None:
-    """Take out what an agent asks of every network (pqn: LayerNorm), where a torso of the user's own does not know it."""
-    network = content.get("network")
-    if not isinstance(network, dict) or "layer_norm" not in network or "network.layer_norm" in given:
-        return
-    with suppress(UserError):  # of a class that cannot be read the schema will tell
-        known = signatures.read("network._target_", network.get("_target_"), signatures.KINDS["network"], trusted, None).keys
-        if "layer_norm" not in known:
-            del network["layer_norm"]
+    """Take out what is set for every class of a group, and not by the user, where the one chosen does not know it: the LayerNorm that
+    an agent asks of the network (pqn), the eps that suits a pack with the optimizers that have one."""
+    for group, name in (("network", "layer_norm"), ("optimizer", "eps")):
+        node = content.get(group)
+        if not isinstance(node, dict) or name not in node or f"{group}.{name}" in given:
+            continue
+        with suppress(UserError):  # of a class that cannot be read the schema will tell
+            known = signatures.read(f"{group}._target_", node.get("_target_"), signatures.KINDS[group], trusted, None).keys
+            if name not in known:
+                del node[name]
 
 
 def _parse(text: str) -> _Override:
@@ -290,7 +293,7 @@ def _parse(text: str) -> _Override:
     key, equals, value = text.partition("=")
     parsed: Override | None = None
     as_text = f"{key}={_quoted(value)}"
-    is_path = key == "run_dir" and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
+    is_path = key in ("run_dir", "init_from") and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
     for attempt in (as_text,) if is_path else (text, as_text):
         try:
             parsed = parser.parse_override(attempt)

@@ -95,7 +95,9 @@ class Diagnostics:
     def _describe_gradients(self, report: Report, batch: Batch) -> None:
         network, names = self._agent.network, self._task_names
         # A compiled graph gives its buffers away in its first backward pass, and has none left for a second task's.
-        with torch.compiler.set_stance("force_eager"):
+        # Dropout, where the network has any, is drawn as an update draws it, and then drawn again by the next one.
+        cuda = [batch.action.device] if batch.action.is_cuda else []
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=cuda):
             loss_K = self._agent.losses(batch).loss_KB.mean(1)
         gram = AutogradGradients(loss_K, network.shared_parameters(), network.own_parameters()).gram()
         norms, cosines = norms_and_cosines(gram.double().cpu().numpy())

@@ -262,13 +262,13 @@ def _silence(out: TextIO) -> None:
         pass
 
 
-def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None) -> RenderableType:
-    """The table of an evaluation, from what `eval/<step>.json` holds.
+def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None, of: str = "the network") -> RenderableType:
+    """The table of an evaluation, from what `eval/<step>.json` holds. Its title says whether that was validation, or a test of what.
 
     A task's "cut", where given, is how many of its games `eval.max_steps` ended: such tasks are marked, with a footnote. The interval
     is left out where a single episode has none, the score where a task has no reference.
     """
-    table = Table(title=f"Evaluation at step {result['step']:,}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("task", no_wrap=True)
     for title in ("mean", "std", "score", "95% interval of the mean", "episodes"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -281,7 +281,7 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None) ->
         table.add_row(
             name + (" *" if cut else ""), _number(task["mean"]), _number(task["std"]), _fixed(task.get("score")), interval, str(episodes)
         )
-    lines: list[RenderableType] = [table]
+    lines: list[RenderableType] = [Text(_title(result, of), style="bold"), table]
     over = result.get("over_tasks") or {}
     if over.get("mean") is not None:
         lines.append(Text("score over tasks: " + "  ".join(_aggregate(name, over) for name in ("mean", "median", "iqm", "min"))))
@@ -293,6 +293,15 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None) ->
         limit = "" if max_steps is None else f" ({max_steps:,} steps)"
         lines.append(Text(f"* games cut by eval.max_steps{limit}, {cut_games} in all: their returns count up to there"))
     return Group(*lines)
+
+
+def _title(result: Mapping[str, Any], of: str) -> str:
+    step, games = f"step {result['step']:,}", f"games of seed {result.get('seed')}"
+    if result.get("split") == "validation":
+        return f"Validation at {step} ({games}; the best checkpoint is chosen by these)"
+    if result.get("split") == "test":
+        return f"Test of {of}, {step} ({games}; nothing was chosen by these)"
+    return f"Evaluation at {step}"  # from before there was a difference
 
 
 def _aggregate(name: str, over: Mapping[str, Any]) -> str:

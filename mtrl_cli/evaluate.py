@@ -30,6 +30,7 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         raise UserError("mtrl eval plays in one process: start it without torchrun")
     folder, named = RunFolder.open(run_path)
     config = configuration.load(folder.config, trusted=options["trusted_packages"])
+    validation_seed = config["eval"]["seed"]
     config["eval"] = config["eval"] | {key: value for key, value in options["eval"].items() if value is not None}
     config = build.for_evaluation(config, options["device"])
     with StopRequest() as stop, stop.interruptible():
@@ -43,8 +44,9 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         build.check_tasks(state.get("tasks"), pack, folder.path)
         build_network.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)
-        summary = evaluator.summarise(games, pack, step, str(step))
-        before = _episodes_before(folder, step)
+        split = "validation" if player.seed == validation_seed else "test"
+        summary = evaluator.summarise(games, pack, step, str(step), split=split, seed=player.seed)
+        before = _before(folder, step)
         try:
             folder.write(f"eval/{step}.json", files.to_json(summary))
             if options["video"]:
@@ -52,18 +54,19 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
-    if before > summary["episodes"]:
-        print(f"this takes the place of an evaluation of {before} episodes per task")
+    if before and (before["episodes"] > summary["episodes"] or before["split"] != split):
+        print(f"this takes the place of a {before['split']} of {before['episodes']} episodes per task")
     print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
 
 
-def _episodes_before(folder: RunFolder, step: int) -> int:
-    """Episodes of the evaluation that is already there; 0 if there is none."""
+def _before(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """Episodes and split of the evaluation that is already there; None if there is none."""
     try:
-        episodes = files.read_json(folder.evaluations / f"{step}.json", folder.path).get("episodes")
+        found = files.read_json(folder.evaluations / f"{step}.json", folder.path)
     except UserError:
-        return 0
-    return episodes if isinstance(episodes, int) else 0
+        return None
+    episodes, split = found.get("episodes"), "test" if found.get("split") == "test" else "validation"
+    return {"episodes": episodes, "split": split} if isinstance(episodes, int) else None
 
 
 def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:

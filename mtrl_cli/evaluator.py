@@ -15,7 +15,7 @@ from mtrl_cli.envs.scores import normalised
 from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.stats import bootstrap_mean_ci, over_tasks
+from mtrl_cli.stats import AGGREGATES, bootstrap_mean_ci, over_tasks
 
 # Games of one task that are played side by side.
 _AT_ONCE = 32
@@ -51,7 +51,7 @@ class Evaluator:
 
     def __init__(self, pack: Pack, *, episodes: int, max_steps: int, epsilon: float, seed: int, num_threads: int, device: torch.device):
         self.pack, self.episodes, self.max_steps, self._epsilon = pack, episodes, max_steps, epsilon
-        self._seed, self._num_threads, self._device = seed, num_threads, device
+        self.seed, self._num_threads, self._device = seed, num_threads, device
 
     def play(self, network: MultiTaskNetwork, check: Callable[[], None]) -> Games:
         """All games of all tasks in parallel; `check` is called between steps and may raise to stop."""
@@ -64,10 +64,10 @@ class Evaluator:
     def _play_wave(self, network: MultiTaskNetwork, check: Callable[[], None], games: Games, wave: int, num_envs: int) -> None:
         pack, K = self.pack, len(self.pack.tasks)
         # Every environment plays one game: which games are played never depends on how long they take.
-        envs = TaskPack(pack, num_envs=num_envs, seed=self._seed, num_threads=self._num_threads, training=False, stream=f"eval{wave}")
+        envs = TaskPack(pack, num_envs=num_envs, seed=self.seed, num_threads=self._num_threads, training=False, stream=f"eval{wave}")
         frame_dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
         frames = FrameStack(K, num_envs, pack.stack, pack.observation_shape, frame_dtype, self._device)
-        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], self._device, self._seed + wave)
+        actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], self._device, self.seed + wave)
         epsilon_K = np.full(K, self._epsilon, np.float32)
         try:
             frames.push(torch.from_numpy(envs.reset()).to(self._device), torch.ones_like(frames.start))
@@ -95,8 +95,13 @@ class Evaluator:
             envs.close()
 
 
-def summarise(games: Games, pack: Pack, step: int, checkpoint: str) -> dict[str, Any]:
-    """What `eval/<step>.json` holds: scores by task and over tasks, with 95% bootstrap intervals."""
+def summarise(
+    games: Games, pack: Pack, step: int, checkpoint: str, *, split: str = "validation", seed: int | None = None
+) -> dict[str, Any]:
+    """What `eval/<step>.json` holds: scores by task and over tasks, with 95% bootstrap intervals.
+
+    `split`: "validation" for games by which checkpoints are chosen, "test" for others; `seed`: of the games.
+    """
     tasks: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
     for task in pack.tasks:
@@ -116,20 +121,29 @@ def summarise(games: Games, pack: Pack, step: int, checkpoint: str) -> dict[str,
     return {
         "step": step,
         "checkpoint": checkpoint,
+        "split": split,
+        "seed": seed,
         "episodes": len(next(iter(games.returns.values()))),
         "tasks": tasks,
         "over_tasks": over_tasks(scores),
     }
 
 
-def figures(summary: dict[str, Any]) -> dict[str, float]:
-    """An evaluation's figures by name."""
+def figures(summary: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+    """An evaluation's figures by name, such as eval/return/<task>."""
     found: dict[str, float] = {}
     for name, task in summary["tasks"].items():
-        found[f"eval/return/{name}"] = task["mean"]
+        found[f"{prefix}/return/{name}"] = task["mean"]
         if task["score"] is not None:
-            found[f"eval/score/{name}"] = task["score"]
-    return found | {f"eval/score/{name}": summary["over_tasks"][name] for name in ("mean", "median", "iqm", "min") if summary["over_tasks"]}
+            found[f"{prefix}/score/{name}"] = task["score"]
+    return found | {f"{prefix}/score/{name}": summary["over_tasks"][name] for name in AGGREGATES if summary["over_tasks"]}
+
+
+def figure_names(pack: Pack) -> list[str]:
+    """The names of the figures that an evaluation of these tasks has."""
+    scored = [task.name for task in pack.tasks if normalised(0.0, task.random_score, task.reference_score) is not None]
+    scores = [*scored, *(AGGREGATES if scored else ())]
+    return [*(f"eval/return/{task.name}" for task in pack.tasks), *(f"eval/score/{name}" for name in scores)]
 
 
 def ranking(summary: dict[str, Any]) -> float | None:

@@ -16,6 +16,7 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Dropped = Annotated[float, Field(ge=0, le=0.9, description="a share from 0 to 0.9")]
 Auto = Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
 # A number above 0, in full or with one of the units that `budget.parse` knows.

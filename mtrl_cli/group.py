@@ -17,7 +17,7 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.envs.task_pack import Step, TaskPack
 from mtrl_cli.errors import RunError
 from mtrl_cli.frame_stack import FrameStack
-from mtrl_cli.transfer import Arrived, Pinned, SharedMemory
+from mtrl_cli.pinned import Arrived, Pinned, SharedMemory
 
 
 def make_group(

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
-from mtrl_cli import capture
+from mtrl_cli import capture, generators
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation import Augmentation
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError
+from mtrl_cli.freezing import Freezing, Rows
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.optimizers import Optimizer
 from mtrl_cli.rank_gradients import RankGradients
 from mtrl_cli.replay import Batch, Replay
+from mtrl_cli.resets import Resets
 from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
+from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import Tape, TapedGradients
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -31,6 +35,10 @@ class Learner:
         tape: where gradients of tasks are asked for and can be told apart in one backward pass (`tape_for`).
         recorder: makes the record of an update that is then replayed (`capture.py`); None: updates are made one operation at a time.
         ranks: that train together: each draws its share of a batch, and losses and gradients are averaged over all.
+        freezing: which parameters stand still; None: none.
+        make_tape: makes the tape anew when other parameters are trained than before, and whatever else depends on these.
+        resets: of the network, between updates.
+        dropout: what the network's dropout draws from, which is torch's own generator of the device; None: it has no dropout.
     """
 
     def __init__(
@@ -45,10 +53,17 @@ class Learner:
         tape: Tape | None = None,
         recorder: Callable[[], capture.Recorder] | None = None,
         ranks: Ranks = ALONE,
+        resets: Resets | None = None,
+        dropout: torch.Generator | None = None,
+        freezing: Freezing | None = None,
+        make_tape: Callable[[], Tape | None] = lambda: None,
     ):
         self.agent, self.replay, self.optimizer, self.task_weights = agent, replay, optimizer, task_weights
         self._augmentation = augmentation
-        self._tape, self._ranks = tape, ranks
+        self._tape, self._ranks, self._make_tape = tape, ranks, make_tape
+        self._resets, self._dropout = resets, dropout
+        self._spectral_layers = spectral_layers(agent.network)
+        self.freezing = freezing or Freezing(agent.network)
         self._batch_size = ranks.share(agent.batch_key, agent.batch_size)
         self._checked = False
         self._taps: list[torch.Tensor] | None = None
@@ -56,13 +71,39 @@ class Learner:
         self._task_names = task_names
         self.updates = 0
         self._learns_from, self._updates_before = agent.learning_starts, 0
+        self._learning_starts = agent.learning_starts  # the first time
         K, device = len(task_names), replay.spec.device
         self._figures = {name: torch.zeros(K, device=device) for name in ("loss", "q", "weight")} | {"norm": torch.zeros((), device=device)}
         self._updates_in_row = 0
         self._bad_step_K = torch.full((K,), _NEVER, dtype=torch.int64, device=device)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
-        recorded = all(part.capturable for part in (agent, replay, augmentation, task_weights))
-        self._make_update = capture.Captured(self._arithmetic, recorder) if recorder and recorded else self._arithmetic
+        recorded = all(part.capturable for part in (agent, replay, augmentation, task_weights, optimizer))
+        self._recorder = recorder if recorded else None
+        self._make_update = self._ready_to_update()
+
+    def _ready_to_update(self) -> Callable[[], None]:
+        return capture.Captured(self._arithmetic, self._recorder) if self._recorder else self._arithmetic
+
+    def freeze(self, loaded: Rows) -> None:
+        """Freeze what was loaded from a source, as far as the run freezes any of it."""
+        self.freezing.begin(loaded)
+        if self.freezing.is_any:
+            self._train_others()
+
+    def _train_others(self) -> None:
+        """Other parameters are trained from now on: make anew what was made for those before."""
+        if self._tape is not None:
+            self._tape.close()
+        self._tape, self._taps = self._make_tape(), None
+        network = self.agent.network
+        self._shared, self._own = network.shared_parameters(), network.own_parameters()
+        self._make_update = self._ready_to_update()
+
+    @property
+    def _weighting(self) -> TaskWeights:
+        """What weighs the tasks: where all that they share is frozen, gradients have nothing to say."""
+        alone = self.freezing.is_any and self.task_weights.needs != "losses" and not self._shared
+        return Uniform(self.task_weights.tasks) if alone else self.task_weights
 
     def updates_due(self, step: int) -> int:
         """How many updates a run should have made by a step (per task)."""
@@ -85,8 +126,13 @@ class Learner:
 
     def update(self, step: int) -> None:
         """One update of the network."""
+        if (stage := self.freezing.stage_at(step)) != self.freezing.stage:
+            self.optimizer.forget(self.freezing.move_to(stage))
+            self._train_others()
+        if self._resets is not None:
+            self._resets.make_what_is_due(step, self.agent, self.optimizer, self.freezing.put_back)
         self.agent.prepare(self.replay, step, self._batch_size)
-        self.optimizer.at(step / self.replay.spec.total_steps)
+        self.optimizer.at(step / self.replay.spec.total_steps, step - self._learning_starts)
         self._step.fill_(step)
         self._make_update()
         self.updates += 1
@@ -96,16 +142,22 @@ class Learner:
     def _arithmetic(self) -> None:
         """All that an update does to tensors. What changes from one to the next is in tensors that stay where they are."""
         batch = self._augmentation(self.replay.draw(self._batch_size))
+        for layer in self._spectral_layers:
+            layer.power_step()
+        if self._spectral_layers:
+            self.freezing.put_back()
         if self.updates == 0:
             self.agent.begin(batch)
         losses, gradients = self._differentiate(batch)
         if self._ranks.size > 1:
             gradients = RankGradients(gradients, self._shared, self._own, self._ranks)
         loss_K = gradients.loss_K
-        weight_K = self.task_weights.backward(gradients)
+        weight_K = self._weighting.backward(gradients)
         if not self._checked:
             self._check_weights(weight_K)
+        self.freezing.drop_gradients()
         norm = self.optimizer.step()
+        self.freezing.put_back()
         if self.task_weights.looks_back:
             with torch.no_grad():
                 after_K = self.agent.losses(batch).loss_KB.mean(1)
@@ -147,6 +199,7 @@ class Learner:
         shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
+        drawn = self._dropout and self._dropout.get_state()
         _, gradients = self._differentiate(batch)
         gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
         if self.task_weights.looks_back:
@@ -154,6 +207,8 @@ class Learner:
                 self.agent.losses(batch)
         for parameter in self.optimizer.parameters:
             parameter.grad = None
+        if self._dropout and drawn is not None:
+            self._dropout.set_state(drawn)
 
     def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
@@ -191,27 +246,48 @@ class Learner:
             figures["grad/norm"] = means["norm"]
             for figure, value_K in self.agent.figures().items():
                 figures |= {f"{figure}/{name}": value for name, value in zip(self._task_names, value_K.tolist(), strict=True)}
+        if self._resets is not None:
+            figures["resets"] = float(self._resets.made)
         for total in self._figures.values():
             total.zero_()
+        if self.freezing.is_any:
+            figures["transfer/frozen"] = float(self.freezing.number)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state: dict[str, Any] = {} if self._resets is None else {"resets": self._resets.state_dict()}
+        if self._dropout is not None:
+            state["dropout"] = self._dropout.get_state()
+        return state | {
             "updates": self.updates,
             "learns_from": self._learns_from,
             "updates_before": self._updates_before,
+            "learning_starts": self._learning_starts,
             "updates_in_row": self._updates_in_row,
             "figures": dict(self._figures),
             "task_weights": self.task_weights.state_dict(),
+            "freezing": self.freezing.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = int(state["updates"])
         self._learns_from, self._updates_before = int(state["learns_from"]), int(state["updates_before"])
+        self._learning_starts = int(state.get("learning_starts", self._learning_starts))  # older checkpoints have none
         self._updates_in_row = int(state["updates_in_row"])
         for name, total in self._figures.items():
             total.copy_(state["figures"][name])
         self.task_weights.load_state_dict(state["task_weights"])
+        if self._resets is not None and "resets" in state:
+            self._resets.load_state_dict(state["resets"])
+        if self._dropout is not None and "dropout" in state:
+            generators.restore(self._dropout, state["dropout"])
+        self.freezing.load_state_dict(state.get("freezing", {}))
+        if self.freezing.is_any:
+            self._train_others()
+
+    def start_at(self, step: int) -> None:
+        """Learn from a step on, as there is something to learn from already."""
+        self._learns_from = self._learning_starts = step
 
     def refill_from(self, step: int) -> None:
         """Start over with an empty replay at a step: gather as much as at the start, and make up for no update."""

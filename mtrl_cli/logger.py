@@ -29,6 +29,7 @@ FLUSH_SECONDS = 20.0
 LARGEST_RECORD = 256 * 2**20
 HPARAMS = "_hparams_/"
 FINAL = "final/"
+TEST = "test/"
 _numbers = itertools.count()
 
 
@@ -241,7 +242,7 @@ def _hparams_values(config: Mapping[str, Any], metrics: list[str]) -> Iterator[A
 def cut_metrics(path: Path, resume_at: int | None) -> None:
     """Keep the rows with step <= `resume_at`, none if that is None. Raises OSError.
 
-    What is no row, like a half-written last line, goes too.
+    What is no row, like a half-written last line, goes too, and a test's row in any case: the resumed run will write its own.
     """
     if not os.path.lexists(path):
         return
@@ -253,18 +254,19 @@ def cut_metrics(path: Path, resume_at: int | None) -> None:
 
 
 def _row_step(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity for what is no row."""
+    """The step of a line of metrics.jsonl; infinity for what is no row, or a test's."""
     try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        step = row["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
-    return step if type(step) is int else math.inf
+    return step if type(step) is int and not any(name.startswith(TEST) for name in row) else math.inf
 
 
 def cut_events(folder: Path, resume_at: int | None) -> None:
     """Keep the events with step <= `resume_at`, none if that is None, in every event file of `folder`. Raises OSError.
 
-    Hyper-parameters and final scores go in any case: the resumed run will write its own.
+    Hyper-parameters, final scores and those of a test go in any case: the resumed run will write its own.
     """
     if not folder.is_dir():
         return
@@ -295,4 +297,4 @@ def _is_kept(record: bytes, resume_at: int) -> bool:
     except DecodeError:
         return False
     tags = [value.tag for value in event.summary.value]
-    return event.step <= resume_at and not any(tag.startswith((HPARAMS, FINAL)) for tag in tags)
+    return event.step <= resume_at and not any(tag.startswith((HPARAMS, FINAL, TEST)) for tag in tags)

@@ -8,7 +8,6 @@ every frame is stored once and an observation of S frames is gathered from S row
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,62 +15,13 @@ import torch
 
 from mtrl_cli import generators
 from mtrl_cli.fields import Auto, Fraction, PositiveInt
+from mtrl_cli.replay_types import Batch as Batch
+from mtrl_cli.replay_types import ReplaySpec as ReplaySpec
 from mtrl_cli.sum_tree import SumTree
 
 TERMINATED, TRUNCATED, START = 1, 2, 4
 # A start is drawn this often before a sample is given up: starts without a successor are rare (one per truncated episode).
 _DRAWS = 4
-
-
-@dataclass(frozen=True)
-class ReplaySpec:
-    """What a replay must know of its run.
-
-    Attributes:
-        num_tasks, num_envs: K and N.
-        frame_shape, dtype: of one frame.
-        stack: frames per observation, S.
-        n_step: rewards per sample, n.
-        device: where it is kept.
-        seed: of the sampling.
-        total_steps: steps per task of the whole run (for annealing).
-        rollout_length: steps of each environment per rollout, where the agent learns from these.
-    """
-
-    num_tasks: int
-    num_envs: int
-    frame_shape: tuple[int, ...]
-    dtype: torch.dtype
-    stack: int
-    n_step: int
-    device: torch.device
-    seed: int
-    total_steps: int
-    rollout_length: int = 0
-
-
-@dataclass
-class Batch:
-    """B samples of each of K tasks.
-
-    Attributes:
-        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start.
-        action: int64 `[K, B]`.
-        rewards: float32 `[K, B, n]`, the game's own, zero past the window's end.
-        steps: int64 `[K, B]`, how many rewards the window has: n, or fewer where its episode ends before.
-        terminated: bool `[K, B]`, the window ends in a terminal state: nothing is bootstrapped.
-        weight: float32 `[K, B]`, factor on the loss: importance weights; 0 for a sample that could not be drawn.
-        index: int64 `[K, B]`, where it lies (for priorities).
-    """
-
-    observation: torch.Tensor
-    action: torch.Tensor
-    rewards: torch.Tensor
-    steps: torch.Tensor
-    terminated: torch.Tensor
-    next_observation: torch.Tensor
-    weight: torch.Tensor
-    index: torch.Tensor
 
 
 class Replay(ABC):
@@ -286,6 +236,22 @@ class Replay(ABC):
         for name, tensor in self._stored().items():
             tensor[:, slots] = tensors[name][:, newest].to(self.spec.device)
 
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """Go on after the rows of another run's replay, which were imported before; nothing of this run is stored yet.
+
+        The steps of its last row have no successor here: they count as truncated, so that no window goes on with what comes next. The next
+        row is to begin episodes, so no stack reaches back either.
+
+        Args:
+            state: the other's `state_dict`; it may have kept more rows or fewer.
+        """
+        self.rows = int(state["rows"])
+        self._first_kept = max(int(state["first_row"]), self.rows - self.capacity_rows)
+        if self.rows == 0:
+            return
+        last = self._flags[:, (self.rows - 1) % self.capacity_rows]
+        last |= torch.where((last & TERMINATED) != 0, 0, TRUNCATED).to(torch.uint8)
+
     def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
         """Tell how far off the values of a batch were (absolute temporal-difference errors `[K, B]`)."""
 
@@ -365,6 +331,17 @@ class PrioritizedReplay(Replay):
         index = row % self.capacity_rows * N + torch.arange(N, device=self.spec.device)
         priorities = torch.as_tensor(value, dtype=torch.float64, device=self.spec.device).expand(K, N)
         self._tree.set(index.expand(K, N), priorities)
+
+    def continue_from(self, state: dict[str, Any]) -> None:
+        """As every replay's; priorities come along, and what has none is as what is new."""
+        super().continue_from(state)
+        if "largest" in state:
+            self._largest_K1.copy_(state["largest"])
+        tree_KTN = state["tree"].unflatten(1, (-1, self.spec.num_envs)).to(self.spec.device) if "tree" in state else None
+        for row in range(*self.eligible_rows):
+            known = 0 * self._largest_K1 if tree_KTN is None else tree_KTN[:, row % tree_KTN.shape[1]]
+            useful = (self._flags[:, row % self.capacity_rows] & TRUNCATED) == 0
+            self._set_row(row, torch.where(known > 0, known, self._largest_K1) * useful)
 
     def prepare(self, step: int, batch_size: int) -> None:
         super().prepare(step, batch_size)

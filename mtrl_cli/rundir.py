@@ -224,15 +224,20 @@ class RunFolder:
             record["resumed"] = [*(resumed if isinstance(resumed, list) else []), {"command": line, "started": now}]
         else:
             record = {"command": line, "started": now, "seconds": 0.0}
-        record |= {"versions": versions(), "git": git_revision(), "device": device, "ended": None, "status": "running", "error": None}
+        record |= {"versions": versions(), "git": git_revision(), "device": device}
+        record |= {"ended": None, "status": "running", "error": None, "stopped_early": None}
         self._write_record(record)
 
-    def finish(self, status: str, *, seconds: float, error: str | None = None) -> None:
-        """Write how the run ended (completed, stopped or failed), after `seconds` of work over all resumes. Raises OSError."""
+    def finish(self, status: str, *, seconds: float, error: str | None = None, early: dict[str, Any] | None = None) -> None:
+        """Write how the run ended (completed, stopped or failed), after `seconds` of work over all resumes. Raises OSError.
+
+        `early`: why and at which step, where it completed before its budget was used up.
+        """
         assert status in STATUSES, status
         if not _exists(self.config):
             return  # the folder was removed: half a run must not come back
-        self._write_record({**self.read_record(), "ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error})
+        ended = {"ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error, "stopped_early": early}
+        self._write_record(self.read_record() | ended)
 
     def bury(self, *, seconds: float, error: str) -> bool:
         """Write that the run failed; returns whether it was for us to write. Raises OSError, UserError."""
@@ -240,7 +245,7 @@ class RunFolder:
         return True
 
     def _write_record(self, record: dict[str, Any]) -> None:
-        order = ("command", "started", "ended", "status", "seconds", "error", "device", "versions", "git", "resumed")
+        order = ("command", "started", "ended", "status", "seconds", "error", "stopped_early", "device", "versions", "git", "resumed")
         ordered = {key: record[key] for key in order if key in record} | record
         self.write("run.json", files.to_json(ordered))
 
@@ -257,7 +262,7 @@ class FolderOfTheFirst(RunFolder):
     def begin(self, *, command: Sequence[str], device: str) -> None:
         pass
 
-    def finish(self, status: str, *, seconds: float, error: str | None = None) -> None:
+    def finish(self, status: str, *, seconds: float, error: str | None = None, early: dict[str, Any] | None = None) -> None:
         pass
 
     def bury(self, *, seconds: float, error: str) -> bool:

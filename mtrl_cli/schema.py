@@ -21,10 +21,14 @@ from mtrl_cli import catalogue
 from mtrl_cli.catalogue import nearest
 from mtrl_cli.combinations import check_combinations
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.fields import Auto, Fraction, NonNegativeInt, Parameters, PositiveInt
+from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Parameters, PositiveInt
 from mtrl_cli.signatures import KINDS, MISSING, UNKNOWN, Key, Signature, class_name, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
+
+Freeze = Annotated[
+    str, Field(pattern=r"^(none|torso|torso:[1-9]\d{0,3}|all_but_heads)$", description="none, torso, torso:N (N layers) or all_but_heads")
+]
 
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
@@ -43,17 +47,42 @@ class Training:
     trusted_packages: list[str]
     groups: PositiveInt | Auto = 1
     ranks: PositiveInt = 1
+    init_from: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """What becomes of the parameters that `init_from` brings. Counts of steps are per task."""
+
+    freeze: Freeze = "none"
+    unfreeze_at: PositiveInt | None = None
+    gradual: bool = False
+    adapters: Literal["none", "lora"] = "none"
+    rank: PositiveInt = 4
+    replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingEvaluation:
-    """When and how a run is evaluated. `every` 0: only at the end."""
+    """When and how a run is evaluated. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
 
     every: NonNegativeInt
     episodes: PositiveInt
     max_steps: PositiveInt
     epsilon: Fraction
     seed: NonNegativeInt
+    at_start: bool = False
+    test_seed: NonNegativeInt = 2000003
+    test_episodes: NonNegativeInt | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """By which figure of its evaluations a run is stopped before its budget is used up. `figure` None: by none."""
+
+    figure: str | None = None
+    patience: PositiveInt = 5
+    min_delta: NonNegativeFloat = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +100,16 @@ class Logging:
 
     every: PositiveInt
     diagnostics: NonNegativeInt = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Resets:
+    """When parts of the network are brought back towards fresh parameters, and how far. `every` 0: never."""
+
+    every: NonNegativeInt = 0
+    shrink: Fraction = 0.5
+    parts: list[Literal["torso", "sharing", "heads"]] = dataclasses.field(default_factory=lambda: ["torso", "sharing", "heads"])
+    until: Fraction = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +133,15 @@ class EvaluationGames:
 
 
 SECTIONS: dict[str, dict[str, type]] = {
-    "train": {"": Training, "eval": TrainingEvaluation, "checkpoint": Checkpointing, "log": Logging},
+    "train": {
+        "": Training,
+        "eval": TrainingEvaluation,
+        "early_stopping": EarlyStopping,
+        "checkpoint": Checkpointing,
+        "log": Logging,
+        "transfer": Transfer,
+        "resets": Resets,
+    },
     "eval": {"": Evaluation, "eval": EvaluationGames},
 }
 """The sections without a class, of each command's configuration."""
@@ -164,10 +211,14 @@ class _Checker:
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
-            if child not in node:
+            if child not in node and not self.may_be_left_out(f"{path}/{child}".lstrip("/")):
                 raise UserError(f"{_join(path, child)} is missing: expected a section of keys and values")
-            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node[child])
+            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node.get(child, {}))
         return checked
+
+    def may_be_left_out(self, path: str) -> bool:
+        """Whether a section is one that older configurations do not have: all its keys have defaults."""
+        return path in self.sections and all(key.default is not MISSING for key in keys_of(self.sections[path]).values())
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
         """The keys of a section, apart from its `_target_` and the sections within."""
@@ -223,7 +274,10 @@ def _options_with(group: str, key: str) -> Iterator[str]:
 def keys_of(section: type) -> dict[str, Key]:
     """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
     annotations = typing.get_type_hints(section, include_extras=True)
-    fields = {field.name: field.default for field in dataclasses.fields(section)}
+    fields = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(section)
+    }
     return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
 
 
@@ -272,7 +326,8 @@ def describe(annotation: Any) -> str:
     if origin is list:
         return "a list of names" if arguments[0] is str else f"a list, each {describe(arguments[0])}"
     if origin is dict:
-        return f"names with values, each {describe(arguments[1])}"
+        names = "names with values" if arguments[0] is str else f"values for {describe(arguments[0])}"
+        return f"{names}, each {describe(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

@@ -101,7 +101,12 @@ def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
             else ""
         )
         raise UserError(f"{key}={target}: expected a {base} that {PACKAGE} itself defines{known}")
-    return Signature(target, _keys(found), _attributes(found))
+    keys = _keys(found)
+    if _hands_on(found):
+        *of_kind, _ = kind.split(".")[1:]
+        owner = _class_of(_parse(root, tuple(of_kind)) or tree, base)
+        keys |= {name: key for name, key in (_keys(owner) if owner else {}).items() if name not in keys}
+    return Signature(target, keys, _attributes(found))
 
 
 @cache
@@ -126,9 +131,19 @@ def _last_name(node: ast.expr) -> str | None:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
 
 
+def _init_of(found: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
+
+
+def _hands_on(found: ast.ClassDef) -> bool:
+    """Whether a class takes further keywords (`**common`): then those of its kind are keys, too."""
+    init = _init_of(found)
+    return init is not None and init.args.kwarg is not None
+
+
 def _keys(found: ast.ClassDef) -> dict[str, Key]:
     """The keyword-only parameters of a class's own `__init__`, with their annotations and those defaults that are literals."""
-    init = next((node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
+    init = _init_of(found)
     if init is None:
         return {}
     keys = {}
@@ -190,13 +205,23 @@ def _read_trusted(key: str, target: str, kind: str, trusted: Sequence[str]) -> S
     base = import_class(kind)
     if not (isinstance(found, type) and issubclass(found, base) and is_trusted(found.__module__, trusted)):
         refuse(f"expected a class that {module_name or target} defines as a subclass of {kind}")
-    try:
-        parameters = inspect.signature(found, eval_str=True).parameters.values()
-    except NameError:  # names that are imported for type checkers only
-        parameters = inspect.signature(found).parameters.values()
-    keys = {each.name: _key_of(each) for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    parameters = _parameters(found)
+    keys = _keyword_only(parameters)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        keys = _keyword_only(_parameters(base)) | keys
     literals = {each: value for each, value in vars(found).items() if isinstance(value, str | int | float | bool)}
     return Signature(target, keys, literals)
+
+
+def _parameters(found: type) -> Sequence[inspect.Parameter]:
+    try:
+        return list(inspect.signature(found, eval_str=True).parameters.values())
+    except NameError:  # names that are imported for type checkers only
+        return list(inspect.signature(found).parameters.values())
+
+
+def _keyword_only(parameters: Sequence[inspect.Parameter]) -> dict[str, Key]:
+    return {each.name: _key_of(each) for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def _key_of(parameter: inspect.Parameter) -> Key:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import build, distributed, settling, torchrun
+from mtrl_cli import build, distributed, initialise, settling, torchrun
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore, NoCheckpoint
 from mtrl_cli.display import say
@@ -42,12 +42,29 @@ def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False
                     if run_dir is not None and ranks.is_first:
                         RunFolder.check_new(Path(run_dir))
                 config, run, loop = _prepared(config, ranks)
+                config = _initialised(config, run, ranks)
                 loop.begin()
                 folder = _make_folder(run_dir, run, ranks)
             with folder:
                 folder.write("config.yaml", configuration.dump(config | {"run_dir": str(folder.path)}))
                 store = build.make_store(config, folder.checkpoints, ranks)
                 Training(folder, config, run, loop, store, stop, command, ranks).work()
+
+
+def _initialised(config: dict[str, Any], run: build.Run, ranks: Ranks) -> dict[str, Any]:
+    """Take what `init_from` names into a run that has not begun; the configuration then says which checkpoint that was."""
+    if config["init_from"] is None:
+        return config
+    with ranks.together():
+        source = initialise.read_source(config, ranks) if ranks.is_first else None
+    path = ranks.from_first(str(source.path) if source else None)
+    config = config | {"init_from": path}
+    with ranks.together():
+        source = source or initialise.read_source(config, ranks)
+        initialise.initialise(config, run, source, ranks)
+        if config["transfer"]["replay"]:
+            initialise.take_replay(config, run, source, ranks)
+    return config
 
 
 def _make_folder(run_dir: str | None, run: build.Run, ranks: Ranks) -> RunFolder:
@@ -90,19 +107,34 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
         with stop.interruptible():  # until the run goes on, what is on disk stays as it was
             store = build.make_store(config, folder.checkpoints, ranks)
             step, state = _load_latest(folder, store, ranks)
-            if state is not None and folder.read_record().get("status") == "completed" and step >= config["steps_per_task"]:
-                more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={2 * step}")
-                say(f"{folder.path} is completed ({step:,} steps per task); to train on: {more}")
+            if state is not None and (completed := _completed(folder, step, config["steps_per_task"])):
+                budget = 2 * max(step, config["steps_per_task"])
+                more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
+                say(f"{folder.path} is completed ({completed}); to train on: {more}")
                 return
             config, run, loop = _prepared(config, ranks)
             training = Training(folder, config, run, loop, store, stop, command, ranks)
             if state is None:
+                config = _initialised(config, run, ranks)
                 loop.begin()
             else:
                 with ranks.together():
                     training.restore(step, state)
         folder.write("config.yaml", configuration.dump(config))
         training.work()
+
+
+def _completed(folder: RunFolder, step: int, budget: int) -> str | None:
+    """How a run whose latest checkpoint is at `step` was completed, in words; None if it was not, or its budget was raised."""
+    record = folder.read_record()
+    if record.get("status") != "completed":
+        return None
+    if step >= budget:
+        return f"{step:,} steps per task"
+    early = record.get("stopped_early")
+    if not isinstance(early, dict) or early.get("step") != step or early.get("steps_per_task") != budget:
+        return None
+    return f"stopped early at step {step:,} of {budget:,}; {folder.record} says why"
 
 
 def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tuple[int, dict[str, Any] | None]:
@@ -129,6 +161,8 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str], 
     own = dict(configuration.flat(configuration.load_run(run_path, trusted)))
     free = {*_NOT_COMPARED, *settling.scaled_keys(asked)}  # those a budget decides on, as auto would
     wanted = {key: value for key, value in configuration.flat(asked) if value not in ("auto", None) and key not in free}
+    if asked["init_from"] and own["init_from"] and initialise.is_of(Path(own["init_from"]), Path(asked["init_from"])):
+        wanted["init_from"] = own["init_from"]
     overrides = [*trusted]
     if asked["steps_per_task"] > own["steps_per_task"]:
         overrides.append(f"steps_per_task={asked['steps_per_task']}")

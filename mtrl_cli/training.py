@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -10,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli import build, build_network, evaluator, files, hardware, throughput, torchrun
+from mtrl_cli import build, build_network, evaluator, files, final_test, hardware, throughput
 from mtrl_cli import config as configuration
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.display import Display, NullDisplay, evaluation_table, say
 from mtrl_cli.distributed import Ranks
 from mtrl_cli.envs.scores import normalised
 from mtrl_cli.errors import RanksLost, RunError, Stopped, UserError
+from mtrl_cli.final_words import resume_command, say_what_next
 from mtrl_cli.logger import Logger, NullLogger
 from mtrl_cli.loop import Loop
 from mtrl_cli.rundir import RunFolder
@@ -52,11 +52,12 @@ class Training:
         self.logger: NullLogger
         self.display: NullDisplay
         self.resumed_at: int | None = None
-        self.evaluated_at, self.saved_at, self.logged_at = 0, -1, 0
+        self.evaluated_at, self.saved_at, self.logged_at = -1 if run.intervals.evaluate_at_start else 0, -1, 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
         self.row_began, self.row_excluded = self.began, 0.0
         self.row_step = self.row_updates = 0
         self.summary: dict[str, Any] | None = None
+        self.test: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
@@ -80,6 +81,7 @@ class Training:
             progress = state["progress"]
             self.evaluated_at, self.logged_at = int(progress["evaluated_at"]), int(progress["logged_at"])
             self.seconds_before = float(progress["seconds"])
+            self._restore_early_stopping(progress)
         except (RunError, UserError):
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -88,6 +90,14 @@ class Training:
         self.resumed_at = self.saved_at = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
         say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
+
+    def _restore_early_stopping(self, progress: dict[str, Any]) -> None:
+        early_stopping = self.run.early_stopping
+        if early_stopping.figure is None or "early_stopping" not in progress:
+            return
+        early_stopping.load_state_dict(progress["early_stopping"])
+        if early_stopping.stopped and int(progress["total"]) < self.run.intervals.total:
+            early_stopping.begin_anew()
 
     def _of_this_rank(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state of the loop that this rank saved, of a checkpoint's."""
@@ -112,18 +122,20 @@ class Training:
                         self._log_parameters()
                     self._warm_up()
                     self._train()
+                    self._test()
                 if self.ranks.is_first:
                     self._finish()
             self._part()
         except Stopped as stopped:
             stopped.told = True
             self.folder.finish("stopped", seconds=self.seconds)
-            say(f"stopped at step {self.loop.step:,} and saved; go on with: {self._resume_command()}")
+            say(f"stopped at step {self.loop.step:,} and saved; go on with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
             told = RanksLost(
-                f"{lost}\nThe run has failed at step {self.loop.step:,}; go on from its last checkpoint with: {self._resume_command()}"
+                f"{lost}\nThe run has failed at step {self.loop.step:,}; go on from its last checkpoint with: "
+                f"{resume_command(self.folder, self.ranks.size)}"
             )
             told.is_ours_to_tell = self._bury(str(lost))
             raise told from None
@@ -137,9 +149,6 @@ class Training:
     def _make_display(self) -> NullDisplay:
         tasks = [task.name for task in self.run.pack.tasks]
         return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
-
-    def _resume_command(self, more: str = "") -> str:
-        return torchrun.command(self.ranks.size, f"resume {shlex.quote(str(self.folder.path))}{more}")
 
     def _part(self) -> None:
         """End together: torchrun ends the others where one ends by a signal, and the first must have written and said all by then."""
@@ -171,8 +180,9 @@ class Training:
         self.row_began, self.row_excluded = time.perf_counter(), 0.0
         while True:
             step, finished = self.loop.step, self.loop.step >= intervals.total
-            if _due(step, self.evaluated_at, intervals.evaluate, finished):
+            if self.evaluated_at < 0 or _due(step, self.evaluated_at, intervals.evaluate, finished):
                 self._evaluate()
+            finished = finished or self.run.early_stopping.stopped
             if _due(step, self.saved_at, intervals.checkpoint, finished):
                 self._save()
             if finished:
@@ -182,7 +192,10 @@ class Training:
                 if self.saved_at != step:
                     self._save()
                 raise Stopped(asked)
+            stage = self.run.learner.freezing.stage
             next(ticks)
+            for thaw in range(stage, self.run.learner.freezing.stage):
+                self.display.message(self.run.learner.freezing.what_thawed(thaw + 1))
             self.display.update(self.loop.step, {}, seconds=self.seconds)
             if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
                 with self.loop.clock.time("log"):
@@ -195,27 +208,49 @@ class Training:
         self.run.learner.check_finite()
         self.display.message(f"evaluating at step {step:,}")
         with self._aside():
-            asked, score = self.ranks.from_first(self._play() if self.ranks.is_first else None)
+            asked, score, figure = self.ranks.from_first(self._play() if self.ranks.is_first else None)
             if asked:
                 self._save()
                 raise Stopped(asked)
             self.evaluated_at = step
+            self.run.early_stopping.hear(step, figure)
             self._save(score)
 
-    def _play(self) -> tuple[int, float | None]:
-        """The evaluation's games: which signal ended them (0: none), and the score by which checkpoints are compared."""
+    def _play(self) -> tuple[int, float | None, float | None]:
+        """The validation's games: which signal ended them (0: none), the score by which checkpoints are compared, and early stopping's."""
         step = self.loop.step
         try:
             games = self.run.evaluator.play(self.run.agent.network, self.stop.check)
         except Stopped as stopped:
-            return stopped.signal_number, None
-        self.summary = evaluator.summarise(games, self.run.pack, step, str(step))
+            return stopped.signal_number, None, None
+        self.summary = evaluator.summarise(games, self.run.pack, step, str(step), seed=self.run.evaluator.seed)
         self.folder.write(f"eval/{step}.json", files.to_json(self.summary))
         figures = evaluator.figures(self.summary)
         self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, figures)
         self._log_pictures(games)
         self.display.update(step, figures, seconds=self.seconds)
-        return 0, evaluator.ranking(self.summary)
+        return 0, evaluator.ranking(self.summary), figures.get(self.run.early_stopping.figure or "")
+
+    def _test(self) -> None:
+        """What the last network and the best reach in games by which nothing was chosen. All is saved by now: a resume tests again."""
+        if self.run.early_stopping.stopped and self.loop.step < self.run.intervals.total:
+            self.display.message(f"stopped early at step {self.loop.step:,}: {self.run.early_stopping.reason}")
+        if self.run.tester is None:
+            return
+        self.display.message(f"testing at step {self.loop.step:,}")
+        if asked := self.ranks.from_first(self._play_test(self.run.tester) if self.ranks.is_first else None):
+            raise Stopped(asked)
+
+    def _play_test(self, tester: evaluator.Evaluator) -> int:
+        """The test's games: which signal ended them (0: none)."""
+        step = self.loop.step
+        try:
+            self.test = final_test.play(tester, self.run.agent.network, self.store, step, self.stop.check)
+        except Stopped as stopped:
+            return stopped.signal_number
+        self.folder.write(final_test.FILE, files.to_json(self.test))
+        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, final_test.figures(self.test))
+        return 0
 
     def _save(self, score: float | None = None) -> None:
         self.run.learner.check_finite()
@@ -236,7 +271,13 @@ class Training:
                 "optimizer": self.run.learner.optimizer.state_dict(),
                 "agent": self.run.agent.state_dict(),
                 "loop": self.loop.state_dict(),
-                "progress": {"evaluated_at": self.evaluated_at, "logged_at": self.logged_at, "seconds": self.seconds},
+                "progress": {
+                    "evaluated_at": self.evaluated_at,
+                    "logged_at": self.logged_at,
+                    "seconds": self.seconds,
+                    "total": self.run.intervals.total,
+                    "early_stopping": self.run.early_stopping.state_dict(),
+                },
             }
         return {"loop": self.loop.own_state_dict()}
 
@@ -313,26 +354,20 @@ class Training:
 
     def _finish(self) -> None:
         final = self.summary or files.read_json(self.folder.evaluations / f"{self.loop.step}.json", self.folder.path)
-        self.logger.hyperparameters(dict(configuration.flat(self.config)), evaluator.figures(final), self.loop.step)
-        self.folder.finish("completed", seconds=self.seconds)
+        figures = evaluator.figures(final) | (final_test.figures(self.test) if self.test else {})
+        self.logger.hyperparameters(dict(configuration.flat(self.config)), figures, self.loop.step)
+        self.folder.finish("completed", seconds=self.seconds, early=self._stopped_early())
         self.display.print(evaluation_table(final, self.run.evaluator.max_steps))
-        quoted = shlex.quote(str(self.folder.path))
-        trusted = self.config["trusted_packages"]
-        also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
-        say(f"run folder   {self.folder.path}")
-        say(f"look at it   tensorboard --logdir {quoted}")
-        say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
-        say(f"train on     {self._resume_command(f' steps_per_task={2 * self.run.intervals.total}{also}')}")
-        if self.ranks.size == 1 and (full := _full_run(self.command)):
-            say(f"a full run   {full}")
+        for of, result in final_test.titled(self.test) if self.test else ():
+            self.display.print(evaluation_table(result, self.run.evaluator.max_steps, of))
+        say_what_next(self.folder, self.config, self.command, self.ranks.size)
 
-
-def _full_run(command: list[str]) -> str | None:
-    """The command without what made its run a small one; None if there is nothing to leave out."""
-    small = ("experiment=", "steps_per_task=", "run_dir=", "agent.learning_starts=", "eval.", "checkpoint.", "log.", "--")
-    kept = [word for word in command if not word.startswith(small)]
-    shortened = any(word.startswith(("experiment=", "steps_per_task=")) for word in command)
-    return shlex.join(kept) if command[1:2] == ["train"] and shortened else None
+    def _stopped_early(self) -> dict[str, Any] | None:
+        """Why and at which step the run ended before its budget was used up; None if it did not."""
+        step, total = self.loop.step, self.run.intervals.total
+        if step >= total:
+            return None
+        return {"step": step, "steps_per_task": total, "reason": self.run.early_stopping.reason}
 
 
 def _due(step: int, last: int, every: int, finished: bool) -> bool:

@@ -22,7 +22,7 @@ WIDTH = 100
 def picture(run: Path) -> str:
     """An SVG of the live table at the run's last row, and of its last evaluation."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    newest = max((run / "eval").glob("*.json"), key=lambda path: int(path.stem))
+    newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     evaluation = json.loads(newest.read_text())
     last = [row for row in rows if "perf/steps_per_second" in row][-1]
     figures = {name: value for row in rows for name, value in row.items() if value is not None and "/" in name}

@@ -16,8 +16,8 @@ import numpy as np
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """The newest evaluation of a run."""
-    newest = max((run / "eval").glob("*.json"), key=lambda path: int(path.stem))
+    """The newest evaluation of a run; its test is in a file of its own."""
+    newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     result: dict[str, Any] = json.loads(newest.read_text())
     return result
 

@@ -83,6 +83,7 @@ main()
     [
         (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["bench", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["transfer", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich", "matplotlib"]),
         (["train", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["ls"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
@@ -102,10 +103,10 @@ def test_what_is_slow_to_import_is_not_imported(words: list[str], never: list[st
 def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("--help")
     assert (code, err) == (0, "")
-    for word in ("train", "resume", "eval", "bench", "ls", "info", "--version", "mtrl train env=atari_pack"):
+    for word in ("train", "resume", "eval", "bench", "ls", "info", "transfer", "--version", "mtrl train env=atari_pack"):
         assert word in out
     assert mtrl()[:2] == (0, out)
-    for command in ("train", "resume", "eval", "bench", "ls"):
+    for command in ("train", "resume", "eval", "transfer", "bench", "ls"):
         code, out, err = mtrl(command, "--help")
         assert (code, err) == (0, "")
         assert f"  mtrl {command}" in out, "examples, each on a line of its own"
@@ -120,9 +121,10 @@ def test_version(mtrl: Callable[..., Outcome]) -> None:
     [
         (["--nope"], "No such option: --nope (see mtrl --help)"),
         (["train", "--nope"], "No such option: --nope (see mtrl train --help)"),
-        (["trian"], "Did you mean 'train'? (see mtrl --help)"),
+        (["trian"], "Did you mean 'train', 'transfer'? (see mtrl --help)"),
         (["resume"], "Missing argument 'RUN' (see mtrl resume --help)"),
         (["eval"], "Missing argument 'RUN' (see mtrl eval --help)"),
+        (["transfer"], "Missing argument 'RUN' (see mtrl transfer --help)"),
         (["train", "netwrok=mlp"], "netwrok: there is no such key; did you mean network?"),
         (["train", "env=atari_pak"], "did you mean atari_pack?"),
         (["train", "env.tasks=[pong,breakot]", "--dry-run"], "did you mean breakout?"),

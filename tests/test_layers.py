@@ -17,14 +17,20 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
     "cli": {"cli", "__main__"},
-    "procedures": {"train", "training", "bench", "evaluate", "info", "listing", "completion"},
+    "procedures": {
+        *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
+        *("transfer_study", "transfer_report"),
+    },
     "build": {"build", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
-    "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
+    "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
-    "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
-    "replay": {"replay", "rollouts"},
+    "leaves": {
+        *("budget", "distributed", "early_stopping", "frame_stack", "hardware", "heatmap", "optimizers", "pinned", "schedules", "signals"),
+        *("stats", "transfer_metrics"),
+    },
+    "replay": {"replay", "replay_types", "rollouts"},
     "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
 }
 # What each room may import of ours, besides itself and `base`.

@@ -25,11 +25,11 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
+from mtrl_cli.pinned import Pinned, SharedMemory
 from mtrl_cli.replay import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.transfer import Pinned, SharedMemory
 
 CPU = torch.device("cpu")
 NAMES = list(TASKS)

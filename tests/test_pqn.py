@@ -30,11 +30,11 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import RAdam
+from mtrl_cli.pinned import SharedMemory
 from mtrl_cli.replay import Batch, ReplaySpec
 from mtrl_cli.rollouts import Rollouts
 from mtrl_cli.stats import EpisodeStatistics
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.transfer import SharedMemory
 from test_dqn import ONLINE, STATES, Table, one_hot
 
 CPU = torch.device("cpu")

@@ -55,7 +55,7 @@ def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:
         "state.json",
         "COMPLETE",
     }
-    assert sorted(path.name for path in (run / "eval").iterdir()) == ["304.json", "600.json"]
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["304.json", "600.json", "test.json"]
     assert list((run / "tensorboard").iterdir())
 
 
@@ -193,7 +193,15 @@ def test_second_process_on_a_run_is_refused(mtrl: Mtrl) -> None:
 
 
 def test_stopping_while_evaluating_saves_and_the_evaluation_is_made_up_for(mtrl: Mtrl) -> None:
-    long = ["eval.every=200", "eval.episodes=200", "eval.max_steps=500", "eval.epsilon=0.0", "steps_per_task=208", "run_dir=run"]
+    long = [
+        "eval.every=200",
+        "eval.episodes=200",
+        "eval.max_steps=500",
+        "eval.epsilon=0.0",
+        "eval.test_episodes=1",
+        "steps_per_task=208",
+        "run_dir=run",
+    ]
     process = mtrl.start("train", *TINY, *long)
     assert process.stdout is not None
     while "evaluating" not in process.stdout.readline():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay import Batch, Replay
 
@@ -42,6 +44,7 @@ class Agent(ABC):
         capturable: whether `losses` and `follow` can be recorded once and replayed (`capture.py`).
         updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
         period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
+        value_scale: the learner's view of rewards; None: it has none that others may take statistics from.
     """
 
     network: MultiTaskNetwork
@@ -54,6 +57,7 @@ class Agent(ABC):
     capturable: bool = False
     updates_per_rollout: int = 0
     period: int = 1
+    value_scale: ValueScale | None = None
 
     @abstractmethod
     def epsilon(self, step: int) -> np.ndarray:
@@ -83,6 +87,9 @@ class Agent(ABC):
     @abstractmethod
     def after_update(self, updates: int) -> None:
         """What follows the `updates`-th update (the target network)."""
+
+    def take_over(self, names: Collection[str]) -> None:
+        """Some of the network's parameters, by name, were changed, not learned (a reset, a source): what follows takes them at once."""
 
     def figures(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.per_task import spectral_layers
+from mtrl_cli.networks.regularised import FIRST_ITERATIONS
 from mtrl_cli.replay import Batch
 
 
@@ -69,8 +71,9 @@ class DQN(Agent):
     ):
         if not target_period and not target_tau:
             raise ValueError("agent.target_period=0 means a moving average, and agent.target_tau=0 never moves it: set one of them")
-        self.network, self.capturable = network, value_scale.capturable
+        self.network, self.value_scale, self.capturable = network, value_scale, value_scale.capturable
         self.target_network = copy.deepcopy(network).requires_grad_(False)
+        self._target_spectral_layers = spectral_layers(self.target_network)
         self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
         self.n_step = n_step
         self._gamma, self._double, self._huber = gamma, double, huber
@@ -147,11 +150,22 @@ class DQN(Agent):
         if not self._target_period:
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.target_network.parameters()), list(self.network.parameters()), self._target_tau)
+            for layer in self._target_spectral_layers:
+                layer.power_step(frozen=True)
 
     def after_update(self, updates: int) -> None:
         if self._target_period and updates % self._target_period == 0:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self.target_network.parameters()), list(self.network.parameters()))
+            self._copy_to_target(list(self.network.state_dict()))
+
+    def take_over(self, names: Collection[str]) -> None:
+        self._copy_to_target(names)
+        for layer in self._target_spectral_layers:
+            layer.power_step(times=FIRST_ITERATIONS, frozen=True)
+
+    @torch.no_grad()
+    def _copy_to_target(self, names: Collection[str]) -> None:
+        theirs, mine = self.target_network.state_dict(), self.network.state_dict()
+        torch._foreach_copy_([theirs[name] for name in names], [mine[name] for name in names])
 
     def figures(self) -> dict[str, torch.Tensor]:
         return self._view.scale.figures()

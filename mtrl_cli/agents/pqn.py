@@ -77,7 +77,7 @@ class PQN(Agent):
                 f"agent.minibatches={minibatches} cannot cut a rollout into equal parts: it has agent.rollout_length={rollout_length} "
                 f"times env.num_envs={num_envs} steps, {samples}; expected a number that divides them"
             )
-        self.network, self.capturable = network, value_scale.capturable
+        self.network, self.value_scale, self.capturable = network, value_scale, value_scale.capturable
         self.batch_size, self.samples_per_step, self.n_step = samples // minibatches, float(epochs), 1
         # The first rollout is complete when rollout_length + 1 steps are made. Of those updates that are spread over the next rollout
         # the first is due at once, so that the last is made no later than in the step that completes that one.

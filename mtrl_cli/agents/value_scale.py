@@ -75,6 +75,17 @@ class ValueScale(ABC):
             heads: the online and the target network's.
         """
 
+    def takes_from(self, other: ValueScale) -> bool:
+        """Whether values mean the same here once `take` has the other's statistics."""
+        return type(self) is type(other)
+
+    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+        """Take another run's statistics of some tasks (their numbers here and there), for heads that were trained with them."""
+
+    def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a network's values are multiplied by and moved by to be values of the game's own rewards, float32 `[K]` each."""
+        return self.scale_K, self.mean_K
+
     def figures(self) -> dict[str, torch.Tensor]:
         """Its statistics by name, each float `[K]`."""
         return {}
@@ -108,6 +119,9 @@ class ClipRewards(ValueScale):
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 1.0):
         super().__init__(stream)
         self._limit = limit
+
+    def takes_from(self, other: ValueScale) -> bool:
+        return isinstance(other, ClipRewards) and other._limit == self._limit
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn.clamp(-self._limit, self._limit)
@@ -169,6 +183,13 @@ class PopArt(ValueScale):
         self.mean_K.copy_(mean_K)
         self.scale_K.copy_(torch.where(self._weight_K > 0, scale_K, 1.0))
 
+    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+        assert isinstance(other, PopArt)
+        for here, there in tasks:
+            self._moments_2K[:, here] = other._moments_2K[:, there]
+            self._weight_K[here] = other._weight_K[there]
+        self._settle()
+
     def figures(self) -> dict[str, torch.Tensor]:
         return {"value/mean": self.mean_K, "value/scale": self.scale_K}
 
@@ -202,8 +223,7 @@ class ReturnNorm(ValueScale):
         shape = (stream.num_tasks, stream.num_envs)
         self._return_KN = torch.zeros(shape, dtype=torch.float64, device=stream.device)
         # Number of returns so far, their mean, sum of squared deviations from it, and largest magnitude.
-        self._count = 0
-        self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(3, stream.num_tasks)
+        self._count_K, self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(4, stream.num_tasks)
         self._divisor_K = torch.ones(stream.num_tasks, device=stream.device)
         self._settle()
 
@@ -214,21 +234,34 @@ class ReturnNorm(ValueScale):
         number = self._return_KN.shape[1]
         variance_K, mean_K = torch.var_mean(self._return_KN, 1, correction=0)
         apart_K = mean_K - self._mean_K
-        share = number / (self._count + number)
-        self._mean_K += apart_K * share
-        self._deviation_K += number * variance_K + apart_K.square() * (self._count * share)
-        self._count += number
+        share_K = number / (self._count_K + number)
+        self._mean_K += apart_K * share_K
+        self._deviation_K += number * variance_K + apart_K.square() * (self._count_K * share_K)
+        self._count_K += number
         torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
         self._return_KN.masked_fill_(ended_KN.bool(), 0.0)
         self._settle()
 
     def _settle(self) -> None:
         """What rewards are divided by, as the moments have it."""
-        spread_K = (self._deviation_K / max(1, self._count) + self._eps).sqrt()
+        spread_K = (self._deviation_K / self._count_K.clamp_min(1) + self._eps).sqrt()
         self._divisor_K.copy_(torch.maximum(spread_K, self._largest_K / self._limit))
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn / self._divisor_K[:, None, None]
+
+    def takes_from(self, other: ValueScale) -> bool:
+        return isinstance(other, ReturnNorm) and other._limit == self._limit
+
+    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+        assert isinstance(other, ReturnNorm)
+        for here, there in tasks:
+            for name in ("count", "mean", "deviation", "largest"):
+                getattr(self, f"_{name}_K")[here] = getattr(other, f"_{name}_K")[there]
+        self._settle()
+
+    def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._divisor_K, self.mean_K
 
     def figures(self) -> dict[str, torch.Tensor]:
         return {"value/scale": self._divisor_K}
@@ -236,7 +269,7 @@ class ReturnNorm(ValueScale):
     def state_dict(self) -> dict[str, Any]:
         return {
             "returns": self._return_KN,
-            "count": self._count,
+            "count": self._count_K,
             "mean": self._mean_K,
             "deviation": self._deviation_K,
             "largest": self._largest_K,
@@ -244,7 +277,7 @@ class ReturnNorm(ValueScale):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._return_KN.copy_(state["returns"])
-        self._count = int(state["count"])
+        self._count_K.copy_(torch.as_tensor(state["count"]))  # one number for all tasks in older checkpoints
         for name in ("mean", "deviation", "largest"):
             getattr(self, f"_{name}_K").copy_(state[name])
         self._settle()

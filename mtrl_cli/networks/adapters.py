@@ -9,7 +9,7 @@ from torch import nn
 
 from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.per_task import TaskVectors
-from mtrl_cli.networks.sharing import Sharing, blocks_of, output_shapes, stem_of, through_stem
+from mtrl_cli.networks.sharing import Sharing, blocks_of, names_in_body, output_shapes, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
 
 
@@ -81,7 +81,8 @@ class FiLM(Sharing):
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
         self.stem = stem_of(torso, shapes)
-        self.blocks = nn.ModuleList(blocks_of(torso.body(shapes[0])))
+        blocks = blocks_of(torso.body(shapes[0]))
+        self.blocks, self._names_in_torso = nn.ModuleList(blocks), names_in_body(blocks, "blocks")
         after_stem, *after_blocks = output_shapes([torso.stem(shapes[0]), *self.blocks], shapes[0])
         self._on_stem = not any(True for _ in self.blocks.parameters())
         modulated = [after_stem] if self._on_stem else after_blocks
@@ -95,3 +96,6 @@ class FiLM(Sharing):
             for block, modulation in zip(self.blocks, self.modulations, strict=True):
                 x = modulation(block(x))
         return x.unflatten(0, (self.num_tasks, -1))
+
+    def names_in_torso(self) -> dict[str, str]:
+        return self._names_in_torso

@@ -16,7 +16,19 @@ from mtrl_cli.networks.torsos import Torso
 
 
 class Composed(Stacked):
-    """Modules of which none is evaluated itself: mixtures of their parameters are."""
+    """Modules of which none is evaluated itself: mixtures of their parameters are.
+
+    Raises:
+        ValueError: a layer of spectral norm one, whose norm would be known of none of the mixtures.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__(modules)
+        if self.spectral:
+            raise ValueError(
+                "network.spectral_norm=true does not go with network/sharing=paco, which mixes a layer's weights anew in every forward: "
+                "choose another structure, or network.layer_norm"
+            )
 
     def mixed(self, x_KB: torch.Tensor, weight_KM: torch.Tensor) -> torch.Tensor:
         """Inputs `[K, B, ...]` through K modules, each with its mixture of the M sets of parameters, in the dtype of the inputs."""

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mtrl_cli.fields import Fraction
+from mtrl_cli.networks.parts import mark
 from mtrl_cli.networks.per_task import Stacked, TaskLinear, TaskVectors
-from mtrl_cli.networks.sharing import Sharing, blocks_of, output_shapes, stem_of, through_stem
+from mtrl_cli.networks.sharing import Sharing, blocks_of, names_in_body, output_shapes, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
 
 
@@ -28,6 +29,8 @@ class CrossStitch(Sharing):
             to one (section 5.1).
     """
 
+    of_all_tasks = ("mixing", "last_mixing")
+
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]], *, self_weight: Fraction = 0.9):
         super().__init__(torso, shapes)
         alike = len(set(shapes)) == 1
@@ -35,6 +38,8 @@ class CrossStitch(Sharing):
         blocks = [Stacked([torso.stem(shape) for shape in shapes])] if alike else []
         bodies = [blocks_of(torso.body(shapes[0])) for _ in shapes]
         blocks += [Stacked(modules) for modules in zip(*bodies, strict=True)]
+        for block in blocks:
+            block.owners = list(range(len(shapes)))  # a column is a task's, though others read it, too
         self.columns = nn.ModuleList(blocks)
         initial_KK = _near_identity(len(shapes), self_weight)
         self.mixing = nn.ParameterList(nn.Parameter(initial_KK.clone()) for _ in blocks[1:])
@@ -90,8 +95,9 @@ class MTAN(Sharing):
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
         self.stem = stem_of(torso, shapes)
-        self.blocks = nn.ModuleList(blocks_of(torso.body(shapes[0])))
-        self.bridges = nn.ModuleList(blocks_of(torso.body(shapes[0])))
+        blocks = blocks_of(torso.body(shapes[0]))
+        self.blocks, self._names_in_torso = nn.ModuleList(blocks), names_in_body(blocks, "blocks")
+        self.bridges = mark(nn.ModuleList(blocks_of(torso.body(shapes[0]))), None)  # made like the torso's blocks, and none of them
         channels = [shape[0] for shape in output_shapes([torso.stem(shapes[0]), *self.blocks], shapes[0])]
         inputs = [channels[0], *(2 * each for each in channels[1:])]
         self.attentions = nn.ModuleList(_Attention(len(shapes), *each) for each in zip(inputs, channels, strict=True))
@@ -108,3 +114,6 @@ class MTAN(Sharing):
             before_KB = bridge(masked_KB.flatten(0, 1)).unflatten(0, tasks)
             masked_KB = attention(torch.cat([shared_KB, before_KB], 2)) * shared_KB
         return masked_KB
+
+    def names_in_torso(self) -> dict[str, str]:
+        return self._names_in_torso

@@ -124,6 +124,7 @@ class _Extraction(nn.Module):
         own = (len(experts) - shared) // num_tasks
         self._sizes = [own, shared]
         self.experts = Stacked(experts)
+        self.experts.owners = [task for task in range(num_tasks) for _ in range(own)] + [None] * shared
         self.gate = _Gate(shape, own + shared, num_tasks)
         self.shared_gate = _Gate(shape, len(experts), None)
         self.register_buffer("mine_KK", torch.eye(num_tasks), persistent=False)
@@ -154,6 +155,8 @@ class PLE(Sharing):
         shared_experts: how many are shared, in each level.
         task_experts: how many each task has, in each level. The paper tunes both.
     """
+
+    of_all_tasks = ("lower.shared_gate",)
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]], *, shared_experts: PositiveInt = 1, task_experts: PositiveInt = 1):
         super().__init__(torso, shapes)

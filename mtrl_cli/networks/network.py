@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.heads import Head
-from mtrl_cli.networks.per_task import TaskOwned
+from mtrl_cli.networks.per_task import Stacked, TaskOwned
+from mtrl_cli.networks.regularised import Dropout
 from mtrl_cli.networks.sharing import Sharing
 
 
@@ -70,14 +71,20 @@ class MultiTaskNetwork(nn.Module):
             return function(observation.to(dtype) * self._scale)
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that several tasks' losses may reach."""
+        """Those that several tasks' losses may reach, as far as they are trained."""
         own = {id(parameter) for parameter in self.own_parameters()}
-        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in own]
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Those whose rows belong to one task each (see `TaskOwned`)."""
-        owned = [module for module in self.modules() if isinstance(module, TaskOwned)]
-        return list({id(parameter): parameter for module in owned for parameter in module.parameters()}.values())
+        """Those whose rows belong to one task each (see `TaskOwned`), as far as they are trained."""
+        owned = [parameter for module in self.modules() if isinstance(module, TaskOwned) for parameter in module.parameters()]
+        return list({id(parameter): parameter for parameter in owned if parameter.requires_grad}.values())
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a forward with gradients draws at random."""
+        structures = [module.structure for module in self.modules() if isinstance(module, Stacked)]
+        return any(isinstance(module, Dropout) for each in (self, *structures) for module in each.modules())
 
     def parameter_counts(self) -> ParameterCounts:
         shared, torsos = self.sharing.parameter_counts()

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+from mtrl_cli.networks.regularised import SpectralLinear, power_step
+
+TORSO_LAYER = "torso_layer"
+"""The attribute by which a module tells which layer of the torso it is (`parts.py`)."""
+
 _FEW_TASKS = 8
 """More modules than these are never called one after the other: it would take long to compile."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One owner's part of a parameter whose rows have owners.
+
+    Attributes:
+        owner: the number of a task; None: what tasks share.
+        name: of the parameter, as it would be called in a module that the owner had for itself.
+        parameter: its name in the module that holds it.
+        index: where in it, without padding; the row comes first.
+    """
+
+    owner: int | None
+    name: str
+    parameter: str
+    index: tuple[int | slice, ...]
 
 
 class TaskOwned:
@@ -21,6 +44,10 @@ class TaskOwned:
     """
 
     sizes: list[int]
+
+    def slices(self) -> Iterator[Slice]:
+        """Each task's own part of each parameter."""
+        raise NotImplementedError
 
 
 class Stacked(nn.Module):
@@ -34,6 +61,9 @@ class Stacked(nn.Module):
 
     Attributes:
         sizes: each module's number of parameters, without padding.
+        owners: the task that each module was made for, where it is known to be for one; None: for all.
+        torso_layers: which layer of the torso each stacked tensor is of, None: of none (`parts.py`).
+        spectral: names of those layers of `structure` that are of spectral norm one.
         structure: whose layers are called with each module's parameters.
         one_by_one: call it for a module after the other rather than for all at once: slower, and open to hooks on the layers of
             `structure`, which see no plain tensors otherwise.
@@ -43,13 +73,38 @@ class Stacked(nn.Module):
         super().__init__()
         self.one_by_one = False
         self.sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
+        self.owners: list[int | None] | None = None
         each = [dict(module.named_parameters()) for module in modules]
         # '.' separates modules in a name; ':' keeps each stacked tensor a plain parameter of this one.
         self.stacked = nn.ParameterDict(
             {name.replace(".", ":"): nn.Parameter(_stack_padded([parameters[name].detach() for parameters in each])) for name in each[0]}
         )
+        self.torso_layers: dict[str, int | None] = {
+            name.replace(".", ":"): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in each[0]
+        }
+        self.spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
+        for name in self._vectors():
+            vectors = [module.get_buffer(name) for module in modules]
+            self.register_buffer(name.replace(".", ":"), _stack_padded(vectors))
+        self._shapes = [
+            {
+                name: tensor.shape
+                for name, tensor in [*module.named_parameters(), *((name, module.get_buffer(name)) for name in self._vectors())]
+            }
+            for module in modules
+        ]
         # In a list, so that it is no submodule: only its structure is used, never its parameters.
         self._structure = [modules[0]]
+
+    def slices(self) -> Iterator[Slice]:
+        """Each module's part of each parameter, and of what layers of spectral norm one know of it. Where one owner has several modules,
+        their names begin with their number."""
+        owners: Sequence[int | None] = list(range(len(self._shapes))) if self.owners is None else self.owners
+        for m, (owner, shapes) in enumerate(zip(owners, self._shapes, strict=True)):
+            which = f"{owners[:m].count(owner)}." if owners.count(owner) > 1 else ""
+            for name, shape in shapes.items():
+                here = name.replace(".", ":")
+                yield Slice(owner, which + name, f"stacked.{here}" if here in self.stacked else here, (m, *map(slice, shape)))
 
     def forward(self, x_MB: torch.Tensor) -> torch.Tensor:
         """Inputs `[M, B, ...]` to outputs `[M, B, ...]`, each through its own module, in the dtype of the inputs."""
@@ -61,7 +116,19 @@ class Stacked(nn.Module):
 
     def _parameters_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         # vmap does not see autocast: what it computes has the dtype of what it is given.
-        return {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
+        parameters = {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
+        return parameters | {name: self.get_buffer(name.replace(".", ":")) for name in self._vectors()}
+
+    def _vectors(self) -> list[str]:
+        """The buffers of the layers of spectral norm one, by their names in `structure`."""
+        return [f"{name}.{side}" for name in self.spectral for side in ("left", "right")]
+
+    def power_step(self, *, times: int = 1, frozen: bool = False) -> None:
+        """As `regularised.power_step`, of all layers of spectral norm one; where `frozen`, of those that are not trained, too."""
+        for name in self.spectral:
+            weight = self.stacked[f"{name}.weight".replace(".", ":")]
+            if frozen or weight.requires_grad:
+                power_step(weight, *(self.get_buffer(f"{name}.{side}".replace(".", ":")) for side in ("left", "right")), times=times)
 
     @property
     def structure(self) -> nn.Module:
@@ -70,7 +137,7 @@ class Stacked(nn.Module):
     def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
         """A number of sets of parameters (`[number, ...]`), each with its own of the inputs, or all with one (`in_dim` None)."""
         if number > 1 and not self.one_by_one and not self._is_quicker_apart(x, number):
-            return vmap(self._call, in_dims=(0, in_dim))(parameters, x)
+            return vmap(self._call, in_dims=(0, in_dim), randomness="different")(parameters, x)
         inputs = [x] * number if in_dim is None else list(x)
         return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
 
@@ -82,7 +149,7 @@ class Stacked(nn.Module):
         return functional_call(self._structure[0], parameters, (x_B,))
 
 
-class PerTask(TaskOwned, Stacked):
+class PerTask(Stacked, TaskOwned):
     """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
 
     def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
@@ -102,9 +169,18 @@ class TaskVectors(TaskOwned, nn.Module):
         self.sizes = [initial_KV.shape[1]] * len(initial_KV)
         self.vectors = nn.Parameter(initial_KV)
 
+    def slices(self) -> Iterator[Slice]:
+        return (Slice(k, "vectors", "vectors", (k,)) for k in range(len(self.sizes)))
+
     def forward(self) -> torch.Tensor:
         """The vectors, float32 `[K, V]`."""
         return self.vectors
+
+
+def spectral_layers(network: nn.Module) -> list[SpectralLinear | Stacked]:
+    """The modules of a network in which there are layers of spectral norm one, to be called `power_step` before an update's forward."""
+    found = [module for module in network.modules() if isinstance(module, SpectralLinear | Stacked)]
+    return [module for module in found if isinstance(module, SpectralLinear) or module.spectral]
 
 
 def parameter_counts(module: nn.Module, num_tasks: int) -> tuple[int, list[int]]:
@@ -139,6 +215,7 @@ class TaskLinear(TaskOwned, nn.Module):
     def __init__(self, inputs: int, outputs: Sequence[int]):
         super().__init__()
         self.sizes = [(inputs + 1) * own for own in outputs]
+        self._outputs = list(outputs)
         bound = 1 / math.sqrt(inputs)
         used = torch.arange(max(outputs)) < torch.tensor(outputs)[:, None]  # [K, O]
         weight = torch.empty(len(outputs), inputs, max(outputs)).uniform_(-bound, bound)
@@ -146,6 +223,11 @@ class TaskLinear(TaskOwned, nn.Module):
         self.weight = nn.Parameter(weight * used[:, None])
         self.bias = nn.Parameter(bias * used[:, None])
         self.register_buffer("used_K1O", used[:, None], persistent=False)
+
+    def slices(self) -> Iterator[Slice]:
+        for k, own in enumerate(self._outputs):
+            for name in ("weight", "bias"):
+                yield Slice(k, name, name, (k, slice(None), slice(own)))
 
     def forward(self, x_KBI: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias, x_KBI, self.weight)

@@ -25,9 +25,11 @@ class Sharing(nn.Module, ABC):
     Attributes:
         num_features: length of a feature vector, which a structure may choose otherwise than the torso.
         scaled_keys: the constructor's keys that make what a structure adds to the torso wider or narrower, as `Torso.scaled_keys`.
+        of_all_tasks: what begins the names of parameters that mean something for this list of tasks alone, such as a weight for each.
     """
 
     scaled_keys: ClassVar[tuple[str, ...]] = ()
+    of_all_tasks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__()
@@ -44,6 +46,11 @@ class Sharing(nn.Module, ABC):
         Returns:
             Distributions by name, each float `[K, choices]`: means over the batch, which sum to one over the choices.
         """
+        return {}
+
+    def names_in_torso(self) -> dict[str, str]:
+        """What begins the names of this structure's layers of the torso, and what they begin with under hard sharing (`stem`, `body.0`),
+        where the two differ: so that networks of different structures know each other's layers."""
         return {}
 
     def parameter_counts(self) -> tuple[int, list[int]]:
@@ -71,6 +78,12 @@ def blocks_of(body: nn.Sequential) -> list[nn.Sequential]:
             blocks.append(nn.Sequential())
         blocks[-1].append(child)
     return blocks
+
+
+def names_in_body(blocks: Sequence[nn.Sequential], name: str) -> dict[str, str]:
+    """For `names_in_torso`: the children of a body's blocks, which a structure holds as `name`, as the body's own children."""
+    children = [f"{name}.{block}.{child}" for block, layers in enumerate(blocks) for child in range(len(layers))]
+    return {child: f"body.{index}" for index, child in enumerate(children)}
 
 
 def output_shapes(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -102,6 +115,9 @@ class IndependentSharing(Sharing):
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
         self.torsos = PerTask([nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes])
+
+    def names_in_torso(self) -> dict[str, str]:
+        return {"torsos.0": "stem", "torsos.1": "body"}
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         return self.torsos(observation)

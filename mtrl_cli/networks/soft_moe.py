@@ -10,7 +10,8 @@ from torch import nn
 
 from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.experts import parts_of, stemmed
-from mtrl_cli.networks.per_task import Stacked
+from mtrl_cli.networks.parts import mark
+from mtrl_cli.networks.per_task import TORSO_LAYER, Stacked
 from mtrl_cli.networks.sharing import Sharing, output_shapes
 from mtrl_cli.networks.torsos import Torso
 
@@ -80,7 +81,8 @@ def _of_a_token(layer: nn.Module, channels: int) -> nn.Sequential:
     if len(linear) != 1 or not isinstance(layers[0], nn.Flatten):
         raise ValueError("network/sharing=soft_moe replaces a torso's last layer: expected a torso of images that ends in one linear layer")
     width = linear[0].out_features
-    reading = [nn.Linear(channels, width) if each is linear[0] else each for each in layers[1:]]
+    of_torso: int | None = getattr(linear[0], TORSO_LAYER, None)
+    reading = [mark(type(linear[0])(channels, width), of_torso) if each is linear[0] else each for each in layers[1:]]
     return nn.Sequential(*reading, nn.Linear(width, channels))
 
 

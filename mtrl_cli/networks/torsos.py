@@ -8,12 +8,14 @@ block by block, so that structures can work between the blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from mtrl_cli.fields import PositiveFloat, PositiveInt
+from mtrl_cli.fields import Dropped, PositiveFloat, PositiveInt
+from mtrl_cli.networks.regularised import Dropout, SpectralLinear
 
 
 class Torso(ABC):
@@ -50,13 +52,26 @@ def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int, 
     return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, stride), *norm, nn.ReLU())
 
 
-def _linear(features_in: int, features_out: int, layer_norm: bool) -> nn.Sequential:
-    norm = [nn.LayerNorm(features_out)] if layer_norm else []
-    return nn.Sequential(nn.Linear(features_in, features_out), *norm, nn.ReLU())
+@dataclass(frozen=True)
+class _Options:
+    """What a torso's fully connected layers have beside their weights."""
+
+    layer_norm: bool
+    dropout: float
+    spectral_norm: bool
 
 
-def _flat_linear(features_in: int, features_out: int, layer_norm: bool) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), *_linear(features_in, features_out, layer_norm))
+def _linear(features_in: int, features_out: int, options: _Options, *, last: bool = True) -> nn.Sequential:
+    # Only the last layer before the heads is of spectral norm one, as Gogianu et al. 2021 have it in DQN's network.
+    kind = SpectralLinear if options.spectral_norm and last else nn.Linear
+    norm = [nn.LayerNorm(features_out)] if options.layer_norm else []
+    # Before ReLU it is the same as behind it, and leaves the activation at the end, where some structures take it off.
+    dropout = [Dropout(options.dropout)] if options.dropout else []
+    return nn.Sequential(kind(features_in, features_out), *norm, *dropout, nn.ReLU())
+
+
+def _flat_linear(features_in: int, features_out: int, options: _Options) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), *_linear(features_in, features_out, options))
 
 
 def _flat_size(layers: nn.Module, shape: tuple[int, ...]) -> int:
@@ -71,28 +86,38 @@ class NatureCNN(Torso):
         features: units of the last layer.
         width: factor on the channels 32, 64, 64.
         layer_norm: normalise after each layer (Gallici et al. 2024).
+        dropout: share of a fully connected layer's outputs that is dropped while learning.
+        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
     """
 
     observation_kind = "image"
     scaled_keys = ("width", "features")
 
-    def __init__(self, *, features: PositiveInt = 512, width: PositiveFloat = 1.0, layer_norm: bool = False):
+    def __init__(
+        self,
+        *,
+        features: PositiveInt = 512,
+        width: PositiveFloat = 1.0,
+        layer_norm: bool = False,
+        dropout: Dropped = 0.0,
+        spectral_norm: bool = False,
+    ):
         self.num_features = features
         self._channels = [max(1, round(width * channels)) for channels in (32, 64, 64)]
-        self._layer_norm = layer_norm
+        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _convolution(shape[0], self._channels[0], 8, 4, self._layer_norm)
+        return _convolution(shape[0], self._channels[0], 8, 4, self._options.layer_norm)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
         def convolutions() -> nn.Sequential:
             return nn.Sequential(
-                _convolution(self._channels[0], self._channels[1], 4, 2, self._layer_norm),
-                _convolution(self._channels[1], self._channels[2], 3, 1, self._layer_norm),
+                _convolution(self._channels[0], self._channels[1], 4, 2, self._options.layer_norm),
+                _convolution(self._channels[1], self._channels[2], 3, 1, self._options.layer_norm),
             )
 
         flat = _flat_size(nn.Sequential(self.stem(shape), convolutions()), shape)
-        return nn.Sequential(*convolutions(), _flat_linear(flat, self.num_features, self._layer_norm))
+        return nn.Sequential(*convolutions(), _flat_linear(flat, self.num_features, self._options))
 
 
 class _Residual(nn.Module):
@@ -113,15 +138,25 @@ class ImpalaCNN(Torso):
         width: factor on the channels 16, 32, 32.
         features: units of the last layer.
         layer_norm: normalise before the last activation.
+        dropout: share of a fully connected layer's outputs that is dropped while learning.
+        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
     """
 
     observation_kind = "image"
     scaled_keys = ("width", "features")
 
-    def __init__(self, *, width: PositiveFloat = 1.0, features: PositiveInt = 256, layer_norm: bool = False):
+    def __init__(
+        self,
+        *,
+        width: PositiveFloat = 1.0,
+        features: PositiveInt = 256,
+        layer_norm: bool = False,
+        dropout: Dropped = 0.0,
+        spectral_norm: bool = False,
+    ):
         self.num_features = features
         self._channels = [max(1, round(width * channels)) for channels in (16, 32, 32)]
-        self._layer_norm = layer_norm
+        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return nn.Conv2d(shape[0], self._channels[0], 3, padding=1)
@@ -136,7 +171,7 @@ class ImpalaCNN(Torso):
             return nn.Sequential(*sequences)
 
         flat = _flat_size(nn.Sequential(self.stem(shape), blocks()), shape)
-        return nn.Sequential(*blocks(), _flat_linear(flat, self.num_features, self._layer_norm))
+        return nn.Sequential(*blocks(), _flat_linear(flat, self.num_features, self._options))
 
 
 class MLP(Torso):
@@ -145,24 +180,27 @@ class MLP(Torso):
     Args:
         hidden: units of each layer.
         layer_norm: normalise after each layer.
+        dropout: share of a fully connected layer's outputs that is dropped while learning.
+        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
     """
 
     observation_kind = "vector"
     scaled_keys = ("hidden",)
 
-    def __init__(self, *, hidden: list[PositiveInt], layer_norm: bool = False):
+    def __init__(self, *, hidden: list[PositiveInt], layer_norm: bool = False, dropout: Dropped = 0.0, spectral_norm: bool = False):
         if not hidden:
             raise ValueError("network.hidden is empty: name the units of one layer at least, for example network.hidden=[256,256]")
         self.num_features = hidden[-1]
         self._hidden = hidden
-        self._layer_norm = layer_norm
+        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _linear(shape[0], self._hidden[0], self._layer_norm)
+        return _linear(shape[0], self._hidden[0], self._options, last=len(self._hidden) == 1)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        sizes = zip(self._hidden, self._hidden[1:], strict=False)
-        return nn.Sequential(*(_linear(before, after, self._layer_norm) for before, after in sizes))
+        sizes = list(zip(self._hidden, self._hidden[1:], strict=False))
+        last = len(sizes) - 1
+        return nn.Sequential(*(_linear(*each, self._options, last=layer == last) for layer, each in enumerate(sizes)))
 
 
 class MinAtarCNN(Torso):
@@ -172,18 +210,28 @@ class MinAtarCNN(Torso):
         channels: filters of the convolution.
         features: units of the linear layer.
         layer_norm: normalise after each layer.
+        dropout: share of a fully connected layer's outputs that is dropped while learning.
+        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
     """
 
     observation_kind = "image"
     scaled_keys = ("channels", "features")
 
-    def __init__(self, *, channels: PositiveInt = 16, features: PositiveInt = 128, layer_norm: bool = False):
+    def __init__(
+        self,
+        *,
+        channels: PositiveInt = 16,
+        features: PositiveInt = 128,
+        layer_norm: bool = False,
+        dropout: Dropped = 0.0,
+        spectral_norm: bool = False,
+    ):
         self.num_features = features
         self._channels = channels
-        self._layer_norm = layer_norm
+        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _convolution(shape[0], self._channels, 3, 1, self._layer_norm)
+        return _convolution(shape[0], self._channels, 3, 1, self._options.layer_norm)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        return nn.Sequential(_flat_linear(_flat_size(self.stem(shape), shape), self.num_features, self._layer_norm))
+        return nn.Sequential(_flat_linear(_flat_size(self.stem(shape), shape), self.num_features, self._options))

@@ -198,10 +198,15 @@ def _agrees(tape: Tape, network: nn.Module, shared: Sequence[nn.Parameter], own:
         pull_B1 = torch.linspace(-1.0, 1.5, observation.shape[1], device=q_KBA.device)[:, None]
         return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) * pull_B1).sum(2)
 
-    expected = AutogradGradients(losses_KB().mean(1), shared, own).rows()
-    taps = tape.make_taps(network, observation)
-    with tape.recording(taps):
-        losses = losses_KB()
+    # Both draw the same, where the network draws at all (dropout).
+    device = observation.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        expected = AutogradGradients(losses_KB().mean(1), shared, own).rows()
+        taps = tape.make_taps(network, observation)
+        torch.manual_seed(0)
+        with tape.recording(taps):
+            losses = losses_KB()
     try:
         found = TapedGradients(losses, tape, taps, shared, own).rows()
     except RuntimeError:  # shapes that do not go by task

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_cli.transfer import Pinned, SharedMemory
+from mtrl_cli.pinned import Pinned, SharedMemory
 
 CPU = torch.device("cpu")
 
