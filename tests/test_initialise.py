@@ -275,6 +275,28 @@ def test_killed_before_at_or_after_a_thaw_a_run_ends_with_the_same_bytes(here: M
     assert rows(run) == rows(thawed)
 
 
+@pytest.mark.parametrize(
+    "words", [["optimizer=adamw", "optimizer.weight_decay=0.5"], ["optimizer=sgd", "resets.every=60", "network.dropout=0.1"]]
+)
+def test_with_decay_and_resets_frozen_bytes_stay_and_a_resume_is_exact(here: MtrlHere, sources: Path, words: list[str]) -> None:
+    here("train", *SMALL, *words, f"init_from={sources / 'two'}", "transfer.freeze=torso", "transfer.unfreeze_at=160", "run_dir=run")
+    run, source = here.folder / "run", model(sources / "two")
+    body, stem, vector = "sharing.body.0.0.weight", "sharing.stem.stacked.0:weight", "sharing.stem.stacked.1:weight"
+    for step in (20, 100, 160):
+        found = model(run, step)
+        assert torch.equal(found[body], source[body])
+        assert torch.equal(found[stem][:2], source[stem][:2])
+        assert torch.equal(found[vector][:2], source[vector][:2])
+    assert not torch.equal(found[stem][2], model(run, 20)[stem][2])
+    assert not torch.equal(model(run)[body], source[body])
+    before = bytes_of(run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > 140:
+            shutil.rmtree(path)
+    here("resume", "run")
+    assert bytes_of(run) == before
+
+
 def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sources: Path) -> None:
     shutil.copytree(sources / "two", here.folder / "source")
     here("train", *SMALL, TWO, "init_from=source", "transfer.freeze=torso:1", "run_dir=run")
