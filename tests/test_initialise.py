@@ -349,10 +349,16 @@ def test_training_goes_on_with_the_sources_replay(here: MtrlHere, sources: Path,
     assert [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")] == before
 
 
-def test_replay_that_was_not_saved_is_told(here: MtrlHere) -> None:
+def test_replay_that_was_not_saved_or_is_of_rollouts_is_told(here: MtrlHere) -> None:
     here("train", *SMALL, TWO, "checkpoint.replay=false", "run_dir=source")
     refused = here("train", *SMALL, TWO, "init_from=source", "transfer.replay=true", "run_dir=run", code=2)
     assert "without its replay" in refused.stderr
+    here(
+        "train", *[word for word in SMALL if not word.startswith("agent.")], TWO, "agent=pqn", "agent.rollout_length=8", "run_dir=rollouts"
+    )
+    refused = here("train", *SMALL, TWO, "init_from=rollouts", "transfer.replay=true", "run_dir=run", code=2)
+    assert "rollouts" in refused.stderr
+    assert "torso all tasks 304 loaded" in lines(here("train", *SMALL, *NEVER, TWO, "init_from=rollouts", "run_dir=run").stdout)
 
 
 def test_bench_leaves_the_source_out(here: MtrlHere) -> None:
