@@ -61,7 +61,7 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
         source = configuration.load(folder.config, trusted=config["trusted_packages"])
         replay = config["transfer"]["replay"]
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
-        step, state = store.load(parse_which(which or "latest"), warn=say)
+        step, state = store.load(parse_which("latest" if which is None else which), warn=say)
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from None
     return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)
@@ -218,7 +218,7 @@ def take_replay(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks
         UserError: it is of other tasks or environments, or was not saved.
     """
     what = f"transfer.replay=true with init_from={source.path}"
-    if run.replay.from_rollouts or "replay" not in source.state.get("loop", {}):
+    if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:  # type: ignore[attr-defined]
         raise UserError(f"{what}: rollouts are learned from once and not kept: leave transfer.replay=true out")
     theirs, pack, replay = build.make_pack(source.config), run.pack, run.replay
     pairs = {
@@ -232,9 +232,8 @@ def take_replay(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks
     for key, (there, here) in pairs.items():
         if there != here:
             raise UserError(f"{what}: {key} is {there} there and {here} here; a replay goes on with the same")
-    state = source.state if ranks.is_first else source.state["others"][str(ranks.rank)]
-    kept = state["loop"]["replay"]
     try:
+        kept = (source.state if ranks.is_first else source.state["others"][str(ranks.rank)])["loop"]["replay"]
         if not source.store.load_replay(source.step, _Rows(replay, int(kept["capacity_rows"]))):
             raise UserError(f"{what}: that checkpoint was saved without its replay; leave transfer.replay=true out")
         replay.continue_from(kept)
@@ -243,4 +242,4 @@ def take_replay(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks
             raise
         raise UserError(f"{what} does not fit: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
     run.learner.start_at(0)
-    say(f"replay       {replay.transitions:,} transitions per task of the source; learning starts at once")
+    say(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

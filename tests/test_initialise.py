@@ -34,7 +34,7 @@ SMALL = [
     "device=cpu",
 ]
 TWO, THIRD = "env.tasks=[CartPole-v1,Acrobot-v1]", "env.tasks=[MountainCar-v0]"
-NEVER = "agent.learning_starts=240"
+NEVER = ["steps_per_task=16", "agent.learning_starts=16", "checkpoint.every=0", "log.diagnostics=0"]
 """No update is made: what a run ends with is what it was given."""
 
 
@@ -51,8 +51,9 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def model(run: Path, step: int = 240) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / str(step) / "model.safetensors")
+def model(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(run / "checkpoints" / str(step or latest) / "model.safetensors")
 
 
 def bytes_of(run: Path) -> list[bytes]:
@@ -75,7 +76,7 @@ def network_of(run: Path) -> Any:
 
 
 def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) -> None:
-    done = here("train", *SMALL, NEVER, f"init_from={sources / 'two'}", "run_dir=run")
+    done = here("train", *SMALL, *NEVER, f"init_from={sources / 'two'}", "run_dir=run")
     said = lines(done.stdout)
     for line in (
         f"From {sources / 'two' / 'checkpoints' / '240'}",
@@ -95,9 +96,9 @@ def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) 
 
 
 def test_same_tasks_say_bit_by_bit_the_same_and_an_older_checkpoint_is_another(here: MtrlHere, sources: Path) -> None:
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two'}", "run_dir=run", "seed=3")
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / '100'}", "run_dir=older")
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / 'best'}", "run_dir=best")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two'}", "run_dir=run", "seed=3")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / '100'}", "run_dir=older")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / 'best'}", "run_dir=best")
     observation = torch.randn(2, 5, 6)
     said = {name: network_of(path)[1](observation) for name, path in (("source", sources / "two"), ("run", here.folder / "run"))}
     assert torch.equal(said["run"], said["source"])
@@ -120,8 +121,8 @@ def test_other_task_takes_the_torso_and_leaves_the_rest(here: MtrlHere, sources:
 def test_values_on_a_scale_of_their_own_bring_it_along(here: MtrlHere, sources: Path) -> None:
     """PopArt to PopArt: the statistics of the known tasks. To none: values of the game's own rewards."""
     source = [sources / "popart", "agent/value_scale=popart"]
-    here("train", *SMALL, NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
-    to_none = here("train", *SMALL, NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
+    here("train", *SMALL, *NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
+    to_none = here("train", *SMALL, *NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
     assert "heads are brought to the game's own rewards" in to_none.stdout
     there, same = (
         CheckpointStore(path / "checkpoints", keep=1, with_replay=False).load("latest")[1]["agent"]["value_scale"]
@@ -148,7 +149,7 @@ def test_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
             (["network/sharing=independent"], "layer 2 of each torso CartPole-v1, Acrobot-v1 608 loaded"),
         ]
     ):
-        done = here("train", *SMALL, NEVER, TWO, *words, f"init_from={sources / 'two'}", f"run_dir=run{number}")
+        done = here("train", *SMALL, *NEVER, TWO, *words, f"init_from={sources / 'two'}", f"run_dir=run{number}")
         assert line in lines(done.stdout), done.stdout
 
 
@@ -310,7 +311,7 @@ def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sou
 
 
 def test_or_resume_knows_its_source_again(here: MtrlHere, sources: Path) -> None:
-    command = ["train", *SMALL, NEVER, TWO, "run_dir=run", "--or-resume"]
+    command = ["train", *SMALL, *NEVER, TWO, "run_dir=run", "--or-resume"]
     here(*command, f"init_from={sources / 'two'}")
     assert "init_from" not in here(*command, f"init_from={sources / 'two'}").stdout
     assert "not taken from this command: init_from" in here(*command, f"init_from={sources / 'popart'}").stdout
@@ -328,9 +329,9 @@ def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlH
     assert bytes_of(run) == before
     here("eval", "run", "eval.episodes=1")
     words = [f"init_from={run}", "transfer.freeze=torso", "transfer.adapters=lora"]
-    here("train", *SMALL, NEVER, TWO, *words, "run_dir=again")
+    here("train", *SMALL, *NEVER, TWO, *words, "run_dir=again")
     assert all(torch.equal(value, found[name]) for name, value in model(here.folder / "again").items())
-    assert "adapter CartPole-v1, Acrobot-v1 256 left" in lines(here("train", *SMALL, NEVER, TWO, words[0], "run_dir=plain").stdout)
+    assert "adapter CartPole-v1, Acrobot-v1 256 left" in lines(here("train", *SMALL, *NEVER, TWO, words[0], "run_dir=plain").stdout)
 
 
 @pytest.mark.parametrize(("replay", "capacity", "held"), [("uniform", 160, 160), ("prioritized", 400, 240)])
@@ -348,10 +349,16 @@ def test_training_goes_on_with_the_sources_replay(here: MtrlHere, sources: Path,
     assert [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")] == before
 
 
-def test_replay_that_was_not_saved_is_told(here: MtrlHere) -> None:
+def test_replay_that_was_not_saved_or_is_of_rollouts_is_told(here: MtrlHere) -> None:
     here("train", *SMALL, TWO, "checkpoint.replay=false", "run_dir=source")
     refused = here("train", *SMALL, TWO, "init_from=source", "transfer.replay=true", "run_dir=run", code=2)
     assert "without its replay" in refused.stderr
+    here(
+        "train", *[word for word in SMALL if not word.startswith("agent.")], TWO, "agent=pqn", "agent.rollout_length=8", "run_dir=rollouts"
+    )
+    refused = here("train", *SMALL, TWO, "init_from=rollouts", "transfer.replay=true", "run_dir=run", code=2)
+    assert "rollouts" in refused.stderr
+    assert "torso all tasks 304 loaded" in lines(here("train", *SMALL, *NEVER, TWO, "init_from=rollouts", "run_dir=run").stdout)
 
 
 def test_bench_leaves_the_source_out(here: MtrlHere) -> None:
