@@ -166,7 +166,8 @@ def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case:
     assert learning_rows(run) == rows
     if "resets.every=350" in words:
         assert max(row.get("resets", 0) for row in rows) == (2 if "resets.until=1" in words else 1)
-    here("eval", "run", "eval.max_steps=10")
+    if case == "rmsprop":  # the vectors of its normalised layers are in the model
+        here("eval", "run", "eval.max_steps=10")
 
 
 @pytest.mark.parametrize(
