@@ -243,4 +243,4 @@ def take_replay(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks
             raise
         raise UserError(f"{what} does not fit: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
     run.learner.start_at(0)
-    say(f"replay       {replay.transitions:,} transitions per task of the source; learning starts at once")
+    say(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

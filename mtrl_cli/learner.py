@@ -199,7 +199,7 @@ class Learner:
         shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
-        drawn = self._dropout and self._dropout.get_state()
+        drawn = None if self._dropout is None else self._dropout.get_state()
         _, gradients = self._differentiate(batch)
         gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
         if self.task_weights.looks_back:
@@ -207,7 +207,7 @@ class Learner:
                 self.agent.losses(batch)
         for parameter in self.optimizer.parameters:
             parameter.grad = None
-        if self._dropout and drawn is not None:
+        if self._dropout is not None and drawn is not None:
             self._dropout.set_state(drawn)
 
     def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:

@@ -35,7 +35,8 @@ def share_left(schedule: Schedule, final: float, progress: float) -> float:
 class Optimizer(ABC):
     """A torch optimizer with gradient clipping, a learning-rate schedule, and learning-rate factors of parts of the network.
 
-    The keyword-only parameters here are keys of every class whose own constructor hands its further keywords (`**common`) to this one.
+    The keyword-only parameters here are keys of every class whose own constructor hands its further keywords (`**common`) to this one,
+    as it does with what it is given of the network (`parameters` and `kinds`).
 
     Args:
         parameters: what is trained, in the order of the network. One without a gradient is left alone: it neither moves nor decays.
@@ -55,6 +56,7 @@ class Optimizer(ABC):
     """
 
     capturable: ClassVar[bool] = True
+    _options: dict[str, Any]
 
     def __init__(
         self,
@@ -162,17 +164,9 @@ class Adam(Optimizer):
         weight_decay: L2 penalty, added to the gradient.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
-        *,
-        eps: PositiveFloat,
-        weight_decay: NonNegativeFloat,
-        **common: Any,
-    ):
+    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
         self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(parameters, kinds, **common)
+        super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, lr, **self._options, fused=True, capturable=capturable)
@@ -186,17 +180,9 @@ class AdamW(Optimizer):
         weight_decay: the decay, times the step size.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
-        *,
-        eps: PositiveFloat,
-        weight_decay: NonNegativeFloat,
-        **common: Any,
-    ):
+    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
         self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(parameters, kinds, **common)
+        super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr, **self._options, fused=True, capturable=capturable)
@@ -210,24 +196,16 @@ class RAdam(Optimizer):
         weight_decay: L2 penalty, added to the gradient.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
-        *,
-        eps: PositiveFloat,
-        weight_decay: NonNegativeFloat,
-        **common: Any,
-    ):
+    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
         self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(parameters, kinds, **common)
+        super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.RAdam(groups, lr, **self._options, foreach=True, capturable=capturable)
 
 
 class RMSprop(Optimizer):
-    """RMSProp (Tieleman and Hinton 2012), and centred, as DQN was trained (Mnih et al. 2015, Methods, after Graves 2013).
+    """RMSProp (Tieleman and Hinton 2012); centred (Graves 2013, equations 38 to 45) as the first DQN was trained.
 
     Args:
         alpha: decay of the running means.
@@ -239,18 +217,22 @@ class RMSprop(Optimizer):
 
     def __init__(
         self,
-        parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
-        *,
+        *network: Any,
         alpha: Fraction,
         eps: PositiveFloat,
-        momentum: NonNegativeFloat,
+        momentum: Fraction,
         centred: bool,
         weight_decay: NonNegativeFloat,
         **common: Any,
     ):
-        self._options = {"alpha": alpha, "eps": eps, "momentum": momentum, "centered": centred, "weight_decay": weight_decay}
-        super().__init__(parameters, kinds, **common)
+        self._options = {
+            "alpha": alpha,
+            "eps": eps,
+            "momentum": momentum,
+            "centered": centred,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(groups, lr, **self._options, foreach=True, capturable=capturable)
@@ -270,9 +252,7 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
-        *,
+        *network: Any,
         momentum: Fraction,
         nesterov: bool,
         weight_decay: NonNegativeFloat,
@@ -281,7 +261,7 @@ class SGD(Optimizer):
         if nesterov and not momentum:
             raise ValueError("optimizer.nesterov=true needs optimizer.momentum above 0, for example 0.9")
         self._options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(parameters, kinds, **common)
+        super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr, **self._options, fused=True)  # fused reads lr on the device, and so is always capturable

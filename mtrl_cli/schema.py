@@ -326,8 +326,8 @@ def describe(annotation: Any) -> str:
     if origin is list:
         return "a list of names" if arguments[0] is str else f"a list, each {describe(arguments[0])}"
     if origin is dict:
-        names = "names with values" if arguments[0] is str else f"values for {describe(arguments[0])}"
-        return f"{names}, each {describe(arguments[1])}"
+        what = "names with values" if arguments[0] is str else f"values for {describe(arguments[0])}"
+        return f"{what}, each {describe(arguments[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

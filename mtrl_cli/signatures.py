@@ -103,9 +103,9 @@ def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
         raise UserError(f"{key}={target}: expected a {base} that {PACKAGE} itself defines{known}")
     keys = _keys(found)
     if _hands_on(found):
-        *of_kind, _ = kind.split(".")[1:]
-        owner = _class_of(_parse(root, tuple(of_kind)) or tree, base)
-        keys |= {name: key for name, key in (_keys(owner) if owner else {}).items() if name not in keys}
+        home = _parse(root, tuple(kind.split(".")[1:-1]))
+        owner = _class_of(home, base) if home else None
+        keys = {**(_keys(owner) if owner else {}), **keys}
     return Signature(target, keys, _attributes(found))
 
 

@@ -13,6 +13,8 @@ from fake_tasks import ALL_WEIGHTS, stream_of, weights_of
 from mtrl_cli import build, capture, settling
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
 from mtrl_cli.config import compose_training
+from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
+from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.task_weights.tape import tape_for
@@ -118,6 +120,18 @@ def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
         learner.agent._view.scale = scale(stream_of(NAMES, num_envs=3))
 
     compare(change, replay_kind=replay_kind, **target)
+
+
+@pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
+@pytest.mark.parametrize("target", [{"target_period": 2}, {"target_period": 0, "target_tau": 0.1}])
+def test_with_dropout_and_spectral_norm_it_learns_what_an_eager_one_does(sharing: type[Sharing], target: dict[str, Any]) -> None:
+    """The masks are drawn anew in each replay, and the singular vectors go on."""
+
+    def change(learner: Any) -> None:
+        torch.manual_seed(5)
+        assert learner._spectral_layers
+
+    compare(change, sharing=sharing, torso=MLP(hidden=[8, 6], dropout=0.3, spectral_norm=True), **target)
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "mgda", "gradnorm", "uniform"])

@@ -40,7 +40,7 @@ def test_options_come_with_their_description() -> None:
     assert offered("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
 
 
-NETWORK = ("features", "width", "layer_norm", "parameters")
+NETWORK = ("features", "width", "layer_norm", "dropout", "spectral_norm", "parameters")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.matching import Source, pieces_of, take
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import tagged
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
@@ -26,7 +27,7 @@ from mtrl_cli.task_weights.tape import tape_for
 from recorded_operations import RecordedOperations
 from test_learner import NAMES, SETTINGS, fill, learner_of, parameters
 from test_matching import network_of
-from test_sharing import VECTORS
+from test_sharing import VECTORS, observations
 
 ALL = None
 Optimizers = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -248,3 +249,26 @@ def test_adapters_of_low_rank_train_beside_a_frozen_torso() -> None:
     assert changed == HEADS | {(task, "adapters", None) for task in "abc"}
     assert len(VECTORS) == 3
     assert not network.shared_parameters()
+
+
+@pytest.mark.parametrize("sharing", ["hard", "independent"])
+def test_what_spectral_norm_knows_of_frozen_layers_stays_too(sharing: str) -> None:
+    """Of a stacked layer whose rows are frozen in part, those rows; and known tasks say what they said."""
+    torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
+    source, network = network_of(sharing, "ab", torso, seed=1), network_of(sharing, "abc", torso, seed=2)
+    found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
+    seen = observations([VECTORS[0], VECTORS[1], VECTORS[2]])
+    assert torch.allclose(network(seen)[:2, :, :2], source(seen[:2])[:, :, :2], atol=1e-6)
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin(found.rows)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    changed = moved(network, freezing, torch.optim.AdamW(network.parameters(), 0.1))
+    for layer in spectral_layers(network):
+        layer.power_step()
+    freezing.put_back()
+    vectors = {key: piece for key, piece in pieces_of(network, list("abc")).items() if piece.tensor in before}
+    assert vectors
+    for key, piece in vectors.items():
+        assert torch.equal(piece.of(network.state_dict()), piece.of(before)) == (key[0] != "c"), key
+    changed = {key for key in changed if key not in vectors}
+    assert kinds(network, changed) == {(each.task, each.kind, each.layer) for each in found.outcomes if each.fate == "fresh"} | HEADS

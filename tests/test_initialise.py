@@ -34,7 +34,7 @@ SMALL = [
     "device=cpu",
 ]
 TWO, THIRD = "env.tasks=[CartPole-v1,Acrobot-v1]", "env.tasks=[MountainCar-v0]"
-NEVER = "agent.learning_starts=240"
+NEVER = ["steps_per_task=16", "agent.learning_starts=16", "checkpoint.every=0", "log.diagnostics=0"]
 """No update is made: what a run ends with is what it was given."""
 
 
@@ -51,8 +51,9 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines()]
 
 
-def model(run: Path, step: int = 240) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / str(step) / "model.safetensors")
+def model(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
+    latest = (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(run / "checkpoints" / str(step or latest) / "model.safetensors")
 
 
 def bytes_of(run: Path) -> list[bytes]:
@@ -75,7 +76,7 @@ def network_of(run: Path) -> Any:
 
 
 def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) -> None:
-    done = here("train", *SMALL, NEVER, f"init_from={sources / 'two'}", "run_dir=run")
+    done = here("train", *SMALL, *NEVER, f"init_from={sources / 'two'}", "run_dir=run")
     said = lines(done.stdout)
     for line in (
         f"From {sources / 'two' / 'checkpoints' / '240'}",
@@ -95,9 +96,9 @@ def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) 
 
 
 def test_same_tasks_say_bit_by_bit_the_same_and_an_older_checkpoint_is_another(here: MtrlHere, sources: Path) -> None:
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two'}", "run_dir=run", "seed=3")
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / '100'}", "run_dir=older")
-    here("train", *SMALL, NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / 'best'}", "run_dir=best")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two'}", "run_dir=run", "seed=3")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / '100'}", "run_dir=older")
+    here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / 'best'}", "run_dir=best")
     observation = torch.randn(2, 5, 6)
     said = {name: network_of(path)[1](observation) for name, path in (("source", sources / "two"), ("run", here.folder / "run"))}
     assert torch.equal(said["run"], said["source"])
@@ -120,8 +121,8 @@ def test_other_task_takes_the_torso_and_leaves_the_rest(here: MtrlHere, sources:
 def test_values_on_a_scale_of_their_own_bring_it_along(here: MtrlHere, sources: Path) -> None:
     """PopArt to PopArt: the statistics of the known tasks. To none: values of the game's own rewards."""
     source = [sources / "popart", "agent/value_scale=popart"]
-    here("train", *SMALL, NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
-    to_none = here("train", *SMALL, NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
+    here("train", *SMALL, *NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
+    to_none = here("train", *SMALL, *NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
     assert "heads are brought to the game's own rewards" in to_none.stdout
     there, same = (
         CheckpointStore(path / "checkpoints", keep=1, with_replay=False).load("latest")[1]["agent"]["value_scale"]
@@ -148,7 +149,7 @@ def test_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
             (["network/sharing=independent"], "layer 2 of each torso CartPole-v1, Acrobot-v1 608 loaded"),
         ]
     ):
-        done = here("train", *SMALL, NEVER, TWO, *words, f"init_from={sources / 'two'}", f"run_dir=run{number}")
+        done = here("train", *SMALL, *NEVER, TWO, *words, f"init_from={sources / 'two'}", f"run_dir=run{number}")
         assert line in lines(done.stdout), done.stdout
 
 
@@ -275,6 +276,28 @@ def test_killed_before_at_or_after_a_thaw_a_run_ends_with_the_same_bytes(here: M
     assert rows(run) == rows(thawed)
 
 
+@pytest.mark.parametrize(
+    "words", [["optimizer=adamw", "optimizer.weight_decay=0.5"], ["optimizer=sgd", "resets.every=60", "network.dropout=0.1"]]
+)
+def test_with_decay_and_resets_frozen_bytes_stay_and_a_resume_is_exact(here: MtrlHere, sources: Path, words: list[str]) -> None:
+    here("train", *SMALL, *words, f"init_from={sources / 'two'}", "transfer.freeze=torso", "transfer.unfreeze_at=160", "run_dir=run")
+    run, source = here.folder / "run", model(sources / "two")
+    body, stem, vector = "sharing.body.0.0.weight", "sharing.stem.stacked.0:weight", "sharing.stem.stacked.1:weight"
+    for step in (20, 100, 160):
+        found = model(run, step)
+        assert torch.equal(found[body], source[body])
+        assert torch.equal(found[stem][:2], source[stem][:2])
+        assert torch.equal(found[vector][:2], source[vector][:2])
+    assert not torch.equal(found[stem][2], model(run, 20)[stem][2])
+    assert not torch.equal(model(run)[body], source[body])
+    before = bytes_of(run)
+    for path in (run / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > 140:
+            shutil.rmtree(path)
+    here("resume", "run")
+    assert bytes_of(run) == before
+
+
 def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sources: Path) -> None:
     shutil.copytree(sources / "two", here.folder / "source")
     here("train", *SMALL, TWO, "init_from=source", "transfer.freeze=torso:1", "run_dir=run")
@@ -288,7 +311,7 @@ def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sou
 
 
 def test_or_resume_knows_its_source_again(here: MtrlHere, sources: Path) -> None:
-    command = ["train", *SMALL, NEVER, TWO, "run_dir=run", "--or-resume"]
+    command = ["train", *SMALL, *NEVER, TWO, "run_dir=run", "--or-resume"]
     here(*command, f"init_from={sources / 'two'}")
     assert "init_from" not in here(*command, f"init_from={sources / 'two'}").stdout
     assert "not taken from this command: init_from" in here(*command, f"init_from={sources / 'popart'}").stdout
@@ -306,9 +329,9 @@ def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlH
     assert bytes_of(run) == before
     here("eval", "run", "eval.episodes=1")
     words = [f"init_from={run}", "transfer.freeze=torso", "transfer.adapters=lora"]
-    here("train", *SMALL, NEVER, TWO, *words, "run_dir=again")
+    here("train", *SMALL, *NEVER, TWO, *words, "run_dir=again")
     assert all(torch.equal(value, found[name]) for name, value in model(here.folder / "again").items())
-    assert "adapter CartPole-v1, Acrobot-v1 256 left" in lines(here("train", *SMALL, NEVER, TWO, words[0], "run_dir=plain").stdout)
+    assert "adapter CartPole-v1, Acrobot-v1 256 left" in lines(here("train", *SMALL, *NEVER, TWO, words[0], "run_dir=plain").stdout)
 
 
 @pytest.mark.parametrize(("replay", "capacity", "held"), [("uniform", 160, 160), ("prioritized", 400, 240)])

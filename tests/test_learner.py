@@ -19,7 +19,7 @@ from mtrl_cli.learner import Learner
 from mtrl_cli.networks.heads import DuelingHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
-from mtrl_cli.networks.torsos import MLP
+from mtrl_cli.networks.torsos import MLP, Torso
 from mtrl_cli.optimizers import Adam
 from mtrl_cli.replay import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
 from mtrl_cli.state_tree import put_together, take_apart
@@ -56,11 +56,11 @@ def learner_of(
     augmentation: Augmentation | None = None,
     replay_spec: ReplaySpec = SPEC,
     optimizer_lr: float = 0.01,
+    torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
     **settings: Any,
 ) -> Learner:
     """A whole learner: two tasks of 5 and 3 observed numbers, 4 and 2 actions."""
     torch.manual_seed(weights_seed)
-    torso = MLP(hidden=[8, 6])
     network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
     agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]

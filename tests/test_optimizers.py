@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mtrl_cli.optimizers import Adam, Optimizer, RAdam
+from mtrl_cli.optimizers import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop, share_left
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -152,3 +152,161 @@ def test_moments_take_the_layout_of_their_parameter_whatever_a_file_made_of_it(k
         move(plain, one, number)
         move(images, other, number)
     assert torch.allclose(plain, images, atol=1e-6)
+
+
+# -- schedules ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [1.0, 0.8, 0.6, 0.2, 0.2]),
+        # cos(pi / 4) is 0.70711: 0.2 + 0.8 * 1.70711 / 2.
+        ("cosine", [1.0, 0.882843, 0.6, 0.2, 0.2]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, shares: list[float]) -> None:
+    found = [share_left(schedule, 0.2, progress) for progress in (0.0, 0.25, 0.5, 1.0, 1.5)]  # type: ignore[arg-type]
+    assert found == pytest.approx(shares, abs=1e-6)
+
+
+def step_sizes(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer._optimizer.param_groups]
+
+
+def test_warm_up_grows_from_nothing_and_then_leaves_the_schedule_alone() -> None:
+    optimizer = Adam(parameters(), lr=0.1, lr_final=0.5, warm_up=40, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
+    # Half way through the run the linear schedule leaves 0.75 of lr.
+    for learning_for, lr in ((0, 0.0), (10, 0.01875), (39, 0.073125), (40, 0.075), (1000, 0.075)):
+        optimizer.at(0.5, learning_for)
+        assert step_sizes(optimizer) == pytest.approx([lr])
+
+
+def test_a_cosine_that_goes_nowhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.lr_final=0"):
+        Adam(parameters(), lr=0.1, schedule="cosine", eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
+
+
+# -- factors, parts without a gradient, and torch's own -----------------------------------------------------------------------
+
+COMMON = {"lr": 0.05, "max_grad_norm": 1.5}
+ALL: list[tuple[type[Optimizer], dict[str, object], type[torch.optim.Optimizer], dict[str, object]]] = [
+    (Adam, {"eps": 1e-4, "weight_decay": 0.01}, torch.optim.Adam, {"eps": 1e-4, "weight_decay": 0.01}),
+    (AdamW, {"eps": 1e-4, "weight_decay": 0.1}, torch.optim.AdamW, {"eps": 1e-4, "weight_decay": 0.1}),
+    (RAdam, {"eps": 1e-4, "weight_decay": 0.01}, torch.optim.RAdam, {"eps": 1e-4, "weight_decay": 0.01}),
+    (
+        RMSprop,
+        {"alpha": 0.9, "eps": 1e-4, "momentum": 0.5, "centred": True, "weight_decay": 0.01},
+        torch.optim.RMSprop,
+        {"alpha": 0.9, "eps": 1e-4, "momentum": 0.5, "centered": True, "weight_decay": 0.01},
+    ),
+    (
+        SGD,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        torch.optim.SGD,
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    ),
+    (SGD, {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}, torch.optim.SGD, {}),
+]
+KINDS = ["torso", "heads", "torso", "sharing"]
+
+
+def four(seed: int = 0) -> list[torch.nn.Parameter]:
+    random = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in ((3, 2), (4,), (2, 2), (5,))]
+
+
+def pull(of: list[torch.nn.Parameter], turn: int, frozen: tuple[int, ...] = ()) -> None:
+    """Gradients of a turn; those of frozen parameters are None."""
+    random = torch.Generator().manual_seed(100 + turn)
+    for index, parameter in enumerate(of):
+        gradient = torch.randn(parameter.shape, generator=random)
+        parameter.grad = None if index in frozen else gradient
+
+
+@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
+def test_twenty_steps_with_factors_and_a_part_that_is_frozen_and_thawed_agree_with_torchs_own(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+) -> None:
+    """The oracle has a plain optimizer for each parameter, that of the frozen one made when it thaws: so it knows of no groups."""
+    own, plain = four(), four()
+    optimizer = kind(own, KINDS, factors={"torso": 0.1, "heads": 2.0}, **options, **COMMON)  # type: ignore[arg-type]
+    factors, thaws = [0.1, 2.0, 0.1, 1.0], 8
+    each: dict[int, torch.optim.Optimizer] = {}
+    before = own[2].detach().clone()
+    for turn in range(20):
+        frozen = (2,) if turn < thaws else ()
+        if turn == thaws:
+            assert torch.equal(own[2], before)  # neither moved nor decayed
+            assert sorted(optimizer.state_dict()) in (["0", "1", "3"], [])
+        pull(own, turn, frozen)
+        pull(plain, turn, frozen)
+        torch.nn.utils.clip_grad_norm_(plain, 1.5)
+        optimizer.at(turn / 40)
+        optimizer.step()
+        for index, parameter in enumerate(plain):
+            if index not in frozen:
+                made = each.setdefault(index, reference([parameter], lr=0.05 * factors[index], **its))  # type: ignore[call-arg]
+                made.step()
+    for ours, theirs in zip(own, plain, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
+def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_yet(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+) -> None:
+    """A parameter's moments are its own with other factors, and one that never moved begins when it does."""
+
+    def made(of: list[torch.nn.Parameter], **factors: float) -> Optimizer:
+        return kind(of, KINDS, factors=factors, **options, **COMMON)  # type: ignore[arg-type]
+
+    own = four()
+    optimizer = made(own, torso=0.1, heads=2.0)
+    for turn in range(3):
+        pull(own, turn, frozen=(0,))
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert "0" not in state
+    twin_parameters = copy.deepcopy(own)
+    twin = made(twin_parameters, torso=0.1, heads=2.0)
+    twin.load_state_dict(copy.deepcopy(state))
+    for turn in range(3, 7):
+        for one, of in ((optimizer, own), (twin, twin_parameters)):
+            pull(of, turn)
+            one.step()
+    for ours, theirs in zip(own, twin_parameters, strict=True):
+        assert torch.equal(ours, theirs)
+    regrouped = made(four(), sharing=3.0)
+    regrouped.load_state_dict(copy.deepcopy(state))
+    for index, values in regrouped.state_dict().items():
+        assert {name: value.tolist() for name, value in values.items()} == {name: value.tolist() for name, value in state[index].items()}
+
+
+@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
+def test_what_is_forgotten_moves_like_new(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+) -> None:
+    own = four()
+    optimizer = kind(own, **options, **COMMON)  # type: ignore[arg-type]
+    for turn in range(5):
+        pull(own, turn)
+        optimizer.step()
+    optimizer.forget(own[:2])
+    new_parameters = copy.deepcopy(own)
+    new = kind(new_parameters, **options, **COMMON)  # type: ignore[arg-type]
+    for turn in range(5, 8):
+        for one, of in ((optimizer, own), (new, new_parameters)):
+            pull(of, turn)
+            one.step()
+    assert torch.equal(own[0], new_parameters[0])
+    assert torch.equal(own[1], new_parameters[1])
+    assert not options["weight_decay"] or not torch.equal(own[2], new_parameters[2])  # plain SGD has nothing to forget
+
+
+def test_factors_without_known_parts_and_nesterov_without_momentum_are_refused() -> None:
+    with pytest.raises(ValueError, match="parts of this network"):
+        Adam(four(), factors={"torso": 0.1}, eps=1e-3, weight_decay=0.0, **COMMON)
+    with pytest.raises(ValueError, match=r"optimizer\.momentum"):
+        SGD(four(), momentum=0.0, nesterov=True, weight_decay=0.0, **COMMON)

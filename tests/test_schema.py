@@ -144,6 +144,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "import shutil\nfrom mtrl_cli.task_weights.base import TaskWeights\nfrom mtrl_cli.fields import PositiveInt\n"
         "class Mine(TaskWeights):\n    def __init__(self, tasks, *, power: PositiveInt = 2): pass\n"
         "class NotOne: pass\n"
+        "from mtrl_cli.optimizers import Optimizer\n"
+        "class Moves(Optimizer):\n    def __init__(self, *network, mine: PositiveInt = 4, max_grad_norm: PositiveInt, **common): pass\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     yield "mtrl_plugin_of_mine"
@@ -161,6 +163,19 @@ def test_a_trusted_package_is_imported_and_any_other_is_not(plugin: str) -> None
     found = signatures.read("task_weights._target_", f"{plugin}.Mine", WEIGHTS, (plugin,))
     assert found.keys["power"] == signatures.Key(PositiveInt, 2)
     assert signatures.import_class(f"{plugin}.Mine").__name__ == "Mine"
+
+
+def test_a_class_that_hands_further_keywords_on_has_the_keys_of_its_kind_too(plugin: str) -> None:
+    """Ours is read, one of the user's imported; where both name a key the class's own counts."""
+    kind = "mtrl_cli.optimizers.Optimizer"
+    common = {"lr", "lr_final", "schedule", "warm_up", "factors", "max_grad_norm"}
+    ours = signatures.read("optimizer._target_", "mtrl_cli.optimizers.SGD", kind)
+    assert set(ours.keys) == common | {"momentum", "nesterov", "weight_decay"}
+    assert ours.keys["warm_up"].default == 0
+    theirs = signatures.read("optimizer._target_", f"{plugin}.Moves", kind, (plugin,))
+    assert set(theirs.keys) == common | {"mine"}
+    assert theirs.keys["max_grad_norm"].annotation == PositiveInt
+    assert theirs.keys["warm_up"] == ours.keys["warm_up"]
 
 
 @pytest.mark.parametrize("name", ["NotOne", "shutil", "TaskWeights", "nothing", "shutil.copy", "Mine.__init__"])
