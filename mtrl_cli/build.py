@@ -1,4 +1,4 @@
-"""Configuration to the objects of a run. Beside it only `instances`, `build_network` and `settling` read a configuration's values."""
+"""Configuration to the objects of a run. Beside it `instances`, `build_network`, `build_augmentation` and `settling` read its values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mtrl_cli import hardware
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
+from mtrl_cli.build_augmentation import make_augmentation
 from mtrl_cli.build_network import make_network, make_tape
 from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
@@ -138,9 +139,8 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
             os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
-    compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
     value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
-    agent = make(config, "agent", network, value_scale, names, compile_with)
+    agent = make(config, "agent", network, value_scale, names, compiler_of(config))
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
     learner = _make_learner(config, pack, agent, replay, ranks, say)
 
@@ -176,6 +176,11 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     )
 
 
+def compiler_of(config: Config) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What makes a fast function of one over tensors of shapes that stay, or the identity where nothing is compiled."""
+    return (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
+
+
 def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
     """What trains the agent's network from the replay."""
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
@@ -187,11 +192,12 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    augmentation = make_augmentation(config, pack, agent, device, compiler_of(config), ranks)
+    task_weights = make_task_weights(config, tasks, network, say)
     tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
-    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
+    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, *augmentation.parts.values()))) if recorded else None
     return Learner(agent, replay, augmentation, task_weights, optimizer, names, tape=tape, recorder=recorder, ranks=ranks)
 
 

@@ -21,6 +21,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_value_scale(config, trusted, root)
     _check_replay(config, trusted, root)
     _check_agent(config["agent"], config["env"].get("tasks", []), config["steps_per_task"])
+    _check_draws(config)
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
         raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
@@ -92,6 +93,16 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
             f"steps_per_task={config['steps_per_task']}: agent.rollout_length={length} with env.num_envs={num_envs} needs "
             f"{(length + 1) * num_envs} steps per task before anything is learned (one more of each environment); lower these or raise it"
         )
+
+
+def _check_draws(config: Mapping[str, Any]) -> None:
+    """Several draws of a sample are the same one without an augmentation."""
+    for key in ("loss_draws", "target_draws"):
+        if config["agent"].get(key, 1) > 1 and not config["augmentation"]:
+            raise UserError(
+                f"agent.{key}={config['agent'][key]} averages over draws of an augmentation, and there is none: "
+                "choose one (augmentation=shift), or leave it at 1"
+            )
 
 
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:

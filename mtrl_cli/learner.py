@@ -9,7 +9,7 @@ import torch
 
 from mtrl_cli import capture
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.augmentation import Augmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError
 from mtrl_cli.optimizers import Optimizer
@@ -37,7 +37,7 @@ class Learner:
         self,
         agent: Agent,
         replay: Replay,
-        augmentation: Augmentation,
+        augmentation: Pipeline,
         task_weights: TaskWeights,
         optimizer: Optimizer,
         task_names: list[str],
@@ -140,12 +140,14 @@ class Learner:
             self._taps = self._tape.make_taps(network, batch.observation.flatten(2, 3))
         with self._tape.recording(self._taps):
             losses = self.agent.losses(batch)
-        return losses, TapedGradients(losses.loss_KB, self._tape, self._taps, self._shared, self._own)
+        samples = batch.observation.shape[1]
+        return losses, TapedGradients(losses.loss_KB, self._tape, self._taps, self._shared, self._own, samples=samples)
 
     def warm_up(self) -> None:
         """Compile what is compiled, on samples of no meaning. Leaves no trace in what is learned."""
         shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
+        drawn = self._augmentation.state_dict()
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
         _, gradients = self._differentiate(batch)
         gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))
@@ -154,6 +156,7 @@ class Learner:
                 self.agent.losses(batch)
         for parameter in self.optimizer.parameters:
             parameter.grad = None
+        self._augmentation.load_state_dict(drawn)
 
     def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
@@ -203,6 +206,7 @@ class Learner:
             "updates_in_row": self._updates_in_row,
             "figures": dict(self._figures),
             "task_weights": self.task_weights.state_dict(),
+            "augmentation": self._augmentation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,6 +216,7 @@ class Learner:
         for name, total in self._figures.items():
             total.copy_(state["figures"][name])
         self.task_weights.load_state_dict(state["task_weights"])
+        self._augmentation.load_state_dict(state.get("augmentation", {}))  # older checkpoints: of runs without one
 
     def refill_from(self, step: int) -> None:
         """Start over with an empty replay at a step: gather as much as at the start, and make up for no update."""

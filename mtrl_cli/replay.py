@@ -62,6 +62,9 @@ class Batch:
         terminated: bool `[K, B]`, the window ends in a terminal state: nothing is bootstrapped.
         weight: float32 `[K, B]`, factor on the loss: importance weights; 0 for a sample that could not be drawn.
         index: int64 `[K, B]`, where it lies (for priorities).
+
+    An augmentation may make several of each observation, with its action, and of each next observation: then these are `[K, M * B]` and
+    `[K, K' * B]`, sample b at b, B + b, 2 B + b, ..., and all else stays (see `augmentation/base.py`).
     """
 
     observation: torch.Tensor

@@ -18,10 +18,9 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 ROOMS = {
     "cli": {"cli", "__main__"},
     "procedures": {"train", "training", "bench", "evaluate", "info", "listing", "completion"},
-    "build": {"build", "build_network", "instances", "settling"},
+    "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"group", "loop", "learner", "rank_gradients", "evaluator", "diagnostics", "throughput"},
-    "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {"budget", "distributed", "frame_stack", "hardware", "heatmap", "optimizers", "schedules", "signals", "stats", "transfer"},
     "replay": {"replay", "rollouts"},

@@ -30,7 +30,10 @@ Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Task:
-    """One game of a pack, as it is by itself: its observation (one frame, unpadded, `[C, H, W]` or `[D]`), its actions and its scores."""
+    """One game of a pack, as it is by itself: its observation (one frame, unpadded, `[C, H, W]` or `[D]`), its actions and its scores.
+
+    `symmetric`: it looks and plays the same in a mirror, with LEFT for RIGHT.
+    """
 
     name: str
     observation_shape: tuple[int, ...]
@@ -39,6 +42,7 @@ class Task:
     frames_per_step: int
     random_score: float | None
     reference_score: float | None
+    symmetric: bool = False
 
 
 class VectorTask(Protocol):
@@ -160,6 +164,18 @@ def check_names(names: Sequence[str], known: Collection[str], what: str) -> None
             choices = sorted(known) if len(known) <= 20 else []
             hint = f"did you mean {' or '.join(meant)}?" if meant else f"choose from {', '.join(choices)}" if choices else ""
             raise UserError(f"env.tasks: {name!r} is not {what}" + (f"; {hint}" if hint else ""))
+
+
+def check_symmetric(names: Sequence[str], known: Collection[str], what: str) -> None:
+    """Refuse an `env.symmetric` that names what is not `known`.
+
+    Raises:
+        UserError
+    """
+    for name in names:
+        if name not in known:
+            meant = difflib.get_close_matches(name, sorted(known), 1)
+            raise UserError(f"env.symmetric: {name!r} is not {what}" + (f"; did you mean {meant[0]}?" if meant else ""))
 
 
 @dataclass
