@@ -139,8 +139,9 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
             os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
+    compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
     value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
-    agent = make(config, "agent", network, value_scale, names, compiler_of(config))
+    agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
     learner = _make_learner(config, pack, agent, replay, ranks, say)
 
@@ -176,11 +177,6 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     )
 
 
-def compiler_of(config: Config) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What makes a fast function of one over tensors of shapes that stay, or the identity where nothing is compiled."""
-    return (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
-
-
 def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
     """What trains the agent's network from the replay."""
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
@@ -192,7 +188,7 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation = make_augmentation(config, pack, agent, device, compiler_of(config), ranks)
+    augmentation = make_augmentation(config, pack, agent, device, ranks)
     task_weights = make_task_weights(config, tasks, network, say)
     tape = make_tape(config, network, pack, device) if task_weights.needs != "losses" else None
     # Exchanges between ranks are made one at a time.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from mtrl_cli.agents.agent import Agent
@@ -23,14 +20,7 @@ def settle(config: Config, pack: Pack) -> Config:
     }
 
 
-def make_augmentation(
-    config: Config,
-    pack: Pack,
-    agent: Agent,
-    device: torch.device,
-    compile_with: Callable[[Callable[..., Any]], Callable[..., Any]],
-    ranks: Ranks,
-) -> Pipeline:
+def make_augmentation(config: Config, pack: Pack, agent: Agent, device: torch.device, ranks: Ranks) -> Pipeline:
     """All augmentations as one, each with draws of its own, which differ from rank to rank.
 
     Raises:
@@ -48,7 +38,6 @@ def make_augmentation(
             symmetric=tuple(task.symmetric for task in pack.tasks),
             device=device,
             seed=derived_seed(config["seed"], ranks.label(f"augmentation {name}")),
-            compile_with=compile_with,
         )
 
     parts = {name: make(config, f"augmentation/{name}", seen(name)) for name in config["augmentation"]}

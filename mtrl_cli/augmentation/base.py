@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,7 +27,6 @@ class Observations:
         symmetric: whether each task looks and plays the same in a mirror.
         device: where batches are.
         seed: of the draws.
-        compile_with: what makes a fast function of one over tensors (torch.compile), or the identity.
     """
 
     kind: str
@@ -39,7 +38,6 @@ class Observations:
     symmetric: tuple[bool, ...]
     device: torch.device
     seed: int
-    compile_with: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Augmentation(ABC):

@@ -33,19 +33,25 @@ def padded_windows(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tens
     rows, pitch = H + 2 * pad, W + 2 * pad
     size = F * rows * pitch
     # An image's windows are stretches of memory that begin at one place or another: each is copied as a whole, with what lies beyond
-    # its right edge and its end, which is then cut off. Ten times as quick as looking up pixel by pixel.
+    # its right edge and its end, which is then cut off. Three times as quick as looking up pixel by pixel.
     reach = 2 * pad * (pitch + 1)
     memory = images.new_zeros(M * size + reach)
-    padded = memory[: M * size].view(M, F, rows, pitch)
-    padded[:, :, pad : pad + H, pad : pad + W] = images
-    for each in range(pad):  # a column at a time, as copies of four bytes each are slow
-        padded[:, :, pad : pad + H, each] = images[..., 0]
-        padded[:, :, pad : pad + H, pad + W + each] = images[..., -1]
-    padded[:, :, :pad] = padded[:, :, pad : pad + 1]
-    padded[:, :, pad + H :] = padded[:, :, pad + H - 1 : pad + H]
+    with_edges(images, pad, out=memory[: M * size].view(M, F, rows, pitch))
     start_M = torch.arange(M, device=images.device) * size + top_M * pitch + left_M
     stretches = memory.as_strided(((M - 1) * size + reach + 1, size), (1, 1))
     return stretches.index_select(0, start_M).view(M, F, rows, pitch)[:, :, :H, :W]
+
+
+def with_edges(images: torch.Tensor, pad: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Images `[M, F, H, W]` with their edges repeated `pad` times all around, `[M, F, H + 2 pad, W + 2 pad]`."""
+    M, F, H, W = images.shape
+    if out is None:
+        out = images.new_empty(M, F, H + 2 * pad, W + 2 * pad)
+    left, right = (images[..., column, None].expand(-1, -1, -1, pad) for column in (0, W - 1))
+    out[:, :, pad : pad + H] = torch.cat([left, images, right], -1)
+    out[:, :, :pad] = out[:, :, pad : pad + 1]
+    out[:, :, pad + H :] = out[:, :, pad + H - 1 : pad + H]
+    return out
 
 
 def looked_up(images: torch.Tensor, index_MP: torch.Tensor) -> torch.Tensor:
@@ -72,9 +78,9 @@ def turned(cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor, h
     x_W = (torch.arange(width, device=zoom_M.device) - (width - 1) / 2)[None, None]
     y_H1 = (torch.arange(height, device=zoom_M.device) - (height - 1) / 2)[None, :, None]
     cosine, sine = (cosine_M / zoom_M)[:, None, None], (sine_M / zoom_M)[:, None, None]
-    column = (cosine * x_W - sine * y_H1 + (width - 1) / 2).clamp(0, width - 1).round()
-    row = (sine * x_W + cosine * y_H1 + (height - 1) / 2).clamp(0, height - 1).round()
-    return (row * width + column).long().flatten(1)
+    column = (cosine * x_W - sine * y_H1).add_((width - 1) / 2).clamp_(0, width - 1).round_()
+    row = (sine * x_W + cosine * y_H1).add_((height - 1) / 2).clamp_(0, height - 1).round_()
+    return row.mul_(width).add_(column).long().flatten(1)
 
 
 def enlarged(top_M: torch.Tensor, left_M: torch.Tensor, rows: int, columns: int, height: int, width: int) -> torch.Tensor:
@@ -124,13 +130,13 @@ class Crop(Augmentation):
         if not share:
             raise ValueError("augmentation.crop.share=0: expected a part of the image that is not empty, such as 0.84")
         self._rows, self._columns = (max(1, round(side * share)) for side in seen.frame_shape[-2:])
-        self._look_up = seen.compile_with(_crop)
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         number, (height, width) = observation.shape[0] * observation.shape[1], observation.shape[-2:]
         top_M = self.integers((number,), height - self._rows + 1)
         left_M = self.integers((number,), width - self._columns + 1)
-        return self._look_up(as_images(observation), top_M, left_M, self._rows, self._columns).view_as(observation)
+        index_MP = enlarged(top_M, left_M, self._rows, self._columns, height, width)
+        return looked_up(as_images(observation), index_MP).view_as(observation)
 
 
 class Rotate(Augmentation):
@@ -145,11 +151,11 @@ class Rotate(Augmentation):
     def __init__(self, seen: Observations, *, degrees: NonNegativeFloat):
         super().__init__(seen)
         self._radians = degrees * torch.pi / 180
-        self._look_up = seen.compile_with(_turn)
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         angle_M = self.uniform((observation.shape[0] * observation.shape[1],), -self._radians, self._radians)
-        return self._look_up(as_images(observation), angle_M.cos(), angle_M.sin(), torch.ones_like(angle_M)).view_as(observation)
+        index_MP = turned(angle_M.cos(), angle_M.sin(), torch.ones_like(angle_M), *observation.shape[-2:])
+        return looked_up(as_images(observation), index_MP).view_as(observation)
 
 
 class Scale(Augmentation):
@@ -174,20 +180,11 @@ class Scale(Augmentation):
         if low > high:
             raise ValueError(f"augmentation.scale.low={low:g} is above augmentation.scale.high={high:g}")
         self._low, self._high = low, high
-        self._look_up = seen.compile_with(_turn)
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         factor_KB = self.uniform(tuple(observation.shape[:2]), self._low, self._high)
         if self.seen.kind == "vector":
             return observation * per_sample(factor_KB, observation)
         factor_M = factor_KB.flatten()
-        one_M = torch.ones_like(factor_M)
-        return self._look_up(as_images(observation), one_M, torch.zeros_like(one_M), factor_M).view_as(observation)
-
-
-def _crop(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return looked_up(images, enlarged(top_M, left_M, rows, columns, *images.shape[-2:]))
-
-
-def _turn(images: torch.Tensor, cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor) -> torch.Tensor:
-    return looked_up(images, turned(cosine_M, sine_M, zoom_M, *images.shape[-2:]))
+        index_MP = turned(torch.ones_like(factor_M), torch.zeros_like(factor_M), factor_M, *observation.shape[-2:])
+        return looked_up(as_images(observation), index_MP).view_as(observation)
