@@ -13,6 +13,9 @@ from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Po
 PIXELS_PER_PAD = 21
 """`pad=auto`: DrQ's 4 pixels of 84, and 1 of 10."""
 
+NARROW = 32
+"""Images of fewer columns are shifted by looking up pixel by pixel: copies of their short rows would take longer."""
+
 
 def auto_pad(frame_shape: tuple[int, ...]) -> int:
     """The pixels that `augmentation.shift.pad=auto` means for images of this shape."""
@@ -40,6 +43,13 @@ def padded_windows(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tens
     start_M = torch.arange(M, device=images.device) * size + top_M * pitch + left_M
     stretches = memory.as_strided(((M - 1) * size + reach + 1, size), (1, 1))
     return stretches.index_select(0, start_M).view(M, F, rows, pitch)[:, :, :H, :W]
+
+
+def shifted(up_M: torch.Tensor, left_M: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Where to look for each pixel of an image that is moved up and to the left (int64 `[M]` each): int64 `[M, H * W]`."""
+    row_MH = (torch.arange(height, device=up_M.device) + up_M[:, None]).clamp_(0, height - 1)
+    column_MW = (torch.arange(width, device=up_M.device) + left_M[:, None]).clamp_(0, width - 1)
+    return (row_MH[:, :, None] * width + column_MW[:, None]).flatten(1)
 
 
 def with_edges(images: torch.Tensor, pad: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,7 +120,11 @@ class Shift(Augmentation):
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         top_M, left_M = self.integers((2, observation.shape[0] * observation.shape[1]), 2 * self._pad + 1)
-        return padded_windows(as_images(observation), top_M, left_M, self._pad).view_as(observation)
+        images = as_images(observation)
+        if observation.shape[-1] < NARROW:
+            index_MP = shifted(top_M - self._pad, left_M - self._pad, *observation.shape[-2:])
+            return looked_up(images, index_MP).view_as(observation)
+        return padded_windows(images, top_M, left_M, self._pad).view_as(observation)
 
 
 class Crop(Augmentation):

@@ -20,7 +20,8 @@ import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
 
-from mtrl_cli.envs.pack import Pack, Received, Task, check_names, check_symmetric
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Received, Task
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.fields import Names, PositiveInt
 
@@ -57,7 +58,8 @@ class AtariPack(Pack):
     ) -> None:
         known = set(roms.get_all_rom_ids()) - WITHOUT_SINGLE_PLAYER
         check_names(tasks, known, "an Atari game")
-        check_symmetric(symmetric, known, "an Atari game")
+        if symmetric:
+            check_names(symmetric, known, "an Atari game", "env.symmetric")
         self.protocol = protocol
         self.full_action_space = full_action_space
         described = [_task(game, full_action_space, game in symmetric) for game in tasks]

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli.envs.pack import Pack, Task, VectorTask, check_names, check_symmetric
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError
@@ -53,7 +54,8 @@ class MinAtarPack(Pack):
         symmetric: list[str] = [],  # noqa: B006 (a literal, so that the schema can read it)
     ) -> None:
         check_names(tasks, GAMES, "a MinAtar game")
-        check_symmetric(symmetric, GAMES, "a MinAtar game")
+        if symmetric:
+            check_names(symmetric, GAMES, "a MinAtar game", "env.symmetric")
         self._symmetric = symmetric
         self._package = _minatar()
         self.sticky = sticky

@@ -10,10 +10,8 @@ full by the number of the episode that was seeded and all actions since: that is
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -142,40 +140,6 @@ def padded_shape(tasks: Sequence[Task]) -> tuple[int, ...]:
             sizes = [f"{each.name} has {'x'.join(map(str, each.observation_shape[1:]))}" for each in (first, task)]
             raise UserError(f"env.tasks: the images of one pack need one height and width, but {' and '.join(sizes)}")
     return (max(task.observation_shape[0] for task in tasks), *first.observation_shape[1:])
-
-
-def check_names(names: Sequence[str], known: Collection[str], what: str) -> None:
-    """Refuse an empty list, a name given twice, and a name that is not `known`, suggesting what may have been meant.
-
-    Args:
-        what: what the names are, for messages: "an Atari game".
-
-    Raises:
-        UserError
-    """
-    if not names:
-        raise UserError(f"env.tasks is empty: name at least one task, {what} each, such as env.tasks=[{min(known, default='...')}]")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UserError(f"env.tasks names {name} {count} times: each task may be given once")
-        if name not in known:
-            lowered = {each.lower(): each for each in sorted(known)}
-            meant = [lowered[each] for each in difflib.get_close_matches(name.lower(), lowered)]
-            choices = sorted(known) if len(known) <= 20 else []
-            hint = f"did you mean {' or '.join(meant)}?" if meant else f"choose from {', '.join(choices)}" if choices else ""
-            raise UserError(f"env.tasks: {name!r} is not {what}" + (f"; {hint}" if hint else ""))
-
-
-def check_symmetric(names: Sequence[str], known: Collection[str], what: str) -> None:
-    """Refuse an `env.symmetric` that names what is not `known`.
-
-    Raises:
-        UserError
-    """
-    for name in names:
-        if name not in known:
-            meant = difflib.get_close_matches(name, sorted(known), 1)
-            raise UserError(f"env.symmetric: {name!r} is not {what}" + (f"; did you mean {meant[0]}?" if meant else ""))
 
 
 @dataclass
