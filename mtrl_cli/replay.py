@@ -55,16 +55,14 @@ class Batch:
     """B samples of each of K tasks.
 
     Attributes:
-        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start.
+        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start; where an augmentation
+            draws each several times (`augmentation.base.Pipeline`) as many times B, and so is the action.
         action: int64 `[K, B]`.
         rewards: float32 `[K, B, n]`, the game's own, zero past the window's end.
         steps: int64 `[K, B]`, how many rewards the window has: n, or fewer where its episode ends before.
         terminated: bool `[K, B]`, the window ends in a terminal state: nothing is bootstrapped.
         weight: float32 `[K, B]`, factor on the loss: importance weights; 0 for a sample that could not be drawn.
         index: int64 `[K, B]`, where it lies (for priorities).
-
-    An augmentation may make several of each observation, with its action, and of each next observation: then these are `[K, M * B]` and
-    `[K, K' * B]`, sample b at b, B + b, 2 B + b, ..., and all else stays (see `augmentation/base.py`).
     """
 
     observation: torch.Tensor
