@@ -172,8 +172,9 @@ def test_the_shell_completes_lists_and_keys(incomplete: str, given: list[str], w
 
 
 def test_auto_becomes_the_pad_of_the_packs_images() -> None:
-    for env, pad in (("atari_pack", 4), ("minatar_pack", 1)):
-        composed = compose_training([f"env={env}", "augmentation=[intensity,shift]", "device=cpu", "compile=false", "replay.capacity=500"])
+    for task, env, pad in (("pong", "atari_pack", 4), ("asterix", "minatar_pack", 1)):
+        words = [f"env={env}", f"env.tasks=[{task}]", "device=cpu", "compile=false", "replay.capacity=500"]
+        composed = compose_training([*words, "augmentation=[intensity,shift]"])
         settled = settling.settle(composed, build.make_pack(composed), print)
         assert settled["augmentation"]["shift"]["pad"] == pad
         assert list(settled["augmentation"]) == ["intensity", "shift"]
