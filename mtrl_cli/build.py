@@ -1,4 +1,4 @@
-"""Configuration to the objects of a run. Beside it only `instances`, `build_network` and `settling` read a configuration's values."""
+"""Configuration to the objects of a run. Beside it `instances`, `build_network`, `build_augmentation` and `settling` read its values."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mtrl_cli import hardware
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
+from mtrl_cli.build_augmentation import make_augmentation
 from mtrl_cli.build_network import make_network, make_tape
 from mtrl_cli.capture import CudaGraphs, generators_of
 from mtrl_cli.checkpoint import CheckpointStore
@@ -226,7 +227,8 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         seed=derived_seed(config["seed"], "task weights"),
         device=device,
     )
-    augmentation, task_weights = make(config, "augmentation"), make_task_weights(config, tasks, network, say)
+    augmentation = make_augmentation(config, pack, agent, device, ranks)
+    task_weights = make_task_weights(config, tasks, network, say)
     if network.has_dropout and task_weights.looks_back:
         raise UserError(
             f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares a batch's losses before and after "
@@ -243,7 +245,7 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
 
     # Exchanges between ranks are made one at a time.
     recorded = device.type == "cuda" and ranks.size == 1
-    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, augmentation))) if recorded else None
+    recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, *augmentation.parts.values()))) if recorded else None
     return Learner(
         agent,
         replay,

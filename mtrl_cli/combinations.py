@@ -29,6 +29,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
             f"optimizer.warm_up={config['optimizer']['warm_up']} is beyond steps_per_task={config['steps_per_task']}: optimizer.lr would "
             "never be reached; lower the one or raise the other (both are steps per task)"
         )
+    _check_draws(config)
     n_step, capacity = config["agent"].get("n_step", 1), config["replay"].get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:
         raise UserError(f"replay.capacity={capacity} holds no window of agent.n_step={n_step}: raise the one or lower the other")
@@ -128,6 +129,16 @@ def _check_resets(resets: Mapping[str, Any], steps: int) -> None:
             f"resets.every={resets['every']} is beyond resets.until={resets['until']:g} of steps_per_task={steps}: nothing would be reset; "
             "lower the one or raise the others"
         )
+
+
+def _check_draws(config: Mapping[str, Any]) -> None:
+    """Several draws of a sample are the same one without an augmentation."""
+    for key in ("loss_draws", "target_draws"):
+        if config["agent"].get(key, 1) > 1 and not config["augmentation"]:
+            raise UserError(
+                f"agent.{key}={config['agent'][key]} averages over draws of an augmentation, and there is none: "
+                "choose one (augmentation=shift), or leave it at 1"
+            )
 
 
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mtrl_cli import catalogue
+from mtrl_cli import catalogue, signatures
 from mtrl_cli.errors import UserError
 
 
@@ -85,6 +85,8 @@ def _names(prefix: str, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[
 
 def _options(group: str, prefix: str, folders: Sequence[Path]) -> list[tuple[str, str]]:
     files = catalogue.options(group, folders)
+    if group in signatures.SEVERAL and prefix.startswith("["):
+        return _listed(group, prefix, [name for name in files if name != "none"])
     return [(f"{group}={name}", catalogue.description(file)) for name, file in files.items() if name.startswith(prefix)]
 
 
@@ -115,18 +117,18 @@ def _values(
     if key not in annotations:
         return []
     if key == "env.tasks":
-        return _tasks(prefix, sorted(catalogue.known_tasks(_at(content, "env._target_"), folders) or []))
+        return _listed(key, prefix, sorted(catalogue.known_tasks(_at(content, "env._target_"), folders) or []))
     choices, now = _choices(annotations[key]), _at(content, key)
     if isinstance(now, str | int | float) and not isinstance(now, bool) and str(now) not in choices:
         choices = ["", *choices, str(now)]  # the empty one keeps the shell from adding a space behind the only value
     return [(f"{key}={choice}", "") for choice in choices or [""] if choice.startswith(prefix)]
 
 
-def _tasks(prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:
+def _listed(key: str, prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:
     """`env.tasks=[pong,br` to `env.tasks=[pong,breakout`."""
     before, _, last = prefix.lstrip("[").rpartition(",")
     start = "[" + (f"{before}," if before else "")
-    found = [f"env.tasks={start}{name}" for name in known if name.startswith(last) and name not in before.split(",")]
+    found = [f"{key}={start}{name}" for name in known if name.startswith(last) and name not in before.split(",")]
     if len(found) == 1:
         found = [f"{found[0]}]", f"{found[0]},"]  # two, so that the shell adds no space
     return [(word, "") for word in found]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,18 +337,29 @@ def _checked(override: _Override, known: Sequence[str], folders: Sequence[Path])
     if for_hydra.startswith("~"):
         return for_hydra
     if key in known:
-        choices = catalogue.options(key, folders)
         if key == "experiment" and override.value is None:
             return for_hydra
-        if override.value not in list(choices):
-            word = schema.show(override.value)
-            raise UserError(f"{key}={word}: there is no such option; {catalogue.did_you_mean(word, choices)}")
-        return for_hydra
+        _check_chosen(override, catalogue.options(key, folders))
+        return for_hydra if override.value != [] else f"{key}=none"
     if "/" in key:
         raise UserError(f"{key}: there is no such group; {catalogue.did_you_mean(key, known)}")
     if key.replace(".", "/") in known and not isinstance(override.value, dict):
         raise UserError(f"{for_hydra}: to choose an option write {key.replace('.', '/')}={schema.show(override.value)}")
     return f"++{for_hydra}"
+
+
+def _check_chosen(override: _Override, choices: Mapping[str, Path]) -> None:
+    """Refuse an option that there is not; of a group that takes several, also one given twice, or beside `none`."""
+    key, several = override.key, override.key in signatures.SEVERAL and isinstance(override.value, list)
+    chosen = override.value if several else [override.value]
+    for each in chosen:
+        word = schema.show(each)
+        if each not in list(choices):
+            raise UserError(f"{key}={word}: there is no such option; {catalogue.did_you_mean(word, choices)}")
+        if chosen.count(each) > 1:
+            raise UserError(f"{key} names {word} twice: expected each once")
+        if each == "none" and len(chosen) > 1:
+            raise UserError(f"{key} names none beside others: expected none alone, or the others")
 
 
 def _check_known_tasks(env: dict[str, Any], folders: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from mtrl_cli import signatures
 from mtrl_cli.errors import UserError
 from mtrl_cli.schema import NOT_THE_CLASSES
-from mtrl_cli.signatures import KINDS
+from mtrl_cli.signatures import KINDS, kind_of
 
 Config = dict[str, Any]
 
@@ -25,10 +25,12 @@ def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
     below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_THE_CLASSES.get(group, set())
     target = node["_target_"]
     # The schema has looked at the source alone; this looks at what was really imported.
+    kind = kind_of(group)
+    assert kind is not None, group
     ours = signatures.is_trusted(target, ["mtrl_cli", *config["trusted_packages"]])
     found = signatures.import_class(target) if ours else object
-    if found.__module__ != target.rpartition(".")[0] or not issubclass(found, signatures.import_class(KINDS[group])):
-        raise UserError(f"{group}._target_={target} is not a class of the kind that {group} holds ({KINDS[group].rpartition('.')[2]})")
+    if found.__module__ != target.rpartition(".")[0] or not issubclass(found, signatures.import_class(kind)):
+        raise UserError(f"{group}._target_={target} is not a class of the kind that {group} holds ({kind.rpartition('.')[2]})")
     return found, {key: value for key, value in node.items() if key != "_target_" and key not in below}
 
 

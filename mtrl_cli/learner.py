@@ -9,7 +9,7 @@ import torch
 
 from mtrl_cli import capture, generators
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.augmentation import Augmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.errors import RunError
 from mtrl_cli.freezing import Freezing, Rows
@@ -45,7 +45,7 @@ class Learner:
         self,
         agent: Agent,
         replay: Replay,
-        augmentation: Augmentation,
+        augmentation: Pipeline,
         task_weights: TaskWeights,
         optimizer: Optimizer,
         task_names: list[str],
@@ -192,12 +192,14 @@ class Learner:
             self._taps = self._tape.make_taps(network, batch.observation.flatten(2, 3))
         with self._tape.recording(self._taps):
             losses = self.agent.losses(batch)
-        return losses, TapedGradients(losses.loss_KB, self._tape, self._taps, self._shared, self._own)
+        samples = batch.observation.shape[1]
+        return losses, TapedGradients(losses.loss_KB, self._tape, self._taps, self._shared, self._own, samples=samples)
 
     def warm_up(self) -> None:
         """Compile what is compiled, on samples of no meaning. Leaves no trace in what is learned."""
         shape = (len(self._task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=self.replay.spec.device)
+        augmented = self._augmentation.state_dict()
         batch = self._augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=zeros.device)))
         drawn = None if self._dropout is None else self._dropout.get_state()
         _, gradients = self._differentiate(batch)
@@ -209,6 +211,7 @@ class Learner:
             parameter.grad = None
         if self._dropout is not None and drawn is not None:
             self._dropout.set_state(drawn)
+        self._augmentation.load_state_dict(augmented)
 
     def _record(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         # Figures gather on the device: nothing here waits for it.
@@ -267,6 +270,7 @@ class Learner:
             "figures": dict(self._figures),
             "task_weights": self.task_weights.state_dict(),
             "freezing": self.freezing.state_dict(),
+            "augmentation": self._augmentation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,6 +285,7 @@ class Learner:
             self._resets.load_state_dict(state["resets"])
         if self._dropout is not None and "dropout" in state:
             generators.restore(self._dropout, state["dropout"])
+        self._augmentation.load_state_dict(state.get("augmentation", {}))  # older checkpoints: of runs without one
         self.freezing.load_state_dict(state.get("freezing", {}))
         if self.freezing.is_any:
             self._train_others()

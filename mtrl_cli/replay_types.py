@@ -39,7 +39,8 @@ class Batch:
     """B samples of each of K tasks.
 
     Attributes:
-        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start.
+        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start; where an augmentation
+            draws each several times (`augmentation.base.Pipeline`) as many times B, and so is the action.
         action: int64 `[K, B]`.
         rewards: float32 `[K, B, n]`, the game's own, zero past the window's end.
         steps: int64 `[K, B]`, how many rewards the window has: n, or fewer where its episode ends before.

@@ -22,7 +22,7 @@ from mtrl_cli.catalogue import nearest
 from mtrl_cli.combinations import check_combinations
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Parameters, PositiveInt
-from mtrl_cli.signatures import KINDS, MISSING, UNKNOWN, Key, Signature, class_name, read
+from mtrl_cli.signatures import KINDS, MISSING, SEVERAL, UNKNOWN, Key, Signature, class_name, kind_of, read
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
 
@@ -153,6 +153,9 @@ OWN_KEYS = {
 """Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
 a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
 
+NONE_BEFORE = "mtrl_cli.augmentation.NoAugmentation"
+"""What stood for no augmentation when there was one section for all."""
+
 NOT_THE_CLASSES = {"network": {"parameters"}}  # those of them that are not given to the class
 
 
@@ -197,13 +200,15 @@ class _Checker:
             self.whole = node
         if not isinstance(node, Mapping):
             raise UserError(f"{_dotted(path) or 'the configuration'}={show(node)}: expected a section of keys and values{_hint(path)}")
+        if path in SEVERAL:
+            return {name: self.section(f"{path}/{name}", inner) for name, inner in self.several(path, node).items()}
         keys = self.keys(path, node)
         children = self.children(path)
-        allowed = {*keys, *children, *(["_target_"] if path in self.kinds else [])}
+        allowed = {*keys, *children, *(["_target_"] if kind_of(path) else [])}
         for name in node:
             if name not in allowed:
                 raise UserError(self.unknown(path, name, node))
-        checked: dict[str, Any] = {"_target_": node["_target_"]} if path in self.kinds else {}
+        checked: dict[str, Any] = {"_target_": node["_target_"]} if kind_of(path) else {}
         for name, key in keys.items():
             value = node.get(name, key.default)
             if value is MISSING:
@@ -222,14 +227,33 @@ class _Checker:
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
         """The keys of a section, apart from its `_target_` and the sections within."""
-        if path not in self.kinds:
+        if not kind_of(path):
             return keys_of(self.sections[path])
         return {**self.signature(path, node).keys, **OWN_KEYS.get(path, {})}
 
     def signature(self, path: str, node: Mapping[str, Any]) -> Signature:
+        kind = kind_of(path)
+        assert kind is not None, path
         if "_target_" not in node:
-            raise UserError(f"{_dotted(path)} has no _target_: choose one of `mtrl ls {path}` with {path}=NAME")
-        return read(_join(path, "_target_"), node["_target_"], self.kinds[path], self.trusted, self.root)
+            group, name = path.rpartition("/")[::2] if path not in KINDS else (path, "NAME")
+            chosen = "" if name == "NAME" else f"; {show(name)} is not chosen here"
+            raise UserError(f"{_dotted(path)} has no _target_{chosen}: choose one of `mtrl ls {group}` with {group}={show(name)}")
+        return read(_join(path, "_target_"), node["_target_"], kind, self.trusted, self.root)
+
+    def several(self, path: str, node: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The sections of a group of which several may be chosen. In runs from before, a section was that of a single class."""
+        if node.get("_target_") == NONE_BEFORE and len(node) == 1:
+            return {}
+        for name, inner in node.items():
+            if name == "_target_":
+                raise UserError(
+                    f"{path}._target_={show(inner)}: expected it in a section of its own; "
+                    f"an option's file begins with `# @package {path}.NAME`"
+                )
+            if not isinstance(name, str) or not name.isidentifier() or not isinstance(inner, Mapping):
+                owner = next((each for each in node if isinstance(node[each], Mapping) and name in node[each]), "NAME")
+                raise UserError(f"{path}.{show(name)}={show(inner)}: expected {path}.{show(owner)}.{show(name)}, or another of its keys")
+        return node
 
     def children(self, path: str) -> list[str]:
         """The names of the sections within a section."""
@@ -237,6 +261,10 @@ class _Checker:
         return [name.rpartition("/")[2] for name in below]
 
     def walk(self, path: str, node: Any) -> Iterator[tuple[str, Any]]:
+        if path in SEVERAL:
+            for name, inner in node.items() if isinstance(node, Mapping) else ():
+                yield from self.walk(f"{path}/{name}", inner)
+            return
         try:
             keys = self.keys(path, node) if isinstance(node, Mapping) else {}
         except UserError:
@@ -252,9 +280,10 @@ class _Checker:
         word = _join(path, show(name))
         if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
             return f"{word}: there is no such key; to choose one write {group}={show(node[name])}"
-        owner = next((option for option in _options_with(path, str(name)) if path in self.kinds), None)
+        group = path if path in KINDS else path.rpartition("/")[0]
+        owner = next((option for option in _options_with(group, str(name)) if kind_of(path)), None)
         if owner is not None:
-            return f"{word}: there is no such key{_of(node, path)}; it is one of {path}={owner}"
+            return f"{word}: there is no such key{_of(node, path)}; it is one of {group}={owner}"
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
@@ -362,4 +391,4 @@ def _hint(path: str) -> str:
 
 
 def _of(node: Mapping[str, Any], path: str) -> str:
-    return f" in {class_name(node)}" if path in KINDS and isinstance(node.get("_target_"), str) else ""
+    return f" in {class_name(node)}" if kind_of(path) and isinstance(node.get("_target_"), str) else ""

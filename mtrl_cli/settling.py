@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mtrl_cli import budget, build, build_network, hardware
+from mtrl_cli import budget, build, build_augmentation, build_network, hardware
 from mtrl_cli.distributed import ALONE, Ranks
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
@@ -46,6 +46,7 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks 
         budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
     # Each rank has the GPU of its own number, so for several the name is that of the kind.
     settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
+    settled["augmentation"] = build_augmentation.settle(config, pack)
     image = pack.observation_kind == "image"
     if config["threads"] == "auto":
         # The products of a small vector network are over before a second thread has begun.

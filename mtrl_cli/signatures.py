@@ -35,9 +35,18 @@ KINDS = {
     "optimizer": "mtrl_cli.optimizers.Optimizer",
     "replay": "mtrl_cli.replay.Replay",
     "task_weights": "mtrl_cli.task_weights.base.TaskWeights",
-    "augmentation": "mtrl_cli.augmentation.Augmentation",
+    "augmentation": "mtrl_cli.augmentation.base.Augmentation",
 }
 """Each group, and the base class of what it holds."""
+
+SEVERAL = {"augmentation"}
+"""Groups of which several options may be chosen: their section holds one of each, by name, in the order in which they are used."""
+
+
+def kind_of(path: str) -> str | None:
+    """The base class of what a section holds (`network/head`, or `augmentation/shift` within a group of several), if it holds a class."""
+    group, _, name = path.rpartition("/")
+    return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else KINDS.get(path)
 
 
 @dataclass(frozen=True)

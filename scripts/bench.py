@@ -55,9 +55,15 @@ def figures(
     ratio: dict[str, float],
     limit: dict[str, Any],
     weights: list[dict[str, Any]],
+    augmentations: list[dict[str, Any]],
 ) -> list[Figure]:
     """All figures with their bars."""
     worst = [max((row for row in weights if row["needs"] == needs), key=lambda row: row["ratio"]) for needs in ("gram", "rows")]
+    # Of all but the shift, which has a bar of its own, the slowest.
+    slowest = [
+        max((row for row in augmentations if (row["env"], row["bar"]) == each), key=lambda row: row["ratio"])
+        for each in dict.fromkeys((row["env"], row["bar"]) for row in augmentations)
+    ]
     sides = limit["sides"]
     return [
         Figure("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
@@ -76,6 +82,7 @@ def figures(
             Figure(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
             for row in worst
         ),
+        *(Figure(f"an update over one without, {row['name']}, {row['env']}", row["ratio"], "times", row["bar"], False) for row in slowest),
         Figure("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
         Figure("mtrl --help", startup["help"], "s", 0.5, False),
         Figure("mtrl train --dry-run", startup["dry_run"], "s", 1.5, False),
@@ -94,7 +101,9 @@ def main() -> None:
         "limit": script("bench_limit.py", f"--rounds={options.rounds}"),
         "first_step": script("bench_first_step.py"),
         "task_weights": script("bench_task_weights.py"),
+        "augmentation": script("bench_augmentation.py"),
     }
+    from bench_augmentation import table as augmentation_table
     from bench_task_weights import table as weights_table  # imports torch and the peers, which the figures above do without
 
     if options.json:
@@ -105,8 +114,9 @@ def main() -> None:
     print(bench_limit.table(found["limit"]), end="\n\n")
     print(bench_first_step.table(found["first_step"]), end="\n\n")
     print(weights_table(found["task_weights"]), end="\n\n")
+    print(augmentation_table(found["augmentation"]), end="\n\n")
     startup, first_step, memory, ratio = found["startup"], found["first_step"], found["memory"], found["speed"]["ratio"]
-    for figure in figures(startup, first_step, memory, ratio, found["limit"], found["task_weights"]):
+    for figure in figures(startup, first_step, memory, ratio, found["limit"], found["task_weights"], found["augmentation"]):
         print(figure)
 
 

@@ -24,7 +24,7 @@ from fake_tasks import stream_of, tasks_of, weights_of
 from mtrl_cli import cli, distributed, torchrun, training
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import PopArt, ReturnNorm
-from mtrl_cli.augmentation import NoAugmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.distributed import ALONE, Ranks, meet
 from mtrl_cli.errors import RanksLost, RunError, UserError
 from mtrl_cli.learner import Learner
@@ -102,7 +102,7 @@ def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Reco
     agent = DQN(network, scale, NAMES, lambda function: function, **SETTINGS)
     optimizer = Recording(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
     tape = tape_for(network, network.shared_parameters(), network.own_parameters(), torch.rand(3, 2, 5)) if taped else None
-    learner = Learner(agent, FixedReplay(ranks), NoAugmentation(), weights_of(weighting), optimizer, NAMES, tape=tape, ranks=ranks)
+    learner = Learner(agent, FixedReplay(ranks), Pipeline(), weights_of(weighting), optimizer, NAMES, tape=tape, ranks=ranks)
     return learner, optimizer, scale
 
 

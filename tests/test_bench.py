@@ -50,15 +50,18 @@ def test_every_promised_figure_is_held_against_its_bar() -> None:
     sides = {side: {"share": 0.95, "loop": 3999.0} for side in bench_limit.SIDES}
     ratio = {"mtrl, breakout": 3.6, "mtrl, eight games": 2.9, "mtrl pqn, breakout": 5.6}
     weights = [{"needs": needs, "name": needs, "ratio": 1.2, "bar": 1.3} for needs in ("gram", "rows")]
+    costs = {"shift": (1.12, 1.1), "blur": (1.2, 1.25), "noise": (1.05, 1.25)}
+    augmentations = [{"env": "minatar_pack", "name": name, "ratio": ratio, "bar": bar} for name, (ratio, bar) in costs.items()]
     startup, memory = {"help": 0.1, "dry_run": 0.2}, {"bytes_per_transition": 7000.0}
-    found = figures(startup, {"classic_pack": ways}, memory, ratio, {"sides": sides, "eight_over_one": 0.8}, weights)
+    found = figures(startup, {"classic_pack": ways}, memory, ratio, {"sides": sides, "eight_over_one": 0.8}, weights, augmentations)
     missed = [figure.name for figure in found if not figure.met]
-    assert len(found) == 17
+    assert len(found) == 19
     assert missed == [
         "steps/s over stable-baselines3's DQN, all eight games",
         "eight games over one with as many environments",
         "MinAtar, dqn at 8 samples per step",
         "MinAtar, pqn at 4 samples per step",
+        "an update over one without, shift, minatar_pack",
     ]
 
 

@@ -12,6 +12,9 @@ import torch
 from fake_tasks import ALL_WEIGHTS, stream_of, weights_of
 from mtrl_cli import build, capture, settling
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
+from mtrl_cli.augmentation.base import Observations, Pipeline
+from mtrl_cli.augmentation.geometry import Scale
+from mtrl_cli.augmentation.pixels import Noise
 from mtrl_cli.config import compose_training
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP
@@ -144,6 +147,23 @@ def test_with_a_tape_it_learns_what_an_eager_one_does(name: str) -> None:
         assert learner._tape is not None
 
     compare(change)
+
+
+@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
+@pytest.mark.parametrize("draws", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("weights", ["uniform", "pcgrad"])
+def test_with_augmentations_it_learns_what_an_eager_one_does(replay_kind: type[Replay], draws: tuple[int, int], weights: str) -> None:
+    def change(learner: Any) -> None:
+        learner.task_weights = weights_of(weights, num_tasks=2)
+        seen = Observations("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
+        parts = {"noise": Noise(seen, std=0.1), "scale": Scale(seen, low=0.5, high=1.5)}
+        learner._augmentation = Pipeline(parts, loss_draws=draws[0], target_draws=draws[1])
+        if weights == "pcgrad":
+            network = learner.agent.network
+            sample = learner.replay.sample(2, 0).observation.flatten(2, 3)
+            learner._tape = tape_for(network, network.shared_parameters(), network.own_parameters(), sample)
+
+    compare(change, replay_kind=replay_kind)
 
 
 @pytest.mark.parametrize("scale", [NoValueScale, PopArt, ReturnNorm])

@@ -375,3 +375,67 @@ def test_popart_takes_the_first_targets_in_before_they_are_learned_from() -> Non
     assert after.error_KB[1].max() < 5
     assert torch.allclose(after.q_K, values, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
     assert torch.equal(plain.losses(given).loss_KB, before.loss_KB)
+
+
+# -- several draws of a sample ------------------------------------------------------------------------------------------------
+
+
+def drawn(batch: Batch, observations: list[list[list[int]]], next_observations: list[list[list[int]]]) -> Batch:
+    """The batch of `batch()` with draws of its states, each `[1, 3]`, side by side."""
+    states, next_states = ([[state for draw in draws for state in draw[0]]] for draws in (observations, next_observations))
+    batch.observation, batch.next_observation = one_hot(states), one_hot(next_states)
+    batch.action = batch.action.repeat(1, len(observations))
+    return batch
+
+
+def test_targets_and_losses_are_means_over_draws_by_hand() -> None:
+    """Sample 0's next state is drawn as 1 and as 2, with best values 8 and 6: its target is 1 + 1 + 1 + 7/8 = 3.875.
+
+    Its own state is drawn as 0 and as 2, where action 1 is worth 2 and -1: errors 1.875 and 4.875, Huber 1.375 and 4.375.
+    The others' draws are alike.
+    """
+    losses = agent(ONLINE, TARGET).losses(drawn(batch(), [[[0, 1, 2]], [[2, 1, 2]]], [[[1, 1, 2]], [[2, 1, 2]]]))
+    assert losses.loss_KB.tolist() == [[(1.375 + 4.375) / 2, 0.25, 5.0]]
+    assert losses.error_KB.tolist() == [[(1.875 + 4.875) / 2, 1.0, 5.5]]
+    assert losses.q_K.tolist() == [pytest.approx((2 + 3 - 1 - 1 + 3 - 1) / 6)]
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead])
+def test_draws_that_are_alike_count_as_one(head: type[Head]) -> None:
+    torch.manual_seed(0)
+    made = []
+    for loss_draws, target_draws in ((1, 1), (3, 1), (1, 2), (2, 3)):
+        torch.manual_seed(1)
+        network = MultiTaskNetwork(HardSharing(MLP(hidden=[8]), [(5,), (5,)]), head(8, [4, 2]), observation_scale=1.0)
+        learner = DQN(network, NoValueScale(stream_of(("a", "b"))), ("a", "b"), lambda function: function, **SETTINGS | {"double": True})
+        random = torch.Generator().manual_seed(2)
+        observation, next_observation = torch.rand((2, 2, 6, 1, 5), generator=random)
+        action = torch.randint(2, (2, 6), generator=random)
+        rewards = torch.rand((2, 6, 3), generator=random)
+        losses = learner.losses(
+            Batch(
+                observation=observation.repeat(1, loss_draws, 1, 1),
+                action=action.repeat(1, loss_draws),
+                rewards=rewards,
+                steps=torch.full((2, 6), 3),
+                terminated=torch.arange(12).view(2, 6) % 4 == 0,
+                next_observation=next_observation.repeat(1, target_draws, 1, 1),
+                weight=torch.rand((2, 6), generator=random),
+                index=torch.zeros(2, 6, dtype=torch.int64),
+            )
+        )
+        losses.loss_KB.mean().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+        made.append((losses.loss_KB.detach(), losses.error_KB, losses.q_K, gradient))
+    for other in made[1:]:
+        for mine, theirs in zip(made[0], other, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_distributions_draws_become_their_mixture() -> None:
+    outputs = torch.randn(2, 3, 4, 51)  # tasks, draws, samples
+    c51, quantile = C51Head(8, [4, 2]), QuantileHead(8, [4, 2])
+    assert torch.allclose(c51.mixture(outputs).softmax(-1), outputs.softmax(-1).mean(1), atol=1e-6)
+    assert torch.allclose(c51.expectation(c51.mixture(outputs)), c51.expectation(outputs).mean(1), atol=1e-4)
+    assert torch.equal(quantile.mixture(outputs).sort(-1)[0], outputs.transpose(1, 2).flatten(2).sort(-1)[0])
+    assert torch.allclose(quantile.expectation(quantile.mixture(outputs)), outputs.mean((1, 3)), atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 from fake_tasks import stream_of, weights_of
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
-from mtrl_cli.augmentation import NoAugmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.freezing import Freezing, layers_of
 from mtrl_cli.learner import Learner
 from mtrl_cli.networks.heads import PlainHead
@@ -181,7 +181,7 @@ def frozen_learner(weighting: str = "uniform", recorder: Any = None, **keys: Any
         return tape_for(network, shared, network.own_parameters(), sample) if shared and weights.needs != "losses" else None
 
     parts = {"tape": tape(), "make_tape": tape, "recorder": recorder, "freezing": Freezing(network, **keys)}
-    return Learner(agent, replay, NoAugmentation(), weights, optimizer, NAMES, **parts)
+    return Learner(agent, replay, Pipeline(), weights, optimizer, NAMES, **parts)
 
 
 def changed(learner: Learner, steps: range) -> set[str]:

@@ -21,10 +21,9 @@ ROOMS = {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
     },
-    "build": {"build", "build_network", "instances", "settling"},
+    "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
-    "augmentation": {"augmentation"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
         *("budget", "distributed", "early_stopping", "frame_stack", "hardware", "heatmap", "optimizers", "pinned", "schedules", "signals"),

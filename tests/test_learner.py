@@ -13,7 +13,7 @@ from fake_tasks import stream_of, tasks_of, weights_of
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards
-from mtrl_cli.augmentation import Augmentation, NoAugmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.errors import RunError
 from mtrl_cli.learner import Learner
 from mtrl_cli.networks.heads import DuelingHead
@@ -53,7 +53,7 @@ def learner_of(
     replay_kind: type[Replay] = UniformReplay,
     sharing: type[Sharing] = HardSharing,
     weights_seed: int = 0,
-    augmentation: Augmentation | None = None,
+    augmentation: Pipeline | None = None,
     replay_spec: ReplaySpec = SPEC,
     optimizer_lr: float = 0.01,
     torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
@@ -65,7 +65,7 @@ def learner_of(
     agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=optimizer_lr, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
-    return Learner(agent, replay, augmentation or NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    return Learner(agent, replay, augmentation or Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -184,7 +184,7 @@ class FakeAgent(Agent):
 def fake_learner(losses: list[list[float]], slopes: tuple[float, float] = (6.0, 8.0)) -> tuple[Learner, FakeAgent]:
     agent = FakeAgent(losses, list(slopes))
     optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
-    learner = Learner(agent, UniformReplay(SPEC, capacity=36), NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    learner = Learner(agent, UniformReplay(SPEC, capacity=36), Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     return fill(learner), agent
 
 
@@ -210,7 +210,7 @@ def test_figures_are_means_since_the_last_row() -> None:
 
 
 def test_a_batch_is_augmented_before_the_agent_sees_it_and_errors_reach_the_replay() -> None:
-    class Brighter(Augmentation):
+    class Brighter(Pipeline):
         def __call__(self, batch: Batch) -> Batch:
             batch.observation = batch.observation + 100.0
             return batch

@@ -14,7 +14,7 @@ from fake_tasks import stream_of, tasks_of
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
-from mtrl_cli.augmentation import NoAugmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.group import Group
@@ -70,7 +70,7 @@ def loop_of(
     spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
     replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
-    learner = Learner(agent, replay, NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    learner = Learner(agent, replay, Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
     size = 2 // groups
     made = []

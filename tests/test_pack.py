@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtrl_cli.envs.pack import Pack, Task, check_names, padded_shape
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Task, padded_shape
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.errors import RunError, UserError

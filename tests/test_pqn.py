@@ -19,7 +19,7 @@ from mtrl_cli import build, config, hardware, settling
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.pqn import PQN
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
-from mtrl_cli.augmentation import NoAugmentation
+from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.envs.task_pack import TaskPack
 from mtrl_cli.frame_stack import FrameStack
 from mtrl_cli.group import Group
@@ -133,7 +133,7 @@ def loop_of(
     made = PQN(network, scale(stream_of(NAMES, num_envs=num_envs)), NAMES, lambda function: function, **chosen)
     spec = ReplaySpec(3, num_envs, pack.observation_shape, torch.float32, 1, 1, CPU, 1, 10_000, rollout_length=chosen["rollout_length"])
     optimizer = RAdam(list(network.parameters()), lr=lr, lr_final=1.0, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
-    learner = Learner(made, Rollouts(spec), NoAugmentation(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    learner = Learner(made, Rollouts(spec), Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
     envs = TaskPack(pack, num_envs=num_envs, seed=3, num_threads=1, training=True, stream="train")
     frames = FrameStack(3, num_envs, 1, pack.observation_shape, torch.float32, CPU)

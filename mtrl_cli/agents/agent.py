@@ -43,6 +43,7 @@ class Agent(ABC):
         from_rollouts: whether it learns from rollouts rather than from a replay.
         capturable: whether `losses` and `follow` can be recorded once and replayed (`capture.py`).
         updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
+        loss_draws, target_draws: how often an augmentation is to draw each observation, and each next one; what they say is averaged.
         period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
         value_scale: the learner's view of rewards; None: it has none that others may take statistics from.
     """
@@ -55,6 +56,8 @@ class Agent(ABC):
     batch_key: ClassVar[str] = "agent.batch_size"
     from_rollouts: ClassVar[bool] = False
     capturable: bool = False
+    loss_draws: int = 1
+    target_draws: int = 1
     updates_per_rollout: int = 0
     period: int = 1
     value_scale: ValueScale | None = None

@@ -41,6 +41,8 @@ class DQN(Agent):
         target_tau: share of the online network in each step of that moving average (Lillicrap et al. 2016).
         epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
         epsilon_tasks: final epsilon of single tasks, by name.
+        loss_draws, target_draws: with an augmentation: how often each observation is drawn, and each next one (M and K of Kostrikov et al.
+            2021, "DrQ", equations 1 to 3): the loss of a sample is the mean over the ones, and its target the mean over the others.
         reward_factors: what the learner multiplies single tasks' rewards by, before the value scale sees them; for studies of scale.
 
     Raises:
@@ -67,6 +69,8 @@ class DQN(Agent):
         epsilon_end: Fraction,
         epsilon_steps: NonNegativeInt,
         epsilon_tasks: dict[str, Fraction],
+        loss_draws: PositiveInt = 1,
+        target_draws: PositiveInt = 1,
         reward_factors: dict[str, PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
     ):
         if not target_period and not target_tau:
@@ -75,7 +79,7 @@ class DQN(Agent):
         self.target_network = copy.deepcopy(network).requires_grad_(False)
         self._target_spectral_layers = spectral_layers(self.target_network)
         self.batch_size, self.samples_per_step, self.learning_starts = int(batch_size), samples_per_step, learning_starts
-        self.n_step = n_step
+        self.n_step, self.loss_draws, self.target_draws = n_step, loss_draws, target_draws
         self._gamma, self._double, self._huber = gamma, double, huber
         self._target_period, self._target_tau = int(target_period), target_tau
         self._view = LearnerView(value_scale, task_names, reward_factors)
@@ -133,15 +137,22 @@ class DQN(Agent):
             next_outputs = self.target_network.outputs(next_observation)
             choosing_q_KBA = self.network(next_observation) if self._double else head.values(next_outputs)
             next_outputs = targets.bootstrap_value(next_outputs, choosing_q_KBA)
+            if next_observation.shape[1] > weight.shape[1]:
+                next_outputs = head.mixture(next_outputs.unflatten(1, (-1, weight.shape[1])))
             discount_KB = targets.discount(steps, terminated, self._gamma)
             # What the network bootstraps from is normalised, and so without its share of the mean.
             return_KB = targets.n_step_return(rewards, self._gamma)
             return_KB = (return_KB - (1 - discount_KB) * mean_K[:, None]) / scale_K[:, None]
             target_KB = value_losses.td_target(return_KB, discount_KB, head.expectation(next_outputs))
         outputs = targets.of_action(self.network.outputs(observation), action)
-        loss_KB = weight * head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber)
         q_KB = head.expectation(outputs.detach())
-        return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
+        if (draws := observation.shape[1] // weight.shape[1]) == 1:
+            loss_KB = weight * head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber)
+            return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
+        next_outputs, return_KB, discount_KB = (targets.repeated(each, draws) for each in (next_outputs, return_KB, discount_KB))
+        loss_KB = weight * targets.mean_of_draws(head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber), draws)
+        error_KB = targets.mean_of_draws((targets.repeated(target_KB, draws) - q_KB).abs(), draws)
+        return loss_KB, error_KB, q_KB.mean(1) * scale_K + mean_K, target_KB
 
     def follow(self) -> None:
         if self._seen is not None:

@@ -20,7 +20,8 @@ import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
 
-from mtrl_cli.envs.pack import Pack, Received, Task, check_names
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Received, Task
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.fields import Names, PositiveInt
 
@@ -53,11 +54,15 @@ class AtariPack(Pack):
         protocol: Literal["machado", "nature"] = "machado",
         full_action_space: bool = False,
         stack: PositiveInt = 4,
+        symmetric: list[str] = [],  # noqa: B006 (a literal, so that the schema can read it)
     ) -> None:
-        check_names(tasks, set(roms.get_all_rom_ids()) - WITHOUT_SINGLE_PLAYER, "an Atari game")
+        known = set(roms.get_all_rom_ids()) - WITHOUT_SINGLE_PLAYER
+        check_names(tasks, known, "an Atari game")
+        if symmetric:
+            check_names(symmetric, known, "an Atari game", "env.symmetric")
         self.protocol = protocol
         self.full_action_space = full_action_space
-        described = [_task(game, full_action_space) for game in tasks]
+        described = [_task(game, full_action_space, game in symmetric) for game in tasks]
         super().__init__(name=name, tasks=described, num_envs=num_envs, observation_dtype=np.uint8, observation_scale=255.0, stack=stack)
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> AtariVectorTask:
@@ -149,8 +154,8 @@ def _rom(game: str) -> tuple[tuple[str, ...], tuple[int, int], tuple[str, ...]]:
     return minimal, emulator.getScreenDims(), full
 
 
-def _task(game: str, full_action_space: bool) -> Task:
+def _task(game: str, full_action_space: bool, symmetric: bool = False) -> Task:
     minimal, _, full = _rom(game)
     meanings = full if full_action_space else minimal
     random_score, human_score = scores("atari", game)
-    return Task(game, (1, SIZE, SIZE), len(meanings), meanings, FRAMES_PER_STEP, random_score, human_score)
+    return Task(game, (1, SIZE, SIZE), len(meanings), meanings, FRAMES_PER_STEP, random_score, human_score, symmetric)

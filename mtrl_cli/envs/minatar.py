@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli.envs.pack import Pack, Task, VectorTask, check_names
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError
@@ -50,8 +51,12 @@ class MinAtarPack(Pack):
         difficulty_ramping: bool = True,
         minimal_actions: bool = True,
         max_episode_steps: PositiveInt = 10_000,
+        symmetric: list[str] = [],  # noqa: B006 (a literal, so that the schema can read it)
     ) -> None:
         check_names(tasks, GAMES, "a MinAtar game")
+        if symmetric:
+            check_names(symmetric, GAMES, "a MinAtar game", "env.symmetric")
+        self._symmetric = symmetric
         self._package = _minatar()
         self.sticky = sticky
         self.difficulty_ramping = difficulty_ramping
@@ -79,7 +84,7 @@ class MinAtarPack(Pack):
         game = self._game(name)
         random_score, reference_score = scores("minatar", name)
         meanings = tuple(ACTION_MEANINGS[action] for action in game.actions)
-        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, random_score, reference_score)
+        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, random_score, reference_score, name in self._symmetric)
 
     def _game(self, name: str) -> MinAtarGame:
         environment = self._package.Environment(name, sticky_action_prob=self.sticky, difficulty_ramping=self.difficulty_ramping)

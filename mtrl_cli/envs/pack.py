@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +18,10 @@ Received = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Task:
-    """One game of a pack, as it is by itself: its observation (one frame, unpadded, `[C, H, W]` or `[D]`), its actions and its scores."""
+    """One game of a pack, as it is by itself: its observation (one frame, unpadded, `[C, H, W]` or `[D]`), its actions and its scores.
+
+    `symmetric`: it looks and plays the same in a mirror, with LEFT for RIGHT.
+    """
 
     name: str
     observation_shape: tuple[int, ...]
@@ -29,6 +30,7 @@ class Task:
     frames_per_step: int
     random_score: float | None
     reference_score: float | None
+    symmetric: bool = False
 
 
 class VectorTask(Protocol):
@@ -128,25 +130,3 @@ def padded_shape(tasks: Sequence[Task]) -> tuple[int, ...]:
             sizes = [f"{each.name} has {'x'.join(map(str, each.observation_shape[1:]))}" for each in (first, task)]
             raise UserError(f"env.tasks: the images of one pack need one height and width, but {' and '.join(sizes)}")
     return (max(task.observation_shape[0] for task in tasks), *first.observation_shape[1:])
-
-
-def check_names(names: Sequence[str], known: Collection[str], what: str) -> None:
-    """Refuse an empty list, a name given twice, and a name that is not `known`, suggesting what may have been meant.
-
-    Args:
-        what: what the names are, for messages: "an Atari game".
-
-    Raises:
-        UserError
-    """
-    if not names:
-        raise UserError(f"env.tasks is empty: name at least one task, {what} each, such as env.tasks=[{min(known, default='...')}]")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UserError(f"env.tasks names {name} {count} times: each task may be given once")
-        if name not in known:
-            lowered = {each.lower(): each for each in sorted(known)}
-            meant = [lowered[each] for each in difflib.get_close_matches(name.lower(), lowered)]
-            choices = sorted(known) if len(known) <= 20 else []
-            hint = f"did you mean {' or '.join(meant)}?" if meant else f"choose from {', '.join(choices)}" if choices else ""
-            raise UserError(f"env.tasks: {name!r} is not {what}" + (f"; {hint}" if hint else ""))

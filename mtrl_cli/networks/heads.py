@@ -49,6 +49,13 @@ class Head(nn.Module, ABC):
         """Action values `[K, B, A]` (float32) of what `forward` gave; minus infinity for actions that a task does not have."""
         return self.expectation(outputs).masked_fill(self.invalid_KA[:, None], -torch.inf)
 
+    def mixture(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What is said of one action over several draws of a state, as one: `[K, draws, B, ...]` to `[K, B, ...]`.
+
+        Values become their mean, distributions their mixture, whose mean is the same.
+        """
+        return outputs.mean(1)
+
     @abstractmethod
     def loss(
         self,
@@ -190,6 +197,9 @@ class C51Head(Head):
     def expectation(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.softmax(-1) @ self.atom_Z
 
+    def mixture(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.log_softmax(-1).logsumexp(1)
+
     def loss(
         self, outputs: torch.Tensor, next_outputs: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, huber: float
     ) -> torch.Tensor:
@@ -238,6 +248,9 @@ class HLGaussHead(Head):
     def expectation(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.softmax(-1) @ self.centre_Z
 
+    def mixture(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs.log_softmax(-1).logsumexp(1)
+
     def loss(
         self, outputs: torch.Tensor, next_outputs: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, huber: float
     ) -> torch.Tensor:
@@ -261,6 +274,10 @@ class QuantileHead(Head):
 
     def expectation(self, outputs: torch.Tensor) -> torch.Tensor:
         return outputs.mean(-1)
+
+    def mixture(self, outputs: torch.Tensor) -> torch.Tensor:
+        """All draws' quantiles side by side, `[K, B, draws * Z]`: as many samples of the target."""
+        return outputs.movedim(1, -2).flatten(-2)
 
     def loss(
         self, outputs: torch.Tensor, next_outputs: torch.Tensor, return_KB: torch.Tensor, discount_KB: torch.Tensor, huber: float

@@ -88,6 +88,7 @@ class TapedGradients(TaskGradients):
         taps: the tape's, then.
         shared: parameters that several tasks reach: all those of the tape's layers, in the order of the rows' columns.
         own: parameters whose rows belong to one task each.
+        samples: of each task in that forward pass, where they are more than the losses.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class TapedGradients(TaskGradients):
         taps: Sequence[torch.Tensor],
         shared: Sequence[nn.Parameter],
         own: Sequence[nn.Parameter],
+        *,
+        samples: int | None = None,
     ):
-        loss_K, batch_size = loss_KB.mean(1), loss_KB.shape[1]
+        loss_K, batch_size = loss_KB.mean(1), samples or loss_KB.shape[1]
         self.loss_K = loss_K.detach()
         self._tape, self._shared, self._own = tape, list(shared), list(own)
         gradients = torch.autograd.grad(loss_K.sum(), [*taps, *own], materialize_grads=True)
