@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tables of docs/results.md, in Markdown, from run folders: the last evaluation of each run, and with --curve how it got there.
+"""Tables of docs/results.md, in Markdown, from run folders: the test of each run, or its last evaluation, and with --curve how it got there.
 
 Usage: scripts/results_table.py [--curve] RUN...
        scripts/results_table.py --groups FOLDER...     (each FOLDER holds the runs of one condition, a seed each)
@@ -16,7 +16,11 @@ import numpy as np
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """The newest evaluation of a run; its test is in a file of its own."""
+    """What the last network of a run scored: in its test or, of a run without one, in its newest evaluation."""
+    test = run / "eval" / "test.json"
+    if test.is_file():
+        tested: dict[str, Any] = json.loads(test.read_text())["last"]
+        return tested
     newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     result: dict[str, Any] = json.loads(newest.read_text())
     return result
