@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tables of docs/results.md, in Markdown, from run folders: the test of each run, or its last evaluation, and with --curve how it got there.
+"""Tables of docs/results.md, in Markdown, from run folders: each run's test or last evaluation, and with --curve how it got there.
 
 Usage: scripts/results_table.py [--curve] RUN...
        scripts/results_table.py --groups FOLDER...     (each FOLDER holds the runs of one condition, a seed each)
