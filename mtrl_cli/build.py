@@ -92,8 +92,12 @@ def make_pack(config: Config) -> Pack:
 
 
 def set_up_torch(config: Config, device: torch.device) -> None:
-    """What torch keeps for the whole process: threads, the current GPU, and in what precision that multiplies float32."""
+    """What torch keeps for the whole process: threads, the compiler, the current GPU, and in what precision that multiplies float32."""
     torch.set_num_threads(config["threads"])
+    if config["compile"]:
+        hardware.keep_compiled()
+        if compiler := hardware.compiler():
+            os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     if device.type == "cpu":
         hardware.keep_freed_memory()
         return
@@ -164,10 +168,6 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     device = device_of(config, ranks)
     num_envs = ranks.share("env.num_envs", pack.num_envs)
     set_up_torch(config, device)
-    if config["compile"]:
-        hardware.keep_compiled()
-        if compiler := hardware.compiler():
-            os.environ.setdefault("CXX", compiler)  # torch looks for $CXX and g++, and would not find clang++
     names = [task.name for task in pack.tasks]
     network = make_network(config, pack, device)
     compile_with = (lambda function: torch.compile(function, dynamic=False)) if config["compile"] else (lambda function: function)
@@ -194,14 +194,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         evaluator=make_evaluator(config, pack, device),
         tester=make_tester(config, pack, device),
         early_stopping=make_early_stopping(config, pack),
-        diagnostics=Diagnostics(
-            agent,
-            replay,
-            names,
-            every=config["log"]["diagnostics"],
-            seed=derived_seed(config["seed"], "diagnostics"),
-            steps_per_tick=pack.num_envs,
-        ),
+        diagnostics=_make_diagnostics(config, pack, agent, replay),
         intervals=Intervals(
             config["steps_per_task"],
             config["log"]["every"],
@@ -214,6 +207,11 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
+
+
+def _make_diagnostics(config: Config, pack: Pack, agent: Agent, replay: Replay) -> Diagnostics:
+    every, seed = config["log"]["diagnostics"], derived_seed(config["seed"], "diagnostics")
+    return Diagnostics(agent, replay, [task.name for task in pack.tasks], every=every, seed=seed, steps_per_tick=pack.num_envs)
 
 
 def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:

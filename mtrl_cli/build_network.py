@@ -66,12 +66,15 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
         sharing = make(config, "network/sharing", tagged(torso), shapes)
     except RuntimeError as error:  # torch: an image too small for the convolutions
         raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
-    head = make(config, "network/head", sharing.num_features, num_actions)
-    if config["transfer"]["adapters"] == "lora":  # after all else, so that the rest is what it would be without
-        try:
-            add_adapters(sharing, config["transfer"]["rank"])
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    rank = config["transfer"]["rank"]
+    try:
+        head = make(config, "network/head", sharing.num_features, num_actions)
+        if config["transfer"]["adapters"] == "lora":  # after all else, so that the rest is what it would be without
+            add_adapters(sharing, rank)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except RuntimeError as error:  # torch: more memory than there is
+        raise UserError(f"network/head or transfer.rank={rank} makes too large a network: {error}".split("\n")[0][:300]) from error
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 

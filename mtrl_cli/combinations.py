@@ -178,5 +178,10 @@ def _check_transfer(config: Mapping[str, Any]) -> None:
         raise UserError(f"transfer.adapters=lora is for a frozen torso, and transfer.freeze={freeze}: give transfer.freeze=torso")
     if thaw is not None and freeze == "none":
         raise UserError(f"transfer.unfreeze_at={thaw} thaws nothing, as transfer.freeze=none: give transfer.freeze=torso, for example")
+    if thaw is not None and thaw > config["steps_per_task"]:
+        raise UserError(
+            f"transfer.unfreeze_at={thaw} is beyond steps_per_task={config['steps_per_task']}: nothing would ever thaw; "
+            "lower the one or raise the other (both are steps per task), or leave unfreeze_at out"
+        )
     if keys["gradual"] and thaw is None:
         raise UserError("transfer.gradual=true, and nothing ever thaws: give transfer.unfreeze_at=STEPS")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ class EarlyStopping:
         """Take the figure's value at an evaluation; one that is missing, or no number, is no improvement."""
         if self.figure is None:
             return
-        if value is not None and (self.best is None or value > self.best + self.min_delta):
+        if value is not None and not math.isnan(value) and (self.best is None or value > self.best + self.min_delta):
             self.best, self.best_at, self.without = float(value), step, 0
         elif self.best is not None:
             self.without += 1

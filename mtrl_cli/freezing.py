@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from mtrl_cli.networks.lora import LowRank
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
-from mtrl_cli.networks.per_task import Stacked, TaskOwned
+from mtrl_cli.networks.per_task import Stacked, TaskOwned, weight_of
 
 Rows = Mapping[str, list[int] | None]
 """Of each tensor of which something was loaded, by name, the rows that were; None: all of it."""
@@ -84,7 +84,7 @@ class Freezing:
             elif name in now:
                 self._keep(name, parameter)
         for name, buffer in self._network.named_buffers():
-            if self._loaded.get(name) and _weight_of(name) in now:
+            if self._loaded.get(name) and weight_of(name) in now:
                 self._keep(name, buffer)
         return [parameters[name] for name in sorted(before - now)]
 
@@ -97,6 +97,11 @@ class Freezing:
     def _still(self, stage: int) -> set[str]:
         """The tensors that are frozen, wholly or in part, after so many thaws."""
         return {name for name, thaw in self._thaws.items() if name in self._loaded and thaw not in self.moments[:stage]}
+
+    def trained_rows(self, parameters: Sequence[torch.nn.Parameter]) -> dict[int, torch.Tensor]:
+        """Of those of some parameters that are frozen in part, by position: which rows are trained, bool, to be multiplied with."""
+        masks = {id(tensor): mask for tensor, mask, _ in self._kept}
+        return {index: masks[id(parameter)] for index, parameter in enumerate(parameters) if id(parameter) in masks}
 
     def drop_gradients(self) -> None:
         """Before gradients are clipped: those of frozen rows count for nothing."""
@@ -159,12 +164,6 @@ def _sizes_of_rows(network: MultiTaskNetwork) -> dict[str, dict[int, int]]:
                 if (name := f"{path}.{each.parameter}") in parameters:
                     sizes.setdefault(name, {})[row] = parameters[name][each.index].numel()
     return sizes
-
-
-def _weight_of(buffer: str) -> str:
-    """The stacked weight that a stacked layer's buffer (of spectral norm) is of."""
-    module, _, name = buffer.rpartition(".")
-    return f"{module}.stacked.{name.rpartition(':')[0]}:weight"
 
 
 def layers_of(network: MultiTaskNetwork) -> int:

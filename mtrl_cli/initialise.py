@@ -60,6 +60,9 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
         folder, which = RunFolder.open(path)
         source = configuration.load(folder.config, trusted=config["trusted_packages"])
         replay = config["transfer"]["replay"]
+        if replay and source["ranks"] != ranks.size:
+            there = source["ranks"]
+            raise UserError(f"transfer.replay=true: ranks is {there} there and {ranks.size} here; a replay goes on with the same")
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
         step, state = store.load(parse_which("latest" if which is None else which), warn=say)
     except UserError as error:
@@ -129,18 +132,19 @@ def _same_tasks(config: Config, source: Config, mine: list[str], theirs: list[st
 
 
 def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known: list[str]) -> list[str]:
-    """Known tasks whose heads mean the same: the same kind of head, and the same actions."""
+    """Known tasks whose heads mean the same: the same kind of head, the same actions, and rewards in the same units."""
     if config["network"]["head"] != source["network"]["head"]:
         return []
     actions = [{task.name: (task.num_actions, task.action_meanings) for task in pack.tasks} for pack in (mine, theirs)]
-    return [task for task in known if actions[0][task] == actions[1][task]]
+    factors = [each["agent"].get("reward_factors", {}) for each in (config, source)]
+    return [task for task in known if actions[0][task] == actions[1][task] and factors[0].get(task, 1) == factors[1].get(task, 1)]
 
 
 def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
     """The source's view of rewards, with its statistics."""
-    stream = RewardStream(len(pack.tasks), pack.num_envs, source.config["agent"]["gamma"], torch.device("cpu"))
-    scale: ValueScale = make(source.config, "agent/value_scale", stream)
     try:
+        stream = RewardStream(len(pack.tasks), pack.num_envs, source.config["agent"]["gamma"], torch.device("cpu"))
+        scale: ValueScale = make(source.config, "agent/value_scale", stream)
         scale.load_state_dict(source.state["agent"].get("value_scale", {}))
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
@@ -227,7 +231,6 @@ def take_replay(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks
         "env.num_envs": (theirs.num_envs, pack.num_envs),
         "the shape of a frame": (theirs.observation_shape, pack.observation_shape),
         "the number of actions": ([task.num_actions for task in theirs.tasks], [task.num_actions for task in pack.tasks]),
-        "ranks": (source.config["ranks"], ranks.size),
     }
     for key, (there, here) in pairs.items():
         if there != here:

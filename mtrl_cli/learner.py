@@ -187,7 +187,8 @@ class Learner:
         network = self.agent.network
         if self._tape is None:
             losses = self.agent.losses(batch)
-            return losses, AutogradGradients(losses.loss_KB.mean(1), self._shared, self._own)
+            trained = self.freezing.trained_rows(self._shared)
+            return losses, AutogradGradients(losses.loss_KB.mean(1), self._shared, self._own, trained)
         if self._taps is None:
             self._taps = self._tape.make_taps(network, batch.observation.flatten(2, 3))
         with self._tape.recording(self._taps):
@@ -297,3 +298,5 @@ class Learner:
     def refill_from(self, step: int) -> None:
         """Start over with an empty replay at a step: gather as much as at the start, and make up for no update."""
         self._learns_from, self._updates_before = step + self.agent.learning_starts, self.updates
+        if not self.updates:
+            self._learning_starts = self._learns_from

@@ -24,7 +24,7 @@ class Resets:
     Args:
         every: steps per task from one to the next, counted from the start of the run; there is none before the first update.
         shrink: the share that is kept.
-        parts: of the network that are reset: "torso", "sharing", "heads".
+        parts: of the network that are reset: "torso", "sharing" (low-rank adapters among it), "heads".
         last_step: no reset comes later.
         fresh: the n-th reset's network of new parameters, the same for the same n.
 
@@ -53,11 +53,8 @@ class Resets:
     def _reset(self, number: int, agent: Agent, optimizer: Optimizer, put_back: Callable[[], None]) -> None:
         network, parts = agent.network, parts_of(agent.network)
         fresh = dict(self._fresh(number).named_parameters())
-        # What was joined to the network later (adapters of a transfer) has no fresh twin.
         chosen = {
-            name: parameter
-            for name, parameter in network.named_parameters()
-            if parts[name].kind in self._parts and parameter.requires_grad and name in fresh
+            name: parameter for name, parameter in network.named_parameters() if parts[name].kind in self._parts and parameter.requires_grad
         }
         for name, parameter in chosen.items():
             parameter.copy_(self._shrink * parameter + (1 - self._shrink) * fresh[name])

@@ -165,7 +165,7 @@ def _notes(told: Report) -> list[str]:
     notes += [
         "Zero-shot: the source's network before any training. Jump-start: that, less an untrained network's.",
         "Steps: until the fine-tuned run's validation reaches what the run from scratch ends with.",
-        "Area ratio: of the areas under the curves of validation, above random play (Taylor and Stone 2009).",
+        "Area ratio: of the areas under the curves of validation, above random play; 1: no difference (Taylor and Stone 2009: less 1).",
         "Final: the last network, in test games.",
     ]
     if unmeasured:
@@ -188,7 +188,7 @@ def draw(told: Report) -> Figure:
         panels = {"mean over tasks": told["over_tasks"]} | panels
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + (0.6 if columns > 1 else 1.0)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, (name, own) in zip(axes, panels.items(), strict=False):
         _draw_panel(panel, name, own)
@@ -196,7 +196,9 @@ def draw(told: Report) -> Figure:
         panel.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", marker="*", linestyle=""))
-    figure.legend(handles, [*labels, "last network in test games"], loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(
+        handles, [*labels, "last network in test games"], loc="outside upper center", ncols=3 if columns > 1 else 1, frameon=False
+    )
     return figure
 
 

@@ -21,6 +21,7 @@ from mtrl_cli.display import say
 from mtrl_cli.errors import Stopped, UserError, show
 from mtrl_cli.rundir import RunFolder
 from mtrl_cli.signals import StopRequest
+from mtrl_cli.signatures import class_name
 from mtrl_cli.train import train
 from mtrl_cli.transfer_report import KINDS
 
@@ -58,7 +59,9 @@ def transfer(run_path: Path, overrides: Sequence[str], *, command: list[str]) ->
         command: the command line.
 
     Raises:
-        UserError: nothing was created. RunError: a run failed. Stopped: by a signal, after saving; the same command goes on.
+        UserError: the words, the source or the folder are wrong; runs that the study had made before stay.
+        RunError: a run failed.
+        Stopped: by a signal, after saving; the same command goes on.
     """
     if torchrun.place().size > 1:
         raise UserError("mtrl transfer trains its runs in one process, one after the other: start it without torchrun")
@@ -158,7 +161,7 @@ def _word(config: dict[str, Any], group: str) -> str:
     node = config
     for part in group.split("/"):
         node = node[part]
-    return str(node["_target_"]).rpartition(".")[2]
+    return class_name(node)
 
 
 def _evaluated_often(config: dict[str, Any], given: set[str]) -> dict[str, Any]:

@@ -16,13 +16,14 @@ import numpy as np
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """What the last network of a run scored: in its test or, of a run without one, in its newest evaluation."""
+    """What the last network of a run scored: in its test, unless its newest evaluation is of a later step or of more games."""
+    newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
+    result: dict[str, Any] = json.loads(newest.read_text())
     test = run / "eval" / "test.json"
     if test.is_file():
         tested: dict[str, Any] = json.loads(test.read_text())["last"]
-        return tested
-    newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
-    result: dict[str, Any] = json.loads(newest.read_text())
+        if tested["step"] == result["step"] and tested["episodes"] >= result["episodes"]:
+            return tested
     return result
 
 

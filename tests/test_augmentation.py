@@ -205,6 +205,11 @@ def test_every_shift_up_to_the_pad_is_drawn_and_none_beyond() -> None:
     assert sorted(set(middle.tolist())) == sorted({float((20 + y) * 100 + 18 + x) for y in range(-2, 3) for x in range(-2, 3)})
 
 
+def test_a_pad_that_leaves_nothing_of_a_picture_is_refused() -> None:
+    with pytest.raises(ValueError, match="pad=36"):
+        Shift(seen(), pad=36)
+
+
 @pytest.mark.parametrize(("shape", "pad"), [((1, 84, 84), 4), ((10, 10, 10), 1), ((3, 64, 96), 3), ((1, 5, 5), 1)])
 def test_the_pad_goes_with_the_images_size(shape: tuple[int, ...], pad: int) -> None:
     assert auto_pad(shape) == pad

@@ -39,6 +39,7 @@ def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -
         ([0.0, None, 0.0], 2, 0.0, 2),
         ([None, None, 0.0, math.nan], 2, 0.0, None),  # nothing to improve on before there is anything
         ([0.0, math.nan, math.nan], 2, 0.0, 2),
+        ([math.nan, 1.0, 2.0, 3.0], 2, 0.0, None),
     ],
 )
 def test_stops_where_a_curve_by_hand_says(curve: list[float | None], patience: int, min_delta: float, index: int | None) -> None:

@@ -23,6 +23,7 @@ from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.optimizers import Adam
+from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.tape import tape_for
 from recorded_operations import RecordedOperations
 from test_learner import NAMES, SETTINGS, fill, learner_of, parameters
@@ -113,6 +114,24 @@ def test_a_freeze_never_covers_what_is_fresh(sharing: str, name: str) -> None:
     }
     assert kinds(network, changed) == fresh | HEADS
     assert ("c", "torso", 0) in fresh
+
+
+def test_frozen_rows_of_what_tasks_share_have_no_part_in_gradients_of_tasks() -> None:
+    """PLE keeps tasks' own experts and shared ones in one tensor, of which a source with another task gives some rows."""
+    source, network = network_of("ple", "ab", seed=1), network_of("ple", "bc", seed=2)
+    found = take(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin(found.rows)
+    shared, own = network.shared_parameters(), network.own_parameters()
+    observation = torch.rand(2, 4, 6)
+    trained = freezing.trained_rows(shared)
+    assert trained
+    loss_K = network.outputs(observation)[..., :2].square().mean((1, 2))
+    rows = AutogradGradients(loss_K, shared, own, trained).rows().split([parameter.numel() for parameter in shared], 1)
+    for index, mask in trained.items():
+        row_KP = rows[index].view(2, *shared[index].shape)
+        assert not (row_KP * ~mask).any()
+        assert (row_KP * mask).any()
 
 
 def test_thaws_by_hand() -> None:

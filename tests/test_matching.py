@@ -151,6 +151,17 @@ def test_other_structures_that_keep_the_torsos_layers_take_them(there: str, here
     assert torch.equal(tensor(network, "ab", task, first), tensor(source, "ab", None, first))
 
 
+def test_singular_vectors_go_with_the_weight_that_they_are_of_also_where_layers_are_stacked() -> None:
+    """From hard sharing to a torso per task, where the new task's stem is fresh and the last layer is loaded."""
+    torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
+    source, network = network_of("hard", "ab", torso, 1), network_of("independent", "cd", torso, 2)
+    layer = next(name.removesuffix(".left") for name in source.state_dict() if name.endswith(".left"))
+    taken(source, "ab", network, "cd")
+    for name in ("weight", "left", "right"):
+        wanted = source.state_dict()[f"{layer}.{name}"]
+        assert all(torch.equal(tensor(network, "cd", task, f"{layer}.{name}"), wanted) for task in "cd")
+
+
 def test_experts_are_nothing_to_one_torso() -> None:
     found = taken(network_of("mmoe", "ab", CNN, 1), "ab", network_of("independent", "cd", CNN, 2), "cd")
     assert {each.fate for each in found.outcomes if each.kind == "torso" and each.layer} == {"fresh", "left"}

@@ -13,6 +13,7 @@ from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.learner_view import LearnerView, epsilon_schedule
 from mtrl_cli.agents.value_scale import ValueScale
+from mtrl_cli.augmentation.base import repeated
 from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
@@ -149,9 +150,9 @@ class DQN(Agent):
         if (draws := observation.shape[1] // weight.shape[1]) == 1:
             loss_KB = weight * head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber)
             return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
-        next_outputs, return_KB, discount_KB = (targets.repeated(each, draws) for each in (next_outputs, return_KB, discount_KB))
+        next_outputs, return_KB, discount_KB = (repeated(each, draws) for each in (next_outputs, return_KB, discount_KB))
         loss_KB = weight * targets.mean_of_draws(head.loss(outputs, next_outputs, return_KB, discount_KB, self._huber), draws)
-        error_KB = targets.mean_of_draws((targets.repeated(target_KB, draws) - q_KB).abs(), draws)
+        error_KB = targets.mean_of_draws((repeated(target_KB, draws) - q_KB).abs(), draws)
         return loss_KB, error_KB, q_KB.mean(1) * scale_K + mean_K, target_KB
 
     def follow(self) -> None:

@@ -53,11 +53,6 @@ def bootstrap_value(next_outputs: torch.Tensor, choosing_q_KBA: torch.Tensor) ->
     return of_action(next_outputs, choosing_q_KBA.argmax(-1))
 
 
-def repeated(tensor: torch.Tensor, draws: int) -> torch.Tensor:
-    """`[K, B, ...]` to `[K, draws * B, ...]`, as an augmentation lays out several draws of each sample: draw after draw."""
-    return tensor.repeat(1, draws, *(1,) * (tensor.dim() - 2))
-
-
 def mean_of_draws(tensor: torch.Tensor, draws: int) -> torch.Tensor:
     """`[K, draws * B]`, draw after draw, to the means of each sample, `[K, B]`."""
     return tensor.unflatten(1, (draws, -1)).mean(1)

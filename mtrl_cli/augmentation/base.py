@@ -117,10 +117,10 @@ class Pipeline:
     def __call__(self, batch: Batch) -> Batch:
         """A batch with other observations: `[K, M * B, ...]`, as their actions, and next observations `[K, K' * B, ...]`."""
         if self._loss_draws > 1:
-            observation, action = (_repeated(each, self._loss_draws) for each in (batch.observation, batch.action))
+            observation, action = (repeated(each, self._loss_draws) for each in (batch.observation, batch.action))
             batch = replace(batch, observation=observation, action=action)
         if self._target_draws > 1:
-            batch = replace(batch, next_observation=_repeated(batch.next_observation, self._target_draws))
+            batch = replace(batch, next_observation=repeated(batch.next_observation, self._target_draws))
         for part in self.parts.values():
             batch = part(batch)
         return batch
@@ -135,9 +135,9 @@ class Pipeline:
                 part.load_state_dict(state[name])
 
 
-def _repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
-    """`[K, B, ...]` to `[K, times * B, ...]`."""
-    return tensor.repeat(1, times, *(1,) * (tensor.dim() - 2))
+def repeated(tensor: torch.Tensor, draws: int) -> torch.Tensor:
+    """`[K, B, ...]` to `[K, draws * B, ...]`: several draws of each sample lie draw after draw."""
+    return tensor.repeat(1, draws, *(1,) * (tensor.dim() - 2))
 
 
 def per_sample(draw_KB: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:

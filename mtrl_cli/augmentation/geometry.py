@@ -110,6 +110,9 @@ class Shift(Augmentation):
 
     Args:
         pad: pixels. ("auto" is decided before: 4 of 84.)
+
+    Raises:
+        ValueError: nothing of a picture would be left.
     """
 
     capturable = True
@@ -117,6 +120,10 @@ class Shift(Augmentation):
     def __init__(self, seen: Observations, *, pad: NonNegativeInt | Auto):
         super().__init__(seen)
         self._pad = auto_pad(seen.frame_shape) if pad == "auto" else int(pad)
+        if self._pad >= min(seen.frame_shape[-2:]):
+            raise ValueError(
+                f"augmentation.shift.pad={pad} leaves nothing of pictures of {min(seen.frame_shape[-2:])} pixels: expected fewer"
+            )
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         top_M, left_M = self.integers((2, observation.shape[0] * observation.shape[1]), 2 * self._pad + 1)

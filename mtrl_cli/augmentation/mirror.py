@@ -68,6 +68,7 @@ class Flip(Augmentation):
         return replace(batch, observation=observation, action=action, next_observation=next_observation)
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
+        """The pictures alone, as where they have no actions."""
         return _flipped(observation, self.uniform(tuple(observation.shape[:2])) < self._probability)
 
 

@@ -11,7 +11,7 @@ import torch
 from mtrl_cli.networks.lora import LowRank
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import Kind, parts_of
-from mtrl_cli.networks.per_task import Stacked, TaskOwned
+from mtrl_cli.networks.per_task import Stacked, TaskOwned, weight_of
 
 Fate = Literal["loaded", "fresh", "left"]
 
@@ -55,7 +55,8 @@ def pieces_of(network: MultiTaskNetwork, tasks: Sequence[str]) -> dict[Key, Piec
         name = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
         module = name.rpartition(".")[0]
         # A buffer (of spectral normalisation) goes with the parameters of the layer that it is in.
-        part = parts.get(tensor) or next((part for known, part in parts.items() if known.startswith(tensor.rpartition(".")[0])), None)
+        beside = (part for known, part in parts.items() if known.startswith(tensor.rpartition(".")[0] + "."))
+        part = parts.get(tensor) or parts.get(weight_of(tensor)) or next(beside, None)
         kind, layer = (part.kind, part.layer) if part is not None else ("sharing", None)
         if tensor.startswith(adapters):
             return name, Piece(tensor, index, "adapters", None, module)

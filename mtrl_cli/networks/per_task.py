@@ -149,6 +149,13 @@ class Stacked(nn.Module):
         return functional_call(self._structure[0], parameters, (x_B,))
 
 
+def weight_of(buffer: str) -> str:
+    """The name of the stacked weight that a stacked layer's buffer (of spectral normalisation) is of: `torsos.1:0:left` is of
+    `torsos.stacked.1:0:weight`."""
+    module, _, name = buffer.rpartition(".")
+    return f"{module}.stacked.{name.rpartition(':')[0]}:weight"
+
+
 class PerTask(Stacked, TaskOwned):
     """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
 

@@ -39,7 +39,7 @@ def dropout_generator(device: torch.device, seed: int) -> torch.Generator:
 
 class SpectralLinear(nn.Linear):
     """A linear layer that computes with weight / sigma(weight), sigma being the largest singular value (Miyato et al. 2018, "Spectral
-    Normalization for Generative Adversarial Networks", equation 8): it never lengthens what it is given.
+    Normalization for Generative Adversarial Networks", equation 8): it hardly lengthens what it is given.
 
     sigma = left . weight right, where a power iteration (`power_step`) lets two vectors follow the weight's first singular vectors. That
     is done once per update, before its forward, and not in the forward itself, which so gives the same for the same parameters.

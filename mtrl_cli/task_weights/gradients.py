@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,11 +16,19 @@ class AutogradGradients(TaskGradients):
         loss_K: float32 `[K]`, with its graph.
         shared: parameters that several tasks reach.
         own: parameters whose rows belong to one task each.
+        trained: of shared parameters that are frozen in part, by position: what multiplies their gradients, 1 where they are trained.
     """
 
-    def __init__(self, loss_K: torch.Tensor, shared: Sequence[torch.nn.Parameter], own: Sequence[torch.nn.Parameter]):
+    def __init__(
+        self,
+        loss_K: torch.Tensor,
+        shared: Sequence[torch.nn.Parameter],
+        own: Sequence[torch.nn.Parameter],
+        trained: Mapping[int, torch.Tensor] | None = None,
+    ):
         self.loss_K = loss_K.detach()
         self._loss_K, self._shared, self._own = loss_K, list(shared), list(own)
+        self._trained = trained or {}
         self._rows: torch.Tensor | None = None
 
     def weigh(self, weight_K: torch.Tensor) -> None:
@@ -32,9 +40,14 @@ class AutogradGradients(TaskGradients):
 
     def rows(self) -> torch.Tensor:
         if self._rows is None:
-            each = [torch.autograd.grad(loss, self._shared, retain_graph=True, materialize_grads=True) for loss in self._loss_K]
-            self._rows = torch.stack([torch.cat([gradient.flatten() for gradient in gradients]) for gradients in each])
+            self._rows = torch.stack([self._row(loss) for loss in self._loss_K])
         return self._rows
+
+    def _row(self, loss: torch.Tensor) -> torch.Tensor:
+        gradients = list(torch.autograd.grad(loss, self._shared, retain_graph=True, materialize_grads=True))
+        for index, mask in self._trained.items():
+            gradients[index] = gradients[index] * mask
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
     def combine(self, weight_K: torch.Tensor) -> None:
         if self._rows is not None:
