@@ -42,7 +42,7 @@ def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
         raise UserError("mtrl bench measures one process: start it without torchrun")
     with StopRequest() as stop, stop.interruptible():
         if config["init_from"] is not None:
-            _note("init_from: left out, with transfer.freeze and transfer.replay: a speed does not depend on it, and all is trained here")
+            _note("init_from: left out, with transfer.freeze and transfer.replay: what is measured is a run in which all is trained")
             config = config | {"init_from": None, "transfer": config["transfer"] | {"freeze": "none", "replay": False}}
         pack = build.make_pack(config)
         config = settling.settle(config, pack, _note)

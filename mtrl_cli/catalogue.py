@@ -123,10 +123,10 @@ def _env_section(file: Path, files: Mapping[str, Path], depth: int = 0) -> dict[
     return {**merged, **(env if isinstance(env, dict) else {})}
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str | None:
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The candidate that was probably meant, or None. Case does not matter; of equally near ones the shortest."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, key=len, reverse=True)}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[matches[0]] if matches else None
 
 

@@ -170,6 +170,8 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
 def _check_transfer(config: Mapping[str, Any]) -> None:
     keys = config["transfer"]
     freeze, thaw = keys["freeze"], keys["unfreeze_at"]
+    if config["init_from"] == "":
+        raise UserError("init_from is empty: expected the folder of a run, or null")
     if config["init_from"] is None and freeze != "none":
         raise UserError(f"transfer.freeze={freeze} would freeze what is random, as there is no source: give init_from=RUN")
     if config["init_from"] is None and keys["replay"]:

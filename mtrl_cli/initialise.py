@@ -49,15 +49,26 @@ class Checkpoint:
     store: CheckpointStore
 
 
+def find_source(config: Config) -> tuple[RunFolder, int | str | None]:
+    """The run that `init_from` names, and which of its checkpoints (None: the latest).
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return RunFolder.open(Path(config["init_from"]))
+    except UserError as error:
+        raise UserError(f"init_from={config['init_from']}: {error}") from None
+
+
 def read_source(config: Config, ranks: Ranks) -> Checkpoint:
     """The checkpoint that `init_from` names: the latest, where it names a run.
 
     Raises:
         UserError: there is none, or it is damaged or of a newer format.
     """
-    path = Path(config["init_from"])
+    path, (folder, which) = Path(config["init_from"]), find_source(config)
     try:
-        folder, which = RunFolder.open(path)
         source = configuration.load(folder.config, trusted=config["trusted_packages"])
         replay = config["transfer"]["replay"]
         if replay and source["ranks"] != ranks.size:

@@ -236,6 +236,9 @@ class _Checker:
         assert kind is not None, path
         if "_target_" not in node:
             group, name = path.rpartition("/")[::2] if path not in KINDS else (path, "NAME")
+            options = catalogue.options(group, [catalogue.conf_folder()])
+            if name != "NAME" and name not in options:
+                raise UserError(f"{group}.{show(name)}: there is no such option; {catalogue.did_you_mean(name, options)}")
             chosen = "" if name == "NAME" else f"; {show(name)} is not chosen here"
             raise UserError(f"{_dotted(path)} has no _target_{chosen}: choose one of `mtrl ls {group}` with {group}={show(name)}")
         return read(_join(path, "_target_"), node["_target_"], kind, self.trusted, self.root)
@@ -287,7 +290,8 @@ class _Checker:
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
-        meant = _join(path, near) if near else elsewhere.get(nearest(str(name), elsewhere) or "")
+        # A key of another section is what was meant only if it is that very word, or nearly so.
+        meant = _join(path, near) if near else elsewhere.get(nearest(str(name), elsewhere, cutoff=0.6 if path == "" else 0.75) or "")
         what = f"did you mean {meant}?" if meant else f"{_dotted(path) or 'it'} takes {', '.join(here) or 'no keys'}"
         return f"{word}: there is no such key{_of(node, path)}; {what}"
 

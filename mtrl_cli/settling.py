@@ -224,6 +224,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds an observation",
         *_describe_ranks(config),
+        *_describe_early_stopping(config),
     ]
 
 
@@ -233,6 +234,14 @@ def _describe_updates(config: Config) -> list[str]:
         return []
     every = agent["batch_size"] / agent["samples_per_step"]
     return [f"updates: {agent['batch_size']} samples of each task, one update every {every:g} steps per task"]
+
+
+def _describe_early_stopping(config: Config) -> list[str]:
+    games, patience = config["eval"], config["early_stopping"]["patience"]
+    if config["early_stopping"]["figure"] is None:
+        return []
+    evaluations = -(-config["steps_per_task"] // games["every"]) + games["at_start"]
+    return [f"early stopping: never, as a patience of {patience} outlasts {evaluations} evaluations"] if patience >= evaluations else []
 
 
 def _describe_ranks(config: Config) -> list[str]:

@@ -41,6 +41,8 @@ def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False
                 with ranks.together():
                     if run_dir is not None and ranks.is_first:
                         RunFolder.check_new(Path(run_dir))
+                    if config["init_from"] is not None and ranks.is_first:
+                        initialise.find_source(config)  # before the work of building anything
                 config, run, loop = _prepared(config, ranks)
                 config = _initialised(config, run, ranks)
                 loop.begin()
@@ -110,7 +112,8 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
             if state is not None and (completed := _completed(folder, step, config["steps_per_task"])):
                 budget = 2 * max(step, config["steps_per_task"])
                 more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
-                say(f"{folder.path} is completed ({completed}); to train on: {more}")
+                patient = f" (with {config['early_stopping']['patience']} evaluations of patience anew)" if "early" in completed else ""
+                say(f"{folder.path} is completed ({completed}); to train on{patient}: {more}")
                 return
             config, run, loop = _prepared(config, ranks)
             training = Training(folder, config, run, loop, store, stop, command, ranks)

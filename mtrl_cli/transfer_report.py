@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtrl_cli import files, transfer_metrics
-from mtrl_cli.errors import RunError, UserError
+from mtrl_cli.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +48,18 @@ def report(runs: Mapping[str, Sequence[Path]], about: Mapping[str, Any]) -> Repo
         about: what else is to be told of the study.
 
     Raises:
-        RunError: the runs were not evaluated at the same steps, or lack their tests.
+        UserError: the runs were not evaluated at the same steps. RunError: they lack their tests.
     """
     rows = {kind: [_evaluations(run) for run in runs[kind]] for kind in KINDS}
     tests = {kind: [_test(run) for run in runs[kind]] for kind in KINDS}
     steps = [row["step"] for row in rows["scratch"][0]]
-    if any([row["step"] for row in of_run] != steps for kind in KINDS for of_run in rows[kind]):
-        raise RunError(f"the runs in {runs['scratch'][0].parent.parent} were evaluated at different steps: their curves cannot be compared")
+    for kind in KINDS:
+        for run, of_run in zip(runs[kind], rows[kind], strict=True):
+            if [row["step"] for row in of_run] != steps:
+                raise UserError(
+                    f"{run} was not evaluated at the same steps as {runs['scratch'][0]}: was one of them trained on?\n"
+                    "Remove that one, and the same command trains it again"
+                )
     tasks: dict[str, Any] = {}
     for task in tests["scratch"][0]["tasks"]:
         unit = "score" if f"eval/score/{task}" in rows["scratch"][0][0] else "return"
@@ -67,7 +72,8 @@ def report(runs: Mapping[str, Sequence[Path]], about: Mapping[str, Any]) -> Repo
         finals = {kind: np.array([test["over_tasks"]["mean"] for test in tests[kind]]) for kind in KINDS}
         over_tasks = _compared("score", steps, curves, finals)
     episodes = {"validation": _episodes(runs["scratch"][0], steps[-1]), "test": tests["scratch"][0]["episodes"]}
-    return {"format": 1, **about, "episodes": episodes, "tasks": tasks, "over_tasks": over_tasks}
+    cut = sum(own.get("cut", 0) for kind in KINDS for test in tests[kind] for own in test["tasks"].values())
+    return {"format": 1, **about, "episodes": episodes, "cut": cut, "tasks": tasks, "over_tasks": over_tasks}
 
 
 def _compared(unit: str, steps: list[int], curves: dict[str, np.ndarray], finals: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -168,6 +174,8 @@ def _notes(told: Report) -> list[str]:
         "Area ratio: of the areas under the curves of validation, above random play; 1: no difference (Taylor and Stone 2009: less 1).",
         "Final: the last network, in test games.",
     ]
+    if told["cut"]:
+        notes.append(f"{told['cut']:,} test games were cut by eval.max_steps, and count with the score up to there.")
     if unmeasured:
         notes.append(f"No area ratio where training from scratch is on the whole no better than random play: {', '.join(unmeasured)}.")
     if several:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from mtrl_cli import build, files, schema, torchrun, transfer_report
 from mtrl_cli import config as configuration
-from mtrl_cli import files, schema, torchrun, transfer_report
 from mtrl_cli.checkpoint import CheckpointStore
 from mtrl_cli.display import say
 from mtrl_cli.errors import Stopped, UserError, show
+from mtrl_cli.instances import class_of
 from mtrl_cli.rundir import RunFolder
 from mtrl_cli.signals import StopRequest
 from mtrl_cli.signatures import class_name
@@ -100,6 +101,7 @@ def _plan(run_path: Path, overrides: Sequence[str]) -> Plan:
     which = "latest" if named is None else named
     composed = configuration.compose_training([*words, f"init_from={os.path.abspath(source.path)}/checkpoints/{which}"])
     _check(composed, given)
+    _check_kind(trained, composed, given)
     config = _evaluated_often(_with_network_of(trained, composed, given), given)
     run_dir = config["run_dir"]
     trusted = config["trusted_packages"]
@@ -131,6 +133,16 @@ def _check(config: dict[str, Any], given: set[str]) -> None:
         raise UserError("eval.test_episodes=0: mtrl transfer compares final scores by test games; give another number, or leave it out")
     if "eval.at_start" in given and not config["eval"]["at_start"]:
         raise UserError("eval.at_start=false: mtrl transfer begins its curves before the first step; leave it out")
+
+
+def _check_kind(trained: dict[str, Any], config: dict[str, Any], given: set[str]) -> None:
+    """Refuse a source whose torso cannot read what the new tasks show."""
+    torso, pack = class_of(trained, "network")[0], build.make_pack(config)
+    reads, shown = getattr(torso, "observation_kind", None), pack.observation_kind
+    if reads != shown and "network" not in given:
+        raise UserError(
+            f"the source's network reads {reads}s, and env={config['env']['name']} shows {shown}s: there is nothing to transfer"
+        )
 
 
 def _with_network_of(trained: dict[str, Any], config: dict[str, Any], given: set[str]) -> dict[str, Any]:
