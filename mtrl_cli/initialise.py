@@ -115,7 +115,8 @@ def initialise(config: Config, run: build.Run, source: Checkpoint, ranks: Ranks)
     run.agent.take_over(list(run.agent.network.state_dict()))
     run.learner.freeze(taken.rows)
     if ranks.is_first:
-        console(sys.stdout).print(_table(taken, source))
+        say(f"From {source.path}")
+        console(sys.stdout).print(_table(taken))
     for line in _lines(taken, scale, converted, run):
         say(line)
 
@@ -190,9 +191,9 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build.Run) -> 
         yield "frozen       nothing: none of what transfer.freeze names was loaded"
 
 
-def _table(taken: Taken, source: Checkpoint) -> Table:
+def _table(taken: Taken) -> Table:
     """One row for each part with its fate; tasks of the same fate share one."""
-    table = Table(title=f"From {source.path}", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("part", "of", "parameters", "is"):
         table.add_column(title, justify="right" if title == "parameters" else "left", overflow="fold")
     rows: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}

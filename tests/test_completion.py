@@ -102,7 +102,7 @@ def test_bash_takes_words_apart_at_the_equals_sign() -> None:
     assert ask("bash", "mtrl train env = mina") == ["minatar_pack", ""]
     assert "atari_pack" in ask("bash", "mtrl train env =", 3)
     assert ask("bash", "mtrl train env = classic_pack agent.n_") == ["agent.n_step=", "agent.n_step=5", ""]
-    assert ask("bash", "mtrl tr") == ["train", ""]
+    assert ask("bash", "mtrl tr") == ["train", "transfer", ""]
     assert ask("bash", "mtrl ls network/h") == ["network/head", ""]
 
 

@@ -295,7 +295,7 @@ def test_number_of_ranks_is_not_for_the_command_line() -> None:
 
 
 def test_run_from_before_there_were_ranks_is_one_of_one(here: MtrlHere) -> None:
-    here("train", *SMALL, "steps_per_task=200", "eval.every=0", "run_dir=run")
+    here("train", *SMALL, "steps_per_task=200", "resets.every=0", "eval.every=0", "run_dir=run")
     config = here.folder / "run" / "config.yaml"
     config.write_text(config.read_text().replace("ranks: 1\n", ""))
     assert load(config)["ranks"] == 1
