@@ -94,11 +94,11 @@ class Optimizer(ABC):
 
         Args:
             progress: 0 at its start and 1 at its end.
-            learning_for: steps per task since the first update, for the warm-up.
+            learning_for: steps per task since the first update, for the warm-up; below 0 before it was due, as where an update is timed.
         """
         lr = self._lr * share_left(self._schedule, self._lr_final, progress)
-        if learning_for < self._warm_up:
-            lr *= learning_for / self._warm_up
+        if 0 < self._warm_up > learning_for:
+            lr *= max(0.0, learning_for) / self._warm_up
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
             if self._on_gpu:
                 group["lr"].fill_(lr * factor)

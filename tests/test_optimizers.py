@@ -175,6 +175,14 @@ def step_sizes(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer._optimizer.param_groups]
 
 
+def test_before_learning_was_due_a_warm_up_stands_at_nothing_and_none_changes_nothing() -> None:
+    """Where an update is timed, it is made at step 0."""
+    plain, warmed = (Adam(parameters(), lr=0.1, warm_up=steps, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0) for steps in (0, 40))
+    for optimizer, lr in ((plain, 0.1), (warmed, 0.0)):
+        optimizer.at(0.0, learning_for=-100)
+        assert optimizer._optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+
+
 def test_warm_up_grows_from_nothing_and_then_leaves_the_schedule_alone() -> None:
     optimizer = Adam(parameters(), lr=0.1, lr_final=0.5, warm_up=40, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
     # Half way through the run the linear schedule leaves 0.75 of lr.
