@@ -71,6 +71,7 @@ class Learner:
         self._task_names = task_names
         self.updates = 0
         self._learns_from, self._updates_before = agent.learning_starts, 0
+        self._trained_rows: dict[int, torch.Tensor] = {}  # of shared parameters that are frozen in part
         self._learning_starts = agent.learning_starts  # the first time
         K, device = len(task_names), replay.spec.device
         self._figures = {name: torch.zeros(K, device=device) for name in ("loss", "q", "weight")} | {"norm": torch.zeros((), device=device)}
@@ -97,6 +98,7 @@ class Learner:
         self._tape, self._taps = self._make_tape(), None
         network = self.agent.network
         self._shared, self._own = network.shared_parameters(), network.own_parameters()
+        self._trained_rows = self.freezing.trained_rows(self._shared)
         self._make_update = self._ready_to_update()
 
     @property
@@ -187,8 +189,7 @@ class Learner:
         network = self.agent.network
         if self._tape is None:
             losses = self.agent.losses(batch)
-            trained = self.freezing.trained_rows(self._shared)
-            return losses, AutogradGradients(losses.loss_KB.mean(1), self._shared, self._own, trained)
+            return losses, AutogradGradients(losses.loss_KB.mean(1), self._shared, self._own, self._trained_rows)
         if self._taps is None:
             self._taps = self._tape.make_taps(network, batch.observation.flatten(2, 3))
         with self._tape.recording(self._taps):

@@ -31,6 +31,14 @@ def test_every_command_of_speed_composes(line: str, here: MtrlHere) -> None:
     assert "steps_per_task" in here("train", *words, "--dry-run").stdout
 
 
+def test_the_study_of_transfer_composes(here: MtrlHere) -> None:
+    """`mtrl transfer` takes the words of `mtrl train` after its run, but for the number of seeds."""
+    (line,) = (line for line in LINES if line.startswith("mtrl transfer "))
+    run, *words = shlex.split(line)[2:]
+    assert "=" not in run
+    assert "steps_per_task" in here("train", *(word for word in words if not word.startswith("seeds=")), "--dry-run").stdout
+
+
 def test_there_are_commands_to_test() -> None:
     assert len(TRAINING) >= 6
     assert len(FAST) == 3
