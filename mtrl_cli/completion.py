@@ -92,10 +92,10 @@ def _options(group: str, prefix: str, folders: Sequence[Path]) -> list[tuple[str
 
 def _keys(command: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """All keys with their annotations, and the configuration as it would be."""
-    from mtrl_cli import config, schema
+    from mtrl_cli import config, schema, sections
 
     if command == "resume":
-        everything = schema.keys_of(schema.Training)
+        everything = sections.keys_of(sections.Training)
         return {name: everything[name].annotation for name in config.RESUMABLE}, {}
     try:
         content = config.compose_unchecked(command, given)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from mtrl_cli import catalogue, files, schema, signatures, torchrun
+from mtrl_cli import catalogue, files, schema, sections, signatures, torchrun
 from mtrl_cli.errors import UserError
 
 LARGEST_FILE = 256 * 1024
@@ -84,8 +84,8 @@ def compose_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: an override cannot be read, or names a key or value that there is not.
     """
-    of_training = {*schema.KINDS, *schema.keys_of(schema.Training), *schema.SECTIONS["train"], "experiment"}
-    of_training -= {*schema.keys_of(schema.Evaluation), *schema.SECTIONS["eval"]}
+    of_training = {*signatures.KINDS, *sections.keys_of(sections.Training), *sections.SECTIONS["train"], "experiment"}
+    of_training -= {*sections.keys_of(sections.Evaluation), *sections.SECTIONS["eval"]}
     for text in overrides:
         top = re.split(r"[./=@]", text.lstrip("+~"), maxsplit=1)[0]
         if top in of_training:

@@ -1,12 +1,11 @@
 """The types of a configuration: every key, and what its value must be. Which values make no sense together: `combinations.py`.
 
-The sections that hold a class (`_target_`) take the keyword-only parameters of that class; the others are the dataclasses below.
+The sections that hold a class (`_target_`) take the keyword-only parameters of that class; the others are the dataclasses of `sections.py`.
 Nothing is imported for it (see `signatures.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import types
 import typing
@@ -15,143 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mtrl_cli import catalogue
 from mtrl_cli.catalogue import nearest
 from mtrl_cli.combinations import check_combinations
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Parameters, PositiveInt
-from mtrl_cli.signatures import KINDS, MISSING, SEVERAL, UNKNOWN, Key, Signature, class_name, kind_of, read
-
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
-
-Freeze = Annotated[
-    str, Field(pattern=r"^(none|torso|torso:[1-9]\d{0,3}|all_but_heads)$", description="none, torso, torso:N (N layers) or all_but_heads")
-]
+from mtrl_cli.sections import OWN_KEYS, SECTIONS, keys_of
+from mtrl_cli.signatures import KINDS, KINDS_OF_SWEEPS, MISSING, SEVERAL, UNKNOWN, Key, Signature, class_name, kind_of, read
 
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The keys at the top of a training configuration. Counts of steps are per task. `ranks` is what torchrun says, written down."""
-
-    steps_per_task: PositiveInt
-    seed: NonNegativeInt
-    device: Device
-    precision: Literal["auto", "fp32", "tf32", "bf16"]
-    compile: bool | Auto
-    threads: PositiveInt | Auto
-    run_dir: str | None
-    trusted_packages: list[str]
-    groups: PositiveInt | Auto = 1
-    ranks: PositiveInt = 1
-    init_from: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """What becomes of the parameters that `init_from` brings. Counts of steps are per task."""
-
-    freeze: Freeze = "none"
-    unfreeze_at: PositiveInt | None = None
-    gradual: bool = False
-    adapters: Literal["none", "lora"] = "none"
-    rank: PositiveInt = 4
-    replay: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingEvaluation:
-    """When and how a run is evaluated. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
-
-    every: NonNegativeInt
-    episodes: PositiveInt
-    max_steps: PositiveInt
-    epsilon: Fraction
-    seed: NonNegativeInt
-    at_start: bool = False
-    test_seed: NonNegativeInt = 2000003
-    test_episodes: NonNegativeInt | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EarlyStopping:
-    """By which figure of its evaluations a run is stopped before its budget is used up. `figure` None: by none."""
-
-    figure: str | None = None
-    patience: PositiveInt = 5
-    min_delta: NonNegativeFloat = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpointing:
-    """When checkpoints are written, how many are kept, and whether with the replay. `every` 0: only at the end."""
-
-    every: NonNegativeInt
-    keep: PositiveInt
-    replay: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Logging:
-    """How often figures are written, and how often the network is looked at for those of its sharing (0: never)."""
-
-    every: PositiveInt
-    diagnostics: NonNegativeInt = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Resets:
-    """When parts of the network are brought back towards fresh parameters, and how far. `every` 0: never."""
-
-    every: NonNegativeInt = 0
-    shrink: Fraction = 0.5
-    parts: list[Literal["torso", "sharing", "heads"]] = dataclasses.field(default_factory=lambda: ["torso", "sharing", "heads"])
-    until: Fraction = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The keys at the top of `mtrl eval`'s configuration. None: as the run has it."""
-
-    checkpoint: Literal["latest", "best"] | NonNegativeInt
-    video: bool
-    device: Device | None
-    trusted_packages: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationGames:
-    """How `mtrl eval` plays. None: as the run has it."""
-
-    episodes: PositiveInt | None
-    max_steps: PositiveInt | None
-    epsilon: Fraction | None
-    seed: NonNegativeInt | None
-
-
-SECTIONS: dict[str, dict[str, type]] = {
-    "train": {
-        "": Training,
-        "eval": TrainingEvaluation,
-        "early_stopping": EarlyStopping,
-        "checkpoint": Checkpointing,
-        "log": Logging,
-        "transfer": Transfer,
-        "resets": Resets,
-    },
-    "eval": {"": Evaluation, "eval": EvaluationGames},
-}
-"""The sections without a class, of each command's configuration."""
-
-OWN_KEYS = {
-    "env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])},
-    "network": {"parameters": Key(Parameters | None, None)},
-}
-"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
-a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
 
 NONE_BEFORE = "mtrl_cli.augmentation.NoAugmentation"
 """What stood for no augmentation when there was one section for all."""
@@ -164,7 +36,7 @@ def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = ()
 
     Args:
         config: what was composed or loaded: untrusted.
-        command: `train` or `eval`.
+        command: `train`, `eval` or `sweep`.
         trusted: packages other than ours whose classes may be named.
         root: the folder of our package.
 
@@ -190,7 +62,7 @@ class _Checker:
 
     def __init__(self, command: str, trusted: Sequence[str], root: Path | None):
         self.sections = SECTIONS[command]
-        self.kinds = KINDS if command == "train" else {}
+        self.kinds = {"train": KINDS, "sweep": KINDS_OF_SWEEPS}.get(command, {})
         self.trusted = trusted
         self.root = root
         self.whole: Any = None
@@ -235,7 +107,7 @@ class _Checker:
         kind = kind_of(path)
         assert kind is not None, path
         if "_target_" not in node:
-            group, name = path.rpartition("/")[::2] if path not in KINDS else (path, "NAME")
+            group, name = path.rpartition("/")[::2] if path not in self.kinds else (path, "NAME")
             options = catalogue.options(group, [catalogue.conf_folder()])
             if name != "NAME" and name not in options:
                 raise UserError(f"{group}.{show(name)}: there is no such option; {catalogue.did_you_mean(name, options)}")
@@ -283,7 +155,7 @@ class _Checker:
         word = _join(path, show(name))
         if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
             return f"{word}: there is no such key; to choose one write {group}={show(node[name])}"
-        group = path if path in KINDS else path.rpartition("/")[0]
+        group = path if path in self.kinds else path.rpartition("/")[0]
         owner = next((option for option in _options_with(group, str(name)) if kind_of(path)), None)
         if owner is not None:
             return f"{word}: there is no such key{_of(node, path)}; it is one of {group}={owner}"
@@ -302,16 +174,6 @@ def _options_with(group: str, key: str) -> Iterator[str]:
         content = catalogue.read_yaml(file)
         if key in content or key in (content.get(group) or {}):
             yield option
-
-
-def keys_of(section: type) -> dict[str, Key]:
-    """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
-    annotations = typing.get_type_hints(section, include_extras=True)
-    fields = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(section)
-    }
-    return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:
@@ -391,7 +253,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _hint(path: str) -> str:
-    return f"; to choose one: {path}=NAME, see `mtrl ls {path}`" if path in KINDS else ""
+    return f"; to choose one: {path}=NAME, see `mtrl ls {path}`" if path in {**KINDS, **KINDS_OF_SWEEPS} else ""
 
 
 def _of(node: Mapping[str, Any], path: str) -> str:

@@ -39,6 +39,9 @@ KINDS = {
 }
 """Each group, and the base class of what it holds."""
 
+KINDS_OF_SWEEPS = {"launcher": "mtrl_cli.launchers.base.Launcher"}
+"""Those of a sweep, which no run has."""
+
 SEVERAL = {"augmentation"}
 """Groups of which several options may be chosen: their section holds one of each, by name, in the order in which they are used."""
 
@@ -46,7 +49,7 @@ SEVERAL = {"augmentation"}
 def kind_of(path: str) -> str | None:
     """The base class of what a section holds (`network/head`, or `augmentation/shift` within a group of several), if it holds a class."""
     group, _, name = path.rpartition("/")
-    return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else KINDS.get(path)
+    return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else {**KINDS, **KINDS_OF_SWEEPS}.get(path)
 
 
 @dataclass(frozen=True)

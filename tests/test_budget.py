@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from conftest import MtrlHere
-from mtrl_cli import budget, build_network, catalogue, config, schema, settling
+from mtrl_cli import budget, build_network, catalogue, config, schema, sections, settling
 from mtrl_cli.envs.pack import Task
 from mtrl_cli.errors import UserError
 
 CONF = [catalogue.conf_folder()]
-ANNOTATION = schema.OWN_KEYS["network"]["parameters"].annotation
+ANNOTATION = sections.OWN_KEYS["network"]["parameters"].annotation
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "nature": [(4, 84, 84)] * 3,
     "impala": [(3, 24, 24)] * 3,

@@ -20,9 +20,10 @@ ROOMS = {
     "procedures": {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
+        *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
-    "configuration": {"config", "schema", "combinations", "catalogue", "signatures"},
+    "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures"},
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
@@ -36,7 +37,7 @@ ROOMS = {
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "replay", "leaves"}
 ARROWS = {
     "cli": {"procedures", "configuration"},
-    "procedures": {"build", "configuration", "loop", "storage", *LEARNING},
+    "procedures": {"build", "configuration", "launchers", "loop", "storage", *LEARNING},
     "build": {"configuration", "loop", "storage", *LEARNING},
     "configuration": set(),
     "loop": LEARNING,  # saving, logging and signals happen to the loop from outside
@@ -45,6 +46,7 @@ ARROWS = {
     "networks": set(),
     "task_weights": set(),
     "envs": set(),
+    "launchers": {"leaves"},
     "storage": {"leaves"},
     "replay": set(),
     "leaves": set(),

@@ -1,0 +1,54 @@
+"""What a report is made of. Each part is written once and rendered as often as is needed: in the page, as CSV and Markdown, as SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+Cell = str | float | int | None
+"""Of a table: None is an empty cell. Numbers are written in full into CSV, rounded on the page."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its interval: `0.83 (0.79 to 0.86)` on the page, three columns in CSV. None: there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: `name` is that of its files (letters, digits, `_`), `notes` are lines below it."""
+
+    name: str
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell | Interval]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing: `name` is that of its files, `text` says in words what is to be seen (for who cannot), `draw` makes it with matplotlib."""
+
+    name: str
+    title: str
+    text: str
+    draw: Callable[[], Drawing]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading, paragraphs, tables and pictures in order. `anchor` is what links to it say."""
+
+    anchor: str
+    title: str
+    lines: Sequence[str] = ()
+    parts: Sequence[Table | Picture] = field(default=())
