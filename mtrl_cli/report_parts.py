@@ -1,4 +1,4 @@
-"""What a report is made of. Each part is written once and rendered as often as is needed: in the page, as CSV and Markdown, as SVG and PNG."""
+"""What a report is made of: each part is written once, and rendered in the page, as CSV and Markdown, as SVG and PNG."""
 
 from __future__ import annotations
 
