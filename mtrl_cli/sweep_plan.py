@@ -227,6 +227,8 @@ def _check_named(folder: Path, kept: Plan, words: Sequence[str], storage: str | 
     needed = [word for word in kept.words if word.lstrip("+").startswith("hydra.searchpath=") and word not in words]
     if without_password(storage) != kept.search["storage"] and kept.search["storage"] is not None:
         needed.append(f"sweep.storage={kept.search['storage']}")
+    if storage is not None and kept.search["storage"] is None:
+        raise UserError(f"sweep.storage: {folder} keeps its trials in a journal of its own; leave it out")
     if needed:
         raise UserError(
             f"{folder} was made with {show(needed[0])}, which is not taken from a folder: if it is yours, go on with\n"
