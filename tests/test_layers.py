@@ -21,7 +21,7 @@ ROOMS = {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
-        *("sweep_checks", "sweep_record", "sweep_end"),
+        *("sweep_checks", "sweep_listing", "sweep_end"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures", "overrides", "sweep_words"},
