@@ -57,7 +57,7 @@ def _completions(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 def _groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli import catalogue
 
-    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()]) if name.startswith(incomplete)]
+    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()], None) if name.startswith(incomplete)]
 
 
 Overrides = Annotated[

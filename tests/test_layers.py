@@ -22,9 +22,10 @@ ROOMS = {
         *("transfer_study", "transfer_report"),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
         *("sweep", "sweep_loop", "sweep_runs", "sweep_storage", "sweep_trials"),
+        *("sweep_checks", "sweep_record", "sweep_end"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
-    "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures"},
+    "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures", "overrides", "sweep_words"},
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
