@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import datetime
@@ -11,16 +12,16 @@ from pathlib import Path
 
 from mtrl_cli import config as configuration
 from mtrl_cli import instances, sweep_plan
-from mtrl_cli.display import say
-from mtrl_cli.errors import RunError, Stopped, UserError
+from mtrl_cli.display import console, say
+from mtrl_cli.errors import RunError, Stopped
 from mtrl_cli.launchers.base import Launcher
 from mtrl_cli.locks import FileLock
 from mtrl_cli.rundir import RunFolder
 from mtrl_cli.signals import StopRequest
 from mtrl_cli.sweep_display import SweepDisplay, TrialRow
+from mtrl_cli.sweep_end import ending
 from mtrl_cli.sweep_loop import SweepLoop
 from mtrl_cli.sweep_plan import Choices, Plan
-from mtrl_cli.sweep_runs import ENDED
 from mtrl_cli.sweep_storage import open_storage
 from mtrl_cli.sweep_trials import Book
 
@@ -28,7 +29,7 @@ from mtrl_cli.sweep_trials import Book
 def sweep(plan: Plan, *, command: Sequence[str]) -> None:
     """Work on a sweep until its trials have ended: a new one, or the one that lies in the plan's folder.
 
-    Several processes may work on one sweep; each has `launcher.jobs` of its trials at a time, and goes on with those of a process that died.
+    Several processes may work on one sweep. Each has `launcher.jobs` of its trials at a time, and goes on with those that others left.
 
     Args:
         plan: of the sweep.
@@ -108,7 +109,7 @@ def _open(plan: Plan, command: Sequence[str]) -> tuple[Path, Plan]:
 def _work(folder: Path, plan: Plan, launcher: Launcher, first: int, stop: StopRequest) -> None:
     with closing(Book(folder, plan, first=first)) as book:
         try:
-            with SweepDisplay(plan, folder) as display:
+            with SweepDisplay(launcher.jobs) as display:
                 rows = SweepLoop(folder, plan, book, launcher, display, stop).work()
         except Stopped as stopped:
             stopped.told = True
@@ -118,14 +119,8 @@ def _work(folder: Path, plan: Plan, launcher: Launcher, first: int, stop: StopRe
 
 
 def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
-    elsewhere = [str(row.number) for row in rows if row.state not in ENDED]
-    if elsewhere:
-        say(f"other machines still work on the trials {', '.join(elsewhere)}")
-    for line in sweep_plan.best(plan, rows):
-        say(line)
+    console(sys.stdout).print(ending(plan, rows))
     say(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
     failed = [row for row in rows if row.state == "failed"]
     if failed:
-        first = failed[0]
-        numbers = ", ".join(str(row.number) for row in failed[:10]) + (", …" if len(failed) > 10 else "")
-        raise RunError(f"{len(failed)} of {plan.trials} trials failed ({numbers}): {first.number}: {first.note}")
+        raise RunError(f"{len(failed)} of {plan.trials} trials failed; trial {failed[0].number}: {failed[0].note}")

@@ -75,7 +75,9 @@ class SweepLoop:
                 self._fill()
                 self._look()
                 if self._is_over():
-                    return self.rows()
+                    rows = self.rows()
+                    self.display.update(rows)
+                    return rows
                 time.sleep(POLL_SECONDS)
         finally:
             self._leave()
@@ -266,9 +268,9 @@ class SweepLoop:
         return TrialRow(run.number, run.overrides, state, score, run.step, run.steps, run.seconds or None, note)
 
     def _row_of_other(self, entry: Entry) -> TrialRow:
-        overrides = tuple(self.plan.overrides(entry.values or self._planned(entry.number)))
+        values = entry.values or (self.plan.points[entry.number] if self.plan.points is not None else {})
         state = "elsewhere" if entry.state == "running" else entry.state
-        return TrialRow(entry.number, overrides, state, entry.value, steps=self.plan.steps_per_task)
+        return TrialRow(entry.number, tuple(self.plan.overrides(values)), state, entry.value, steps=self.plan.steps(values))
 
     def _row_of_ended(self, entry: Entry) -> TrialRow:
         record = read_record(self.folder, entry.number) if entry.here else {}
@@ -283,6 +285,3 @@ class SweepLoop:
             seconds=seconds if isinstance(seconds, float) else None,
             note=str(record.get("why") or ""),
         )
-
-    def _planned(self, number: int) -> dict[str, str | int | float]:
-        return dict(self.plan.points[number]) if self.plan.points is not None else {}

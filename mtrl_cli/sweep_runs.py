@@ -58,7 +58,7 @@ class TrialRun:
     def __init__(self, sweep: Path, plan: Plan, taken: Taken):
         self.number, self.path = taken.number, trial_folder(sweep, taken.number)
         self.overrides = tuple(plan.overrides(taken.values))
-        self.steps = int(taken.values.get("steps_per_task", plan.steps_per_task))
+        self.steps = plan.steps(taken.values)
         self.evaluations: dict[int, float] = {}
         self.step, self.seconds = 0, 0.0
         self._plan, self._figure = plan, plan.search["figure"]

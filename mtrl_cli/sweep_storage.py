@@ -16,6 +16,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.locks import FileLock
+from mtrl_cli.sweep_plan import without_password
 
 JOURNAL = "journal.log"
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # what there is to tell, the sweep's table tells
@@ -78,11 +79,11 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
             arguments = {"timeout": _DATABASE_SECONDS} if url.startswith("sqlite") else {}
             return optuna.storages.get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments}))
     except ImportError as error:
-        raise UserError(f"sweep.storage={shown(url)} needs a package that is not installed: {_line(error, url)}") from None
+        raise UserError(f"sweep.storage={without_password(url)} needs a package that is not installed: {_line(error, url)}") from None
     except Exception as error:
         if not _is_of_storage(error):
             raise
-        raise UserError(f"sweep.storage={shown(url)} cannot be opened: {_line(error, url)}") from None
+        raise UserError(f"sweep.storage={without_password(url)} cannot be opened: {_line(error, url)}") from None
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def reached(url: str | None) -> Iterator[None]:
             raise
         if url is None:
             raise RunError(f"the sweep's {JOURNAL} cannot be used: {_line(error, '')}") from None
-        raise RunError(f"sweep.storage={shown(url)} cannot be reached: {_line(error, url)}; the same command goes on") from None
+        raise RunError(f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; the same command goes on") from None
 
 
 def _is_of_storage(error: Exception) -> bool:
@@ -110,11 +111,6 @@ def _is_of_storage(error: Exception) -> bool:
         return True
     names = {base.__module__.partition(".")[0] for base in type(error).__mro__}
     return "sqlalchemy" in names or "alembic" in names or (isinstance(error, ValueError | RuntimeError) and "log format" in str(error))
-
-
-def shown(url: str) -> str:
-    """A storage's URL without its password."""
-    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def _line(error: Exception, url: str) -> str:
