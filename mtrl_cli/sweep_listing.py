@@ -11,6 +11,7 @@ from typing import Any
 from mtrl_cli import files
 from mtrl_cli.display import duration, fixed
 from mtrl_cli.errors import UserError, show
+from mtrl_cli.rundir import RunFolder
 from mtrl_cli.sweep_display import ENDED, TrialRow
 from mtrl_cli.sweep_end import figure_of
 from mtrl_cli.sweep_plan import RECORD, Choices, Plan, check_same
@@ -27,6 +28,8 @@ def list_sweep(plan: Plan) -> str:
     folder = plan.run_dir
     if folder is not None and os.path.lexists(folder / RECORD):
         plan = check_same(plan, folder)
+    elif folder is not None:
+        RunFolder.check_new(folder)
     rows = read_rows(plan, folder)
     lines = _head(plan, folder)
     known = any(row.state != "waiting" for row in rows)
