@@ -292,7 +292,9 @@ def _refuse_words_of_sweeps(given: Sequence[Override]) -> None:
     for each in given:
         top = re.split(r"[./]", each.key, maxsplit=1)[0]
         if top in ("launcher", "sweep"):
-            raise UserError(f"{each.key}: {top} is of mtrl sweep, which starts many runs; leave it out, or write mtrl sweep for this command")
+            raise UserError(
+                f"{each.key}: {top} is of mtrl sweep, which starts many runs; leave it out, or write mtrl sweep for this command"
+            )
 
 
 def _checked(override: Override, known: Sequence[str], folders: Sequence[Path]) -> str:

@@ -46,7 +46,8 @@ def list_groups(folders: Sequence[Path]) -> str:
         others = [option for option in catalogue.options(name, folders) if option != default]
         lines.append((name, f"{default or '-'}", ", ".join(others)))
     return (
-        _table([("group", "default", "or"), *lines]) + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one (launcher: mtrl sweep)."
+        _table([("group", "default", "or"), *lines])
+        + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one (launcher: mtrl sweep)."
     )
 
 

@@ -181,7 +181,9 @@ def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Interv
             raise UserError(f"the grid has {size:,} points: expected at most {MOST_TRIALS:,}, or sweep.trials=N for the first N of them")
     elif search["trials"] is None:
         why = f"{intervals[0]} is an interval" if intervals else f"sweep.sampler={sampler} chooses as many as it is told"
-        raise UserError(f"sweep.trials is missing: {why}, so that the number of trials is for you to say; give sweep.trials=50, for example")
+        raise UserError(
+            f"sweep.trials is missing: {why}, so that the number of trials is for you to say; give sweep.trials=50, for example"
+        )
     elif search["trials"] > MOST_TRIALS:
         raise UserError(f"sweep.trials={search['trials']}: expected at most {MOST_TRIALS:,}")
     if sampler == "cmaes" and len(intervals) < 2:

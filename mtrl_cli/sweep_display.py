@@ -142,8 +142,11 @@ class SweepDisplay:
         return ", ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """Until all trials are done: their remaining steps at the mean time of a step so far, `jobs` at a time (or as many as are seen to be
-        worked on), and no less than the one that is furthest from its end; None before a step was timed."""
+        """Until all trials are done; None before a step was timed.
+
+        Their remaining steps at the mean time of a step so far, `jobs` at a time (or as many as are seen to be worked on), and no less
+        than the one that is furthest from its end.
+        """
         timed = [row for row in self._rows if row.seconds and row.step]
         steps = sum(row.step for row in timed)
         if not steps:
@@ -170,7 +173,7 @@ class SweepDisplay:
             side: Literal["left", "right"] = "left" if title in ("overrides", "state", "note") else "right"
             table.add_column(title, justify=side, no_wrap=True, overflow="ellipsis", max_width=widths[title])
         for row in shown:
-            cells = {
+            cells: dict[str, str | Text] = {
                 "trial": str(row.number),
                 "overrides": " ".join(row.overrides) or "-",
                 "state": Text(row.state, style=_COLOURS.get(row.state, "")),

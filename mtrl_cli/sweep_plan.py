@@ -24,6 +24,7 @@ LONGEST_WORD = 10_000
 SAFE_LAUNCHER = "local"
 """What a folder's own word may say of where its runs are worked on: others run what they are told to."""
 
+
 @dataclass(frozen=True)
 class Plan:
     """What a sweep is to do.
@@ -58,6 +59,14 @@ class Plan:
     def overrides(self, values: Mapping[str, Value]) -> list[str]:
         """The words in which one trial differs from others: `["network/sharing=film", "seed=3"]`."""
         return [f"{key}={value}" for key, value in values.items()]
+
+    def steps(self, values: Mapping[str, Value]) -> int:
+        """The budget of the trial with these values, in steps per task."""
+        given = values.get("steps_per_task", self.steps_per_task)
+        try:
+            return int(float(given))  # 1e6 is how one writes a budget
+        except (ValueError, OverflowError):  # text in quotes
+            return self.steps_per_task
 
     def configuration(self, values: Mapping[str, Value], run_dir: Path) -> dict[str, Any]:
         """The configuration of the trial with these values, for its folder's config.yaml: checked, with `auto`s open.

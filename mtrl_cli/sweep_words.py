@@ -80,7 +80,9 @@ def take_apart(words: Sequence[str]) -> Words:
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if "${" in word:
-            raise UserError(f"{show(word)}: the words of a sweep are kept, and no interpolation ('${{') in them is resolved: write the value")
+            raise UserError(
+                f"{show(word)}: the words of a sweep are kept, and no interpolation ('${{') in them is resolved: write the value"
+            )
         if key in seen:
             raise UserError(f"{key} is given twice, as {show(seen[key])} and as {show(word)}: expected it once")
         seen[key] = word
@@ -175,7 +177,9 @@ def _axis(word: str, value: str, sweep: Any) -> Choices | Interval:
 def _interval(word: str, sweep: Any) -> Interval:
     low, high, tags = sweep.start, sweep.end, set(sweep.tags)
     if tags - {"log"}:
-        raise UserError(f"{show(word)}: the tag {show(sorted(tags - {'log'})[0])} has no meaning here; expected tag(log,interval(1e-5,1e-3))")
+        raise UserError(
+            f"{show(word)}: the tag {show(sorted(tags - {'log'})[0])} has no meaning here; expected tag(log,interval(1e-5,1e-3))"
+        )
     if not (isinstance(low, int | float) and isinstance(high, int | float) and math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"{show(word)}: expected an interval from a number to a larger one, such as interval(0.1,0.9)")
     if "log" in tags and low <= 0:
@@ -280,4 +284,3 @@ def near_miss(words: Sequence[str]) -> str | None:
         if near and top != near:
             return f"{show(key)}: there is no such key; did you mean {near}{'.' + rest if rest else ''}?"
     return None
-

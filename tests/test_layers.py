@@ -22,7 +22,7 @@ ROOMS = {
         *("transfer_study", "transfer_report"),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
         *("sweep", "sweep_loop", "sweep_runs", "sweep_storage", "sweep_trials"),
-        *("sweep_checks", "sweep_record", "sweep_end"),
+        *("sweep_checks", "sweep_listing", "sweep_end"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
     "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures", "overrides", "sweep_words"},
