@@ -17,7 +17,7 @@ import numpy as np
 from mtrl_cli import config as configuration
 
 STEPS = 100_000
-SETTLED = {"device": "cpu", "precision": "fp32", "compile": False, "threads": 1}
+SETTLED = {"device": "cpu", "groups": 1, "precision": "fp32", "compile": False, "threads": 1}
 
 
 @cache
