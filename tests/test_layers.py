@@ -21,9 +21,10 @@ ROOMS = {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
+        *("report", "report_groups", "report_page", "report_scores", "report_pictures", "score_metrics"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
-    "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures"},
+    "configuration": {"config", "plain_yaml", "schema", "combinations", "catalogue", "sections", "signatures"},
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
