@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli import report_groups, sharing_metrics, stats, transfer_metrics
+from mtrl_cli import report_groups, sharing_metrics
 from mtrl_cli.report_runs import Group, Run
 from mtrl_cli.sharing_metrics import Estimate, Floats
 
@@ -146,8 +146,12 @@ def _setting(groups: Sequence[Group], kind: str, about: str) -> Setting:
     ways = []
     for group, name, option, runs, size in zip(groups, names, options, done, sizes, strict=True):
         told = [run for run in runs if all(task in run.final_returns for task in first.tasks)]
-        left_out = [f"seed {run.seed} ({run.status if run not in runs else 'it has no evaluation'})" for run in group.runs if run not in told]
-        scores = [[run.final_scores[t] if known else run.final_returns[t] for t, known in zip(first.tasks, scored, strict=True)] for run in told]
+        left_out = [
+            f"seed {run.seed} ({run.status if run not in runs else 'it has no evaluation'})" for run in group.runs if run not in told
+        ]
+        scores = [
+            [run.final_scores[t] if known else run.final_returns[t] for t, known in zip(first.tasks, scored, strict=True)] for run in told
+        ]
         ways.append(
             Way(
                 name=name,
@@ -187,17 +191,17 @@ def _names(groups: Sequence[Group], options: Sequence[str], sizes: Sequence[Mapp
 def compare(setting: Setting, way: Way, baseline: Way) -> Comparison:
     """One way beside another, both with completed runs."""
     scored = np.array(setting.scored, bool)
-    over_tasks = sharing_metrics.gain(stats.iqm, way.scores_SK[:, scored], baseline.scores_SK[:, scored]) if scored.any() else None
+    over_tasks = sharing_metrics.gain(way.scores_SK[:, scored], baseline.scores_SK[:, scored]) if scored.any() else None
     ours, theirs = curve(setting, way), curve(setting, baseline)
     reached = None
     if ours is not None and theirs is not None:
-        reached = sharing_metrics.data_efficiency(transfer_metrics.steps_to, ours, theirs)
+        reached = sharing_metrics.data_efficiency(ours, theirs)
     return Comparison(
         way=way,
         baseline=baseline,
         mean=None if over_tasks is None else over_tasks.mean,
         iqm=None if over_tasks is None else over_tasks.iqm,
-        tasks=sharing_metrics.gain(stats.iqm, way.scores_SK, baseline.scores_SK).tasks,
+        tasks=sharing_metrics.gain(way.scores_SK, baseline.scores_SK).tasks,
         efficiency=reached,
         time=_ratio(step_seconds(way), step_seconds(baseline)),
         cost=_ratio(budget_seconds(way), budget_seconds(baseline)),
@@ -215,7 +219,11 @@ def curve(setting: Setting, way: Way) -> tuple[Floats, Floats] | None:
     unit: Callable[[Any], Mapping[str, float]] = (lambda each: each.scores) if tasks else (lambda each: each.returns)
     tasks = tasks or (list(setting.tasks) if len(setting.tasks) == 1 else [])
     of_runs = [
-        {each.step: float(np.mean([unit(each)[task] for task in tasks])) for each in run.evaluations if tasks and unit(each).keys() >= set(tasks)}
+        {
+            each.step: float(np.mean([unit(each)[task] for task in tasks]))
+            for each in run.evaluations
+            if tasks and unit(each).keys() >= set(tasks)
+        }
         for run in way.runs
     ]
     steps = sorted(set.intersection(*(set(each) for each in of_runs))) if of_runs else []
@@ -273,6 +281,6 @@ def routings(setting: Setting, way: Way) -> dict[str, Floats]:
     tables = {}
     for name, shares in found.items():
         tables[name] = np.full((len(setting.tasks), 1 + max(choice for _, choice in shares)), np.nan)
-        for (row, choice), value in shares.items():
-            tables[name][row, choice] = value
+        for place, value in shares.items():
+            tables[name][place] = value
     return tables

@@ -7,11 +7,13 @@ runs do not, though their seeds be equal: networks of other shapes begin with ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mtrl_cli import stats, transfer_metrics
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -43,58 +45,38 @@ class Gain:
     tasks: tuple[Estimate, ...]
 
 
-def gain(iqm: Callable[[Floats], float], ours_SK: Floats, theirs_TK: Floats, *, seed: int = 0) -> Gain:
+def gain(ours_SK: Floats, theirs_TK: Floats, *, seed: int = 0) -> Gain:
     """Differences of final scores, ours less theirs.
 
     The mean is over the tasks' means, the interquartile mean over all runs and tasks together (Agarwal et al. 2021, "Deep RL at the Edge
     of the Statistical Precipice", section 4.3).
-
-    Args:
-        iqm: the interquartile mean of an array.
     """
 
     def statistics(ours: Rows, theirs: Rows) -> Floats:
         of_ours, of_theirs = ours_SK[ours], theirs_TK[theirs]
         tasks_K = of_ours.mean(axis=0) - of_theirs.mean(axis=0)
-        return np.array([tasks_K.mean(), iqm(of_ours) - iqm(of_theirs), *tasks_K])
+        return np.array([tasks_K.mean(), stats.iqm(of_ours) - stats.iqm(of_theirs), *tasks_K])
 
     mean, iqm, *tasks = over_runs(statistics, len(ours_SK), len(theirs_TK), seed=seed)
     return Gain(mean, iqm, tuple(tasks))
 
 
-def data_efficiency(
-    steps_to: Callable[[Floats, Floats, float], float],
-    ours: tuple[Floats, Floats],
-    theirs: tuple[Floats, Floats],
-    *,
-    seed: int = 0,
-) -> Estimate:
+def data_efficiency(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], *, seed: int = 0) -> Estimate:
     """How many times fewer steps it takes us to reach what the others end with: their steps over ours, 0 where we never do.
 
     Of the mean curves over runs; their steps are those until they first reach it themselves.
 
     Args:
-        steps_to: the step at which a curve (steps `[P]`, values `[P]`) first reaches a threshold; infinity if it never does.
         ours, theirs: steps `[P]`, and the runs' curves `[S, P]`.
     """
 
     def statistics(of_ours: Rows, of_theirs: Rows) -> Floats:
         our_P, their_P = ours[1][of_ours].mean(axis=0), theirs[1][of_theirs].mean(axis=0)
-        reached = steps_to(ours[0], our_P, float(their_P[-1]))
+        reached = transfer_metrics.steps_to(ours[0], our_P, float(their_P[-1]))
         # Before the first step there is nothing to divide by; what is there from the start took us a step.
-        return np.array([steps_to(theirs[0], their_P, float(their_P[-1])) / max(reached, 1.0)])
+        return np.array([transfer_metrics.steps_to(theirs[0], their_P, float(their_P[-1])) / max(reached, 1.0)])
 
     return over_runs(statistics, len(ours[1]), len(theirs[1]), seed=seed)[0]
-
-
-def level(iqm: Callable[[Floats], float], scores_SK: Floats, *, seed: int = 0) -> tuple[Estimate, Estimate]:
-    """What one configuration reaches: the mean over tasks, and the interquartile mean over runs and tasks."""
-
-    def statistics(ours: Rows, _: Rows) -> Floats:
-        return np.array([scores_SK[ours].mean(), iqm(scores_SK[ours])])
-
-    mean, middle = over_runs(statistics, len(scores_SK), len(scores_SK), seed=seed)
-    return mean, middle
 
 
 def over_runs(
@@ -117,7 +99,7 @@ def over_runs(
     return [Estimate(float(value), float(below), float(above)) for value, below, above in zip(values, low, high, strict=True)]
 
 
-def nearest_size(total: int, others: list[int], within: float = 0.05) -> int | None:
+def nearest_size(total: int, others: Sequence[float], within: float = 0.05) -> int | None:
     """Which of several numbers of parameters is nearest to ours, where one lies within a share of it: its index."""
     distances = [abs(other - total) / total for other in others]
     best = min(range(len(others)), key=distances.__getitem__, default=None)
