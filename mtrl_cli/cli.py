@@ -145,6 +145,30 @@ def transfer(run: Run, overrides: Overrides = None) -> None:
     study(run, overrides or [], command=_command())
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or any with runs below.", show_default=False)
+    ],
+) -> None:
+    """Make one page of what runs have reached, with its figures beside it.
+
+    \b
+    Runs that differ in their seeds alone are put together. The page works from its file loads nothing from a network; each table is
+    there as CSV and Markdown, every picture as SVG and PNG. It lies in report/ of the folder given, or out=PATH (several folders: ./report).
+
+    \b
+    Examples:
+      mtrl report runs/sweeps/mine
+      mtrl report runs/minatar_pack out=~/reports/minatar
+      mtrl report runs/one runs/another
+    """
+    from mtrl_cli import report as procedure
+
+    paths, out = procedure.parse(runs)
+    procedure.report(paths, out, command=_command())
+
+
 @app.command("eval")
 def evaluate(run: Run, overrides: Overrides = None) -> None:
     """Play whole games with what a run has learned.

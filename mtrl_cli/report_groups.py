@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ MACHINES = ("run_dir", "trusted_packages", "device", "threads", "compile", "prec
 """Keys that say where and how a run is worked on, or end with a dot: sections of such. They count where a sweep varies them."""
 SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
 """Keys whose `auto` is what a machine makes of it. They count where somebody has set one of them."""
+ABSENT = "-"
 LONGEST = 60  # letters of one value in a label
 
 
@@ -104,9 +106,9 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Any:
         yield "augmentation", [_augmentation(run) for run in firsts]
     for key in dict.fromkeys(key for run in firsts for key in run.config):
         if any(key in of_group for of_group in own) and len({of_group.get(key) for of_group in own}) > 1:
-            yield key, [_word(run.config.get(key)) for run in firsts]
+            yield key, [_word(run.config[key]) if key in run.config else ABSENT for run in firsts]
     for key in sorted({key for of_group in own for key in of_group}):  # where two values are the same in few letters
-        yield key, [_clipped(of_group.get(key, "-"), 10 * LONGEST) for of_group in own]
+        yield key, [_clipped(of_group.get(key, ABSENT), 10 * LONGEST) for of_group in own]
 
 
 def option(group: str, run: Run) -> str:
@@ -162,11 +164,23 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[
     for of_group in values:
         for key, value in of_group.items():
             used.setdefault(value, set()).add(key)
+    usual = _usual(values) if len(values[0]) > 3 else {}
+    shown = [{key: value for key, value in of_group.items() if value not in (ABSENT, usual.get(key))} for of_group in values]
     own = [
         ", ".join(value if key in choices and len(used[value]) == 1 else f"{_last(key)}={value}" for key, value in of_group.items())
-        for of_group in values
+        for of_group in shown
     ]
     return [label if own.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(own, 1)]
+
+
+def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of keys but the first, the value that most groups have: where many keys differ, it goes without saying."""
+    most = {}
+    for key in list(values[0])[1:]:
+        value, times = Counter(of_group[key] for of_group in values).most_common(1)[0]
+        if times > len(values) / 2:
+            most[key] = value
+    return most
 
 
 def _last(key: str) -> str:

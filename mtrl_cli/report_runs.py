@@ -326,7 +326,7 @@ def _number(value: Any) -> float | None:
 
 def _short(value: Any) -> str:
     """A stranger's words, on one line and of bounded length."""
-    text = " ".join(str(value).split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * LONGEST].split()))
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 

@@ -92,6 +92,7 @@ def _chunks(resamples: int) -> list[int]:
 
 
 def percentile_interval(values: Floats, confidence: float) -> tuple[float, float]:
+    """The middle part of resampled values, [R]: (low, high)."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
