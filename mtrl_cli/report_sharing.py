@@ -179,7 +179,7 @@ def _beside(setting: Setting, compared: Sequence[Comparison], title: str, name: 
         "Gained and lost: the tasks whose whole interval lies above or below 0; of 20 that nothing has changed in, one does by chance."
     )
     table = Table(name, title, header, rows, notes)
-    by_task = [[each.way.name, *(_interval(task) for task in each.tasks)] for each in compared]
+    by_task: list[list[Cell | Interval]] = [[each.way.name, *(_interval(task) for task in each.tasks)] for each in compared]
     units = [task if known else f"{task} (return)" for task, known in zip(setting.tasks, setting.scored, strict=True)]
     tasks = Table(
         f"{name}_tasks", f"{title}: task by task", ["", *units], by_task, ["Differences of final scores, ours less the baseline's."]
