@@ -23,9 +23,12 @@ ROOMS = {
         *("sharing_metrics", "sharing_comparison", "report_sharing", "sharing_pictures", "report_search", "study", "compare"),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
         *("report", "report_groups", "report_page", "report_scores", "report_pictures", "score_metrics"),
+        *("sweep_checks", "sweep_listing", "sweep_end"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
-    "configuration": {"config", "plain_yaml", "schema", "combinations", "catalogue", "sections", "signatures"},
+    "configuration": {
+        *("config", "plain_yaml", "schema", "combinations", "catalogue", "sections", "signatures", "overrides", "sweep_words"),
+    },
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
