@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mtrl_cli import __version__, files, report_page, report_runs, report_scores
+from mtrl_cli import __version__, files, report_page, report_runs, report_scores, report_search, report_sharing
 from mtrl_cli.display import say
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.report_groups import grouped
@@ -69,7 +69,9 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
 
 def _others(paths: Sequence[Path], runs: Sequence[Run], groups: Sequence[Group]) -> list[Section]:
     """What sharing was worth, and what a search found."""
-    return []
+    sweeps = [path for path in paths if report_runs.is_sweep(path)]
+    searches = [report_search.sections(sweep, f"_{number}" if len(sweeps) > 1 else "") for number, sweep in enumerate(sweeps, 1)]
+    return [*report_sharing.sections(groups), *(section for sections in searches for section in sections)]
 
 
 # -- the page's words -----------------------------------------------------------------------------------------------------------
