@@ -29,6 +29,7 @@ Examples:
   mtrl sweep env=classic_pack seed=1,2,3    many runs: grids and searches, here or on a cluster
   mtrl study sharing env=minatar_pack       what sharing the network is worth, on one page
   mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
+  mtrl compare runs/mine runs/yours         two runs side by side
   mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
 Every command tells more: mtrl train --help.""",
@@ -242,6 +243,23 @@ def report(
 
     paths, out = procedure.parse(runs)
     procedure.report(paths, out, command=_command())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The one run's folder.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other's.", show_default=False)],
+) -> None:
+    """Show two runs side by side: what was chosen differently, what they score, how fast they were.
+
+    \b
+    Examples:
+      mtrl compare runs/mine runs/yours
+      mtrl compare runs/sweeps/sharing/trials/0000 runs/sweeps/sharing/trials/0001
+    """
+    from mtrl_cli.compare import compare as side_by_side
+
+    _show(side_by_side([first, second]))
 
 
 @app.command("eval")
