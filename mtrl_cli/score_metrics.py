@@ -21,6 +21,7 @@ Interval = tuple[float, float]
 AGGREGATES = ("iqm", "mean", "median", "optimality_gap")
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+RESAMPLES_OF_BANDS = 500  # whose ends are read off a picture
 
 
 def resampled(runs: int, tasks: int, resamples: int = RESAMPLES, seed: int = 0) -> Rows:
@@ -115,7 +116,7 @@ def curve_band(values_RKP: Floats, rows_BRK: Rows | None = None) -> tuple[Floats
     runs, tasks, points = values_RKP.shape
     if runs == 1:
         return None
-    rows_BRK = resampled(runs, tasks) if rows_BRK is None else rows_BRK
+    rows_BRK = resampled(runs, tasks, RESAMPLES_OF_BANDS) if rows_BRK is None else rows_BRK
     curves = [stats.trimmed_means(_drawn(values_RKP[:, :, point], rows_BRK).reshape(len(rows_BRK), -1)) for point in range(points)]
     return _band(np.stack(curves, axis=1))
 
