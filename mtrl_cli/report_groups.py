@@ -51,12 +51,12 @@ def _compared_keys(runs: Sequence[Run]) -> Any:
             return False
         if key in SETTLED:
             return key in set_by_someone
-        return not (run.config.get("network.parameters") is not None and key in _widths(run))
+        return not (run.config.get("network.parameters") is not None and key in widths(run))
 
     return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
 
 
-def _widths(run: Run) -> frozenset[str]:
+def widths(run: Run) -> frozenset[str]:
     """The keys that `network.parameters` decides on: another width for another structure is no choice of its own."""
     return _scaled("network", str(run.config.get("network._target_"))) | _scaled(
         "network/sharing", str(run.config.get("network.sharing._target_"))
@@ -101,7 +101,7 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Any:
     for group in signatures.KINDS:
         key = f"{group.replace('/', '.')}._target_"
         if group != "env" and any(key in of_group for of_group in own):
-            yield group, [_option(group, run) for run in firsts]
+            yield group, [option(group, run) for run in firsts]
     if any(key.startswith("augmentation.") for of_group in own for key in of_group):
         yield "augmentation", [_augmentation(run) for run in firsts]
     for key in dict.fromkeys(key for run in firsts for key in run.config):
@@ -111,7 +111,7 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Any:
         yield key, [_clipped(of_group.get(key, ABSENT), 10 * LONGEST) for of_group in own]
 
 
-def _option(group: str, run: Run) -> str:
+def option(group: str, run: Run) -> str:
     """The name of the option that a run has chosen, by its class; of several of one class the one whose values are most like the run's."""
     prefix = group.replace("/", ".")
     target = run.config.get(f"{prefix}._target_")
@@ -158,7 +158,7 @@ def _clipped(text: str, most: int = LONGEST) -> str:
 def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[str]:
     """A choice is its name alone, where it can be nothing else; any other value stands behind its key."""
     if not values[0]:  # one group
-        return [_option("network/sharing", run) for run in firsts]
+        return [option("network/sharing", run) for run in firsts]
     choices = {*signatures.KINDS, "augmentation", "experiment"}
     used: dict[str, set[str]] = {}
     for of_group in values:
