@@ -230,8 +230,9 @@ def report(
     """Make one page of what runs have reached, with its figures beside it.
 
     \b
-    Runs that differ in their seeds alone are put together. The page works from its file loads nothing from a network; each table is
-    there as CSV and Markdown, every picture as SVG and PNG. It lies in report/ of the folder given, or out=PATH (several folders: ./report).
+    Runs that differ in their seeds alone are put together. The page works from its file and loads nothing from a network; each table is
+    there as CSV and Markdown, each picture as SVG and PNG. It lies in report/ of the folder given, or in out=PATH; of several folders in
+    ./report.
 
     \b
     Examples:

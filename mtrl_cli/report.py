@@ -28,6 +28,7 @@ STATES = {
     "unreadable": "cannot be read",
 }
 MOST_NAMED = 12
+MOST_SWEEPS = 20  # whose searches are told of
 
 
 def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
@@ -60,18 +61,20 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     runs = report_runs.read(paths)
     groups = grouped(runs)
     title, lead = _title(paths, runs), _lead(runs, groups, command)
-    sections = [*report_scores.sections(groups), *_others(paths, runs, groups), _all_runs(runs, groups)]
+    sections = [*report_scores.sections(groups), *report_sharing.sections(groups), *_searches(runs), _all_runs(runs, groups)]
     made = report_page.render(title, lead, sections)
     record = {"format": 1, "command": shlex.join(command), "runs": [str(run.path) for run in runs], "files": sorted(made)}
     _write(folder, made, {RECORD: files.to_json(record).encode()}, earlier)
     _say_what_is_there(folder, runs, groups)
 
 
-def _others(paths: Sequence[Path], runs: Sequence[Run], groups: Sequence[Group]) -> list[Section]:
-    """What sharing was worth, and what a search found."""
-    sweeps = [path for path in paths if report_runs.is_sweep(path)]
-    searches = [report_search.sections(sweep, f"_{number}" if len(sweeps) > 1 else "") for number, sweep in enumerate(sweeps, 1)]
-    return [*report_sharing.sections(groups), *(section for sections in searches for section in sections)]
+def _searches(runs: Sequence[Run]) -> list[Section]:
+    """What the searches of the sweeps told, a section each."""
+    sweeps = list(dict.fromkeys(run.path.parent.parent for run in runs if run.number is not None))
+    suffixes = [f"_{number}" if len(sweeps) > 1 else "" for number in range(1, len(sweeps) + 1)]
+    return [
+        section for sweep, suffix in zip(sweeps[:MOST_SWEEPS], suffixes, strict=False) for section in report_search.sections(sweep, suffix)
+    ]
 
 
 # -- the page's words -----------------------------------------------------------------------------------------------------------

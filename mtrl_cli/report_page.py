@@ -66,7 +66,8 @@ table { border-collapse: collapse; min-width: 100%; font-size: 0.9rem; font-vari
 th, td { padding: 0.4rem 0.75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tr:last-child > td, tr:last-child > th { border-bottom: 0; }
 thead th { background: var(--soft); position: sticky; top: 0; vertical-align: bottom; }
-tbody th { font-weight: 600; max-width: 22rem; }
+thead th:first-child { left: 0; z-index: 1; }
+tbody th { font-weight: 600; min-width: 6rem; max-width: 22rem; position: sticky; left: 0; background: var(--paper); }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.text { max-width: 34rem; min-width: 4rem; }
 td code { font: 0.85em ui-monospace, 'DejaVu Sans Mono', monospace; overflow-wrap: anywhere; display: inline-block; min-width: 16rem; }
@@ -77,7 +78,8 @@ figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .picture { overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media (max-width: 40rem) { body { padding: 1rem 1rem 3rem; } h1 { font-size: 1.45rem; } .picture svg { min-width: var(--least); } }
+@media (max-width: 40rem) { body { padding: 1rem 1rem 3rem; } h1 { font-size: 1.45rem; } .picture svg { min-width: var(--least); }
+  tbody th { max-width: 9rem; } }
 @media print { .scroll, .tall { overflow: visible; max-height: none; } nav { display: none; } }
 """.replace("FONT", FONT)
 PAGE = """<!doctype html>
@@ -254,7 +256,7 @@ def _picture(picture: Picture, made: dict[str, bytes]) -> str:
     inner = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", inner)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" viewBox="{view[1]}" '
-        f'aria-label="{_text(picture.text)}" style="max-width: {width:.0f}px; --least: {min(width, 560):.0f}px">{inner}</svg>'
+        f'aria-label="{_text(picture.text)}" style="max-width: {width:.0f}px; --least: {0.8 * width:.0f}px">{inner}</svg>'
     )
     return (
         f"<h3>{_text(picture.title)}</h3>\n"

@@ -18,7 +18,7 @@ OTHERS = "#8d949d"
 MOST_LINES = len(COLOURS)
 MOST_ROWS = 30
 COLUMNS = 3  # of panels
-WIDTH = 9.2  # inches, of a whole page
+WIDTH = 10.9  # inches, of a whole page
 LONGEST_LABEL = 44
 
 
@@ -51,7 +51,7 @@ def dots(
     Args:
         panels: by title, of each group the value, and the ends of its interval or None.
         of: the groups' colours; its order is that of the rows.
-        line_at: where to draw a line to compare with.
+        line_at: of probabilities, where to draw a line to compare with.
     """
     from matplotlib.figure import Figure
 
@@ -66,6 +66,7 @@ def dots(
             panel.plot([value], [row], "o", color=of[label], markersize=5)
         if line_at is not None:
             panel.axvline(line_at, color=OTHERS, linewidth=1, linestyle="--")
+            panel.set_xlim(-0.02, 1.02)
         panel.set_title(title, fontsize=10)
         panel.set_yticks(range(len(labels)), [short(label) for label in labels])
         panel.set_ylim(len(labels) - 0.5, -0.5)
@@ -127,8 +128,10 @@ def _legend(figure: Figure, named: Sequence[str], of: Mapping[str, str], others:
         handles.append(Line2D([], [], color=OTHERS, linewidth=0.9))
         labels.append(f"{others:,} more")
     longest = max(map(len, labels), default=0)
-    columns = 1 if one and longest <= 20 else max(1, min(len(labels), 110 // (longest + 8)))
-    figure.legend(handles, labels, loc="outside right upper" if one and longest <= 20 else "outside upper left", ncols=columns, fontsize=9)
+    columns = 1 if one and longest <= 20 else max(1, min(len(labels), 125 // (longest + 8)))
+    figure.legend(
+        handles, labels, loc="outside right upper" if one and longest <= 20 else "outside upper left", ncols=columns, fontsize=9.5
+    )
 
 
 def _x_axis(panel: Axes, name: str, time: bool, largest: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli import config as configuration
-from mtrl_cli import files, plain_yaml
+from mtrl_cli import files, plain_yaml, sweep_plan
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.rundir import STATUSES
 
@@ -119,7 +119,7 @@ def read(paths: Sequence[Path]) -> list[Run]:
 
 def is_sweep(path: Path) -> bool:
     """Whether a folder is a sweep's."""
-    return os.path.lexists(path / "sweep.json")
+    return os.path.lexists(path / sweep_plan.RECORD)
 
 
 def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]:
@@ -175,17 +175,11 @@ def _read_sweep(path: Path) -> Iterator[Run]:
 def _planned(path: Path) -> dict[int, tuple[str, ...]]:
     """The overrides of a sweep's trials by number, none where a sampler has yet to choose them; {} for a plan that cannot be read."""
     try:
-        plan = files.read_json(path / "sweep.json", path)
+        plan = sweep_plan.read(path)
     except UserError:
         return {}
-    plan = plan["plan"] if isinstance(plan.get("plan"), dict) else plan
-    points = plan.get("points")
-    if isinstance(points, list):
-        known = [point if isinstance(point, dict) else {} for point in points[:MOST_RUNS]]
-        return {number: tuple(_short(f"{key}={value}") for key, value in point.items()) for number, point in enumerate(known)}
-    search = plan.get("search")
-    trials = search.get("trials") if isinstance(search, dict) else None
-    return dict.fromkeys(range(min(trials, MOST_RUNS)), ()) if type(trials) is int else {}
+    points = plan.points or [{}] * plan.trials
+    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------

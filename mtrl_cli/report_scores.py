@@ -17,7 +17,7 @@ from mtrl_cli.report_runs import Group, Run
 
 Title = Callable[[str], str]
 Row = list[Cell | Interval]
-POINTS = 60  # of a learning curve over wall time
+POINTS = 30  # of a learning curve over wall time
 HEADINGS = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 MOST_PANELS = 60
 INTERVALS = "In brackets, and as bands: 95% stratified bootstrap intervals over seeds, which are drawn anew in each task."
@@ -152,10 +152,10 @@ def _over_tasks(arena: Arena, title: Title) -> Section:
         "Optimality gap: how far scores are below 1 on average; less is better.",
         *([INTERVALS] if any(len(entry.runs) > 1 for entry in arena.entries) else []),
     ]
-    table = Table(f"scores_over_tasks{arena.suffix}", "Scores over tasks", ["configuration", "seeds", *HEADINGS.values()], rows, notes)
+    table = Table(f"scores_over_tasks{arena.suffix}", "Over tasks, in numbers", ["configuration", "seeds", *HEADINGS.values()], rows, notes)
     picture = Picture(
         f"scores_over_tasks_picture{arena.suffix}",
-        "Scores over tasks, drawn",
+        "IQM, mean, median and optimality gap",
         f"Dots with intervals, a row for each configuration, a panel for each aggregate. {_best_in_words(arena)}",
         lambda: pictures.dots(values, arena.colours, None),
         _left_out(arena, pictures.MOST_ROWS),
@@ -168,8 +168,12 @@ def _best_in_words(arena: Arena) -> str:
     if not arena.scored:
         return "No reference is known for these tasks, so there are returns, and nothing is said over tasks."
     best = arena.entries[0]
-    of = "the one configuration with completed runs has" if count == 1 else f"{best.label} is the best of {count:,} configurations, with"
-    return f"{of[0].upper()}{of[1:]} an interquartile mean of {best.aggregates['iqm']:.3f} over {_tasks(len(arena.scored))}."
+    of = (
+        f"The best of {count:,} configurations is {best.label}"
+        if count > 1
+        else f"Of the one configuration, {best.label}, runs are completed"
+    )
+    return f"{of}, with an interquartile mean of {best.aggregates['iqm']:.3f} over {_tasks(len(arena.scored))}."
 
 
 def _tasks(count: int) -> str:
@@ -194,6 +198,12 @@ def _left_out(arena: Arena, most: int) -> list[str]:
     return [f"The best {most} of {count:,} configurations; the tables have all."] if count > most else []
 
 
+def _grey(arena: Arena) -> list[str]:
+    count = len(arena.entries)
+    most = pictures.MOST_LINES
+    return [f"The best {most} of {count:,} configurations have a colour of their own."] if count > most else []
+
+
 def _per_task(arena: Arena, title: Title) -> Section:
     parts = []
     for what, tasks in (("scores", arena.scored), ("returns", arena.tasks)):
@@ -202,7 +212,7 @@ def _per_task(arena: Arena, title: Title) -> Section:
         rows: list[Row] = [[entry.label, len(entry.runs), *_of_tasks(getattr(entry, what))] for entry in arena.entries]
         notes = ["Mean over seeds of the mean over games, in the environment's own units."] if what == "returns" else []
         parts.append(
-            Table(f"{what}_per_task{arena.suffix}", f"{what.capitalize()} per task", ["configuration", "seeds", *tasks], rows, notes)
+            Table(f"{what}_per_task{arena.suffix}", f"{what.capitalize()}, task by task", ["configuration", "seeds", *tasks], rows, notes)
         )
     return Section(f"per_task{arena.suffix}", title("Scores per task" if arena.scored else "Returns per task"), [], parts)
 
@@ -252,17 +262,16 @@ def _profiles(arena: Arena, title: Title) -> Section:
         band = (score_metrics.profile_band(entry.scores, taus_T) if index < pictures.MOST_LINES else None) or (None, None)
         drawn[entry.label] = Curve(taus_T, score_metrics.profile(entry.scores, taus_T), *band)
     name = f"performance_profiles{arena.suffix}"
-    rows: list[Row] = [
-        [float(tau), *(float(curve.y[index]) for curve in drawn.values())] for index, tau in enumerate(taus_T) if index % 10 == 0
-    ]
-    table = Table(name, "Performance profiles", ["score above", *drawn], rows)
+    taus = range(0, len(taus_T), 10)
+    rows: list[Row] = [[label, *(float(curve.y[index]) for index in taus)] for label, curve in drawn.items()]
+    table = Table(name, "Profiles in numbers", ["share of scores above", *(f"{taus_T[index]:.3g}" for index in taus)], rows)
     picture = Picture(
         f"{name}_picture",
-        "Performance profiles, drawn",
+        "Share of scores above a threshold",
         "For each configuration a falling line: which share of all runs and tasks scores more than what stands below. "
         "A line that is everywhere above another is better.",
         lambda: pictures.lines({"": drawn}, arena.colours, "normalised score τ", "share of scores above τ"),
-        _left_out(arena, pictures.MOST_LINES),
+        _grey(arena),
     )
     line = "Which share of the scores, of every seed and task, is above each threshold: higher is better, and lines that cross say where."
     return Section(f"profiles{arena.suffix}", title("Performance profiles"), [line], [picture, table])
@@ -278,13 +287,15 @@ def _curves(arena: Arena, title: Title) -> list[Section]:
         return [Section(anchor, heading, ["The runs were evaluated once, at their end (eval.every): there are no curves."])]
     parts: list[Picture | Table] = []
     if arena.scored:
-        over = {kind: {entry.label: _over(entry, arena.scored, kind) for entry in entries} for kind in ("step", "seconds")}
+        over = {
+            kind: {entry.label: _over(entry, arena.scored, kind, index < pictures.MOST_LINES) for index, entry in enumerate(entries)}
+            for kind in ("step", "seconds")
+        }
         parts += [_curve_picture(arena, over["step"], "steps per task"), _curve_picture(arena, over["seconds"], "wall time", time=True)]
-        parts.append(_curve_table(arena, over["step"]))
     tasks = arena.tasks[:MOST_PANELS]
     units = {task: "score" if task in arena.scored else "return" for task in tasks}
     drawn = entries[: pictures.MOST_LINES]
-    panels = {task: {entry.label: _over(entry, (task,), "step") for entry in drawn} for task in tasks}
+    panels = {task: {entry.label: _over(entry, (task,), "step", True) for entry in drawn} for task in tasks}
     if len(tasks) > 1 or not arena.scored:
         parts.append(
             Picture(
@@ -295,7 +306,9 @@ def _curves(arena: Arena, title: Title) -> list[Section]:
                 [*_left_out(arena, pictures.MOST_LINES), *([f"The first {MOST_PANELS} tasks."] if len(arena.tasks) > MOST_PANELS else [])],
             )
         )
-    lines = ["Scores of validation games during training; one configuration's runs are evaluated at the same steps, its clocks differ."]
+    if arena.scored:
+        parts.append(_curve_table(arena, over["step"]))
+    lines = ["Validation during training. Wall time is that of each run's machine, with what evaluating and saving took."]
     if any(len(entry.runs) > 1 for entry in entries):
         lines.append("Bands: 95% bootstrap intervals over seeds, at each point for itself.")
     return [Section(anchor, heading, lines, parts)]
@@ -307,11 +320,11 @@ def _curve_picture(arena: Arena, over: Mapping[str, Curve], x: str, time: bool =
         f"Interquartile mean of validation scores over {x}",
         f"A line for each configuration, from left to right over {x}; bands are 95% intervals over seeds.",
         lambda: pictures.lines({"": over}, arena.colours, x, "score (IQM)", time=time),
-        _left_out(arena, pictures.MOST_LINES),
+        _grey(arena),
     )
 
 
-def _over(entry: Entry, tasks: Sequence[str], kind: str) -> Curve:
+def _over(entry: Entry, tasks: Sequence[str], kind: str, has_band: bool) -> Curve:
     """The interquartile mean over an entry's runs and some tasks, over steps or seconds; of few runs and one task, the mean."""
     is_scored = all(task in run.final_scores for run in entry.runs for task in tasks)
     xs = [np.array([getattr(each, kind) for each in run.evaluations], float) for run in entry.runs]
@@ -321,7 +334,7 @@ def _over(entry: Entry, tasks: Sequence[str], kind: str) -> Curve:
         for run, x in zip(entry.runs, xs, strict=True)
     ]
     values_RKP = np.array(values)
-    return Curve(x_P, score_metrics.curve(values_RKP), *(score_metrics.curve_band(values_RKP) or (None, None)))
+    return Curve(x_P, score_metrics.curve(values_RKP), *((score_metrics.curve_band(values_RKP) if has_band else None) or (None, None)))
 
 
 def _grid(xs: Sequence[Any]) -> Any:

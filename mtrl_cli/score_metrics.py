@@ -21,6 +21,7 @@ Interval = tuple[float, float]
 AGGREGATES = ("iqm", "mean", "median", "optimality_gap")
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+RESAMPLES_OF_BANDS = 500  # whose ends are read off a picture
 
 
 def resampled(runs: int, tasks: int, resamples: int = RESAMPLES, seed: int = 0) -> Rows:
@@ -72,14 +73,21 @@ def probability_interval(x_RK: Floats, y_SK: Floats, x_BRK: Rows | None = None, 
     """The stratified bootstrap's interval of `probability_of_improvement`, the runs of X and of Y drawn independently."""
     if len(x_RK) == 1 or len(y_SK) == 1:
         return None
-    wins_RSK = _wins(x_RK, y_SK)
-    tasks = np.arange(x_RK.shape[1])
-    y_chunks = _in_chunks(y_SK, y_BSK, seed=1)
-    values = [
-        wins_RSK[x_rows[:, :, None], y_rows[:, None, :], tasks].mean(axis=(1, 2, 3))
-        for x_rows, y_rows in zip(_in_chunks(x_RK, x_BRK), y_chunks, strict=True)
-    ]
-    return _interval(np.concatenate(values))
+    wins_KRS = _wins(x_RK, y_SK).transpose(2, 0, 1)
+    x_BRK = resampled(*x_RK.shape) if x_BRK is None else x_BRK
+    y_BSK = resampled(*y_SK.shape, seed=1) if y_BSK is None else y_BSK
+    # How often each pair is drawn is the product of how often its two runs are.
+    drawn_KBS = _times(x_BRK, len(x_RK)) @ wins_KRS
+    values_B = (drawn_KBS * _times(y_BSK, len(y_SK))).sum(axis=(0, 2)) / wins_KRS.size
+    return _interval(values_B)
+
+
+def _times(rows_BRK: Rows, runs: int) -> Floats:
+    """How often each run is drawn for each task and resample, [K, B, R]."""
+    resamples, _, tasks = rows_BRK.shape
+    place = np.arange(resamples)[:, None, None] * tasks + np.arange(tasks)
+    counts = np.bincount((place * runs + rows_BRK).ravel(), minlength=resamples * tasks * runs)
+    return counts.reshape(resamples, tasks, runs).transpose(1, 0, 2).astype(np.float64)
 
 
 def _wins(x_RK: Floats, y_SK: Floats) -> Floats:
@@ -115,7 +123,7 @@ def curve_band(values_RKP: Floats, rows_BRK: Rows | None = None) -> tuple[Floats
     runs, tasks, points = values_RKP.shape
     if runs == 1:
         return None
-    rows_BRK = resampled(runs, tasks) if rows_BRK is None else rows_BRK
+    rows_BRK = resampled(runs, tasks, RESAMPLES_OF_BANDS) if rows_BRK is None else rows_BRK
     curves = [stats.trimmed_means(_drawn(values_RKP[:, :, point], rows_BRK).reshape(len(rows_BRK), -1)) for point in range(points)]
     return _band(np.stack(curves, axis=1))
 

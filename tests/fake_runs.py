@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from mtrl_cli import config as configuration
+from mtrl_cli import sweep_plan
+from mtrl_cli.sweep_plan import Choices, Plan
 
 STEPS = 100_000
 SETTLED = {"device": "cpu", "groups": 1, "precision": "fp32", "compile": False, "threads": 1}
@@ -172,15 +174,25 @@ def make_sweep(
         words: that all runs have.
         states: by number, of trials that are not completed: pruned, failed, running or waiting (without a folder).
         whys: by number, why a trial failed or was pruned.
-        plan: what else stands in sweep.json.
+        plan: what the plan's search says otherwise.
         run: of all runs, as `make_run` takes it; a function is given the trial's values.
     """
     points = [dict(zip(axes, map(str, values), strict=True)) for values in itertools.product(*axes.values())]
     folder.mkdir(parents=True)
-    search = {"sampler": "grid", "trials": None, "pruner": "none", "storage": None, "figure": None, "retries": 2, "seed": 0}
-    shared = {"format": 1, "command": shlex.join(["mtrl", "sweep", *words, *(f"{key}={','.join(map(str, axes[key]))}" for key in axes)])}
-    about = {"words": list(words), "axes": {key: {"words": list(map(str, values))} for key, values in axes.items()}, "points": points}
-    (folder / "sweep.json").write_text(json.dumps({**shared, **about, "search": search, **(plan or {})}, indent=2))
+    search = {"sampler": "grid", "trials": len(points), "pruner": "none", "storage": None, "figure": None, "retries": 2, "seed": 0}
+    made = Plan(
+        words=tuple(words),
+        axes={key: Choices(tuple(map(str, values))) for key, values in axes.items()},
+        points=tuple(points),
+        search=search | dict(plan or {}),
+        launcher={"_target_": "mtrl_cli.launchers.local.LocalLauncher"},
+        trusted_packages=(),
+        env="minatar_pack",
+        steps_per_task=STEPS,
+        run_dir=folder,
+    )
+    given = [f"{key}={','.join(map(str, axes[key]))}" for key in axes]
+    sweep_plan.save(made, folder, ["mtrl", "sweep", *words, *given])
     for number, values in enumerate(points):
         state = (states or {}).get(number, "completed")
         if state == "waiting":
