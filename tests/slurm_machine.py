@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # No cgroups, no binding to cores and no accounting: what a container's root can have. A requeued job may start again a few seconds later
-# (cred_expire; Debian's default is two minutes).
+# (cred_expire, of which less than five seconds counts for nothing; two minutes else).
 CONFIGURATION = """
 ClusterName=mtrl
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
@@ -40,9 +40,10 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
+SlurmdParameters=config_overrides
 MpiDefault=none
 SwitchType=switch/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory=1000 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -84,7 +85,7 @@ def started(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o600)
     host, (controller_port, node_port) = socket.gethostname().split(".")[0], _free_ports(2)
-    text = CONFIGURATION.format(host=host, folder=folder, controller_port=controller_port, node_port=node_port, cores=os.cpu_count())
+    text = CONFIGURATION.format(host=host, folder=folder, controller_port=controller_port, node_port=node_port)
     (folder / "slurm.conf").write_text(text)
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
     files = {

@@ -19,6 +19,7 @@ from typing import Any
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.fields import PositiveFloat, PositiveInt
+from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
 
 FOLDER = "slurm"
@@ -53,14 +54,25 @@ def work(words: list[str], output: str) -> None:
         worker.terminate()
 
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the worker, whom the signal would kill, inherits that
-    with open(output, "ab") as file:
-        worker = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+    worker = remote.begin(words, output, _share(), own_session=False)
     signal.signal(signal.SIGUSR2, make_room)
     code = worker.wait()
     if is_out_of_time and code == 128 + signal.SIGTERM:
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=COMMAND_SECONDS)
     if code:
         sys.exit(code if code > 0 else 128 - code)
+
+
+def _share() -> dict[str, str]:
+    """What Slurm has given the job of its machine: the worker heeds it where nothing (task/affinity, cgroups) confines it to that."""
+    cores, memory, memory_per_core = (
+        int(text) if text.isdecimal() else None
+        for text in (os.environ.get(name, "") for name in ("SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"))
+    )
+    if cores is None:
+        return {}
+    megabytes = memory or (memory_per_core or 0) * cores
+    return remote.share(cores, megabytes * 2**20 or None)
 
 
 @dataclass(frozen=True)
@@ -264,8 +276,15 @@ class SlurmLauncher(Launcher):
         return SlurmJob(handle, self._queue)
 
     def attach(self, run: Path, handle: str) -> Job | None:
-        """See the base class."""
-        state = (_ask([handle]) or {}).get(handle) if handle.isdecimal() else None
+        """See the base class.
+
+        Raises:
+            RunError: the controller does not answer.
+        """
+        found = _ask([handle]) if handle.isdecimal() else {}
+        if found is None:
+            raise RunError(f"{run}: Slurm's controller does not say what has become of its job {handle}; try again later")
+        state = found.get(handle)
         # Numbers begin anew where a cluster was set up anew.
         if state is None or state.name not in WAITING | AT_WORK or not Path(state.script).is_relative_to(run / FOLDER):
             return None
