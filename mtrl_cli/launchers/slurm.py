@@ -308,5 +308,5 @@ def _outside_of_any_job() -> Iterator[None]:
 
 def _last_line(text: str) -> str:
     """What a command of Slurm's said last, without its name."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Try ")]
     return lines[-1].removeprefix("sbatch: ").removeprefix("error: ")[:300] if lines else "it does not say why"
