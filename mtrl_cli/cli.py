@@ -26,6 +26,7 @@ Examples:
   mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
   mtrl resume runs/atari_pack/…             go on where a run stopped
   mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
+  mtrl sweep env=classic_pack seed=1,2,3    many runs: grids and searches, here or on a cluster
   mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
   mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
@@ -57,7 +58,7 @@ def _completions(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 def _groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli import catalogue
 
-    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()]) if name.startswith(incomplete)]
+    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()], None) if name.startswith(incomplete)]
 
 
 Overrides = Annotated[
@@ -111,19 +112,60 @@ def train(
 
 @app.command()
 def resume(run: Run, overrides: Overrides = None) -> None:
-    """Go on with a run that stopped, exactly as if it had not.
+    """Go on with a run that stopped, exactly as if it had not; or with a sweep.
 
     \b
-    Its configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
+    A run's configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
+    A sweep's trials stay; launcher=, launcher.* and sweep.retries may be given, sweep.trials may be raised.
 
     \b
     Examples:
       mtrl resume runs/atari_pack/2025-01-01_12-00-00_s0
       mtrl resume runs/mine steps_per_task=5000000 device=cuda:1
+      mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
+    if os.path.lexists(run.expanduser() / "sweep.json"):
+        from mtrl_cli.sweep import go_on as go_on_with_sweep
+
+        go_on_with_sweep(run.expanduser(), overrides or [], command=_command())
+        return
     from mtrl_cli.train import resume as go_on
 
     go_on(run, overrides or [], command=_command())
+
+
+@app.command()
+def sweep(
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would run, and how far it is and how long it took where it has begun.")
+    ] = False,
+) -> None:
+    """Train many runs: seeds, structures, weights, learning rates.
+
+    \b
+    Takes what mtrl train takes, and several values of a key: a grid of a,b,c and range(5), or, of intervals, sweep.trials of them that
+    a sampler chooses (sweep.sampler=tpe|cmaes|gp|random). sweep.pruner=median|hyperband|halving ends trials that promise nothing.
+    A sweep is a folder of runs. The same command with its run_dir, or mtrl resume, goes on where it was; a second one at the same time
+    is a second worker. launcher= says where runs are worked on (mtrl ls launcher), launcher.jobs= how many at a time.
+
+    \b
+    Examples:
+      mtrl sweep env=minatar_pack network/sharing=independent,hard,film 'seed=range(5)' run_dir=runs/sweeps/sharing
+      mtrl sweep env=classic_pack 'optimizer.lr=tag(log,interval(1e-5,1e-3))' sweep.trials=50 sweep.pruner=hyperband
+      mtrl sweep env=classic_pack agent.n_step=1,3,5 launcher.jobs=2 --dry-run
+    """
+    from mtrl_cli import sweep_plan
+
+    plan = sweep_plan.make(overrides or [])
+    if dry_run:
+        from mtrl_cli import sweep_listing
+
+        _show(sweep_listing.list_sweep(plan))
+        return
+    from mtrl_cli.sweep import sweep as run
+
+    run(plan, command=_command())
 
 
 @app.command()
