@@ -56,6 +56,7 @@ class FileLock:
         """Let go of the lock; without it, does nothing."""
         if self._handle is not None:
             _held.discard(self._handle)
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # for a child that was forked this moment and has yet to close it
             os.close(self._handle)
             self._handle = None
 

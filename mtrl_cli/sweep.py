@@ -19,7 +19,7 @@ from mtrl_cli.locks import FileLock
 from mtrl_cli.rundir import RunFolder
 from mtrl_cli.signals import StopRequest
 from mtrl_cli.sweep_display import SweepDisplay, TrialRow
-from mtrl_cli.sweep_end import ending
+from mtrl_cli.sweep_end import best_as_command, ending
 from mtrl_cli.sweep_loop import SweepLoop
 from mtrl_cli.sweep_plan import Choices, Plan
 from mtrl_cli.sweep_storage import open_storage
@@ -120,6 +120,7 @@ def _work(folder: Path, plan: Plan, launcher: Launcher, first: int, stop: StopRe
 
 def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
     console(sys.stdout).print(ending(plan, rows))
+    say(best_as_command(plan, rows))
     say(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
     failed = [row for row in rows if row.state == "failed"]
     if failed:

@@ -69,6 +69,7 @@ class SweepDisplay:
         self._states: dict[int, str] = {}
         self._ended: list[int] = []  # in the order in which that was seen
         self._shown = -float("inf")
+        self._summed = ""
         self._live: Live | None = None
 
     def __enter__(self) -> SweepDisplay:
@@ -84,7 +85,7 @@ class SweepDisplay:
             self._guarded(self._live.refresh)
             self._guarded(self._live.stop)
             self._live = None
-        elif self._rows:
+        elif self._rows and self.summary() != self._summed:
             self.message(self.summary())
 
     def update(self, rows: Sequence[TrialRow]) -> None:
@@ -105,8 +106,8 @@ class SweepDisplay:
                 self._shown = now
                 self._guarded(self._live.refresh)
         elif is_first or now - self._shown >= PLAIN_SECONDS:
-            self._shown = now
-            self.message(self.summary())
+            self._shown, self._summed = now, self.summary()
+            self.message(self._summed)
 
     def message(self, text: str) -> None:
         """Print lines that stay, above the table."""

@@ -61,22 +61,33 @@ def best(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> S
     return found[0] if found else None
 
 
+def figure_of(plan: Plan) -> str:
+    """What a sweep's trials are judged by, in words."""
+    return plan.search["figure"] or "eval/score/mean (of a single task without a reference: its return)"
+
+
 def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
-    """What is said at a sweep's end: the top few, the best as a command, and how many trials were pruned or failed, and why."""
-    figure = plan.search["figure"] or "what the best checkpoint is chosen by"
-    found = standings(plan, ((values_of(row), row.score) for row in rows if row.state == "completed" and row.score is not None))
+    """What is said at a sweep's end before the best configuration: the top few, how many trials were pruned or failed, and why."""
+    found = _found(plan, rows)
     lines: list[RenderableType] = []
     if found:
-        lines += [Text(f"The best by {figure}:", style="bold"), _table(plan, found[:TOP])]
+        lines += [Text(f"The best by {figure_of(plan)}, at the last evaluation:", style="bold"), _table(plan, found[:TOP])]
         if len(found) > TOP:
             lines.append(Text(f"and {len(found) - TOP} more"))
-    lines += [Text(line) for line in _others(rows)]
-    if found:
-        seeds = f" ({_over(plan, found[0])})" if found[0].trials > 1 or "seed" in plan.axes else ""
-        lines.append(Text(f"the best configuration, {fixed(found[0].mean)}{seeds}:\n{found[0].command(plan)}"))
-    else:
-        lines.append(Text("no trial was completed with a figure, so that there is no best configuration"))
-    return Group(*lines)
+    return Group(*lines, *(Text(line) for line in _others(rows)))
+
+
+def best_as_command(plan: Plan, rows: Sequence[TrialRow]) -> str:
+    """The best configuration as a command to paste, on a line of its own: to be printed without wrapping."""
+    found = _found(plan, rows)
+    if not found:
+        return "no trial was completed with a figure, so that there is no best configuration"
+    seeds = f" ({_over(plan, found[0])})" if found[0].trials > 1 or "seed" in plan.axes else ""
+    return f"the best configuration, {fixed(found[0].mean)}{seeds}:\n{found[0].command(plan)}"
+
+
+def _found(plan: Plan, rows: Sequence[TrialRow]) -> list[Standing]:
+    return standings(plan, ((values_of(row), row.score) for row in rows if row.state == "completed" and row.score is not None))
 
 
 def _table(plan: Plan, top: Sequence[Standing]) -> Table:

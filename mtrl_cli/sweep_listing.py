@@ -11,7 +11,9 @@ from typing import Any
 from mtrl_cli import files
 from mtrl_cli.display import duration, fixed
 from mtrl_cli.errors import UserError, show
+from mtrl_cli.rundir import RunFolder
 from mtrl_cli.sweep_display import ENDED, TrialRow
+from mtrl_cli.sweep_end import figure_of
 from mtrl_cli.sweep_plan import RECORD, Choices, Plan, check_same
 
 STATES = ("running", *ENDED)
@@ -26,6 +28,8 @@ def list_sweep(plan: Plan) -> str:
     folder = plan.run_dir
     if folder is not None and os.path.lexists(folder / RECORD):
         plan = check_same(plan, folder)
+    elif folder is not None:
+        RunFolder.check_new(folder)
     rows = read_rows(plan, folder)
     lines = _head(plan, folder)
     known = any(row.state != "waiting" for row in rows)
@@ -46,7 +50,7 @@ def _head(plan: Plan, folder: Path | None) -> list[str]:
     chosen = "a grid" if plan.points is not None else f"chosen by {search['sampler']}, seed {search['seed']}"
     pruned = "" if search["pruner"] == "none" else f", pruned by {search['pruner']}"
     lines = [
-        f"{plan.trials} trials, {chosen}{pruned}; judged by {search['figure'] or 'what the best checkpoint is chosen by'}",
+        f"{plan.trials} trials, {chosen}{pruned}; judged by {figure_of(plan)}",
         f"in {folder or 'a new folder under runs/sweeps'}, launcher={launcher_name(plan)}",
         f"all have: {shlex.join(plan.words) or 'the defaults'}",
     ]

@@ -142,8 +142,7 @@ class SweepLoop:
             return
         for step, value in run.read_figures():
             self._hear(active, step, value)
-        if active.pruned or self.book.promises_nothing(run.number):
-            active.pruned = True
+        active.pruned = active.pruned or self.book.is_pruned(run.number)
         if run.record["handle"]:
             active.job = self.launcher.attach(run.path, run.record["handle"])
         if taken.begun:
@@ -220,8 +219,8 @@ class SweepLoop:
         """Tell the book an evaluation. That before the first step judges nothing, and the last one comes too late to prune."""
         if step == 0:
             return
-        prune = self.book.report(active.run.number, step, value)
-        if prune and step < active.run.steps and not active.pruned:
+        prune = self.book.report(active.run.number, step, value, is_last=step >= active.run.steps)
+        if prune and not active.pruned:
             active.pruned = True
             self.display.message(f"trial {active.run.number}: pruned at step {step:,}")
             if active.job is not None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,14 @@ class _Held:
     reported: set[int]
 
 
+_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+}
+
+
 class _Points(BaseSampler):
     """A grid: what a trial tries stands in the plan."""
 
@@ -89,6 +97,33 @@ class _Points(BaseSampler):
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         return self._points[trial.number][param_name]
+
+
+class _Seeded(BaseSampler):
+    """A sampler of Optuna's whose draws follow from seeds of their own: one for what it draws together, and one for each key that it draws
+    alone. A trial whose process died between two of them goes on to the same.
+
+    Args:
+        make: the sampler with a seed.
+        seed: of the sweep.
+        number: of the trial.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, number: int):
+        self._make, self._seed, self._number = make, seed, number
+        self._together = self._with("")
+
+    def _with(self, key: str) -> BaseSampler:
+        return self._make(derived_seed(self._seed, f"trial/{self._number}/{key}") % 2**32)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._together.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return self._with(param_name).sample_independent(study, trial, param_name, param_distribution)
 
 
 class Book:
@@ -152,15 +187,7 @@ class Book:
         points, name = self._plan.points, self._plan.search["sampler"]
         if points is not None:
             return _Points(points)
-        seed = derived_seed(self._plan.search["seed"], f"trial/{number}") % 2**32
-        if name == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
-        if name == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, warn_independent_sampling=False)
-        assert name == "random", name
-        return optuna.samplers.RandomSampler(seed=seed)
+        return _Seeded(_SAMPLERS[name], self._plan.search["seed"], number)
 
     # -- whose a trial is ---------------------------------------------------------------------------------------------------------
 
@@ -221,8 +248,8 @@ class Book:
 
     # -- what becomes of it -------------------------------------------------------------------------------------------------------
 
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Tell an evaluation of a trial that is held, each step once, and return whether the trial is to be pruned.
+    def report(self, number: int, step: int, value: float, *, is_last: bool = False) -> bool:
+        """Tell an evaluation of a trial that is held, each step once, and return whether the trial is to be pruned; after its last, never.
 
         Raises:
             RunError: the storage cannot be reached.
@@ -233,15 +260,14 @@ class Book:
         with self._reached():
             held.trial.report(value, step)
             held.reported.add(step)
-            return held.trial.should_prune()
+            if is_last or not held.trial.should_prune():
+                return False
+            held.trial.set_user_attr("pruned", True)  # a pruner that is asked twice may answer otherwise
+            return True
 
-    def promises_nothing(self, number: int) -> bool:
-        """Whether a trial that is held is to be pruned by what was told of it before."""
-        held = self._held[number]
-        if not held.reported:
-            return False
-        with self._reached():
-            return held.trial.should_prune()
+    def is_pruned(self, number: int) -> bool:
+        """Whether it was decided before that a trial which is held is to be pruned."""
+        return bool(self._held[number].trial.user_attrs.get("pruned"))
 
     def tell(self, number: int, state: str, value: float | None = None) -> None:
         """Tell how a trial that is held has ended (completed, pruned, failed), and let go of it. Told twice, the first counts.
@@ -249,13 +275,12 @@ class Book:
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._reached():
-            trial = self._held[number].trial
-            end = ENDS[state]
-            if end == TrialState.COMPLETE and value is None:  # nothing for a sampler to learn from
-                end = TrialState.FAIL
+        trial, end = self._held[number].trial, ENDS[state]
+        if end == TrialState.COMPLETE and value is None:  # nothing for a sampler to learn from
+            end = TrialState.FAIL
+        with self._mutex, self._reached():  # whoever has seen it running must not find its lock free by now
             self._study.tell(trial, value if end == TrialState.COMPLETE else None, state=end, skip_if_finished=True)
-        self.release(number)
+            self.release(number)
 
     def entries(self) -> list[Entry]:
         """What the book says of each trial, by number.

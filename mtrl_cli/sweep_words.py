@@ -142,7 +142,7 @@ def _refuse_if_meant(word: str, value: str, error: Exception) -> None:
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error).splitlines()[0]
         raise UserError(f"{show(word)} cannot be read: {show(reason)}")
     pieces = _pieces(value)
-    if value[:1] not in ("[", "{", "(") and (len(pieces) > 1 or "" in pieces):
+    if value[:1] not in ("[", "{", "(") and len(pieces) > 1:
         quoted = ",".join(piece if re.fullmatch(r"[\w.-]+", piece) else f"'{piece}'" for piece in pieces if piece)
         raise UserError(f"{show(word)}: expected values between commas, text with other signs in quotes: {word.partition('=')[0]}={quoted}")
 
