@@ -16,7 +16,7 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.sweep_checks import MOST_TRIALS, check_judged, check_runs, compose, points_of, settle_search
 from mtrl_cli.sweep_words import MOST_CHOICES, Choices, Interval, Value, take_apart
 
-__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "read", "save"]
+__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
 RECORD = "sweep.json"
 FORMAT = 1

@@ -20,7 +20,16 @@ ROOMS = {
     "procedures": {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
-        *("sharing_metrics", "sharing_comparison", "report_sharing", "sharing_pictures", "report_search", "study", "compare"),
+        *(
+            "sharing_metrics",
+            "sharing_comparison",
+            "report_sharing",
+            "sharing_pictures",
+            "report_search",
+            "study",
+            "study_sizes",
+            "compare",
+        ),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
         *("report", "report_groups", "report_page", "report_scores", "report_pictures", "score_metrics"),
         *("sweep", "sweep_loop", "sweep_runs", "sweep_storage", "sweep_trials"),
