@@ -70,6 +70,7 @@ thead th:first-child { left: 0; z-index: 1; }
 tbody th { font-weight: 600; min-width: 6rem; max-width: 22rem; position: sticky; left: 0; background: var(--paper); }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.text { max-width: 34rem; min-width: 4rem; }
+td.long { min-width: 15rem; }
 td code { font: 0.85em ui-monospace, 'DejaVu Sans Mono', monospace; overflow-wrap: anywhere; display: inline-block; min-width: 16rem; }
 .interval { color: var(--quiet); }
 .quiet { color: var(--quiet); font-size: 0.9rem; }
@@ -181,7 +182,8 @@ def _cell(cell: Cell | Interval, column: int, number: bool, code: bool) -> str:
         ends = "" if cell.low is None and cell.high is None else f' <span class="interval">({_ends(cell)})</span>'
         return f'<td class="number">{_words(cell.value)}{ends}</td>'
     text = _text(_words(cell))
-    return f'<td class="{"number" if number else "text"}">{f"<code>{text}</code>" if code and text else text}</td>'
+    kind = "number" if number else "text long" if len(text) > 30 else "text"
+    return f'<td class="{kind}">{f"<code>{text}</code>" if code and text else text}</td>'
 
 
 def _words(cell: Cell | Interval) -> str:

@@ -28,7 +28,10 @@ def composed(words: tuple[str, ...]) -> dict[str, Any]:
     config = configuration.compose_training([f"steps_per_task={STEPS}", *words]) | SETTLED
     open_keys = {"batch_size": 64, "target_period": 1000, "overlap": False}
     agent = {key: open_keys.get(key, value) if value == "auto" else value for key, value in config["agent"].items()}
-    return config | {"agent": agent, "replay": config["replay"] | ({"capacity": STEPS} if "capacity" in config["replay"] else {})}
+    return config | {
+        "agent": agent,
+        "replay": config["replay"] | ({"capacity": STEPS} if config["replay"].get("capacity") == "auto" else {}),
+    }
 
 
 @cache
