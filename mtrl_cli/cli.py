@@ -27,7 +27,9 @@ Examples:
   mtrl resume runs/atari_pack/…             go on where a run stopped
   mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
   mtrl sweep env=classic_pack seed=1,2,3    many runs: grids and searches, here or on a cluster
+  mtrl study sharing env=minatar_pack       what sharing the network is worth, on one page
   mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
+  mtrl compare runs/mine runs/yours         two runs side by side
   mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
 Every command tells more: mtrl train --help.""",
@@ -38,6 +40,9 @@ Every command tells more: mtrl train --help.""",
 
 OTHERS_SECONDS = 10.0
 """So long the ranks after the first leave it to that one to tell an error, which is most often the same; torchrun ends them by then."""
+
+studies = typer.Typer(help="Many runs that answer one question, then the report.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(studies, name="study")
 
 QUIET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What the disk may do to a run: the user's to repair, so a line says it all."""
@@ -185,6 +190,77 @@ def transfer(run: Run, overrides: Overrides = None) -> None:
     from mtrl_cli.transfer_study import transfer as study
 
     study(run, overrides or [], command=_command())
+
+
+@studies.command("sharing")
+def study_sharing(
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, and how far it is where it has begun.")] = False,
+) -> None:
+    """Tell what sharing a network is worth: every sharing structure at the same size, over seeds, then the report.
+
+    \b
+    Beside them, networks that share nothing: of the same size in all, and a full one for each task. Takes what mtrl sweep takes (launcher=,
+    run_dir=, further values to compare with each structure), seeds=3, network/sharing=NAME,NAME for some structures only, and
+    network.parameters=N; else N is what hard sharing has. Stopped, the same command goes on where it was.
+
+    \b
+    Examples:
+      mtrl study sharing env=minatar_pack
+      mtrl study sharing env=classic_pack network/sharing=hard,film seeds=5 launcher.jobs=2
+      mtrl study sharing env=minatar_pack task_weights=uniform,pcgrad steps_per_task=200000 --dry-run
+    """
+    from mtrl_cli import study
+
+    made = study.make(overrides or [])
+    if dry_run:
+        from mtrl_cli import sweep_listing
+
+        _show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
+        return
+    study.run(made, command=_command())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or any with runs below.", show_default=False)
+    ],
+) -> None:
+    """Make one page of what runs have reached, with its figures beside it.
+
+    \b
+    Runs that differ in their seeds alone are put together. The page works from its file and loads nothing from a network; each table is
+    there as CSV and Markdown, each picture as SVG and PNG. It lies in report/ of the folder given, or in out=PATH; of several folders in
+    ./report.
+
+    \b
+    Examples:
+      mtrl report runs/sweeps/mine
+      mtrl report runs/minatar_pack out=~/reports/minatar
+      mtrl report runs/one runs/another
+    """
+    from mtrl_cli import report as procedure
+
+    paths, out = procedure.parse(runs)
+    procedure.report(paths, out, command=_command())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The one run's folder.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other's.", show_default=False)],
+) -> None:
+    """Show two runs side by side: what was chosen differently, what they score, how fast they were.
+
+    \b
+    Examples:
+      mtrl compare runs/mine runs/yours
+      mtrl compare runs/sweeps/sharing/trials/0000 runs/sweeps/sharing/trials/0001
+    """
+    from mtrl_cli.compare import compare as side_by_side
+
+    _show(side_by_side([first, second]))
 
 
 @app.command("eval")

@@ -13,40 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtrl_cli import catalogue, files, schema, sections, signatures, torchrun
+from mtrl_cli import catalogue, plain_yaml, schema, sections, signatures, torchrun
 from mtrl_cli.errors import UserError
 from mtrl_cli.overrides import Override, parse, quoted
 
-LARGEST_FILE = 256 * 1024
-DEEPEST = 16
 RESUMABLE = ("steps_per_task", "device", "trusted_packages")
 """What may be changed when a run is resumed."""
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML without anchors, even where one list stands at two keys."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _each in (_Loader, _Dumper):  # YAML 1.1 reads 1e-4 as text; with this it is a number, as it is in an override
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
@@ -149,9 +121,7 @@ def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
     """
     if not os.path.lexists(path):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
-    content = _parse_plain(path, files.read_bytes(path, path.parent, LARGEST_FILE))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values")
+    content = plain_yaml.read(path)
     trusted = list(trusted_packages() if trusted is None else trusted)
     try:
         return schema.validate({**content, "trusted_packages": trusted}, trusted=trusted)
@@ -159,34 +129,9 @@ def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _parse_plain(path: Path, content: bytes) -> Any:
-    """YAML without aliases, interpolations, tags of Python, or depth."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
-    if "${" in text:
-        raise UserError(f"{path} holds an interpolation ('${{'), which is not resolved in a loaded file: write the value itself")
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-                raise UserError(f"{path} holds an anchor or alias ({schema.show(event.anchor)}): write the value itself")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise UserError(f"{path} is nested deeper than {DEEPEST} levels: no configuration of ours")
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''} cannot be read as plain YAML: {schema.show(problem)}") from None
-
-
 def dump(config: dict[str, Any]) -> str:
     """A configuration as YAML, in the order of its keys; `load` gives the same back."""
-    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return plain_yaml.dump(config)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.sweep_checks import MOST_TRIALS, check_judged, check_runs, compose, points_of, settle_search
 from mtrl_cli.sweep_words import MOST_CHOICES, Choices, Interval, Value, take_apart
 
-__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "save"]
+__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
 RECORD = "sweep.json"
 FORMAT = 1
@@ -162,7 +162,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
         UserError: it is no sweep, damaged, or an override is none of these.
     """
     _refuse_ranks()
-    kept = _read(folder)
+    kept = read(folder)
     words = take_apart(overrides)
     _check_overrides(overrides, [*words.shared, *words.sweep], words.axes)
     given = {word.lstrip("+~").partition("=")[0] for word in words.sweep}
@@ -184,7 +184,7 @@ def check_same(plan: Plan, folder: Path) -> Plan:
     Raises:
         UserError: the folder is of another sweep, or is damaged.
     """
-    kept = _read(folder)
+    kept = read(folder)
     elsewhere = "give these as they were, or another run_dir"
     if different := sorted(set(plan.words) ^ set(kept.words)):
         keys = ", ".join(dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in different))
@@ -198,6 +198,8 @@ def check_same(plan: Plan, folder: Path) -> Plan:
                 f"run_dir={folder} holds a sweep with other values of {key}: a sweep keeps its own; for more of them give another run_dir "
                 "(mtrl report takes both)"
             )
+    if (_is_chosen(plan) or _is_chosen(kept)) and plan.points != kept.points:
+        raise UserError(f"run_dir={folder} holds a sweep of other trials with the same values, as a study has: {elsewhere}")
     for key, value in kept.search.items():
         mine = without_password(plan.search[key]) if key == "storage" else plan.search[key]
         if key not in ("trials", "retries") and mine != value:
@@ -208,8 +210,17 @@ def check_same(plan: Plan, folder: Path) -> Plan:
 def _with_trials(plan: Plan, folder: Path, before: int, trials: int) -> Plan:
     if trials < before:
         raise UserError(f"sweep.trials={trials}: {folder} has {before} trials, and their number can only be raised")
+    if _is_chosen(plan) and plan.points is not None:
+        if trials != len(plan.points):
+            raise UserError(f"sweep.trials={trials}: {folder} is of a study, which has trials of its own; leave it out")
+        return replace(plan, search={**plan.search, "trials": trials})
     search = settle_search({**plan.search, "trials": trials}, plan.axes)
     return replace(plan, search=search, points=None if plan.points is None else points_of(plan.axes, trials))
+
+
+def _is_chosen(plan: Plan) -> bool:
+    """Whether the points of a plan are not simply the first of its grid."""
+    return plan.points is not None and plan.points != points_of(plan.axes, len(plan.points))
 
 
 def _check_overrides(overrides: Sequence[str], words: Sequence[str], axes: Mapping[str, Any]) -> None:
@@ -254,8 +265,8 @@ def _check_named(folder: Path, kept: Plan, words: Sequence[str], storage: str | 
         )
 
 
-def _read(folder: Path) -> Plan:
-    """What sweep.json holds, checked value by value; its launcher is not (see `load`)."""
+def read(folder: Path) -> Plan:
+    """What sweep.json holds, checked value by value, for whoever only looks; its launcher is not (see `load`). Raises UserError."""
     path = folder / RECORD
     if not os.path.lexists(path):
         raise UserError(f"{folder} is no sweep: it has no {RECORD}. Give a folder that mtrl sweep made.")
@@ -284,7 +295,7 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     return Plan(
         words=tuple(words),
         axes=axes,
-        points=points_of(axes, search["trials"]) if search["sampler"] == "grid" else None,
+        points=_points(record["points"], axes, search["trials"]) if search["sampler"] == "grid" else None,
         search=search,
         launcher=record["launcher"],
         trusted_packages=(),
@@ -292,6 +303,17 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
         steps_per_task=schema.check_value("steps_per_task", record["steps_per_task"], int),
         run_dir=folder,
     )
+
+
+def _points(points: Any, axes: Mapping[str, Choices | Interval], trials: int) -> tuple[dict[str, Value], ...]:
+    """The points of a grid, which a study may have chosen otherwise than as all combinations."""
+    words = {key: axis.words for key, axis in axes.items() if isinstance(axis, Choices)}
+    for point in points:
+        if list(point) != list(words) or not all(point[key] in words[key] for key in words):
+            raise UserError("its points are not of its axes")
+    if len(points) != trials:
+        raise UserError("its points are more or fewer than its trials")
+    return tuple(dict(point) for point in points)
 
 
 def _word(word: Any) -> str:
