@@ -33,10 +33,17 @@ NOT_CHOSEN = {"tuned"}
 """Groups whose option follows from other choices: from a pack and an agent."""
 
 
-def groups(folders: Sequence[Path]) -> list[str]:
-    """The names of all groups to choose from, nested ones as `network/sharing`, in the order of train.yaml, users' own last."""
+OF_SWEEPS = {"launcher"}
+"""Groups that `mtrl sweep` chooses from, and no run."""
+
+
+def groups(folders: Sequence[Path], command: str | None = "train") -> list[str]:
+    """The names of the groups that `train` or `sweep` chooses from (None: of all), nested ones as `network/sharing`, in the order of
+    train.yaml, users' own last."""
     names = {file.parent.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.yaml") if file.parent != folder}
     names -= NOT_CHOSEN
+    if command is not None:
+        names = names & OF_SWEEPS if command == "sweep" else names - OF_SWEEPS
     order = list(default_choices())
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
@@ -57,8 +64,8 @@ def options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def default_choices() -> dict[str, str | None]:
-    """The defaults list of train.yaml: group to option."""
-    entries = read_yaml(conf_folder() / "train.yaml")["defaults"]
+    """The defaults lists of train.yaml and sweep.yaml: group to option."""
+    entries = [entry for name in ("train.yaml", "sweep.yaml") for entry in read_yaml(conf_folder() / name)["defaults"]]
     return {group: option for entry in entries if isinstance(entry, Mapping) for group, option in entry.items()}
 
 

@@ -26,7 +26,10 @@ Examples:
   mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
   mtrl resume runs/atari_pack/…             go on where a run stopped
   mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
+  mtrl sweep env=classic_pack seed=1,2,3    many runs: grids and searches, here or on a cluster
+  mtrl study sharing env=minatar_pack       what sharing the network is worth, on one page
   mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
+  mtrl compare runs/mine runs/yours         two runs side by side
   mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
 
 Every command tells more: mtrl train --help.""",
@@ -37,6 +40,9 @@ Every command tells more: mtrl train --help.""",
 
 OTHERS_SECONDS = 10.0
 """So long the ranks after the first leave it to that one to tell an error, which is most often the same; torchrun ends them by then."""
+
+studies = typer.Typer(help="Many runs that answer one question, then the report.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(studies, name="study")
 
 QUIET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What the disk may do to a run: the user's to repair, so a line says it all."""
@@ -57,7 +63,7 @@ def _completions(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 def _groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli import catalogue
 
-    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()]) if name.startswith(incomplete)]
+    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()], None) if name.startswith(incomplete)]
 
 
 Overrides = Annotated[
@@ -111,19 +117,60 @@ def train(
 
 @app.command()
 def resume(run: Run, overrides: Overrides = None) -> None:
-    """Go on with a run that stopped, exactly as if it had not.
+    """Go on with a run that stopped, exactly as if it had not; or with a sweep.
 
     \b
-    Its configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
+    A run's configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
+    A sweep's trials stay; launcher=, launcher.* and sweep.retries may be given, sweep.trials may be raised.
 
     \b
     Examples:
       mtrl resume runs/atari_pack/2025-01-01_12-00-00_s0
       mtrl resume runs/mine steps_per_task=5000000 device=cuda:1
+      mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
+    if os.path.lexists(run.expanduser() / "sweep.json"):
+        from mtrl_cli.sweep import go_on as go_on_with_sweep
+
+        go_on_with_sweep(run.expanduser(), overrides or [], command=_command())
+        return
     from mtrl_cli.train import resume as go_on
 
     go_on(run, overrides or [], command=_command())
+
+
+@app.command()
+def sweep(
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would run, and how far it is and how long it took where it has begun.")
+    ] = False,
+) -> None:
+    """Train many runs: seeds, structures, weights, learning rates.
+
+    \b
+    Takes what mtrl train takes, and several values of a key: a grid of a,b,c and range(5), or, of intervals, sweep.trials of them that
+    a sampler chooses (sweep.sampler=tpe|cmaes|gp|random). sweep.pruner=median|hyperband|halving ends trials that promise nothing.
+    A sweep is a folder of runs. The same command with its run_dir, or mtrl resume, goes on where it was; a second one at the same time
+    is a second worker. launcher= says where runs are worked on (mtrl ls launcher), launcher.jobs= how many at a time.
+
+    \b
+    Examples:
+      mtrl sweep env=minatar_pack network/sharing=independent,hard,film 'seed=range(5)' run_dir=runs/sweeps/sharing
+      mtrl sweep env=classic_pack 'optimizer.lr=tag(log,interval(1e-5,1e-3))' sweep.trials=50 sweep.pruner=hyperband
+      mtrl sweep env=classic_pack agent.n_step=1,3,5 launcher.jobs=2 --dry-run
+    """
+    from mtrl_cli import sweep_plan
+
+    plan = sweep_plan.make(overrides or [])
+    if dry_run:
+        from mtrl_cli import sweep_listing
+
+        _show(sweep_listing.list_sweep(plan))
+        return
+    from mtrl_cli.sweep import sweep as run
+
+    run(plan, command=_command())
 
 
 @app.command()
@@ -143,6 +190,77 @@ def transfer(run: Run, overrides: Overrides = None) -> None:
     from mtrl_cli.transfer_study import transfer as study
 
     study(run, overrides or [], command=_command())
+
+
+@studies.command("sharing")
+def study_sharing(
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, and how far it is where it has begun.")] = False,
+) -> None:
+    """Tell what sharing a network is worth: every sharing structure at the same size, over seeds, then the report.
+
+    \b
+    Beside them, networks that share nothing: of the same size in all, and a full one for each task. Takes what mtrl sweep takes (launcher=,
+    run_dir=, further values to compare with each structure), seeds=3, network/sharing=NAME,NAME for some structures only, and
+    network.parameters=N; else N is what hard sharing has. Stopped, the same command goes on where it was.
+
+    \b
+    Examples:
+      mtrl study sharing env=minatar_pack
+      mtrl study sharing env=classic_pack network/sharing=hard,film seeds=5 launcher.jobs=2
+      mtrl study sharing env=minatar_pack task_weights=uniform,pcgrad steps_per_task=200000 --dry-run
+    """
+    from mtrl_cli import study
+
+    made = study.make(overrides or [])
+    if dry_run:
+        from mtrl_cli import sweep_listing
+
+        _show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
+        return
+    study.run(made, command=_command())
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or any with runs below.", show_default=False)
+    ],
+) -> None:
+    """Make one page of what runs have reached, with its figures beside it.
+
+    \b
+    Runs that differ in their seeds alone are put together. The page works from its file and loads nothing from a network; each table is
+    there as CSV and Markdown, each picture as SVG and PNG. It lies in report/ of the folder given, or in out=PATH; of several folders in
+    ./report.
+
+    \b
+    Examples:
+      mtrl report runs/sweeps/mine
+      mtrl report runs/minatar_pack out=~/reports/minatar
+      mtrl report runs/one runs/another
+    """
+    from mtrl_cli import report as procedure
+
+    paths, out = procedure.parse(runs)
+    procedure.report(paths, out, command=_command())
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The one run's folder.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other's.", show_default=False)],
+) -> None:
+    """Show two runs side by side: what was chosen differently, what they score, how fast they were.
+
+    \b
+    Examples:
+      mtrl compare runs/mine runs/yours
+      mtrl compare runs/sweeps/sharing/trials/0000 runs/sweeps/sharing/trials/0001
+    """
+    from mtrl_cli.compare import compare as side_by_side
+
+    _show(side_by_side([first, second]))
 
 
 @app.command("eval")

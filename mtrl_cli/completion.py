@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 from mtrl_cli import catalogue, signatures
 from mtrl_cli.errors import UserError
 
+SWEEP_RESUMABLE = ("sweep.trials", "sweep.retries")
+
 
 def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
     """The words that may stand where `incomplete` stands, each with a line of help (which may be empty).
 
     Args:
-        command: `train`, `bench`, `transfer`, `eval` or `resume`.
+        command: `train`, `bench`, `transfer`, `sweep`, `eval` or `resume`.
         given: the whole words of the command line before it.
         incomplete: what has been typed of the word, such as `env=at` or `agent.n_`.
     """
@@ -59,7 +61,8 @@ def _complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple
     from mtrl_cli import config
 
     folders = config.search_path(given) if any("hydra.searchpath" in word for word in given) else [catalogue.conf_folder()]
-    groups = catalogue.groups(folders) if command == "train" else []
+    of_command = {"train": ["train"], "sweep": ["train", "sweep"], "resume": ["sweep"]}.get(command, [])
+    groups = [group for name in of_command for group in catalogue.groups(folders, name)]
     key, equals, value = incomplete.partition("=")
     if not equals and incomplete == "":
         return [(f"{group}=", "") for group in groups] + [(f"{name}=", "") for name in _keys(command, given)[0] if "." not in name]
@@ -94,14 +97,43 @@ def _keys(command: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str,
     """All keys with their annotations, and the configuration as it would be."""
     from mtrl_cli import config, schema, sections
 
-    if command == "resume":
+    if command == "resume":  # of a run, and of a sweep
         everything = sections.keys_of(sections.Training)
-        return {name: everything[name].annotation for name in config.RESUMABLE}, {}
-    try:
-        content = config.compose_unchecked(command, given)
-    except UserError:
-        content = config.compose_unchecked(command, [])
+        of_sweeps, content = _keys("sweep", [word for word in given if word.startswith("launcher")])
+        changed = {name: key for name, key in of_sweeps.items() if name in SWEEP_RESUMABLE or name.startswith("launcher.")}
+        return {**{name: everything[name].annotation for name in config.RESUMABLE}, **changed}, content
+    if command == "sweep":
+        shared, of_sweep = _apart(given)
+        (annotations, content), sweep = _keys("train", shared), _composed("sweep", of_sweep)
+        return {**annotations, **schema.dotted_keys(sweep, command="sweep")}, {**content, **sweep}
+    content = _composed(command, given)
     return schema.dotted_keys(content, command=command), content
+
+
+def _apart(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a sweep's first run, and those of the sweep, as far as they can be read."""
+    from mtrl_cli import sweep_words
+
+    shared: list[str] = []
+    of_sweep: list[str] = []
+    for word in given:
+        try:
+            apart = sweep_words.take_apart([word])
+        except UserError:
+            continue
+        shared += [*apart.shared, *(f"{key}={axis.words[0]}" for key, axis in apart.axes.items() if isinstance(axis, sweep_words.Choices))]
+        of_sweep += apart.sweep
+    return shared, of_sweep
+
+
+def _composed(command: str, given: Sequence[str]) -> dict[str, Any]:
+    """The configuration as it would be; where there is a mistake in it, what it is by default."""
+    from mtrl_cli import config
+
+    try:
+        return config.compose_unchecked(command, given)
+    except UserError:
+        return config.compose_unchecked(command, [])
 
 
 def _at(content: Any, key: str) -> Any:

@@ -10,52 +10,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtrl_cli import catalogue, files, schema, sections, signatures, torchrun
+from mtrl_cli import catalogue, plain_yaml, schema, sections, signatures, torchrun
 from mtrl_cli.errors import UserError
+from mtrl_cli.overrides import Override, parse, quoted
 
-LARGEST_FILE = 256 * 1024
-DEEPEST = 16
 RESUMABLE = ("steps_per_task", "device", "trusted_packages")
 """What may be changed when a run is resumed."""
-
-_FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML without anchors, even where one list stands at two keys."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-for _each in (_Loader, _Dumper):  # YAML 1.1 reads 1e-4 as text; with this it is a number, as it is in an override
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
-
-@dataclass(frozen=True)
-class _Override:
-    """One positional override: its key, its value where it is a plain one, and what Hydra is given for it."""
-
-    key: str
-    value: Any
-    for_hydra: str
 
 
 def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
@@ -97,8 +60,19 @@ def compose_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
     return schema.validate(config, command="eval", trusted=trusted)
 
 
+def compose_sweep(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `mtrl sweep` is told besides the words of its runs: conf/sweep.yaml with the overrides, checked.
+
+    Raises:
+        UserError: an override cannot be read, or names a launcher, key or value that there is not.
+    """
+    config, _, trusted = _compose("sweep", overrides)
+    checked = schema.validate(config, command="sweep", trusted=trusted)
+    return checked | {"run_dir": None if checked["run_dir"] is None else os.path.expanduser(checked["run_dir"])}
+
+
 def compose_unchecked(command: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What `train` or `eval` would be given, resolved but not checked: for whoever asks what there is to set.
+    """What `train`, `eval` or `sweep` would be given, resolved but not checked: for whoever asks what there is to set.
 
     Raises:
         UserError: an override cannot be read, or names a group or option that there is not.
@@ -116,7 +90,7 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         UserError: the folder is no run, its configuration is not acceptable, or an override is none of these.
     """
-    given = [_parse(text) for text in overrides]
+    given = [parse(text) for text in overrides]
     for each, text in zip(given, overrides, strict=True):
         if each.key not in RESUMABLE or text.startswith("~"):
             raise UserError(
@@ -147,9 +121,7 @@ def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
     """
     if not os.path.lexists(path):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
-    content = _parse_plain(path, files.read_bytes(path, path.parent, LARGEST_FILE))
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys and values")
+    content = plain_yaml.read(path)
     trusted = list(trusted_packages() if trusted is None else trusted)
     try:
         return schema.validate({**content, "trusted_packages": trusted}, trusted=trusted)
@@ -157,34 +129,9 @@ def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _parse_plain(path: Path, content: bytes) -> Any:
-    """YAML without aliases, interpolations, tags of Python, or depth."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8") from None
-    if "${" in text:
-        raise UserError(f"{path} holds an interpolation ('${{'), which is not resolved in a loaded file: write the value itself")
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=_Loader):
-            if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-                raise UserError(f"{path} holds an anchor or alias ({schema.show(event.anchor)}): write the value itself")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise UserError(f"{path} is nested deeper than {DEEPEST} levels: no configuration of ours")
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''} cannot be read as plain YAML: {schema.show(problem)}") from None
-
-
 def dump(config: dict[str, Any]) -> str:
     """A configuration as YAML, in the order of its keys; `load` gives the same back."""
-    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return plain_yaml.dump(config)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -215,7 +162,7 @@ def trusted_packages(overrides: Sequence[str] = ()) -> list[str]:
             if key != "trusted_packages":
                 raise UserError(f"{path}: {schema.show(key)}: there is no such key; expected trusted_packages")
         named += schema.check_value(f"{path}: trusted_packages", settings.get("trusted_packages", []), list[str])
-    for each in (_parse(text) for text in overrides if "trusted_packages" in text):
+    for each in (parse(text) for text in overrides if "trusted_packages" in text):
         if each.key == "trusted_packages":
             named += schema.check_value("trusted_packages", each.value, list[str])
     for name in named:
@@ -231,7 +178,7 @@ def search_path(overrides: Sequence[str] = ()) -> list[Path]:
         UserError: one of them is no folder.
     """
     folders = [catalogue.conf_folder()]
-    for each in (_parse(text) for text in overrides if "hydra.searchpath" in text):
+    for each in (parse(text) for text in overrides if "hydra.searchpath" in text):
         entries = [each.value] if isinstance(each.value, str) else each.value
         for entry in schema.check_value("hydra.searchpath", entries, list[str]):
             folder = Path(entry.removeprefix("file://")).expanduser().absolute()
@@ -252,11 +199,13 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
 
     folders = search_path(overrides)
     trusted = trusted_packages(overrides)
-    given = [_parse(text) for text in overrides]
-    known = catalogue.groups(folders) if name == "train" else []
+    given = [parse(text, name) for text in overrides]
+    known = [] if name == "eval" else catalogue.groups(folders, name)
+    if name != "sweep":
+        _refuse_words_of_sweeps(given)
     for_hydra = [_checked(each, known, folders) for each in given if each.key != "hydra.searchpath"]
     if len(folders) > 1:
-        for_hydra.append("hydra.searchpath=[" + ",".join(_quoted(f"file://{folder}") for folder in folders[1:]) + "]")
+        for_hydra.append("hydra.searchpath=[" + ",".join(quoted(f"file://{folder}") for folder in folders[1:]) + "]")
     try:
         with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="mtrl"):
             content = OmegaConf.to_container(compose(name, overrides=for_hydra), resolve=True, throw_on_missing=True)
@@ -283,48 +232,17 @@ def _leave_out_unknown(content: dict[str, Any], given: Sequence[str], trusted: S
                 del node[name]
 
 
-def _parse(text: str) -> _Override:
-    """Read one override in Hydra's grammar; what it cannot read as a value is taken as text (`run_dir=~/a=b`)."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Override, QuotedString
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    key, equals, value = text.partition("=")
-    parsed: Override | None = None
-    as_text = f"{key}={_quoted(value)}"
-    is_path = key in ("run_dir", "init_from") and value != "null" and value[:1] not in ('"', "'")  # a folder may be called 2025, or 1e5
-    for attempt in (as_text,) if is_path else (text, as_text):
-        try:
-            parsed = parser.parse_override(attempt)
-            break
-        except HydraException:
-            if not equals or value[:1] in ("[", "{", '"', "'", "("):
-                break
-    if parsed is None or parsed.key_or_group == "":
-        raise UserError(f"{schema.show(text)}: {_how_to_write(text)}")
-    if parsed.is_sweep_override():
-        raise UserError(
-            f"{text}: expected one value; for a list write {key}=[{value}]" if "," in value else f"{text}: expected one value, not a sweep"
-        )
-    if parsed.package is not None:
-        raise UserError(f"{text}: a group has one place here; write {parsed.key_or_group}={value}")
-    value_given: Any = parsed.value()
-    plain = value_given.text if isinstance(value_given, QuotedString) else value_given
-    deletes = parsed.is_delete()
-    return _Override(parsed.key_or_group, plain, str(parsed.input_line) if deletes else str(parsed.input_line).lstrip("+"))
+def _refuse_words_of_sweeps(given: Sequence[Override]) -> None:
+    """Say whose a word is that is none of a run's."""
+    for each in given:
+        top = re.split(r"[./]", each.key, maxsplit=1)[0]
+        if top in ("launcher", "sweep"):
+            raise UserError(
+                f"{each.key}: {top} is of mtrl sweep, which starts many runs; leave it out, or write mtrl sweep for this command"
+            )
 
 
-def _how_to_write(text: str) -> str:
-    if "=" not in text:
-        folders = [catalogue.conf_folder()]
-        for group in catalogue.groups(folders):
-            if text in catalogue.options(group, folders):
-                return f"did you mean {group}={text}?"
-    return "expected KEY=VALUE, such as env=atari_pack, agent.n_step=5 or env.tasks=[pong,breakout]"
-
-
-def _checked(override: _Override, known: Sequence[str], folders: Sequence[Path]) -> str:
+def _checked(override: Override, known: Sequence[str], folders: Sequence[Path]) -> str:
     """The override as Hydra is to have it, once its group, option or section is known to exist.
 
     A key is always added (`++`), existing or not: the schema's word on a key that does not exist is better than Hydra's.
@@ -348,7 +266,7 @@ def _checked(override: _Override, known: Sequence[str], folders: Sequence[Path])
     return f"++{for_hydra}"
 
 
-def _check_chosen(override: _Override, choices: Mapping[str, Path]) -> None:
+def _check_chosen(override: Override, choices: Mapping[str, Path]) -> None:
     """Refuse an option that there is not; of a group that takes several, also one given twice, or beside `none`."""
     key, several = override.key, override.key in signatures.SEVERAL and isinstance(override.value, list)
     chosen = override.value if several else [override.value]
@@ -368,11 +286,6 @@ def _check_known_tasks(env: dict[str, Any], folders: Sequence[Path]) -> None:
         if known is not None and name not in known:
             also = catalogue.did_you_mean(name, sorted(known), f"see {catalogue.conf_folder() / 'env'} for those there are")
             raise UserError(f"env.tasks: {env['name']} has no task {schema.show(name)}; {also}")
-
-
-def _quoted(value: str) -> str:
-    """A text in Hydra's double quotes: a backslash is doubled only before a quote."""
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', re.sub(r"(\\+)$", r"\1\1", value)) + '"'
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What sharing does to a network: how the tasks' gradients agree, and what has become of its features.
+"""What sharing does to a network: how the tasks' gradients agree, what has become of its features, and how alike those of two tasks are.
 
 Everything is measured now and then, on samples of its own, and leaves no trace in what is learned.
 """
@@ -27,8 +27,10 @@ SAMPLES = 1024
 """In all: features are theirs, and gradients those of an update's batch or, with many tasks, of no more than these."""
 FEWEST_SAMPLES = 16
 """Of each task, however many tasks there are."""
+FEWEST_POOLED = 2
+"""Of each task, where every task's path is shown the samples of all."""
 PAIRED_TASKS = 12
-"""With more tasks than these, the cosine of each pair is in the picture alone."""
+"""With more tasks than these, the figures of each pair are in the picture alone."""
 ROUTED_FIGURES = 256
 """Where tasks times choices are more than these, a routing is in its picture alone."""
 
@@ -46,7 +48,8 @@ class Diagnostics:
 
     Gradients are those of each task's mean loss over the parameters that tasks share, before any weight; what a run does not share has
     none. A sample without a successor (a truncated step) is in the mean with a loss of 0. Features are what heads read; ranks are at most
-    the number of samples that they are of.
+    the number of samples that they are of. Similarities (CKA) are between the features that two tasks' paths through the network make of
+    the same observations, some of each task's; where tasks differ in observation shape, each path reads its own part of what is padded.
 
     Nothing here has state: which samples are drawn depends on the seed, the step and what the replay holds. So a run that was resumed
     writes the figures that it would have written, and a run learns the same with and without them.
@@ -82,6 +85,7 @@ class Diagnostics:
         observation = self._draw(samples, generator).observation.flatten(2, 3)
         with torch.no_grad():
             self._describe_features(report, observation)
+            self._describe_similarity(report, observation)
             self._describe_routing(report, observation)
         return report
 
@@ -102,13 +106,20 @@ class Diagnostics:
         gram = AutogradGradients(loss_K, network.shared_parameters(), network.own_parameters()).gram()
         norms, cosines = norms_and_cosines(gram.double().cpu().numpy())
         report.figures |= {f"grad/norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
-        pairs = {(a, b): float(cosines[a, b]) for a, b in combinations(range(len(names)), 2) if np.isfinite(cosines[a, b])}
+        pairs = self._report_pairs(report, "grad/cosine", "grad/cosine/mean", cosines)
         if pairs:
-            report.figures["grad/conflict"] = sum(cosine < 0 for cosine in pairs.values()) / len(pairs)
-            report.figures["grad/cosine/mean"] = sum(pairs.values()) / len(pairs)
-            report.pictures["grad/cosine"] = heatmap(cosines, names, names)
+            report.figures["grad/conflict"] = sum(cosine < 0 for cosine in pairs) / len(pairs)
+
+    def _report_pairs(self, report: Report, name: str, mean: str, values_KK: NDArray[np.float64]) -> list[float]:
+        """Report a figure that each pair of tasks has: of each, as a mean, as a picture. Returns what is finite of it."""
+        names = self._task_names
+        pairs = {(a, b): float(values_KK[a, b]) for a, b in combinations(range(len(names)), 2) if np.isfinite(values_KK[a, b])}
+        if pairs:
+            report.figures[mean] = sum(pairs.values()) / len(pairs)
+            report.pictures[name] = heatmap(values_KK, names, names)
         if len(names) <= PAIRED_TASKS:
-            report.figures |= {f"grad/cosine/{names[a]}~{names[b]}": cosine for (a, b), cosine in pairs.items()}
+            report.figures |= {f"{name}/{names[a]}~{names[b]}": value for (a, b), value in pairs.items()}
+        return list(pairs.values())
 
     def _describe_features(self, report: Report, observation: torch.Tensor) -> None:
         network = self._agent.network
@@ -124,6 +135,14 @@ class Diagnostics:
             report.figures["features/rank"] = effective_rank(features_KBF.flatten(0, 1))
         for name, features_BF in zip(self._task_names, features_KBF, strict=True):
             report.figures[f"features/rank/{name}"] = effective_rank(features_BF)
+
+    def _describe_similarity(self, report: Report, observation: torch.Tensor) -> None:
+        tasks = len(self._task_names)
+        if tasks == 1:
+            return
+        pooled_M = observation[:, : max(FEWEST_POOLED, SAMPLES // tasks**2)].flatten(0, 1)
+        features_KMF = self._agent.network.features(pooled_M.expand(tasks, *pooled_M.shape))
+        self._report_pairs(report, "features/cka", "features/cka", similarity(features_KMF))
 
     def _describe_routing(self, report: Report, observation: torch.Tensor) -> None:
         for name, share_KC in self._agent.network.routing(observation).items():
@@ -143,6 +162,30 @@ def norms_and_cosines(gram_KK: NDArray[np.float64]) -> tuple[NDArray[np.float64]
     norms = np.sqrt(np.maximum(np.diagonal(gram_KK), 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         return norms, np.clip(gram_KK / np.outer(norms, norms), -1, 1)
+
+
+def similarity(features_KMF: torch.Tensor) -> NDArray[np.float64]:
+    """Linear CKA `[K, K]` of K networks' features `[K, M, F]` of the same M > 3 samples: Kornblith et al. 2019, "Similarity of Neural
+    Network Representations Revisited", section 3, without its bias, which is large where samples are few beside features.
+
+    It is 1 for features that are the same but for a rotation and a scale, and in the mean 0 for such that have nothing in common, so
+    that it may come out below 0. Inner products over samples are centred so that their own product is the unbiased estimate of HSIC
+    (Song et al. 2012, "Feature Selection via Dependence Maximization", equation 5; Szekely and Rizzo 2014, equation 2.5), as in
+    Nguyen et al. 2021, "Do Wide and Deep Networks Learn the Same Things?", equation 3.
+
+    NaN beside features that are the same for all samples, or not finite.
+    """
+    features = features_KMF.double()
+    samples = features.shape[1]
+    centred = features - features.mean(1, keepdim=True)
+    varies_K = centred.flatten(1).norm(dim=1) > 1e-6 * features.flatten(1).norm(dim=1)  # below is rounding
+    gram = (centred @ centred.mT) * (1 - torch.eye(samples, dtype=torch.float64, device=features.device))
+    sums = gram.sum(2)
+    means = sums / (samples - 2)
+    gram = gram - means[:, :, None] - means[:, None] + (sums.sum(1) / ((samples - 1) * (samples - 2)))[:, None, None]
+    gram.diagonal(dim1=1, dim2=2).zero_()
+    flat = (gram * varies_K[:, None, None]).flatten(1)
+    return norms_and_cosines((flat @ flat.T).cpu().numpy())[1]
 
 
 def effective_rank(features_MF: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -42,6 +42,28 @@ class NullDisplay:
         """Print what stays."""
 
 
+class Guard:
+    """Does what writes to a stream, as long as somebody reads it: `guard(action)`.
+
+    A pipe whose reader has gone, a terminal that was closed, a full disk: none is a reason to end work of days.
+    """
+
+    def __init__(self, out: TextIO):
+        self._out = out
+        self._broken = False
+
+    def __call__(self, action: Callable[[], object]) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except (OSError, UnicodeEncodeError, ValueError) as error:
+            if not isinstance(error, OSError | UnicodeEncodeError) and not self._out.closed:
+                raise
+            self._broken = True
+            _silence(self._out)
+
+
 class Display(NullDisplay):
     """The progress of a run: a live table on a terminal, otherwise a line now and then.
 
@@ -67,7 +89,7 @@ class Display(NullDisplay):
         self._began: tuple[float, int] | None = None  # when and at which step the first update came
         self._shown = -float("inf")
         self._shown_step = -1
-        self._broken = False
+        self._guarded = Guard(self.out)
         self._live: Live | None = None
 
     def __enter__(self) -> Display:
@@ -116,20 +138,6 @@ class Display(NullDisplay):
         elif not self.is_live:
             self._guarded(lambda: self.console.print(self.line(), markup=False, highlight=False, soft_wrap=True))
 
-    def _guarded(self, action: Any) -> None:
-        """Do what writes to `out`, as long as somebody reads it."""
-        if self._broken:
-            return
-        try:
-            action()
-        except (OSError, UnicodeEncodeError, ValueError) as error:
-            # A pipe whose reader has gone, a terminal that was closed, a full disk: none is a reason to end a run of days.
-            if not isinstance(error, OSError | UnicodeEncodeError) and not self.out.closed:
-                raise
-            self._broken = True
-            self._live = None
-            _silence(self.out)
-
     # -- what is shown ------------------------------------------------------------------------------------------------------
 
     def line(self) -> str:
@@ -137,9 +145,9 @@ class Display(NullDisplay):
         returns = [(task, self._figures[f"train/return/{task}"]) for task in self.tasks if f"train/return/{task}" in self._figures]
         if len(self.tasks) > PLAIN_TASKS:
             scores = [score for task in self.tasks if (score := self._score(task)) is not None]
-            what = f"mean score {_number(sum(scores) / len(scores))} of {len(scores)} tasks" if scores else f"{len(self.tasks)} tasks"
+            what = f"mean score {number(sum(scores) / len(scores))} of {len(scores)} tasks" if scores else f"{len(self.tasks)} tasks"
         else:
-            what = "  ".join(f"{task} {_number(value)}" for task, value in returns)
+            what = "  ".join(f"{task} {number(value)}" for task, value in returns)
         return "  ".join(part for part in (f"step {self._step:,}/{self.total_steps:,}", what, *self._speeds(), *self._times()) if part)
 
     def table(self) -> RenderableType:
@@ -185,32 +193,32 @@ class Display(NullDisplay):
         return task if len(task) <= NAME_WIDTH else task[: NAME_WIDTH - 1] + "~"
 
     def _return(self, task: str) -> str:
-        return _number(self._figures.get(f"train/return/{task}"))
+        return number(self._figures.get(f"train/return/{task}"))
 
     def _score(self, task: str) -> float | None:
         return self._figures.get(f"train/score/{task}", self._figures.get(f"eval/score/{task}"))
 
     def _score_text(self, task: str) -> str:
-        return _fixed(self._score(task))
+        return fixed(self._score(task))
 
     def _epsilon(self, task: str) -> str:
-        return _fixed(self._figures.get(f"epsilon/{task}"))
+        return fixed(self._figures.get(f"epsilon/{task}"))
 
     def _speeds(self) -> list[str]:
         steps = self._figures.get("perf/steps_per_second")
         frames = self._figures.get("perf/frames_per_second", None if steps is None else steps * self.frames_per_step)
         speeds = {"steps/s": steps, "frames/s": frames, "updates/s": self._figures.get("perf/updates_per_second")}
-        return [f"{_number(value)} {unit}" for unit, value in speeds.items() if value is not None]
+        return [f"{number(value)} {unit}" for unit, value in speeds.items() if value is not None]
 
     def _times(self) -> list[str]:
         parts = []
         if self._seconds is not None:
-            parts.append(f"time {_duration(self._seconds)}")
+            parts.append(f"time {duration(self._seconds)}")
         if self._began is not None:
             began, first = self._began
             elapsed, made = time.monotonic() - began, self._step - first
             if made > 0 and elapsed > 1:
-                parts.append(f"ETA {_duration(max(0, self.total_steps - self._step) / made * elapsed)}")
+                parts.append(f"ETA {duration(max(0, self.total_steps - self._step) / made * elapsed)}")
         if "perf/memory" in self._figures:
             parts.append(f"memory {self._figures['perf/memory'] / 2**30:.1f} GiB")
         return parts
@@ -277,9 +285,9 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None, of
         cut = int(task.get("cut") or 0)
         cut_games += cut
         episodes = len(task["returns"])
-        interval = f"{_number(task['ci'][0])} to {_number(task['ci'][1])}" if task.get("ci") and episodes > 1 else "-"
+        interval = f"{number(task['ci'][0])} to {number(task['ci'][1])}" if task.get("ci") and episodes > 1 else "-"
         table.add_row(
-            name + (" *" if cut else ""), _number(task["mean"]), _number(task["std"]), _fixed(task.get("score")), interval, str(episodes)
+            name + (" *" if cut else ""), number(task["mean"]), number(task["std"]), fixed(task.get("score")), interval, str(episodes)
         )
     lines: list[RenderableType] = [Text(_title(result, of), style="bold"), table]
     over = result.get("over_tasks") or {}
@@ -306,10 +314,10 @@ def _title(result: Mapping[str, Any], of: str) -> str:
 
 def _aggregate(name: str, over: Mapping[str, Any]) -> str:
     interval = (over.get("ci") or {}).get(name)
-    return f"{name} {_fixed(over[name])}" + (f" [{_fixed(interval[0])}, {_fixed(interval[1])}]" if interval else "")
+    return f"{name} {fixed(over[name])}" + (f" [{fixed(interval[0])}, {fixed(interval[1])}]" if interval else "")
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Four figures or so, with thousands set apart: 0.123, 12.3, 1,234; "-" for none."""
     if value is None:
         return "-"
@@ -319,11 +327,11 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if size >= 1000 or value == int(value) else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
-def _fixed(value: float | None) -> str:
+def fixed(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

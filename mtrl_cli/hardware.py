@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,18 +20,21 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
+SHARES = ("MTRL_CORES", "MTRL_MEMORY", "MTRL_DISK", "MTRL_RUNS_PER_GPU")
+"""Of a run that shares its machine with others, in its environment: its cores, its bytes of memory and of disk, and how many runs
+share its GPU's memory."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores that the process may use: its affinity, and no more than the cgroup's quota (a quota of 1.5 cores counts as 1)."""
+    """Cores that the process may use: its affinity, and no more than the cgroup's quota (1.5 cores count as 1) and its share."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     quotas = [float(allowed)]
     for folder in _cgroup_folders("cpu", root):
         both = (_read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}").split()
         if len(both) == 2 and all(map(str.isdecimal, both)) and int(both[1]) > 0:  # "max" and -1 mean no limit
             quotas.append(int(both[0]) / int(both[1]))
-    return max(1, int(min(quotas)))
+    return max(1, min(int(min(quotas)), _share("MTRL_CORES") or sys.maxsize))
 
 
 def memory_available(root: Path = ROOT) -> int:
@@ -43,7 +48,7 @@ def memory_total(root: Path = ROOT) -> int:
 
 
 def _memory(root: Path) -> tuple[int, int]:
-    """(available, total) bytes."""
+    """(available, total) bytes, and no more than this process's share."""
     available, total = _machine_memory(root)
     for folder in _cgroup_folders("memory", root):
         limit, used = _count(folder / "memory.max"), _count(folder / "memory.current")
@@ -57,7 +62,20 @@ def _memory(root: Path) -> tuple[int, int]:
         reclaimable = _table(folder / "memory.stat").get(cache, 0)
         total = min(total, limit)
         available = min(available, limit - used + reclaimable)
+    total = min(total, _share("MTRL_MEMORY") or total)
     return max(0, min(available, total)), total
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that can still be written where `folder` lies, and no more than this process's share. Raises OSError."""
+    free = shutil.disk_usage(folder).free
+    return min(free, _share("MTRL_DISK") or free)
+
+
+def _share(name: str) -> int | None:
+    """This process's share of what it has beside others; None where nothing is said."""
+    text = os.environ.get(name, "")
+    return max(1, int(text)) if text.isdecimal() and len(text) <= 20 else None
 
 
 def _machine_memory(root: Path) -> tuple[int, int]:
@@ -133,13 +151,15 @@ def keep_freed_memory() -> None:
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(available, total) bytes of memory on `device`."""
+    """(available, total) bytes of memory on `device`, and no more than this process's share."""
     if device.type == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
         # What torch has reserved but not given out is free to us too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        total //= _share("MTRL_RUNS_PER_GPU") or 1
+        return min(free, total), total
     return _memory(ROOT)
 
 
@@ -173,6 +193,23 @@ def cpu_has_bf16() -> bool:
         # oneDNN accepts any AVX-512 and emulates, which is slower than float32.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return True
+
+
+def gpus() -> list[str]:
+    """The GPUs that processes started here see, each as CUDA_VISIBLE_DEVICES names it: what that says, or else what the driver's
+    nvidia-smi lists, of a GPU that is divided its parts. Without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    parts = re.findall(r"^\s+MIG .*\(UUID: (MIG-[\w/-]+)\)", listed, re.MULTILINE)
+    return parts or re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
 
 
 def compiler() -> str | None:

@@ -39,14 +39,15 @@ def list_words(words: Sequence[str]) -> str:
 def list_groups(folders: Sequence[Path]) -> str:
     """All groups, what each is by default, and what else it can be."""
     defaults = catalogue.default_choices()
-    names = catalogue.groups(folders)
+    names = catalogue.groups(folders, None)
     lines = []
     for name in names:
         default = defaults.get(name)
         others = [option for option in catalogue.options(name, folders) if option != default]
         lines.append((name, f"{default or '-'}", ", ".join(others)))
     return (
-        _table([("group", "default", "or"), *lines]) + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one."
+        _table([("group", "default", "or"), *lines])
+        + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one (launcher: mtrl sweep)."
     )
 
 
@@ -56,7 +57,7 @@ def list_options(group: str, folders: Sequence[Path]) -> str:
     Raises:
         UserError: there is no such group.
     """
-    names = catalogue.groups(folders)
+    names = catalogue.groups(folders, None)
     if group not in names:
         raise UserError(f"mtrl ls {group}: there is no such group; {catalogue.did_you_mean(group, names)}")
     rows = [(_starred(group, name), catalogue.description(file)) for name, file in catalogue.options(group, folders).items()]

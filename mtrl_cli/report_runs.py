@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from mtrl_cli import config as configuration
+from mtrl_cli import files, plain_yaml, sweep_plan
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.rundir import STATUSES
+
+DEEPEST = 6
+"""So far below a folder runs are looked for."""
+MOST_FOLDERS, MOST_RUNS, MOST_TASKS = 50_000, 10_000, 500
+LARGEST_METRICS = 256 * 2**20
+LONGEST = 2000  # letters of what a stranger may have written
+POINTS = 10_000  # of a run's figures in all: of those of many rows some are left out, evenly
+NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
+SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
+"""One of these makes a folder a run, if perhaps one that cannot be read."""
+PASSED_OVER = ("train/", "test/", "epsilon/", "eval/", "parameters/")
+"""Figures that reports do not need, or keep elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +95,245 @@ class Group:
     label: str
     values: Mapping[str, str]
     runs: tuple[Run, ...]
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """The runs at, or below, some paths: each once, in the order of the paths, those of a folder by their names, of a sweep by number.
+
+    Args:
+        paths: folders of runs, of sweeps, of studies, or any with runs below.
+
+    Raises:
+        UserError: there is no such folder, or too much in it.
+    """
+    found: dict[str, Run] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: give those of runs, of sweeps, or one with runs below")
+        for run in _read_below(path, [0]):
+            found.setdefault(os.path.realpath(run.path), run)
+            if len(found) > MOST_RUNS:
+                raise UserError(f"there are more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
+    return _named(list(found.values()))
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return os.path.lexists(path / sweep_plan.RECORD)
+
+
+def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]:
+    if is_sweep(path):
+        yield from _read_sweep(path)
+        return
+    if any(os.path.lexists(path / sign) for sign in SIGNS):
+        yield _read_run(path)
+        return
+    visited[0] += 1
+    if visited[0] > MOST_FOLDERS:
+        raise UserError(f"there are more than {MOST_FOLDERS:,} folders to look for runs in: give those of the runs themselves")
+    if depth == DEEPEST:
+        return
+    for name in _folders(path):
+        if name not in NO_RUNS_IN and not name.startswith("."):
+            yield from _read_below(path / name, visited, depth + 1)
+
+
+def _folders(path: Path) -> list[str]:
+    """The names of the folders in a folder, in order; links are no folders."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+# -- a sweep --------------------------------------------------------------------------------------------------------------------
+
+
+def _read_sweep(path: Path) -> Iterator[Run]:
+    """A sweep's trials, by number; those that wait for their turn have no folder yet."""
+    folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
+    planned = _planned(path)
+    for number in sorted(folders.keys() | planned.keys()):
+        if number in folders:
+            yield _read_run(folders[number], number)
+        else:
+            overrides = planned[number]
+            yield Run(
+                path=path / "trials" / f"{number:04d}",
+                name="",
+                status="waiting",
+                error=None,
+                command="",
+                config={},
+                overrides=overrides,
+                number=number,
+            )
+
+
+def _planned(path: Path) -> dict[int, tuple[str, ...]]:
+    """The overrides of a sweep's trials by number, none where a sampler has yet to choose them; {} for a plan that cannot be read."""
+    try:
+        plan = sweep_plan.read(path)
+    except UserError:
+        return {}
+    points = plan.points or [{}] * plan.trials
+    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(points)}
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------------------
+
+
+def _read_run(path: Path, number: int | None = None) -> Run:
+    """One run; whatever is wrong with its folder makes it unreadable, and is told."""
+    nothing = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
+    try:
+        trial = files.read_json(path / "trial.json", path) if os.path.lexists(path / "trial.json") else {}
+        record = files.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
+        config = _config(path / "config.yaml")
+        run = replace(nothing, **_about(path, config, trial, record))
+        return replace(run, **_measured(path, run))
+    except UserError as error:
+        return replace(nothing, error=_short(str(error)))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(configuration.flat(plain_yaml.read(path, quickly=True)))
+    except TypeError:
+        raise UserError(f"{path}: expected keys that are words") from None
+
+
+def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What a run's configuration and records say of it."""
+    tasks = config.get("env.tasks")
+    tasks = tasks if isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) else []
+    numbers = {key: config.get(key) for key in ("seed", "steps_per_task")}
+    wrong = next((key for key, value in numbers.items() if type(value) is not int), None)
+    if wrong is not None:
+        raise UserError(f"{path / 'config.yaml'}: {wrong}={show(numbers[wrong])}: expected a whole number")
+    overrides = trial.get("overrides")
+    status, error = _status(trial, record)
+    return {
+        "status": status,
+        "error": error,
+        "command": _short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
+        "config": config,
+        "overrides": tuple(_short(word) for word in overrides) if isinstance(overrides, list) else (),
+        "env": _short(config.get("env.name", "")),
+        "tasks": tuple(_short(task) for task in tasks[:MOST_TASKS]),
+        **numbers,
+        "seconds": _number(record.get("seconds")) or 0.0,
+    }
+
+
+def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | None]:
+    """What has become of a run, and why. The sweep has the last word on its trials but for those that it has not heard the end of."""
+    of_trial, of_run = trial.get("state"), record.get("status")
+    status = of_trial if of_trial in ("completed", "pruned", "failed") else of_run
+    if status not in (*STATUSES, "pruned"):
+        status = "running" if status is None else "unreadable"
+    why = trial.get("why") or record.get("error")
+    if status == "unreadable":
+        why = f"its status is none of {', '.join(STATUSES)}"
+    return status, _short(why) if why else None
+
+
+def _measured(path: Path, run: Run) -> dict[str, Any]:
+    """What a run's figures say of it."""
+    rows = _rows(path)
+    evaluations = [_evaluation(row) for row in rows if any(name.startswith("eval/return/") for name in row)]
+    counts = {
+        name.removeprefix("parameters/"): int(value) for row in rows[:3] for name, value in row.items() if name.startswith("parameters/")
+    }
+    last = evaluations[-1] if evaluations else Evaluation(0, 0.0, {}, {})
+    test = _test(path, last.step)
+    seen = dict.fromkeys(name for each in evaluations for name in each.returns)
+    return {
+        "tasks": run.tasks if not seen or set(run.tasks) & set(seen) else tuple(seen)[:MOST_TASKS],
+        "step": int(rows[-1]["step"]) if rows else 0,
+        "seconds": max(run.seconds, rows[-1].get("seconds", 0.0) if rows else 0.0),
+        "evaluations": tuple(evaluations),
+        "final_returns": last.returns if test is None else test.returns,
+        "final_scores": last.scores if test is None else test.scores,
+        "is_tested": test is not None,
+        "parameters": counts,
+        "figures": _figures(rows),
+    }
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, each with its finite numbers; lines that are no rows, as one that is being written, are passed over."""
+    if not os.path.lexists(path / "metrics.jsonl"):
+        return []
+    rows = []
+    for line in files.read_bytes(path / "metrics.jsonl", path, LARGEST_METRICS).splitlines():
+        try:
+            row = json.loads(line)
+            step = row["step"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(step) is int:
+            rows.append({name: value for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30})
+    return [row for row in rows if "step" in row]
+
+
+def _evaluation(row: Mapping[str, float]) -> Evaluation:
+    returns = {name.removeprefix("eval/return/"): value for name, value in row.items() if name.startswith("eval/return/")}
+    scores = {task: row[f"eval/score/{task}"] for task in returns if f"eval/score/{task}" in row}
+    return Evaluation(int(row["step"]), row.get("seconds", 0.0), returns, scores)
+
+
+def _test(path: Path, step: int) -> Evaluation | None:
+    """The test of the last network; None where there is none, or the run has been trained on since."""
+    if not os.path.lexists(path / "eval" / "test.json"):
+        return None
+    last = files.read_json(path / "eval" / "test.json", path).get("last")
+    tasks = last.get("tasks") if isinstance(last, dict) else None
+    if not isinstance(last, dict) or not isinstance(tasks, dict) or (_number(last.get("step")) or 0) < step:
+        return None
+    own = {_short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
+    figures = {name: {task: _number(of_task.get(name)) for task, of_task in own.items()} for name in ("mean", "score")}
+    known = {name: {task: value for task, value in of_name.items() if value is not None} for name, of_name in figures.items()}
+    return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"])
+
+
+def _figures(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """The other figures by name, thinned where they are many."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        step = int(row["step"])
+        for name, value in row.items():
+            if "/" in name and not name.startswith(PASSED_OVER):
+                found.setdefault(name, []).append((step, value))
+    most = max(8, POINTS // max(1, len(found)))
+    return {name: tuple(points[:: math.ceil(len(points) / most)]) for name, points in found.items()}
+
+
+# -- small things ---------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and abs(value) < 1e30 else None
+
+
+def _short(value: Any) -> str:
+    """A stranger's words, on one line and of bounded length."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * LONGEST].split()))
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+
+
+def _named(runs: list[Run]) -> list[Run]:
+    """Runs with names: each the shortest end of its path that no other has."""
+    parts = [Path(os.path.abspath(run.path)).parts for run in runs]
+    lengths = [1] * len(runs)
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        ends: dict[tuple[str, ...], list[int]] = {}
+        for index, own in enumerate(parts):
+            if lengths[index] == length:
+                ends.setdefault(own[-length:], []).append(index)
+        for same in ends.values():
+            for index in same if len(same) > 1 else []:
+                lengths[index] = length + 1
+    return [replace(run, name="/".join(own[-length:])) for run, own, length in zip(runs, parts, lengths, strict=True)]

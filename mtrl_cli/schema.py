@@ -183,7 +183,7 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
         UserError: it is something else.
     """
     _refuse_huge(key, value)
-    if isinstance(value, float) and value.is_integer() and _takes_int(annotation):
+    if isinstance(value, float) and value.is_integer() and takes_int(annotation):
         value = int(value)  # 1e6 is how one writes a budget
     try:
         return TypeAdapter(annotation).validate_python(value, strict=True)
@@ -201,11 +201,11 @@ def _refuse_huge(key: str, value: Any) -> None:
         raise UserError(f"{key}={show(value)}: expected a number from -1e30 to 1e30")
 
 
-def _takes_int(annotation: Any) -> bool:
+def takes_int(annotation: Any) -> bool:
     """Whether an annotation takes whole numbers and no others."""
     if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
         kinds = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each) is not None]
-        return float not in kinds and any(_takes_int(each) for each in kinds)
+        return float not in kinds and any(takes_int(each) for each in kinds)
     return annotation is int
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,7 +200,7 @@ def _free_disk(run_dir: str | None) -> int:
     folder = Path(run_dir or ".").expanduser().absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return hardware.disk_free(folder)
 
 
 def describe(config: Config, pack: Pack) -> list[str]:

@@ -22,10 +22,10 @@ def iqm(values: ArrayLike) -> float:
     flat = np.asarray(values, dtype=np.float64).ravel()
     if flat.size == 0:
         raise ValueError("the interquartile mean of no values does not exist")
-    return float(_trimmed_mean(flat[None])[0])
+    return float(trimmed_means(flat[None])[0])
 
 
-def _trimmed_mean(rows_RV: Floats) -> Floats:
+def trimmed_means(rows_RV: Floats) -> Floats:
     """Row-wise interquartile mean: [R, V] -> [R]."""
     count = rows_RV.shape[1]
     cut = count // 4
@@ -43,7 +43,7 @@ def bootstrap_mean_ci(returns: ArrayLike, confidence: float = 0.95, resamples: i
         raise ValueError("the mean of no episodes has no interval")
     random = np.random.default_rng(seed)
     means = np.concatenate([_resample(values, size, random).mean(axis=1) for size in _chunks(resamples)])
-    low, high = _interval(means, confidence)
+    low, high = percentile_interval(means, confidence)
     return low, high
 
 
@@ -67,7 +67,7 @@ def over_tasks(scores: Mapping[str, Sequence[float]], confidence: float = 0.95, 
     random = np.random.default_rng(seed)
     chunks = [_aggregate([_resample(stratum, size, random) for stratum in strata]) for size in _chunks(resamples)]
     result: dict[str, Any] = {name: float(value[0]) for name, value in _aggregate([stratum[None] for stratum in strata]).items()}
-    result["ci"] = {name: list(_interval(np.concatenate([chunk[name] for chunk in chunks]), confidence)) for name in AGGREGATES}
+    result["ci"] = {name: list(percentile_interval(np.concatenate([chunk[name] for chunk in chunks]), confidence)) for name in AGGREGATES}
     return result
 
 
@@ -77,7 +77,7 @@ def _aggregate(strata: list[Floats]) -> dict[str, Floats]:
     return {
         "mean": means_RK.mean(axis=1),
         "median": np.median(means_RK, axis=1),
-        "iqm": _trimmed_mean(np.concatenate(strata, axis=1)),
+        "iqm": trimmed_means(np.concatenate(strata, axis=1)),
         "min": means_RK.min(axis=1),
     }
 
@@ -91,7 +91,8 @@ def _chunks(resamples: int) -> list[int]:
     return [min(CHUNK, resamples - start) for start in range(0, resamples, CHUNK)]
 
 
-def _interval(values: Floats, confidence: float) -> tuple[float, float]:
+def percentile_interval(values: Floats, confidence: float) -> tuple[float, float]:
+    """The middle part of resampled values, [R]: (low, high)."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -25,6 +25,7 @@ from mtrl_cli.diagnostics import (
     mean_activation,
     mean_activations,
     norms_and_cosines,
+    similarity,
 )
 from mtrl_cli.networks.heads import PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
@@ -55,6 +56,53 @@ def test_cosines_agree_with_torch_for_random_gradients() -> None:
     norms, cosines = norms_and_cosines((rows_KP @ rows_KP.T).numpy())
     np.testing.assert_allclose(norms, rows_KP.norm(dim=1))
     np.testing.assert_allclose(cosines, torch.cosine_similarity(rows_KP[:, None], rows_KP[None], dim=2), atol=1e-12)
+
+
+def test_similarity_of_four_samples_worked_out_by_hand() -> None:
+    # Inner products of samples are 1 for the first two, and for the first and third; others are 0. Centred, they become 1/3 for this pair
+    # and the one of the two other samples, -1/6 for the four other pairs: squares sum up to 1/3, products to -1/6.
+    features_KMF = torch.tensor([[[1.0], [1], [0], [0]], [[1], [0], [1], [0]]])
+    np.testing.assert_allclose(similarity(features_KMF), [[1, -0.5], [-0.5, 1]], atol=1e-12)
+
+
+def test_similarity_agrees_with_the_estimate_of_hsic_as_it_was_published() -> None:
+    def hsic(x_MF: np.ndarray, y_MF: np.ndarray) -> float:
+        a, b = (z @ z.T * (1 - np.eye(len(z))) for z in (x_MF, y_MF))
+        n = len(a)
+        summed = np.trace(a @ b) + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a @ b).sum()
+        return float(summed / (n * (n - 3)))
+
+    features_KMF = torch.rand(3, 11, 5, generator=torch.Generator().manual_seed(0))
+    x_KMF = features_KMF.double().numpy()
+    expected = [[hsic(x, y) / math.sqrt(hsic(x, x) * hsic(y, y)) for y in x_KMF] for x in x_KMF]
+    np.testing.assert_allclose(similarity(features_KMF), expected, atol=1e-9)
+
+
+def test_similarity_knows_no_rotation_scale_or_shift() -> None:
+    random = torch.Generator().manual_seed(0)
+    features_MF, others_MF = torch.randn(2, 20, 6, generator=random)
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=random))
+    changed_MF = 3 * features_MF @ rotation + torch.randn(6, generator=random)
+    found = similarity(torch.stack([features_MF, changed_MF, others_MF]))
+    assert found[0, 1] == pytest.approx(1, abs=1e-6)
+    assert found[0, 2] == pytest.approx(found[1, 2], abs=1e-6)
+    assert abs(found[0, 2]) < 0.5
+    stretched = similarity(torch.stack([features_MF, features_MF * torch.tensor([9.0, 1, 1, 1, 1, 1])]))
+    assert stretched[0, 1] < 0.9  # one direction alone is no scale
+
+
+def test_similarity_of_what_is_unrelated_is_nought_though_samples_be_few() -> None:
+    # With its bias CKA of these would be about 0.9.
+    found = similarity(torch.randn(40, 8, 64, generator=torch.Generator().manual_seed(0)))
+    assert abs(found[np.triu_indices(40, 1)].mean()) < 0.02
+
+
+def test_features_that_say_nothing_are_like_no_others() -> None:
+    features_KMF = torch.rand(4, 9, 3, generator=torch.Generator().manual_seed(0))
+    features_KMF[0] = torch.tensor([0.1, 0.7, 1e6])  # the same of all samples, and no zeros after rounding
+    features_KMF[1, 0, 0] = math.inf
+    known = np.isfinite(similarity(features_KMF))
+    assert known.tolist() == [[False] * 4, [False] * 4, [False, False, True, True], [False, False, True, True]]
 
 
 @pytest.mark.parametrize(("samples", "features"), [(40, 12), (12, 40)])
@@ -159,14 +207,17 @@ class Vector(Sharing):
         return self.vector.numel(), [0] * self.num_tasks
 
 
-def diagnostics_of(sharing: Sharing, goal_KF: torch.Tensor) -> Diagnostics:
-    """Diagnostics of a network whose gradients are known: those of task k are the vector minus its goal."""
+def diagnostics_of(sharing: Sharing, goal_KF: torch.Tensor, *, varied: bool = False) -> Diagnostics:
+    """Diagnostics of a network whose gradients are known: those of task k are the vector minus its goal. Observations are ones, or
+    `varied`."""
     K = len(goal_KF)
     replay_spec = ReplaySpec(K, 2, (2,), torch.float32, 1, 1, torch.device("cpu"), 0, 100)
     replay = UniformReplay(replay_spec, capacity=20)
     nothing = torch.zeros(K, 2, dtype=torch.bool)
+    random = torch.Generator().manual_seed(0)
     for _ in range(5):
-        replay.add(torch.ones(K, 2, 2), nothing, torch.zeros(K, 2, dtype=torch.int64), torch.zeros(K, 2), nothing, nothing)
+        shown = torch.randn(K, 2, 2, generator=random) if varied else torch.ones(K, 2, 2)
+        replay.add(shown, nothing, torch.zeros(K, 2, dtype=torch.int64), torch.zeros(K, 2), nothing, nothing)
     network = MultiTaskNetwork(sharing, PlainHead(goal_KF.shape[1], [2] * K), observation_scale=1.0)
     return Diagnostics(Quadratic(network, goal_KF), replay, [f"task{k}" for k in range(K)], every=10, seed=0)
 
@@ -210,6 +261,7 @@ def test_one_task_has_no_pairs() -> None:
     assert report.figures["grad/norm/task0"] == pytest.approx(math.sqrt(2))
     assert not [name for name in report.figures if name.startswith(("grad/cosine", "grad/conflict"))]
     assert report.pictures == {}
+    assert not [name for name in report.figures if name.startswith("features/cka")]
 
 
 def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
@@ -232,6 +284,39 @@ def test_routing_is_in_figures_and_picture() -> None:
     routed = {name: value for name, value in report.figures.items() if name.startswith("routing/")}
     assert routed == {f"routing/gate/task{task}/{choice}": 0.25 for task in range(2) for choice in range(4)}
     assert "routing/gate" in report.pictures
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_similarity_of_tasks_in_every_structure(name: str) -> None:
+    torch.manual_seed(1)
+    sharing = structure(name, MLP(hidden=[16, 12]), [(2,)] * 3)
+    report = diagnostics_of(sharing, torch.randn(3, sharing.num_features), varied=True).report(10)
+    pairs = [report.figures[f"features/cka/task{a}~task{b}"] for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert report.figures["features/cka"] == pytest.approx(sum(pairs) / 3)
+    assert all(-1 <= value <= 1 + 1e-9 for value in pairs)
+    if name == "hard":  # one path
+        assert pairs == pytest.approx([1, 1, 1])
+    elif name in {"independent", "input_adapters", "task_embedding", "cross_stitch", "mtan", "ple"}:
+        assert min(pairs) < 0.999  # the others' paths are nearly one at first
+    assert "features/cka" in report.pictures
+
+
+def test_paths_are_compared_by_what_all_tasks_see() -> None:
+    learner = fill(learner_of())
+    diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0)
+    seen: list[torch.Tensor] = []
+    features = learner.agent.network.features
+
+    def noting(observation: torch.Tensor) -> torch.Tensor:
+        seen.append(observation)
+        return features(observation)
+
+    learner.agent.network.features = noting  # type: ignore[method-assign]
+    diagnostics.report(10)
+    of_tasks, pooled = seen[-2:]
+    assert torch.equal(pooled[0], pooled[1])
+    each = pooled.shape[1] // 2
+    assert torch.equal(pooled[0], torch.cat([of_tasks[0, :each], of_tasks[1, :each]]))
 
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
@@ -347,12 +432,21 @@ def test_a_run_writes_figures_and_pictures(runs: Path) -> None:
     found = diagnosed(runs / "with")
     assert [row["step"] for row in found] == [152, 304, 400]
     pairs = [f"grad/cosine/{TASKS[a]}~{TASKS[b]}" for a, b in ((0, 1), (0, 2), (1, 2))]
+    pairs += [pair.replace("grad/cosine", "features/cka") for pair in pairs]
     each = [f"{figure}/{task}" for figure in ("grad/norm", "features/norm", "features/rank") for task in TASKS]
-    whole = ["grad/cosine/mean", "grad/conflict", "features/norm", "features/dormant", "features/rank", "perf/seconds/diagnostics"]
+    whole = [
+        "grad/cosine/mean",
+        "grad/conflict",
+        "features/cka",
+        "features/norm",
+        "features/dormant",
+        "features/rank",
+        "perf/seconds/diagnostics",
+    ]
     for row in found:
         assert row.keys() == {"step", "frames", "seconds", "updates", *pairs, *each, *whole}
         assert all(-1 <= row[pair] <= 1 for pair in pairs)
-        assert row["grad/conflict"] == pytest.approx(sum(row[pair] < 0 for pair in pairs) / 3)
+        assert row["grad/conflict"] == pytest.approx(sum(row[pair] < 0 for pair in pairs[:3]) / 3)
         assert all(row[name] > 0 for name in (*each, "features/rank"))
         assert 0 <= row["features/dormant"] < 1
     assert [step for tag, step in images(runs / "with") if tag == "grad/cosine"] == [152, 304, 400]
@@ -369,7 +463,7 @@ def test_tasks_that_share_nothing_have_no_cosines(runs: Path) -> None:
     left_out = ("grad/cosine", "grad/conflict", "grad/norm/")
     assert not [name for row in found for name in row if name.startswith(left_out) or name == "features/rank"]
     assert all(row[f"features/rank/{task}"] > 0 for row in found for task in TASKS)
-    assert list(images(runs / "independent")) == []
+    assert [(tag, step) for tag, step in images(runs / "independent")] == [("features/cka", step) for step in (152, 304, 400)]
 
 
 def test_a_run_learns_the_same_with_and_without(runs: Path) -> None:

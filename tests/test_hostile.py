@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mtrl_cli import config
+from mtrl_cli import config, plain_yaml
 from mtrl_cli.errors import UserError
 
 CANARY = "canary-that-must-not-sing"
@@ -93,7 +93,7 @@ HOSTILE: dict[str, str | bytes | Callable[[Path], None]] = {
     "second_key": valid() + "seed: 5\n",
     "two_documents": valid() + "---\n" + valid(),
     "deep": "a: " + "[" * 5000 + "]" * 5000,
-    "huge": valid() + "# " + "x" * (config.LARGEST_FILE + 1),
+    "huge": valid() + "# " + "x" * (plain_yaml.LARGEST_FILE + 1),
     "huge_number": valid().replace("seed: 0", "seed: " + "9" * 5000),
     "binary": bytes(range(256)),
     "null_bytes": valid().encode() + b"\0",

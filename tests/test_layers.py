@@ -20,10 +20,25 @@ ROOMS = {
     "procedures": {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
+        *(
+            "sharing_metrics",
+            "sharing_comparison",
+            "report_sharing",
+            "sharing_pictures",
+            "report_search",
+            "study",
+            "study_sizes",
+            "compare",
+        ),
         *("sweep_plan", "sweep_display", "report_parts", "report_runs"),
+        *("report", "report_groups", "report_page", "report_scores", "report_pictures", "score_metrics"),
+        *("sweep", "sweep_loop", "sweep_runs", "sweep_storage", "sweep_trials"),
+        *("sweep_checks", "sweep_listing", "sweep_end"),
     },
     "build": {"build", "build_augmentation", "build_network", "instances", "settling"},
-    "configuration": {"config", "schema", "combinations", "catalogue", "sections", "signatures"},
+    "configuration": {
+        *("config", "plain_yaml", "schema", "combinations", "catalogue", "sections", "signatures", "overrides", "sweep_words"),
+    },
     "loop": {"freezing", "group", "loop", "learner", "rank_gradients", "resets", "evaluator", "diagnostics", "throughput"},
     "storage": {"checkpoint", "checkpoint_files", "display", "logger", "replay_segments", "rundir", "video"},
     "leaves": {
@@ -31,7 +46,10 @@ ROOMS = {
         *("stats", "transfer_metrics"),
     },
     "replay": {"replay", "replay_types", "rollouts"},
-    "base": {"__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"},
+    "base": {
+        *("locks", "parent"),
+        *("__init__", "capture", "errors", "fields", "files", "generators", "state_tree", "sum_tree", "torchrun"),
+    },
 }
 # What each room may import of ours, besides itself and `base`.
 LEARNING = {"agents", "networks", "task_weights", "augmentation", "envs", "replay", "leaves"}

@@ -1,0 +1,196 @@
+"""`mtrl report`: one page, and its files, of any set of runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mtrl_cli import __version__, files, report_page, report_runs, report_scores, report_search, report_sharing
+from mtrl_cli.display import say
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.report_groups import grouped
+from mtrl_cli.report_parts import Cell, Interval, Section, Table
+from mtrl_cli.report_runs import Group, Run
+
+RECORD = "report.json"
+"""In a report's folder: which files are the report's, and of what it was made."""
+STATES = {
+    "completed": "",
+    "running": "still running, or killed; not in the comparisons",
+    "stopped": "stopped before its end; mtrl resume goes on with it",
+    "failed": "failed",
+    "pruned": "ended early by the sweep's pruner",
+    "waiting": "not begun",
+    "unreadable": "cannot be read",
+}
+MOST_NAMED = 12
+MOST_SWEEPS = 20  # whose searches are told of
+
+
+def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
+    """The paths that a command line names, and `out=PATH`. Raises UserError where there is no path, or two of `out`."""
+    outs = [word.partition("=")[2] for word in words if word.startswith("out=")]
+    paths = [Path(word) for word in words if not word.startswith("out=")]
+    if len(outs) > 1 or "" in outs:
+        raise UserError("out=PATH: expected one folder for the report")
+    if not paths:
+        raise UserError("which runs? Give their folders, or a sweep's: mtrl report runs/sweeps/mine")
+    return paths, Path(outs[0]) if outs else None
+
+
+def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None:
+    """Make a report of all runs at, or below, some paths.
+
+    Args:
+        paths: folders of runs, sweeps or studies, or any with runs below.
+        out: the report's folder: new, empty, or an earlier report's; None: `report` in the one path that was given, else in the folder that
+            the command was given in.
+        command: the command line, kept with the report.
+
+    Raises:
+        UserError: there is no such folder, matplotlib is missing, or `out` holds something else. Nothing was changed.
+    """
+    report_page.require()
+    paths = [Path(path).expanduser() for path in paths]
+    folder = (paths[0] / "report" if len(paths) == 1 else Path("report")) if out is None else Path(out).expanduser()
+    earlier = _check(folder)
+    runs = report_runs.read(paths)
+    groups = grouped(runs)
+    title, lead = _title(paths, runs), _lead(runs, groups, command)
+    sections = [*report_scores.sections(groups), *report_sharing.sections(groups), *_searches(runs), _all_runs(runs, groups)]
+    made = report_page.render(title, lead, sections)
+    record = {"format": 1, "command": shlex.join(command), "runs": [str(run.path) for run in runs], "files": sorted(made)}
+    _write(folder, made, {RECORD: files.to_json(record).encode()}, earlier)
+    _say_what_is_there(folder, runs, groups)
+
+
+def _searches(runs: Sequence[Run]) -> list[Section]:
+    """What the searches of the sweeps told, a section each."""
+    sweeps = list(dict.fromkeys(run.path.parent.parent for run in runs if run.number is not None))
+    suffixes = [f"_{number}" if len(sweeps) > 1 else "" for number in range(1, len(sweeps) + 1)]
+    return [
+        section for sweep, suffix in zip(sweeps[:MOST_SWEEPS], suffixes, strict=False) for section in report_search.sections(sweep, suffix)
+    ]
+
+
+# -- the page's words -----------------------------------------------------------------------------------------------------------
+
+
+def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
+    envs = list(dict.fromkeys(run.env for run in runs if run.env))
+    where = os.path.basename(os.path.abspath(paths[0])) if len(paths) == 1 else f"{len(paths)} folders"
+    return f"Report: {', '.join(envs[:3]) or 'no run'} ({where})"
+
+
+def _lead(runs: Sequence[Run], groups: Sequence[Group], command: Sequence[str]) -> list[str]:
+    """What was compared, in a few lines."""
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {shlex.join(command)}"
+    if not runs:
+        return ["There is no run here: nothing was compared. A run is a folder that mtrl train, sweep or study has made.", made]
+    states = Counter(run.status for run in runs)
+    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
+    lines = [f"{len(runs):,} {_plural('run', len(runs))} ({told}) of {len(groups):,} {_plural('configuration', len(groups))}."]
+    arenas = report_scores.arenas(groups)
+    for arena in arenas:
+        seeds = [len(entry.runs) for entry in arena.entries]
+        of_seeds = (
+            f"{min(seeds)} to {max(seeds)} seeds each" if seeds and min(seeds) < max(seeds) else f"{max(seeds, default=0)} seeds each"
+        )
+        of_seeds = "one seed each" if set(seeds) == {1} else of_seeds
+        compared = f"{len(seeds):,} {_plural('configuration', len(seeds))} with completed runs, {of_seeds}" if seeds else "no completed run"
+        lines.append(f"{arena.name}: {compared}.")
+    if len(arenas) > 1:
+        lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
+    lines += _differences(groups)
+    bad = [run for run in runs if run.status in ("failed", "unreadable")]
+    if bad:
+        named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")
+        lines.append(f"Failed or unreadable, with their reasons in the last table: {named}.")
+    return [*lines, made]
+
+
+def _differences(groups: Sequence[Group]) -> list[str]:
+    if len(groups) < 2:
+        return []
+    keys = list(groups[0].values)
+    return [f"The configurations differ in {', '.join(keys)}; what else is different follows from these."] if keys else []
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _all_runs(runs: Sequence[Run], groups: Sequence[Group]) -> Section:
+    """Every run, with the command that repeats it, and what became of those that are in no comparison."""
+    labels = {run.path: group.label for group in groups for run in group.runs}
+    rows = [_row(run, labels.get(run.path)) for run in runs]
+    lines = ["Every run that was found. The command repeats the run; its score is the mean over tasks that have a reference."]
+    if not runs:
+        return Section("runs", "All runs", ["There is none."])
+    others = [run for run in runs if run.status != "completed"]
+    parts = [
+        Table("runs", "All runs", ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "why", "command"], rows)
+    ]
+    if others:
+        reasons = [[run.name, run.status, _reason(run), str(run.path)] for run in others]
+        parts.insert(0, Table("not_compared", "Runs that are in no comparison", ["run", "status", "why", "folder"], reasons))
+    return Section("runs", "All runs", lines, parts)
+
+
+def _row(run: Run, label: str | None) -> list[Cell | Interval]:
+    known = bool(run.config)
+    score = sum(run.final_scores.values()) / len(run.final_scores) if run.final_scores else None
+    about = label or " ".join(run.overrides)
+    numbers: list[Cell | Interval] = [str(run.seed), run.step, round(run.seconds, 1), score] if known else ["", None, None, None]
+    return [run.name, about, run.status, *numbers, _reason(run), run.command]
+
+
+def _reason(run: Run) -> str:
+    return run.error or STATES.get(run.status, "")
+
+
+# -- its folder -----------------------------------------------------------------------------------------------------------------
+
+
+def _check(folder: Path) -> list[str]:
+    """The files of the report that is there. Raises UserError where anything else is, or nothing can be written."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"out={folder} is not a folder")
+    if folder.is_dir() and os.listdir(folder):
+        if not os.path.lexists(folder / RECORD):
+            raise UserError(f"{folder} holds something other than a report: give another folder, out=PATH")
+        made = files.read_json(folder / RECORD, folder).get("files")
+        if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
+            raise UserError(f"{folder / RECORD} is damaged: give another folder, out=PATH, or remove {show(str(folder))}")
+        return made
+    above = folder
+    while not os.path.lexists(above):
+        above = above.absolute().parent
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: give another folder, out=PATH")
+    return []
+
+
+def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier: Sequence[str]) -> None:
+    """Put the files in their places, each in one move, the page last; what only an earlier report had goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = {name: made[name] for name in made if name == "index.html"}
+    for name, content in ({name: made[name] for name in made if name not in page} | last | page).items():
+        files.replace(folder / name, content)
+    for name in set(earlier) - set(made):
+        if name == os.path.basename(name) and name not in ("", ".", ".."):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group]) -> None:
+    states = Counter(run.status for run in runs)
+    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state]) or "no run"
+    say(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
+    for arena in report_scores.arenas(groups):
+        for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
+            say(f"  {place}. {entry.label}: {entry.aggregates['iqm']:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})")
+    say(f"report       {folder / 'index.html'}")

@@ -1,0 +1,188 @@
+"""Runs put together by configuration: those that differ in their seeds alone are one group, which is called by what sets it apart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from mtrl_cli import catalogue, signatures
+from mtrl_cli.errors import UserError
+from mtrl_cli.report_runs import Group, Run
+
+MACHINES = ("run_dir", "trusted_packages", "device", "threads", "compile", "precision", "groups", "ranks", "checkpoint.", "log.")
+"""Keys that say where and how a run is worked on, or end with a dot: sections of such. They count where a sweep varies them."""
+SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
+"""Keys whose `auto` is what a machine makes of it. They count where somebody has set one of them."""
+ABSENT = "-"
+LONGEST = 60  # letters of one value in a label
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration, in the order of the first run of each; those whose configuration is not known are in none."""
+    known = [run for run in runs if run.config]
+    if not known:
+        return []
+    compared = _compared_keys(known)
+    keys = sorted({key for run in known for key in compared(run)})
+    together: dict[tuple[str, ...], list[Run]] = {}
+    for run in known:
+        own = compared(run)
+        together.setdefault(tuple(own.get(key, "") for key in keys), []).append(run)
+    firsts = [own[0] for own in together.values()]
+    values = _told_apart(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
+    labels = _labels(values, firsts)
+    groups = zip(labels, values, together.values(), strict=True)
+    return [Group(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
+
+
+def _compared_keys(runs: Sequence[Run]) -> Any:
+    """What tells, of a run, the values as words of the keys that count for its group."""
+    varied = {word.partition("=")[0].replace("/", ".") for run in runs for word in run.overrides}
+    set_by_someone = varied | {
+        word.partition("=")[0] for command in {run.command for run in runs} for word in command.split() if word.startswith(SETTLED)
+    }
+
+    def counts(run: Run, key: str) -> bool:
+        if key in varied:
+            return key != "seed"
+        if key == "seed" or key in MACHINES or key.startswith(tuple(name for name in MACHINES if name.endswith("."))):
+            return False
+        if key in SETTLED:
+            return key in set_by_someone
+        return not (run.config.get("network.parameters") is not None and key in widths(run))
+
+    return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
+
+
+def widths(run: Run) -> frozenset[str]:
+    """The keys that `network.parameters` decides on: another width for another structure is no choice of its own."""
+    return _scaled("network", str(run.config.get("network._target_"))) | _scaled(
+        "network/sharing", str(run.config.get("network.sharing._target_"))
+    )
+
+
+@cache
+def _scaled(group: str, target: str) -> frozenset[str]:
+    try:
+        names = signatures.read(group, target, signatures.KINDS[group], (), None).attributes.get("scaled_keys", ())
+    except UserError:  # of a package of the user's, which is not imported for this
+        return frozenset()
+    return frozenset(f"{group.replace('/', '.')}.{name}" for name in names)
+
+
+# -- what groups are called -----------------------------------------------------------------------------------------------------
+
+
+def _told_apart(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The fewest keys that tell the groups apart, each with the group's value: choices first, and no key that follows from others."""
+    told: list[dict[str, str]] = [{} for _ in firsts]
+    seen: list[tuple[str, ...]] = [() for _ in firsts]
+    for name, values in _candidates(firsts, own):
+        extended = [(*before, value) for before, value in zip(seen, values, strict=True)]
+        if len(set(extended)) == len(set(seen)):
+            continue  # it is the same wherever those before it are
+        seen = extended
+        for of_group, value in zip(told, values, strict=True):
+            of_group[name] = value
+        if len(set(seen)) == len(firsts):
+            break
+    return told
+
+
+def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Any:
+    """Keys with each group's value in words, the ones that say most first: what a sweep varies, chosen classes, all others."""
+    words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
+    for key in words[0]:
+        if key != "seed" and all(key in of_group for of_group in words):
+            yield key, [_clipped(of_group[key]) for of_group in words]
+    yield "env", [_clipped(run.env) for run in firsts]
+    for group in signatures.KINDS:
+        key = f"{group.replace('/', '.')}._target_"
+        if group != "env" and any(key in of_group for of_group in own):
+            yield group, [option(group, run) for run in firsts]
+    if any(key.startswith("augmentation.") for of_group in own for key in of_group):
+        yield "augmentation", [_augmentation(run) for run in firsts]
+    for key in dict.fromkeys(key for run in firsts for key in run.config):
+        if any(key in of_group for of_group in own) and len({of_group.get(key) for of_group in own}) > 1:
+            yield key, [_word(run.config[key]) if key in run.config else ABSENT for run in firsts]
+    for key in sorted({key for of_group in own for key in of_group}):  # where two values are the same in few letters
+        yield key, [_clipped(of_group.get(key, ABSENT), 10 * LONGEST) for of_group in own]
+
+
+def option(group: str, run: Run) -> str:
+    """The name of the option that a run has chosen, by its class; of several of one class the one whose values are most like the run's."""
+    prefix = group.replace("/", ".")
+    target = run.config.get(f"{prefix}._target_")
+    if target is None:
+        return "none"
+    options = _options(group).get(str(target), {})
+    alike = {name: sum(run.config.get(f"{prefix}.{key}") == value for key, value in own.items()) for name, own in options.items()}
+    return max(alike, key=lambda name: alike[name]) if alike else _clipped(str(target).rpartition(".")[2])
+
+
+@cache
+def _options(group: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The options of a group that we bring, by class and name, with what they set."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, file in catalogue.options(group, [catalogue.conf_folder()]).items():
+        content = catalogue.read_yaml(file)
+        if isinstance(content.get(group), dict):
+            content = content[group]
+        found.setdefault(str(content.get("_target_")), {})[name] = content
+    return found
+
+
+def _augmentation(run: Run) -> str:
+    names = [key.split(".")[1] for key in run.config if key.startswith("augmentation.") and key.endswith("._target_")]
+    return _clipped("+".join(names)) or "none"
+
+
+def _word(value: Any) -> str:
+    """A value as it stands behind `KEY=`, numbers in few digits."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return _clipped("[" + ",".join(map(str, value)) + "]")
+    return _clipped(str(value))
+
+
+def _clipped(text: str, most: int = LONGEST) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[str]:
+    """A choice is its name alone, where it can be nothing else; any other value stands behind its key."""
+    if not values[0]:  # one group
+        return [option("network/sharing", run) for run in firsts]
+    choices = {*signatures.KINDS, "augmentation", "experiment"}
+    used: dict[str, set[str]] = {}
+    for of_group in values:
+        for key, value in of_group.items():
+            used.setdefault(value, set()).add(key)
+    usual = _usual(values) if len(values[0]) > 3 else {}
+    shown = [{key: value for key, value in of_group.items() if value not in (ABSENT, usual.get(key))} for of_group in values]
+    own = [
+        ", ".join(value if key in choices and len(used[value]) == 1 else f"{_last(key)}={value}" for key, value in of_group.items())
+        for of_group in shown
+    ]
+    return [label if own.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(own, 1)]
+
+
+def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of keys but the first, the value that most groups have: where many keys differ, it goes without saying."""
+    most = {}
+    for key in list(values[0])[1:]:
+        value, times = Counter(of_group[key] for of_group in values).most_common(1)[0]
+        if times > len(values) / 2:
+            most[key] = value
+    return most
+
+
+def _last(key: str) -> str:
+    """The end of a key, which in a label is enough: `lr` of `optimizer.lr`."""
+    return key.replace("/", ".").rpartition(".")[2]

@@ -1,0 +1,286 @@
+"""Which groups of runs may be compared in one thing, such as their sharing structure, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtrl_cli import report_groups, sharing_metrics
+from mtrl_cli.report_runs import Group, Run
+from mtrl_cli.sharing_metrics import Estimate, Floats
+
+SAME_SIZE = 0.05
+"""Two networks are of the same size where their parameters differ by no more than this share."""
+MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks", "replay.capacity")
+"""Keys that say how a machine works on a run: they change its speed, and are told where they differ, but not what is compared."""
+_NEVER = ("seed", "run_dir", "trusted_packages")
+_NEVER_WITHIN = ("checkpoint.", "log.")
+
+
+@dataclass(frozen=True)
+class Way:
+    """The runs of one choice of what is compared, all else being equal.
+
+    Attributes:
+        name: unique within its setting, such as film, or `independent, 30,123 parameters`.
+        option: the choice alone: film.
+        runs: those that were completed, in order of their seeds.
+        left_out: in words, the others: `seed 2 (failed)`.
+        total, shared, own: numbers of parameters, of the last the mean over tasks; None where no run tells.
+        scores_SK: what the completed runs' tests, or else their last evaluations, came to, in each task's own unit.
+        is_tested: whether all of them were tests.
+    """
+
+    name: str
+    option: str
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...]
+    total: int | None
+    shared: int | None
+    own: float | None
+    scores_SK: Floats
+    is_tested: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may be compared: the same pack, tasks, budget and every other value.
+
+    Attributes:
+        about: the values in which it differs from other settings of the report; empty where there is one.
+        env, steps: the pack and the budget in steps per task.
+        tasks: in order.
+        scored: which of them have a normalised score; the others are told by their return.
+        ways: in the order of their groups.
+    """
+
+    about: str
+    env: str
+    steps: int
+    tasks: tuple[str, ...]
+    scored: tuple[bool, ...]
+    ways: tuple[Way, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way beside a baseline.
+
+    Attributes:
+        mean, iqm: differences of scores over tasks, ours less the baseline's; None where no task has a score.
+        tasks: of each task, in its own unit.
+        efficiency: times fewer steps to what the baseline ends with; None where curves have no steps in common.
+        time, cost: seconds of a step while training, and of the whole budget, over the baseline's; None where unknown.
+    """
+
+    way: Way
+    baseline: Way
+    mean: Estimate | None
+    iqm: Estimate | None
+    tasks: tuple[Estimate, ...]
+    efficiency: Estimate | None
+    time: float | None
+    cost: float | None
+
+
+# -- what may be compared -------------------------------------------------------------------------------------------------------
+
+
+def settings(groups: Sequence[Group], kind: str, sizes: bool) -> list[Setting]:
+    """The groups put together by everything but what is compared, in their order.
+
+    Args:
+        kind: the group of the configuration that is compared: `network/sharing`, `task_weights`.
+        sizes: whether the width of the network is no other value, either.
+    """
+    together: dict[tuple[Any, ...], list[Group]] = {}
+    for group in groups:
+        if group.runs:
+            together.setdefault(_all_else(group.runs[0], kind, sizes), []).append(group)
+    abouts = _abouts(list(together.values()), kind, sizes)
+    return [_setting(own, kind, about) for own, about in zip(together.values(), abouts, strict=True)]
+
+
+def _all_else(run: Run, kind: str, sizes: bool) -> tuple[Any, ...]:
+    """A run's values of everything but what is compared."""
+    section = kind.replace("/", ".") + "."
+    widths = {"network.parameters", *report_groups.widths(run)} if sizes else set()
+
+    def counts(key: str) -> bool:
+        return not (key in _NEVER or key in MACHINES or key in widths or key.startswith((section, *_NEVER_WITHIN)))
+
+    return tuple(sorted((key, repr(value)) for key, value in run.config.items() if counts(key)))
+
+
+def _abouts(settings: Sequence[Sequence[Group]], kind: str, sizes: bool) -> list[str]:
+    """What sets the settings apart, in words: each group's values but those that are compared, or else the keys that differ."""
+    if len(settings) == 1:
+        return [""]
+    own = [dict(_all_else(groups[0].runs[0], kind, sizes)) for groups in settings]
+    keys = dict.fromkeys(key for of_setting in own for key in of_setting)
+    differing = [key for key in keys if len({of_setting.get(key) for of_setting in own}) > 1]
+    words = []
+    for groups, of_setting in zip(settings, own, strict=True):
+        told = {key: value for key, value in groups[0].values.items() if any(_is_of(each, key) for each in differing)}
+        words.append(told or {key: of_setting.get(key, "-").strip("'") for key in differing[:3]})
+    return [", ".join(f"{key}={value}" for key, value in of_setting.items()) for of_setting in words]
+
+
+def _is_of(key: str, chosen: str) -> bool:
+    """Whether a dotted key lies in what is chosen by a word: `task_weights._target_` in `task_weights`."""
+    section = chosen.replace("/", ".")
+    return key == section or key.startswith(section + ".")
+
+
+def _setting(groups: Sequence[Group], kind: str, about: str) -> Setting:
+    first = groups[0].runs[0]
+    done = [[run for run in group.runs if run.status == "completed"] for group in groups]
+    finished = [run for runs in done for run in runs]
+    scored = tuple(bool(finished) and all(_is_number(run.final_scores.get(task)) for run in finished) for task in first.tasks)
+    options = [report_groups.option(kind, group.runs[0]) for group in groups]
+    sizes = [_size(group.runs) for group in groups]
+    names = _names(groups, options, sizes)
+    ways = []
+    for group, name, option, runs, size in zip(groups, names, options, done, sizes, strict=True):
+        told = [run for run in runs if all(task in run.final_returns for task in first.tasks)]
+        left_out = [
+            f"seed {run.seed} ({run.status if run not in runs else 'it has no evaluation'})" for run in group.runs if run not in told
+        ]
+        scores = [
+            [run.final_scores[t] if known else run.final_returns[t] for t, known in zip(first.tasks, scored, strict=True)] for run in told
+        ]
+        ways.append(
+            Way(
+                name=name,
+                option=option,
+                runs=tuple(told),
+                left_out=tuple(left_out),
+                **size,
+                scores_SK=np.array(scores, float).reshape(len(told), len(first.tasks)),
+                is_tested=all(run.is_tested for run in told),
+            )
+        )
+    return Setting(about, first.env, first.steps_per_task, first.tasks, scored, tuple(ways))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _size(runs: Sequence[Run]) -> dict[str, Any]:
+    counts: Mapping[str, int] = next((run.parameters for run in runs if run.parameters.get("total")), {})
+    own = [value for name, value in counts.items() if name not in ("total", "shared")]
+    return {"total": counts.get("total"), "shared": counts.get("shared"), "own": sum(own) / len(own) if own else None}
+
+
+def _names(groups: Sequence[Group], options: Sequence[str], sizes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each option's own name where it is of one group; its size beside it where this tells it from others, or else the group's label."""
+    with_size = [
+        f"{option}, {size['total']:,} parameters" if options.count(option) > 1 and size["total"] else option
+        for option, size in zip(options, sizes, strict=True)
+    ]
+    return [name if with_size.count(name) == 1 else group.label for name, group in zip(with_size, groups, strict=True)]
+
+
+# -- what comes out of it -------------------------------------------------------------------------------------------------------
+
+
+def compare(setting: Setting, way: Way, baseline: Way) -> Comparison:
+    """One way beside another, both with completed runs."""
+    scored = np.array(setting.scored, bool)
+    over_tasks = sharing_metrics.gain(way.scores_SK[:, scored], baseline.scores_SK[:, scored]) if scored.any() else None
+    ours, theirs = curve(setting, way), curve(setting, baseline)
+    reached = None
+    if ours is not None and theirs is not None:
+        reached = sharing_metrics.data_efficiency(ours, theirs)
+    return Comparison(
+        way=way,
+        baseline=baseline,
+        mean=None if over_tasks is None else over_tasks.mean,
+        iqm=None if over_tasks is None else over_tasks.iqm,
+        tasks=sharing_metrics.gain(way.scores_SK, baseline.scores_SK).tasks,
+        efficiency=reached,
+        time=_ratio(step_seconds(way), step_seconds(baseline)),
+        cost=_ratio(budget_seconds(way), budget_seconds(baseline)),
+    )
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours is not None and theirs else None
+
+
+def curve(setting: Setting, way: Way) -> tuple[Floats, Floats] | None:
+    """Steps `[P]` and mean scores over the scored tasks `[S, P]` at the evaluations that all runs have; of a single task without a score
+    its return. None where there are no such."""
+    tasks = [task for task, known in zip(setting.tasks, setting.scored, strict=True) if known]
+    unit: Callable[[Any], Mapping[str, float]] = (lambda each: each.scores) if tasks else (lambda each: each.returns)
+    tasks = tasks or (list(setting.tasks) if len(setting.tasks) == 1 else [])
+    of_runs = [
+        {
+            each.step: float(np.mean([unit(each)[task] for task in tasks]))
+            for each in run.evaluations
+            if tasks and unit(each).keys() >= set(tasks)
+        }
+        for run in way.runs
+    ]
+    steps = sorted(set.intersection(*(set(each) for each in of_runs))) if of_runs else []
+    return (np.array(steps, float), np.array([[each[step] for step in steps] for each in of_runs])) if steps else None
+
+
+def step_seconds(way: Way) -> float | None:
+    """Seconds of a step in one task's environment while training, without evaluating and saving: the mean over runs."""
+    rates = [[value for _, value in run.figures.get("perf/steps_per_second", ()) if value > 0] for run in way.runs]
+    return float(np.mean([1 / np.median(of_run) for of_run in rates if of_run])) if any(rates) else None
+
+
+def budget_seconds(way: Way) -> float | None:
+    """Seconds of the whole budget, with evaluating and saving: the mean over runs."""
+    known = [run.seconds for run in way.runs if run.seconds > 0]
+    return float(np.mean(known)) if known else None
+
+
+def at_the_end(way: Way, name: str) -> float | None:
+    """A figure's last value, the mean over the runs that have it."""
+    found = [run.figures[name][-1][1] for run in way.runs if run.figures.get(name)]
+    return float(np.mean(found)) if found else None
+
+
+def over_training(way: Way, name: str) -> float | None:
+    """A figure's mean over training, the mean over the runs that have it."""
+    found = [np.mean([value for _, value in run.figures[name]]) for run in way.runs if run.figures.get(name)]
+    return float(np.mean(found)) if found else None
+
+
+def between_tasks(setting: Setting, way: Way, name: str) -> Floats | None:
+    """A figure of each pair of tasks at the end, `[K, K]`, 1 on the diagonal, NaN where there is none; None where there is none at all."""
+    tasks = setting.tasks
+    table = np.full((len(tasks), len(tasks)), np.nan)
+    for a, one in enumerate(tasks):
+        for b, other in enumerate(tasks[a + 1 :], a + 1):
+            value = at_the_end(way, f"{name}/{one}~{other}")
+            if value is not None:
+                table[a, b] = table[b, a] = value
+    if np.isnan(table).all():
+        return None
+    np.fill_diagonal(table, 1.0)
+    return table
+
+
+def routings(setting: Setting, way: Way) -> dict[str, Floats]:
+    """How the structure spreads each task over its choices at the end: by name, `[K, choices]`."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for name in dict.fromkeys(name for run in way.runs for name in run.figures if name.startswith("routing/")):
+        before, _, choice = name.removeprefix("routing/").rpartition("/")
+        row = next((k for k, task in enumerate(setting.tasks) if before.endswith(f"/{task}")), None)
+        value = at_the_end(way, name)
+        if row is not None and choice.isdecimal() and len(choice) < 4 and value is not None:
+            found.setdefault(before[: -len(setting.tasks[row]) - 1], {})[row, int(choice)] = value
+    tables = {}
+    for name, shares in found.items():
+        tables[name] = np.full((len(setting.tasks), 1 + max(choice for _, choice in shares)), np.nan)
+        for place, value in shares.items():
+            tables[name][place] = value
+    return tables

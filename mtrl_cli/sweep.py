@@ -1,0 +1,127 @@
+"""`mtrl sweep`: many runs, as trials of one sweep."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+from mtrl_cli import config as configuration
+from mtrl_cli import instances, sweep_plan
+from mtrl_cli.display import console, say
+from mtrl_cli.errors import RunError, Stopped
+from mtrl_cli.launchers.base import Launcher
+from mtrl_cli.locks import FileLock
+from mtrl_cli.rundir import RunFolder
+from mtrl_cli.signals import StopRequest
+from mtrl_cli.sweep_display import SweepDisplay, TrialRow
+from mtrl_cli.sweep_end import best_as_command, ending
+from mtrl_cli.sweep_loop import SweepLoop
+from mtrl_cli.sweep_plan import Choices, Plan
+from mtrl_cli.sweep_storage import open_storage
+from mtrl_cli.sweep_trials import Book
+
+
+def sweep(plan: Plan, *, command: Sequence[str]) -> None:
+    """Work on a sweep until its trials have ended: a new one, or the one that lies in the plan's folder.
+
+    Several processes may work on one sweep. Each has `launcher.jobs` of its trials at a time, and goes on with those that others left.
+
+    Args:
+        plan: of the sweep.
+        command: the command line, kept with the sweep.
+
+    Raises:
+        UserError: the storage, the launcher or the folder is wrong; nothing was made.
+        RunError: a trial failed for good, or the storage or the launcher was lost.
+        Stopped: by a signal, after saving.
+    """
+    # Workers are given a run's folder and nothing else; what the user trusts is the user's to say.
+    os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(configuration.trusted_packages(_trusted(plan)))
+    with StopRequest() as stop:
+        with stop.interruptible():
+            first = _first_evaluation(plan)
+            launcher = _launcher(plan)
+        with closing(launcher):
+            with stop.interruptible():
+                folder, plan = _open(plan, command)
+            _work(folder, plan, launcher, first, stop)
+
+
+def go_on(folder: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
+    """Go on with the sweep in a folder: `mtrl resume`.
+
+    Args:
+        folder: the sweep's.
+        overrides: what may differ from how it was begun: `launcher`, `sweep.retries` and so on.
+        command: the command line.
+
+    Raises:
+        as `sweep`.
+    """
+    sweep(sweep_plan.load(folder, overrides), command=command)
+
+
+def _trusted(plan: Plan) -> list[str]:
+    return [f"trusted_packages=[{','.join(plan.trusted_packages)}]"] if plan.trusted_packages else []
+
+
+def _first_evaluation(plan: Plan) -> int:
+    """Steps per task at which a run is first evaluated; without a pruner that does not matter."""
+    if plan.search["pruner"] == "none":
+        return plan.steps_per_task
+    values = {key: axis.words[0] if isinstance(axis, Choices) else axis.low for key, axis in plan.axes.items()}
+    return int(plan.configuration(values, Path())["eval"]["every"])
+
+
+def _launcher(plan: Plan) -> Launcher:
+    made = instances.make({"launcher": dict(plan.launcher), "trusted_packages": list(plan.trusted_packages)}, "launcher")
+    assert isinstance(made, Launcher)
+    return made
+
+
+def _open(plan: Plan, command: Sequence[str]) -> tuple[Path, Plan]:
+    """The sweep's folder, absolute, and the plan to go on with there: a new one, or that of the same sweep.
+
+    Two processes that make it at the same time make one sweep.
+    """
+    path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    path = Path(os.path.abspath(path.expanduser()))
+    if not os.path.lexists(path / sweep_plan.RECORD):
+        RunFolder.check_new(path)
+        if plan.search["storage"]:
+            open_storage(path, plan.search["storage"])
+        path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path / ".lock"):
+        if os.path.lexists(path / sweep_plan.RECORD):
+            plan = sweep_plan.check_same(plan, path)
+            say(f"going on in {path}")
+        else:
+            RunFolder.check_new(path)
+        sweep_plan.save(plan, path, command)
+    return path, plan
+
+
+def _work(folder: Path, plan: Plan, launcher: Launcher, first: int, stop: StopRequest) -> None:
+    with closing(Book(folder, plan, first=first)) as book:
+        try:
+            with SweepDisplay(launcher.jobs) as display:
+                rows = SweepLoop(folder, plan, book, launcher, display, stop).work()
+        except Stopped as stopped:
+            stopped.told = True
+            say(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
+            raise
+    _tell_end(folder, plan, rows)
+
+
+def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
+    console(sys.stdout).print(ending(plan, rows))
+    say(best_as_command(plan, rows))
+    say(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
+    failed = [row for row in rows if row.state == "failed"]
+    if failed:
+        raise RunError(f"{len(failed)} of {plan.trials} trials failed; trial {failed[0].number}: {failed[0].note}")

@@ -1,0 +1,52 @@
+"""How long `mtrl report` takes, the interpreter's start included, for sweeps of finished trials made by hand, of 50 rows each.
+
+python scripts/bench_report.py            # 100 runs, 1,000 trials of a grid, 1,000 trials that all differ
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from fake_runs import make_sweep, make_trial
+
+STRUCTURES = ["independent", "hard", "film", "mmoe", "task_embedding"]
+
+
+def grid(folder: Path, seeds: int) -> None:
+    """5 structures x 4 weights x seeds."""
+    axes = {"network/sharing": STRUCTURES, "task_weights": ["uniform", "pcgrad", "dwa", "cagrad"], "seed": list(range(seeds))}
+    make_sweep(folder, axes)
+
+
+def search(folder: Path, trials: int) -> None:
+    """A search in which no two trials have the same learning rate."""
+    make_sweep(folder, {"optimizer.lr": ["1e-4"]})
+    text = (folder / "trials" / "0000" / "config.yaml").read_text()
+    for number in range(1, trials):
+        rate = 1e-5 * 100 ** (number / trials)
+        trial = make_trial(folder, number, {"optimizer.lr": "1e-4"}, ["env=minatar_pack"])
+        (trial / "config.yaml").write_text(text.replace("lr: 0.0001", f"lr: {rate!r}").replace("/0000", f"/{number:04d}"))
+        record = trial / "trial.json"
+        record.write_text(record.read_text().replace("optimizer.lr=1e-4", f"optimizer.lr={rate!r}").replace('"1e-4"', f'"{rate!r}"'))
+
+
+def main() -> None:
+    """Print the seconds of each case."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, make, count in (("grid_100", grid, 5), ("grid_1000", grid, 50), ("search_1000", search, 1000)):
+            make(folder / name, count)
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-m", "mtrl_cli", "report", str(folder / name)], check=True, stdout=subprocess.DEVNULL)
+            page = folder / name / "report" / "index.html"
+            print(f"{name}: {time.perf_counter() - began:.1f} s, a page of {page.stat().st_size / 2**20:.1f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
