@@ -262,11 +262,16 @@ def test_another_sweep_in_its_folder_is_refused(mtrl: Commands, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine"]
 
 
-def test_a_storage_that_is_not_there_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
+def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
     url = "postgresql://me:secret@localhost:1/x"
     stdout, stderr = mtrl.sweep("seed=0,1", f"sweep.storage={url}", code=2)
     assert "sweep.storage=postgresql://me:***@localhost:1/x" in stderr
     assert "secret" not in stdout + stderr
+    assert not (tmp_path / "S").exists()
+    mtrl.sweep("seed=0,1", "sweep.storage=sqlite:///trials.db")
+    (tmp_path / "S").rename(tmp_path / "T")
+    _, stderr = mtrl.sweep("seed=0,1,2", "sweep.storage=sqlite:///trials.db", code=2)
+    assert "of another sweep" in stderr
     assert not (tmp_path / "S").exists()
 
 
