@@ -210,7 +210,7 @@ def records(sweep: Path) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_whose_job_is_preempted_and_whose_process_is_killed_has_each_trial_once(cluster: None, tmp_path: Path) -> None:
-    folder, words = tmp_path / "S", ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=2000", "checkpoint.every=200"]
+    folder, words = tmp_path / "S", ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=1200", "checkpoint.every=200"]
     words += ["eval.episodes=1", "device=cpu", "threads=1"]
     on_slurm = ["launcher=slurm", "launcher.jobs=2", "launcher.poll_seconds=0.5"]
     swept = mtrl("sweep", *words, "seed=0,1,2", *on_slurm, f"run_dir={folder}")
@@ -223,7 +223,7 @@ def test_a_sweep_whose_job_is_preempted_and_whose_process_is_killed_has_each_tri
     finally:
         first.kill()
         first.wait()
-    assert not (folder / "trials/0000/checkpoints/2000").exists(), "it was at work"
+    assert not (folder / "trials/0000/checkpoints/1200").exists(), "it was at work"
 
     resumed = subprocess.run(mtrl("resume", str(folder), *on_slurm), capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
@@ -236,7 +236,7 @@ def test_a_sweep_whose_job_is_preempted_and_whose_process_is_killed_has_each_tri
 
     plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)
     assert plain.returncode == 0
-    of_sweep, alone = (run / "checkpoints/2000/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
+    of_sweep, alone = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
     assert of_sweep.read_bytes() == alone.read_bytes()
 
 
