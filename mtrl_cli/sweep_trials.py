@@ -139,7 +139,7 @@ class Book:
     """
 
     def __init__(self, folder: Path, plan: Plan, *, first: int):
-        self._plan, self._url = plan, plan.search["storage"]
+        self._plan, self._first, self._url = plan, first, plan.search["storage"]
         self._locks = folder / WORKERS
         self._locks.mkdir(exist_ok=True)
         self._mutex = FileLock(self._locks / "book.lock")
@@ -251,15 +251,18 @@ class Book:
     def report(self, number: int, step: int, value: float, *, is_last: bool = False) -> bool:
         """Tell an evaluation of a trial that is held, each step once, and return whether the trial is to be pruned; after its last, never.
 
+        Runs of other numbers of environments are evaluated some steps later or earlier, and compared all the same.
+
         Raises:
             RunError: the storage cannot be reached.
         """
         held = self._held[number]
-        if step in held.reported:
+        at = step if is_last or step < self._first else step - step % self._first
+        if at in held.reported:
             return False
         with self._reached():
-            held.trial.report(value, step)
-            held.reported.add(step)
+            held.trial.report(value, at)
+            held.reported.add(at)
             if is_last or not held.trial.should_prune():
                 return False
             held.trial.set_user_attr("pruned", True)  # a pruner that is asked twice may answer otherwise

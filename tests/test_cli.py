@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mtrl_cli import __version__, catalogue, cli, config
+from mtrl_cli import __version__, catalogue, cli, config, sweep_plan
 from mtrl_cli.errors import RunError, Stopped, UserError
 
 Outcome = tuple[int, str, str]
@@ -84,6 +84,8 @@ main()
         (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["bench", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["transfer", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich", "matplotlib"]),
+        (["sweep", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich", "optuna"]),
+        (["sweep", "--dry-run", "env=classic_pack", "seed=1,2"], ["torch", "optuna", "gymnasium", "ale_py", "minatar"]),
         (["train", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["ls"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
@@ -103,10 +105,10 @@ def test_what_is_slow_to_import_is_not_imported(words: list[str], never: list[st
 def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("--help")
     assert (code, err) == (0, "")
-    for word in ("train", "resume", "eval", "bench", "ls", "info", "transfer", "--version", "mtrl train env=atari_pack"):
+    for word in ("train", "resume", "eval", "bench", "ls", "info", "transfer", "sweep", "--version", "mtrl train env=atari_pack"):
         assert word in out
     assert mtrl()[:2] == (0, out)
-    for command in ("train", "resume", "eval", "transfer", "bench", "ls"):
+    for command in ("train", "resume", "eval", "transfer", "bench", "ls", "sweep"):
         code, out, err = mtrl(command, "--help")
         assert (code, err) == (0, "")
         assert f"  mtrl {command}" in out, "examples, each on a line of its own"
@@ -131,6 +133,11 @@ def test_version(mtrl: Callable[..., Outcome]) -> None:
         (["train", "steps_per_task=0"], "steps_per_task=0: expected a whole number above 0"),
         (["train", "agent.n_step=a", "--dry-run"], "agent.n_step=a: expected a whole number above 0"),
         (["train", "nonsense"], "nonsense: expected KEY=VALUE"),
+        (["train", "launcher=local"], "launcher is of mtrl sweep"),
+        (["sweep", "env=classic_pack"], "there is nothing to vary"),
+        (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "did you mean sweep.trials?"),
+        (["sweep", "env=classic_pak", "seed=1,2"], "did you mean classic_pack?"),
+        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
         (["eval", "nowhere", "eval.episode=3"], "did you mean eval.episodes?"),
         (["ls", "netwrk"], "did you mean network?"),
         (["ls", "env", "network"], "expected one group"),
@@ -180,6 +187,22 @@ def test_commands_hand_over_plain_values(mtrl: Callable[..., Outcome], procedure
     assert evaluate[2]["video"] is True
 
 
+def test_sweeps_are_handed_over_as_plans(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    stands_in: Any = types.ModuleType("mtrl_cli.sweep")
+    stands_in.sweep = lambda plan, *, command: calls.append((plan, command))
+    stands_in.go_on = lambda folder, overrides, *, command: calls.append((folder, overrides, command))
+    monkeypatch.setitem(sys.modules, "mtrl_cli.sweep", stands_in)
+    assert mtrl("sweep", "env=classic_pack", "seed=1,2", "run_dir=s")[0] == 0
+    Path("s").mkdir()
+    Path("s/sweep.json").write_text("{}")
+    assert mtrl("resume", "s", "launcher.jobs=2")[0] == 0
+    (plan, command), go_on = calls
+    assert plan == sweep_plan.make(["env=classic_pack", "seed=1,2", "run_dir=s"])
+    assert command == ["mtrl", "sweep", "env=classic_pack", "seed=1,2", "run_dir=s"]
+    assert go_on == (Path("s"), ["launcher.jobs=2"], ["mtrl", "resume", "s", "launcher.jobs=2"])
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
@@ -221,9 +244,9 @@ def test_ls_lists_groups_and_describes_options(mtrl: Callable[..., Outcome]) -> 
     folders = [catalogue.conf_folder()]
     code, out, err = mtrl("ls")
     assert (code, err) == (0, "")
-    for group in catalogue.groups(folders):
+    for group in catalogue.groups(folders, None):
         assert f"\n{group} " in out
-    for group in catalogue.groups(folders):
+    for group in catalogue.groups(folders, None):
         code, out, err = mtrl("ls", group)
         assert (code, err) == (0, "")
         for name, file in catalogue.options(group, folders).items():

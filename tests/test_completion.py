@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fake_tasks import ALL_WEIGHTS
-from mtrl_cli import catalogue, cli, completion, config
+from mtrl_cli import catalogue, cli, completion, config, sections
 
 CONF = catalogue.conf_folder()
 
@@ -79,10 +79,25 @@ def test_folders_of_ones_own_are_offered(tmp_path: Path) -> None:
 def test_the_other_commands_offer_what_they_take() -> None:
     assert offered("bench", "agent.n_") == offered("train", "agent.n_") != []
     assert offered("bench", "env=cl") == ["env=classic_pack"]
-    assert offered("resume", "") == [f"{key}=" for key in config.RESUMABLE]
+    assert offered("resume", "") == ["launcher=", *(f"{key}=" for key in config.RESUMABLE)]
+    assert offered("resume", "sweep.") == ["sweep.trials=", "sweep.retries="]
     assert offered("eval", "eval.epi") == ["eval.episodes="]
     assert offered("eval", "video=") == ["video=true", "video=false"]
     assert offered("eval", "checkpoint=") == ["checkpoint=latest", "checkpoint=best"]
+
+
+def test_a_sweep_is_offered_what_its_runs_take_and_its_own() -> None:
+    assert {*offered("train", ""), "launcher="} == set(offered("sweep", ""))
+    assert "launcher=" not in offered("train", "")
+    assert offered("train", "sweep.") == offered("train", "launcher") == []
+    assert offered("sweep", "sweep.") == [f"sweep.{key}=" for key in sections.keys_of(sections.Search)]
+    assert offered("sweep", "sweep.pruner=h") == ["sweep.pruner=hyperband", "sweep.pruner=halving"]
+    assert offered("sweep", "launcher=") == [f"launcher={name}" for name in catalogue.options("launcher", [CONF])]
+    assert "launcher.jobs=" in offered("sweep", "launcher.", "env=classic_pack", "launcher=local")
+    assert offered("sweep", "env=cl", "seed=range(3)") == ["env=classic_pack"]
+    # The keys of the first of several choices.
+    assert "network.hidden=" in offered("sweep", "network.", "env=classic_pack,minatar_pack", "sweep.trials=3")
+    assert "network.hidden=" not in offered("sweep", "network.", "env=minatar_pack,classic_pack")
 
 
 def ask(shell: str, line: str, position: int | None = None) -> list[str]:

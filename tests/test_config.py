@@ -117,7 +117,11 @@ def test_run_dir_may_be_any_path() -> None:
         ("steps_per_task=0", "steps_per_task=0: expected a whole number above 0"),
         ("steps_per_task=1.5", "steps_per_task=1.5: expected a whole number above 0"),
         ("seed=1,2", "seed=1,2: expected one value; for a list write seed=[1,2]"),
-        ("seed=range(3)", "seed=range(3): expected one value, not a sweep"),
+        ("seed=1,2", "for a run of each: mtrl sweep seed=1,2"),
+        ("seed=range(3)", "seed=range(3): expected one value, not a sweep; for a run of each: mtrl sweep 'seed=range(3)'"),
+        ("launcher=local", "launcher is of mtrl sweep"),
+        ("launcher.jobs=2", "launcher is of mtrl sweep"),
+        ("sweep.trials=3", "sweep is of mtrl sweep"),
         ("seed=choice(1,2)", "expected one value"),
         ("env.tasks=[pong,breakot]", "env.tasks: atari_pack has no task breakot; did you mean breakout?"),
         ("env.tasks=[SpaceInvaders]", "did you mean space_invaders?"),
@@ -369,3 +373,40 @@ def test_rollouts_are_for_agents_that_learn_from_them() -> None:
         config.compose_training(["replay=rollouts"])
     with pytest.raises(UserError, match="agent's PQN learns from rollouts, which replay's UniformReplay does not keep"):
         config.compose_training(["agent=pqn", "replay=uniform"])
+
+
+def test_a_sweeps_own_words() -> None:
+    composed = config.compose_sweep(["launcher.jobs=2", "sweep.trials=3", "sweep.sampler=tpe", "run_dir=~/a,b"])
+    assert composed["launcher"]["jobs"] == 2
+    assert composed["launcher"]["_target_"] == "mtrl_cli.launchers.local.LocalLauncher"
+    assert (composed["sweep"]["trials"], composed["sweep"]["sampler"], composed["sweep"]["retries"]) == (3, "tpe", 2)
+    assert composed["run_dir"] == f"{Path.home()}/a,b"
+    assert config.compose_sweep([])["run_dir"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sweep.trails=3", "sweep.trails: there is no such key; did you mean sweep.trials?"),
+        ("sweep.trials=0", "sweep.trials=0: expected a whole number above 0 or null"),
+        ("sweep.sampler=tpee", "sweep.sampler=tpee: expected auto or grid or random or tpe or cmaes or gp"),
+        ("launcher=loca", "launcher=loca: there is no such option; did you mean local?"),
+        ("launcher.job=1", "did you mean launcher.jobs?"),
+        ("launcher.jobs=none", "launcher.jobs=none: expected"),
+        ("launcher._target_=os.system", "expected a class of mtrl_cli"),
+        ("launcher._target_=mtrl_cli.optimizers.Adam", "expected a Launcher"),
+        ("seed=3", "seed: there is no such key"),
+    ],
+)
+def test_what_is_wrong_with_a_sweeps_own_words_is_told(override: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        config.compose_sweep([override])
+    assert message in str(refused.value)
+
+
+def test_launchers_of_a_users_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "two.yaml").write_text("# Two at a time\ndefaults: [local, _self_]\njobs: 2\n")
+    assert config.compose_sweep([f"hydra.searchpath=[{tmp_path}]", "launcher=two"])["launcher"]["jobs"] == 2
+    assert catalogue.groups([CONF, tmp_path], "sweep") == ["launcher"]
+    assert "launcher" not in catalogue.groups([CONF, tmp_path])

@@ -272,10 +272,11 @@ def flat(value: float) -> dict[int, float]:
 
 
 def test_the_median_pruner_ends_what_is_below_the_median_once_five_trials_have_ended(tmp_path: Path) -> None:
-    of = book(tmp_path, plan(pruner="median", trials=8))
+    of = book(tmp_path, plan(pruner="median", trials=9))
     assert [judged(of, flat(value)) for value in (5, 1, 4, 2, 3)] == [None] * 5
     assert judged(of, flat(2.9)) == 100
-    assert judged(of, flat(3.1)) is None
+    assert judged(of, {104: 2.9}) == 104
+    assert judged(of, {104: 3.1, 200: 2.9, 304: 2.9, 400: 2.9}) is None, "steps are compared in whole intervals"
     assert judged(of, flat(9) | {300: 0.0}) is None, "its best so far counts"
 
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 from mtrl_cli import hardware, parent
-from mtrl_cli.errors import RunError, UserError
+from mtrl_cli.errors import RunError
+from mtrl_cli.fields import PositiveInt
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
 
 
@@ -48,9 +49,7 @@ class LocalLauncher(Launcher):
         jobs: runs at a time.
     """
 
-    def __init__(self, *, jobs: int):
-        if jobs < 1:
-            raise UserError(f"launcher.jobs={jobs}: expected 1 or more")
+    def __init__(self, *, jobs: PositiveInt):
         self.jobs = jobs
         self._running: list[LocalJob] = []
         self._gpus = hardware.gpus()
