@@ -134,6 +134,29 @@ def test_a_cluster_that_is_not_there_is_told_in_a_line(cluster: Any) -> None:
         launchers_ray.RayLauncher(address=None, jobs=1, cpus=1, gpus=1.5, memory_gb=None)
 
 
+def children() -> set[int]:
+    """This process's children."""
+    return {
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if is_child_of(int(path.name), os.getpid()) and int(path.name) != os.getpid()
+    }
+
+
+def test_a_cluster_of_this_machine_ends_with_its_launcher(
+    launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
+) -> None:
+    before = children()
+    with pytest.raises(UserError, match=r"launcher\.cpus=4096: a run could never begin, as this machine has \d+"):
+        launch(address=None, cpus=4096)
+    worker("echo done")
+    ray = launch(address=None)
+    assert ends_of(ray.start(runs[0])) == [End(0)]
+    assert children() > before
+    ray.close()
+    until(lambda: children() <= before, "Ray's processes live on")
+
+
 def records(sweep: Path) -> list[dict[str, Any]]:
     """Each trial's trial.json."""
     return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]

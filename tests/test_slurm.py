@@ -253,3 +253,12 @@ def test_a_machine_without_slurm_is_told_what_is_missing(monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
         launcher()
+
+
+def test_a_machine_of_no_cluster_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if reason := slurm_machine.missing():
+        required.skip_or_fail("slurm", reason)
+    (tmp_path / "slurm.conf").write_text("")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(UserError, match="start the sweep on a machine of a Slurm cluster"):
+        launcher()
