@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -198,8 +199,66 @@ def launcher_without_slurm() -> slurm.SlurmLauncher:
     return made
 
 
+def mtrl(*words: str) -> list[str]:
+    """A command line of ours."""
+    return [sys.executable, "-m", "mtrl_cli", *words]
+
+
+def records(sweep: Path) -> list[dict[str, Any]]:
+    """Each trial's trial.json."""
+    return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]
+
+
+def test_a_sweep_whose_job_is_preempted_and_whose_process_is_killed_has_each_trial_once(cluster: None, tmp_path: Path) -> None:
+    folder, words = tmp_path / "S", ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=1200", "checkpoint.every=200"]
+    words += ["eval.episodes=1", "device=cpu", "threads=1"]
+    on_slurm = ["launcher=slurm", "launcher.jobs=2", "launcher.poll_seconds=0.5"]
+    swept = mtrl("sweep", *words, "seed=0,1,2", *on_slurm, f"run_dir={folder}")
+    with (tmp_path / "output").open("w") as output:
+        first = subprocess.Popen(swept, stdout=output, stderr=output, cwd=tmp_path)
+    try:
+        until(lambda: list(folder.glob("trials/0000/checkpoints/*/COMPLETE")), "trial 0 has no checkpoint")
+        handle = records(folder)[0]["handle"]
+        slurm_says("scontrol", "requeue", handle)
+    finally:
+        first.kill()
+        first.wait()
+    assert not (folder / "trials/0000/checkpoints/1200").exists(), "it was at work"
+
+    resumed = subprocess.run(mtrl("resume", str(folder), *on_slurm), capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "trial 0: attached to its job again" in resumed.stdout + resumed.stderr
+    assert [(record["state"], record["attempts"]) for record in records(folder)] == [("completed", 1)] * 3
+    assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
+    assert "Restarts=1" in slurm_says("scontrol", "show", "job", handle)
+    begun_anew = [path.parent.name for path in folder.glob("trials/*/output.txt") if "going on from step" not in path.read_text()]
+    assert "0000" not in begun_anew, "the requeued job began anew"
+
+    plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)
+    assert plain.returncode == 0
+    of_sweep, alone = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
+    assert of_sweep.read_bytes() == alone.read_bytes()
+
+
+def test_a_sweep_that_slurm_would_refuse_makes_nothing(cluster: None, tmp_path: Path) -> None:
+    words = ["env=classic_pack", "seed=0,1", "launcher=slurm", "launcher.partition=nowhere", f"run_dir={tmp_path / 'S'}"]
+    done = subprocess.run(mtrl("sweep", *words), capture_output=True, text=True, timeout=SECONDS, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nvalid partition name" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_machine_without_slurm_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no sbatch on PATH"):
+        launcher()
+
+
+def test_a_machine_of_no_cluster_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if reason := slurm_machine.missing():
+        required.skip_or_fail("slurm", reason)
+    (tmp_path / "slurm.conf").write_text("")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    with pytest.raises(UserError, match="start the sweep on a machine of a Slurm cluster"):
         launcher()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -102,7 +103,7 @@ class RayJob(Job):
 
 
 class RayLauncher(Launcher):
-    """Runs on a Ray cluster. They end with this process, after saving; one whose machine is lost is told to have died.
+    """Runs on a Ray cluster. They end with this process; of one whose machine is lost it is told that it died.
 
     Args:
         address: of a cluster; None: one of this machine alone, which is started, and ends with this process.
@@ -125,6 +126,7 @@ class RayLauncher(Launcher):
         # Before Ray is imported, which reads it then.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         self._ray: Any = importlib.import_module("ray")
+        logging.getLogger("ray").setLevel(logging.ERROR)
         self.jobs = jobs
         self._memory = None if memory_gb is None else int(memory_gb * 2**30)
         self._share = cpus, self._memory, gpus

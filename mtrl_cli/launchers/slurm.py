@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
 FOLDER = "slurm"
 """In a run's folder: what submitit and Slurm write of its jobs."""
 
-ADVICE = "give them as launcher.partition, launcher.account, launcher.timeout_min, …; `sinfo` lists what the cluster has"
+ADVICE = "what a cluster wants to be told is launcher.partition, launcher.account, launcher.timeout_min, …; `sinfo` lists what it has"
+NO_CLUSTER = "start the sweep on a machine of a Slurm cluster, where `sinfo` answers, or give launcher=local"
 COMMAND_SECONDS = 120.0  # a controller that is busy or moving to its stand-in answers late
 SAVING_SECONDS = 120.0  # how long a job that was asked to stop may save before Slurm ends it
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -254,7 +256,9 @@ class SlurmLauncher(Launcher):
         except subprocess.TimeoutExpired as error:
             raise UserError(f"launcher=slurm: Slurm's controller has not answered for {COMMAND_SECONDS:.0f} s") from error
         if done.returncode:
-            raise UserError(f"launcher=slurm: sbatch refuses such a job: {_last_line(done.stderr)}\n{ADVICE}")
+            is_no_cluster = re.search("configuration source|configuration file|contact slurm controller", done.stderr)
+            advice = NO_CLUSTER if is_no_cluster else ADVICE
+            raise UserError(f"launcher=slurm: sbatch refuses such a job: {_last_line(done.stderr)}\n{advice}")
 
     def _executor(self, folder: Path) -> Any:
         import submitit
