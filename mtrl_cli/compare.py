@@ -33,7 +33,10 @@ def compare(paths: Sequence[Path]) -> str:
     common = [task for task in ours.tasks if task in theirs.tasks]
     rows = [_heading(paths), *_about(ours, theirs), *_differences(ours, theirs), *_scores(ours, theirs, tests, common)]
     rows += [*_speed(ours, theirs), *_parameters(ours, theirs, common)]
-    return "\n".join([*_table(rows), *_notes(ours, theirs, tests, common)])
+    notes = _notes(ours, theirs, tests, common)
+    if any(" to " in cell for row in rows for cell in row[1:3]):
+        notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
+    return "\n".join([*_table(rows), *notes])
 
 
 def _read(path: Path) -> Run:
@@ -202,8 +205,6 @@ def _notes(ours: Run, theirs: Run, tests: Sequence[Mapping[str, Any]], common: S
     games = [test.get("episodes") for test in tests]
     if None not in games and games[0] != games[1]:
         notes.append(f"Their tests have different numbers of games: {games[0]} and {games[1]} per task.")
-    if any(tests):
-        notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
     notes.append("One run each: with another seed either may come out otherwise. mtrl report compares several.")
     return ["", *notes]
 

@@ -18,6 +18,8 @@ from mtrl_cli import stats, transfer_metrics
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
 RESAMPLES = 2000
+LARGEST = 10_000
+"""So many runs are drawn at a time, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,11 @@ def gain(ours_SK: Floats, theirs_TK: Floats, *, seed: int = 0) -> Gain:
     of the Statistical Precipice", section 4.3).
     """
 
-    def statistics(ours: Rows, theirs: Rows) -> Floats:
-        of_ours, of_theirs = ours_SK[ours], theirs_TK[theirs]
-        tasks_K = of_ours.mean(axis=0) - of_theirs.mean(axis=0)
-        return np.array([tasks_K.mean(), stats.iqm(of_ours) - stats.iqm(of_theirs), *tasks_K])
+    def statistics(ours_BS: Rows, theirs_BT: Rows) -> Floats:
+        of_ours, of_theirs = ours_SK[ours_BS], theirs_TK[theirs_BT]
+        tasks_BK = of_ours.mean(axis=1) - of_theirs.mean(axis=1)
+        iqm_B = stats.trimmed_means(of_ours.reshape(len(of_ours), -1)) - stats.trimmed_means(of_theirs.reshape(len(of_theirs), -1))
+        return np.column_stack([tasks_BK.mean(axis=1), iqm_B, tasks_BK])
 
     mean, iqm, *tasks = over_runs(statistics, len(ours_SK), len(theirs_TK), seed=seed)
     return Gain(mean, iqm, tuple(tasks))
@@ -70,11 +73,12 @@ def data_efficiency(ours: tuple[Floats, Floats], theirs: tuple[Floats, Floats], 
         ours, theirs: steps `[P]`, and the runs' curves `[S, P]`.
     """
 
-    def statistics(of_ours: Rows, of_theirs: Rows) -> Floats:
-        our_P, their_P = ours[1][of_ours].mean(axis=0), theirs[1][of_theirs].mean(axis=0)
-        reached = transfer_metrics.steps_to(ours[0], our_P, float(their_P[-1]))
-        # Before the first step there is nothing to divide by; what is there from the start took us a step.
-        return np.array([transfer_metrics.steps_to(theirs[0], their_P, float(their_P[-1])) / max(reached, 1.0)])
+    def statistics(ours_BS: Rows, theirs_BT: Rows) -> Floats:
+        our_BP, their_BP = ours[1][ours_BS].mean(axis=1), theirs[1][theirs_BT].mean(axis=1)
+        ends_B = their_BP[:, -1]
+        reached_B = transfer_metrics.steps_to_each(ours[0], our_BP, ends_B)
+        # Before the first step there is nothing to divide by: what is there from the start took a step.
+        return (np.maximum(transfer_metrics.steps_to_each(theirs[0], their_BP, ends_B), 1) / np.maximum(reached_B, 1))[:, None]
 
     return over_runs(statistics, len(ours[1]), len(theirs[1]), seed=seed)[0]
 
@@ -85,17 +89,19 @@ def over_runs(
     """Statistics of two sets of runs and their percentile bootstrap intervals.
 
     Args:
-        statistics: of the runs whose indices it is given, `[S]` and `[T]`: any number of them. It has to be the same in any order of runs.
+        statistics: of B draws of runs, whose indices it is given, `[B, S]` and `[B, T]`: any number of them, `[B, V]`.
         ours, theirs: how many runs there are.
     """
-    values = statistics(np.arange(ours), np.arange(theirs))
+    values = statistics(np.arange(ours)[None], np.arange(theirs)[None])[0]
     if min(ours, theirs) < 2:
         return [Estimate(float(value)) for value in values]
     random = np.random.default_rng(seed)
-    drawn = [np.sort(random.integers(0, runs, (RESAMPLES, runs)), axis=1) for runs in (ours, theirs)]
-    unique, times = np.unique(np.concatenate(drawn, axis=1), axis=0, return_counts=True)
-    resampled = np.repeat([statistics(rows[:ours], rows[ours:]) for rows in unique], times, axis=0)
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    size = max(1, LARGEST // max(ours, theirs))
+    resampled = []
+    for start in range(0, RESAMPLES, size):
+        many = min(size, RESAMPLES - start)
+        resampled.append(statistics(*(random.integers(0, runs, (many, runs)) for runs in (ours, theirs))))
+    low, high = np.quantile(np.concatenate(resampled), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return [Estimate(float(value), float(below), float(above)) for value, below, above in zip(values, low, high, strict=True)]
 
 

@@ -91,8 +91,7 @@ def make(overrides: Sequence[str]) -> Plan:
     Raises:
         UserError: a word is wrong, nothing varies, or a run cannot be composed.
     """
-    if torchrun.place().size > 1:
-        raise UserError("mtrl sweep starts processes of its own, each of which trains a run: start it without torchrun")
+    _refuse_ranks()
     words = take_apart(overrides)
     section = configuration.compose_sweep(words.sweep)
     if not words.axes:
@@ -112,6 +111,11 @@ def make(overrides: Sequence[str]) -> Plan:
         steps_per_task=checked.steps_per_task,
         run_dir=None if section["run_dir"] is None else Path(section["run_dir"]),
     )
+
+
+def _refuse_ranks() -> None:
+    if torchrun.place().size > 1:
+        raise UserError("mtrl sweep starts processes of its own, each of which trains a run: start it without torchrun")
 
 
 # -- in the sweep's folder ------------------------------------------------------------------------------------------------------
@@ -157,6 +161,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
     Raises:
         UserError: it is no sweep, damaged, or an override is none of these.
     """
+    _refuse_ranks()
     kept = read(folder)
     words = take_apart(overrides)
     _check_overrides(overrides, [*words.shared, *words.sweep], words.axes)
@@ -238,8 +243,12 @@ def _launcher_words(folder: Path, launcher: Mapping[str, Any], given: set[str]) 
             f"{folder} was worked on with launcher={show(name)}: say where to go on, with launcher={SAFE_LAUNCHER} for this machine, "
             f"or with launcher={show(name)} and its settings (they are in {folder / RECORD})"
         )
-    plain = {key: value for key, value in launcher.items() if isinstance(value, str | int | float) and key != "_target_"}
-    return [f"launcher.{key}={value}" for key, value in plain.items() if f"launcher.{key}" not in given and re.fullmatch(r"\w+", key)]
+    plain = {key: str(value) for key, value in launcher.items() if isinstance(value, str | int | float) and key != "_target_"}
+    return [
+        f"launcher.{key}={value}"
+        for key, value in plain.items()
+        if f"launcher.{key}" not in given and re.fullmatch(r"\w+", key) and re.fullmatch(r"[\w.-]+", value)
+    ]
 
 
 def _check_named(folder: Path, kept: Plan, words: Sequence[str], storage: str | None) -> None:
@@ -314,7 +323,7 @@ def _word(word: Any) -> str:
 
 
 def _key(key: Any) -> str:
-    if not re.fullmatch(r"[A-Za-z_][\w./-]{0,200}", key) or take_apart([f"{key}=a,b"]).axes.keys() != {key}:
+    if not re.fullmatch(r"[A-Za-z_][\w./-]{0,200}", key) or take_apart([f"{key}=choice(a,b)"]).axes.keys() != {key}:
         raise UserError(f"{show(key)} is no key that runs may differ in")
     return str(key)
 

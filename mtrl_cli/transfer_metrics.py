@@ -20,15 +20,19 @@ Metric = dict[str, Any]
 
 def steps_to(steps_P: Floats, values_P: Floats, threshold: float) -> float:
     """The step at which a curve first reaches a threshold, linear between evaluations; infinity if it never does."""
-    reached = np.flatnonzero(values_P >= threshold)
-    if not reached.size:
-        return float("inf")
-    first = int(reached[0])
-    if first == 0:
-        return float(steps_P[0])
-    before, after = values_P[first - 1], values_P[first]
-    share = (threshold - before) / (after - before)
-    return float(steps_P[first - 1] + share * (steps_P[first] - steps_P[first - 1]))
+    return float(steps_to_each(steps_P, values_P[None], np.array([threshold]))[0])
+
+
+def steps_to_each(steps_P: Floats, values_BP: Floats, thresholds_B: Floats) -> Floats:
+    """The same of B curves with a threshold each, `[B]`."""
+    reached_BP = values_BP >= thresholds_B[:, None]
+    first_B = reached_BP.argmax(axis=1)
+    before_B, rows_B = np.maximum(first_B - 1, 0), np.arange(len(values_BP))
+    below_B, above_B = values_BP[rows_B, before_B], values_BP[rows_B, first_B]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share_B = np.where(first_B > 0, (thresholds_B - below_B) / (above_B - below_B), 0.0)
+    found_B = steps_P[before_B] + share_B * (steps_P[first_B] - steps_P[before_B])
+    return np.where(reached_BP.any(axis=1), found_B, np.inf)
 
 
 def area(steps_P: Floats, values_P: Floats) -> float:

@@ -165,10 +165,12 @@ def test_a_sum_of_values_is_composed_and_not_their_product(monkeypatch: pytest.M
     assert len(composed) == 1 + 2 + 1 + 1, "the first, the others of each, and of a hundred numbers the last"
 
 
-def test_torchrun_around_a_sweep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_around_a_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "start it without torchrun" in refusal("seed=1,2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        sweep_plan.load(tmp_path)
 
 
 # -- in the sweep's folder ------------------------------------------------------------------------------------------------------
@@ -182,6 +184,11 @@ def test_a_plan_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
     (tmp_path / "search").mkdir()
     search = saved(tmp_path / "search", LR, "agent.n_step=interval(1,8)", "sweep.trials=5")
     assert sweep_plan.load(tmp_path / "search") == sweep_plan.replace(search, run_dir=tmp_path / "search")
+
+
+def test_a_sweep_over_sources_is_found_again(tmp_path: Path) -> None:
+    plan = saved(tmp_path, "init_from=choice(runs/a,runs/b)", "launcher.jobs=2")
+    assert sweep_plan.load(tmp_path).axes == plan.axes == {"init_from": Choices(("runs/a", "runs/b"))}
 
 
 def test_what_may_change_when_a_sweep_goes_on(tmp_path: Path) -> None:
