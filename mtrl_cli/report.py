@@ -157,7 +157,10 @@ def _reason(run: Run) -> str:
 
 
 def _check(folder: Path, *, is_default: bool) -> list[str]:
-    """The files of the report that is there; `is_default`: nobody named the folder. Raises UserError where anything else is, or nothing can be written."""
+    """The files of the report that is there; `is_default`: nobody named the folder.
+
+    Raises UserError where anything else is, or nothing can be written.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
     if is_default and folder.is_symlink():

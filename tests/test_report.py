@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_runs import make_run, make_sweep
 
+from fake_runs import make_run, make_sweep
 from mtrl_cli import report as procedure
 from mtrl_cli import report_page
 from mtrl_cli.errors import UserError
