@@ -57,7 +57,7 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     report_page.require()
     paths = [Path(path).expanduser() for path in paths]
     folder = (paths[0] / "report" if len(paths) == 1 else Path("report")) if out is None else Path(out).expanduser()
-    earlier = _check(folder)
+    earlier = _check(folder, is_default=out is None)
     runs = report_runs.read(paths)
     groups = grouped(runs)
     title, lead = _title(paths, runs), _lead(runs, groups, command)
@@ -156,10 +156,15 @@ def _reason(run: Run) -> str:
 # -- its folder -----------------------------------------------------------------------------------------------------------------
 
 
-def _check(folder: Path) -> list[str]:
-    """The files of the report that is there. Raises UserError where anything else is, or nothing can be written."""
+def _check(folder: Path, *, is_default: bool) -> list[str]:
+    """The files of the report that is there; `is_default`: nobody named the folder.
+
+    Raises UserError where anything else is, or nothing can be written.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
+    if is_default and folder.is_symlink():
+        raise UserError(f"{folder} is a link; nothing is written through it: give the folder itself, out=PATH")
     if folder.is_dir() and os.listdir(folder):
         if not os.path.lexists(folder / RECORD):
             raise UserError(f"{folder} holds something other than a report: give another folder, out=PATH")
@@ -182,7 +187,7 @@ def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier
     for name, content in ({name: made[name] for name in made if name not in page} | last | page).items():
         files.replace(folder / name, content)
     for name in set(earlier) - set(made):
-        if name == os.path.basename(name) and name not in ("", ".", ".."):
+        if name == os.path.basename(name) and name not in ("", ".", "..") and name.isprintable():
             (folder / name).unlink(missing_ok=True)
 
 

@@ -258,7 +258,7 @@ def _picture(picture: Picture, made: dict[str, bytes]) -> str:
     inner = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{picture.name}-", inner)
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" viewBox="{view[1]}" '
-        f'aria-label="{_text(picture.text)}" style="max-width: {width:.0f}px; --least: {0.8 * width:.0f}px">{inner}</svg>'
+        f'aria-label="{_text(picture.text)}" style="max-width: {width:.0f}px; --least: {width:.0f}px">{inner}</svg>'
     )
     return (
         f"<h3>{_text(picture.title)}</h3>\n"

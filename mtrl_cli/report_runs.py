@@ -178,8 +178,9 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         plan = sweep_plan.read(path)
     except UserError:
         return {}
-    points = plan.points or [{}] * plan.trials
-    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(points)}
+    if plan.points is None:
+        return dict.fromkeys(range(plan.trials), ())
+    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------

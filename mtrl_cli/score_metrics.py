@@ -75,7 +75,7 @@ def probability_interval(x_RK: Floats, y_SK: Floats, x_BRK: Rows | None = None, 
         return None
     wins_KRS = _wins(x_RK, y_SK).transpose(2, 0, 1)
     x_BRK = resampled(*x_RK.shape) if x_BRK is None else x_BRK
-    y_BSK = resampled(*y_SK.shape, seed=1) if y_BSK is None else y_BSK
+    y_BSK = resampled(len(y_SK), y_SK.shape[1], seed=1) if y_BSK is None else y_BSK
     # How often each pair is drawn is the product of how often its two runs are.
     drawn_KBS = _times(x_BRK, len(x_RK)) @ wins_KRS
     values_B = (drawn_KBS * _times(y_BSK, len(y_SK))).sum(axis=(0, 2)) / wins_KRS.size
@@ -132,9 +132,9 @@ def _drawn(scores_RK: Floats, rows_BRK: Rows) -> Floats:
     return scores_RK[rows_BRK, np.arange(scores_RK.shape[1])]
 
 
-def _in_chunks(scores_RK: Floats, rows_BRK: Rows | None, seed: int = 0) -> Iterator[Rows]:
+def _in_chunks(scores_RK: Floats, rows_BRK: Rows | None) -> Iterator[Rows]:
     """Some resamples at a time, which bounds memory."""
-    rows_BRK = resampled(*scores_RK.shape, seed=seed) if rows_BRK is None else rows_BRK
+    rows_BRK = resampled(len(scores_RK), scores_RK.shape[1]) if rows_BRK is None else rows_BRK
     for start in range(0, len(rows_BRK), stats.CHUNK):
         yield rows_BRK[start : start + stats.CHUNK]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from fake_runs import make_sweep, make_trial
+from fake_runs import make_sweep, make_trial  # type: ignore[import-not-found]
 
 STRUCTURES = ["independent", "hard", "film", "mmoe", "task_embedding"]
 
