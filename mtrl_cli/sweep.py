@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,7 +14,7 @@ from pathlib import Path
 from mtrl_cli import config as configuration
 from mtrl_cli import instances, sweep_plan
 from mtrl_cli.display import console, say
-from mtrl_cli.errors import RunError, Stopped
+from mtrl_cli.errors import RunError, Stopped, UserError
 from mtrl_cli.launchers.base import Launcher
 from mtrl_cli.locks import FileLock
 from mtrl_cli.rundir import RunFolder
@@ -48,8 +49,10 @@ def sweep(plan: Plan, *, command: Sequence[str]) -> None:
             launcher = _launcher(plan)
         with closing(launcher):
             with stop.interruptible():
-                folder, plan = _open(plan, command)
-            _work(folder, plan, launcher, first, stop)
+                folder, plan, book = _open(plan, command, first)
+            with closing(book):
+                rows = _work(folder, plan, book, launcher, stop)
+    _tell_end(folder, plan, rows)
 
 
 def go_on(folder: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
@@ -84,8 +87,8 @@ def _launcher(plan: Plan) -> Launcher:
     return made
 
 
-def _open(plan: Plan, command: Sequence[str]) -> tuple[Path, Plan]:
-    """The sweep's folder, absolute, and the plan to go on with there: a new one, or that of the same sweep.
+def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, Book]:
+    """The sweep's folder, absolute, the plan to go on with there, and its book: a new one, or that of the same sweep.
 
     Two processes that make it at the same time make one sweep.
     """
@@ -97,25 +100,29 @@ def _open(plan: Plan, command: Sequence[str]) -> tuple[Path, Plan]:
             open_storage(path, plan.search["storage"])
         path.mkdir(parents=True, exist_ok=True)
     with FileLock(path / ".lock"):
-        if os.path.lexists(path / sweep_plan.RECORD):
+        is_new = not os.path.lexists(path / sweep_plan.RECORD)
+        if is_new:
+            RunFolder.check_new(path)
+        else:
             plan = sweep_plan.check_same(plan, path)
             say(f"going on in {path}")
-        else:
-            RunFolder.check_new(path)
         sweep_plan.save(plan, path, command)
-    return path, plan
-
-
-def _work(folder: Path, plan: Plan, launcher: Launcher, first: int, stop: StopRequest) -> None:
-    with closing(Book(folder, plan, first=first)) as book:
         try:
-            with SweepDisplay(launcher.jobs) as display:
-                rows = SweepLoop(folder, plan, book, launcher, display, stop).work()
-        except Stopped as stopped:
-            stopped.told = True
-            say(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
+            return path, plan, Book(path, plan, first=first)
+        except UserError:
+            if is_new:
+                shutil.rmtree(path)  # which nobody else has entered: the lock is ours
             raise
-    _tell_end(folder, plan, rows)
+
+
+def _work(folder: Path, plan: Plan, book: Book, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:
+    try:
+        with SweepDisplay(launcher.jobs) as display:
+            return SweepLoop(folder, plan, book, launcher, display, stop).work()
+    except Stopped as stopped:
+        stopped.told = True
+        say(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
+        raise
 
 
 def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:

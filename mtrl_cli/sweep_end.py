@@ -63,7 +63,7 @@ def best(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> S
 
 def figure_of(plan: Plan) -> str:
     """What a sweep's trials are judged by, in words."""
-    return plan.search["figure"] or "eval/score/mean (of a single task without a reference: its return)"
+    return plan.search["figure"] or "eval/score/mean (or a lone task's return)"
 
 
 def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
@@ -71,7 +71,7 @@ def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
     found = _found(plan, rows)
     lines: list[RenderableType] = []
     if found:
-        lines += [Text(f"The best by {figure_of(plan)}, at the last evaluation:", style="bold"), _table(plan, found[:TOP])]
+        lines += [Text(f"The best by the last {figure_of(plan)}:", style="bold"), _table(plan, found[:TOP])]
         if len(found) > TOP:
             lines.append(Text(f"and {len(found) - TOP} more"))
     return Group(*lines, *(Text(line) for line in _others(rows)))

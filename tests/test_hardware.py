@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtrl_cli import hardware
+from mtrl_cli import build, hardware, settling
+from mtrl_cli.config import compose_training
 from mtrl_cli.errors import UserError
 
 GIB = 2**30
@@ -103,6 +104,52 @@ def test_memory_is_what_the_machine_and_the_cgroup_leave(tmp_path, content, avai
     root = _tree(tmp_path, MEMINFO | content)
     assert hardware.memory_available(root) == available
     assert hardware.memory_total(root) == total
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_a_run_that_shares_its_machine_sees_its_share_and_no_more_than_there_is(tmp_path, monkeypatch):
+    root = _tree(tmp_path, MEMINFO)
+    for cores, memory, expected in (("3", str(2 * GIB), (3, 2 * GIB, 2 * GIB)), ("100", str(100 * GIB), (8, 8 * GIB, 16 * GIB))):
+        monkeypatch.setenv("MTRL_CORES", cores)
+        monkeypatch.setenv("MTRL_MEMORY", memory)
+        assert (hardware.cores(root), hardware.memory_available(root), hardware.memory_total(root)) == expected
+    monkeypatch.setenv("MTRL_CORES", "some")
+    assert hardware.cores(root) == 8
+    whole = hardware.disk_free(tmp_path)
+    monkeypatch.setenv("MTRL_DISK", "1000")
+    assert hardware.disk_free(tmp_path) == min(whole, 1000)
+
+
+def test_an_auto_capacity_fits_a_share_of_the_memory(monkeypatch):
+    config = compose_training(["env=minatar_pack", "checkpoint.replay=false", "device=cpu", "steps_per_task=1000000"])
+    pack, capacities = build.make_pack(config), []
+    for megabytes in (400, 200):
+        monkeypatch.setenv("MTRL_MEMORY", str(megabytes * 2**20))
+        capacities.append(settling.settle(config, pack, lambda line: None)["replay"]["capacity"])
+    assert capacities[0] == pytest.approx(2 * capacities[1], abs=2)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n", ["0", "1"]),
+        (
+            "GPU 0: NVIDIA A100 (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-a-1)\n  MIG 1g.5gb Device 1: (UUID: MIG-a-2)\n",
+            ["MIG-a-1", "MIG-a-2"],
+        ),
+        ("No devices were found\n", []),
+    ],
+)
+def test_gpus_are_those_the_driver_lists_unless_some_are_made_visible(listed, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listed}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware.gpus() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 1")
+    assert hardware.gpus() == ["3", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.gpus() == []
 
 
 def test_this_machine_gives_sensible_answers():

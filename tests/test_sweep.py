@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from mtrl_cli.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 FAKE = ["launcher._target_=fake_launcher.FakeLauncher", "trusted_packages=[fake_launcher]"]
-QUICK = ["env=classic_pack", f"steps_per_task={STEPS * 10}", "eval.every=10", "device=cpu"]
+QUICK = ["env=classic_pack", f"steps_per_task={STEPS * 10}", "eval.every=10", "agent.learning_starts=50", "device=cpu"]
 REAL = [
     "env=classic_pack",
     "env.tasks=[CartPole-v1,Acrobot-v1]",
@@ -144,7 +145,7 @@ def test_a_sweep_is_a_folder_of_runs_each_the_same_as_its_command_makes(mtrl: Co
         assert read(run / "run.json")["status"] == "completed"
         assert load(run / "config.yaml")["run_dir"] == str(run)
         assert "is completed" in mtrl("resume", run)[0]
-    words = records[1]["command"].split()
+    words = shlex.split(records[1]["command"])
     assert words[:2] == ["mtrl", "train"]
     mtrl(*words[1:], "run_dir=alone")
     assert (tmp_path / "alone/checkpoints/300/model.safetensors").read_bytes() == (
@@ -222,7 +223,7 @@ def test_a_search_is_the_same_whether_or_not_it_was_stopped(mtrl: Commands, tmp_
     stdout, stderr = ended(process, 130)
     assert "goes on where it was with: mtrl resume" in stdout + stderr
     assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
-    mtrl("resume", "S", *FAKE)
+    mtrl.sweep(*words)
     assert [record["values"] for record in trials(tmp_path / "S")] == alone
     assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 4, "to be stopped is no death"
 
@@ -261,24 +262,34 @@ def test_another_sweep_in_its_folder_is_refused(mtrl: Commands, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine"]
 
 
-def test_a_storage_that_is_not_there_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
+def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
     url = "postgresql://me:secret@localhost:1/x"
     stdout, stderr = mtrl.sweep("seed=0,1", f"sweep.storage={url}", code=2)
     assert "sweep.storage=postgresql://me:***@localhost:1/x" in stderr
     assert "secret" not in stdout + stderr
+    assert not (tmp_path / "S").exists()
+    mtrl.sweep("seed=0,1", "sweep.storage=sqlite:///trials.db")
+    (tmp_path / "S").rename(tmp_path / "T")
+    _, stderr = mtrl.sweep("seed=0,1,2", "sweep.storage=sqlite:///trials.db", code=2)
+    assert "of another sweep" in stderr
     assert not (tmp_path / "S").exists()
 
 
 def test_a_sweep_that_is_killed_twenty_times_has_its_trials_each_once(mtrl: Commands, tmp_path: Path) -> None:
     """At moments that a seed decides on: while it imports, makes its folder, enters, takes, starts, follows and ends trials."""
     words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)", "launcher.jobs=2"]
-    moments = random.Random(20)
-    for _ in range(20):
-        process = mtrl.start(*words, FAKE_SECONDS="0.05")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments.uniform(0.2, 3.5))
+    moments, begun = random.Random(20), time.monotonic()
+    process = mtrl.start(*words, FAKE_SECONDS="0.1")
+    until((tmp_path / "S/sweep.json").exists)
+    to_begin = time.monotonic() - begun
+    for _ in range(19):
         process.kill()
         process.communicate(timeout=60)
+        process = mtrl.start(*words, FAKE_SECONDS="0.1")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=to_begin * moments.uniform(0.3, 2.3))
+    process.kill()
+    process.communicate(timeout=60)
     mtrl(*words)
     assert_each_once(tmp_path / "S", 6)
     assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 6

@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""What a sweep costs besides its runs, and how long a finished sweep of many trials takes to be told again.
+
+python scripts/bench_sweep.py [--trials 4] [--repeats 3] [--finished 1000] [--json]
+
+The same runs are trained in turns: as a sweep, one job at a time, and by `mtrl resume` of each folder, one after the other. What a trial
+takes longer in the sweep is its overhead; the sweep's own start is told beside it. Medians of wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from mtrl_cli import files, sweep_plan
+from mtrl_cli.sweep_runs import TrialRun
+from mtrl_cli.sweep_trials import Book
+
+RUN = ["env=classic_pack", "steps_per_task=400", "agent.learning_starts=100", "eval.episodes=1", "eval.max_steps=50", "device=cpu"]
+
+
+def seconds(words: list[str], folder: Path) -> float:
+    """Wall time of one `mtrl` command."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "mtrl_cli", *words], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def overhead(trials: int, repeats: int) -> dict[str, float]:
+    """Seconds of a sweep's start, of a run by itself, and of what a trial takes besides."""
+    starts, alone, extra = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for turn in range(repeats):
+            sweep = f"s{turn}"
+            whole = seconds(["sweep", *RUN, f"seed=range({trials})", f"run_dir={sweep}"], folder)
+            start = seconds(["resume", sweep], folder)  # with nothing left to do
+            runs = []
+            for path in sorted((folder / sweep / "trials").iterdir()):
+                run = folder / f"alone{turn}_{path.name}"
+                run.mkdir()
+                shutil.copy(path / "config.yaml", run)
+                runs.append(seconds(["resume", run.name], folder))
+            starts.append(start)
+            alone.append(sum(runs) / trials)
+            extra.append((whole - start - sum(runs)) / trials)
+    return {
+        "sweep_start": statistics.median(starts),
+        "run": statistics.median(alone),
+        "overhead_per_trial": statistics.median(extra),
+        "overhead_least": min(extra),
+        "overhead_most": max(extra),
+    }
+
+
+def finished(count: int) -> dict[str, float]:
+    """Seconds that a sweep of so many finished trials takes to be told again."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "sweep"
+        folder.mkdir()
+        plan = sweep_plan.make([*RUN, f"seed=range({count})", f"run_dir={folder}"])
+        sweep_plan.save(plan, folder, ["mtrl", "sweep"])
+        book = Book(folder, plan, first=1)
+        while (taken := book.take()) is not None:
+            run = TrialRun(folder, plan, taken)
+            run.path.mkdir(parents=True)
+            run.write(state="completed", value=float(taken.number % 7), step=400, seconds=1.0)
+            files.replace(run.path / "run.json", files.to_json({"status": "completed", "seconds": 1.0}).encode())
+            book.tell(taken.number, "completed", run.record["value"])
+        return {f"resume_of_{count}_finished": seconds(["resume", str(folder)], Path(name))}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--finished", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = overhead(arguments.trials, arguments.repeats) | finished(arguments.finished)
+    print(json.dumps(found) if arguments.json else "\n".join(f"{name:28} {value:7.2f} s" for name, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
