@@ -36,7 +36,8 @@ def compare(paths: Sequence[Path]) -> str:
     notes = _notes(ours, theirs, tests, common)
     if any(" to " in cell for row in rows for cell in row[1:3]):
         notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
-    return "\n".join([*_table(rows), *notes])
+    # What a stranger's folder holds cannot steer the terminal.
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in "\n".join([*_table(rows), *notes]))
 
 
 def _read(path: Path) -> Run:

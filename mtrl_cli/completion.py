@@ -20,11 +20,11 @@ def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[
     """The words that may stand where `incomplete` stands, each with a line of help (which may be empty).
 
     Args:
-        command: `train`, `bench`, `transfer`, `sweep`, `eval` or `resume`.
+        command: `train`, `bench`, `transfer`, `sweep`, `sharing` (of `study`), `eval` or `resume`.
         given: the whole words of the command line before it.
         incomplete: what has been typed of the word, such as `env=at` or `agent.n_`.
     """
-    command = "train" if command in ("bench", "transfer") else command  # which take the same words
+    command = {"bench": "train", "transfer": "train", "sharing": "sweep"}.get(command, command)  # which take the same words
     try:
         return _complete(command, [word for word in given if "=" in word], incomplete)
     except (UserError, OSError):

@@ -95,6 +95,7 @@ def test_a_sweep_is_offered_what_its_runs_take_and_its_own() -> None:
     assert offered("sweep", "launcher=") == [f"launcher={name}" for name in catalogue.options("launcher", [CONF])]
     assert "launcher.jobs=" in offered("sweep", "launcher.", "env=classic_pack", "launcher=local")
     assert offered("sweep", "env=cl", "seed=range(3)") == ["env=classic_pack"]
+    assert offered("sharing", "env=cl") == ["env=classic_pack"]  # mtrl study sharing
     # The keys of the first of several choices.
     assert "network.hidden=" in offered("sweep", "network.", "env=classic_pack,minatar_pack", "sweep.trials=3")
     assert "network.hidden=" not in offered("sweep", "network.", "env=minatar_pack,classic_pack")
