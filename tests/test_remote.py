@@ -17,7 +17,14 @@ def test_memory_is_shared_out_as_cores_are_unless_it_was_given(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("gpus", "told"), [(0, {"CUDA_VISIBLE_DEVICES": ""}), (0.5, {"MTRL_RUNS_PER_GPU": "2"}), (0.3, {"MTRL_RUNS_PER_GPU": "4"}), (2, {})]
+    ("gpus", "told"),
+    [
+        (0, {"CUDA_VISIBLE_DEVICES": ""}),
+        (0.5, {"MTRL_RUNS_PER_GPU": "2"}),
+        (0.3, {"MTRL_RUNS_PER_GPU": "3"}),
+        (0.1, {"MTRL_RUNS_PER_GPU": "10"}),
+        (2, {}),
+    ],
 )
 def test_a_gpu_that_is_shared_and_one_that_is_not_ours(gpus: float, told: dict[str, str]) -> None:
     shared = remote.share(1, 2**30, gpus)

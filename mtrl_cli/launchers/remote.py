@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -52,5 +51,5 @@ def share(cores: int, memory: int | None, gpus: float = 1.0) -> dict[str, str]:
     if gpus == 0:
         shared["CUDA_VISIBLE_DEVICES"] = ""
     elif gpus < 1:
-        shared["MTRL_RUNS_PER_GPU"] = str(math.ceil(1 / gpus))
+        shared["MTRL_RUNS_PER_GPU"] = str(int(1 / gpus + 1e-9))  # so many have room on it
     return shared
