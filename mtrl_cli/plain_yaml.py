@@ -60,12 +60,36 @@ def read(path: Path, *, quickly: bool = False) -> dict[Any, Any]:
     Raises:
         UserError: it is no such file, too large, or no plain YAML.
     """
+    return _mapping(path, _content(path), _QuickLoader if quickly else _Loader)
+
+
+def read_alike(path: Path, lines: re.Pattern[bytes], known: dict[bytes, dict[Any, Any]]) -> dict[Any, Any]:
+    """As `read(path, quickly=True)`, for many files that are alike but for a few lines: what the others say is parsed once.
+
+    Args:
+        path: the file.
+        lines: what matches the lines, of one key and its value each, in which the files differ.
+        known: what was parsed before.
+    """
+    content = _content(path)
+    shared = lines.sub(b"", content)
+    if shared not in known:
+        known[shared] = _mapping(path, shared, _QuickLoader)
+    own = b"".join(found[0] for found in lines.finditer(content))
+    return {**known[shared], **(_mapping(path, own, _QuickLoader) if own else {})}
+
+
+def _content(path: Path) -> bytes:
     if not os.path.lexists(path):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}")
-    content = _parse(path, files.read_bytes(path, path.parent, LARGEST_FILE), _QuickLoader if quickly else _Loader)
-    if not isinstance(content, dict):
+    return files.read_bytes(path, path.parent, LARGEST_FILE)
+
+
+def _mapping(path: Path, content: bytes, loader: Any) -> dict[Any, Any]:
+    parsed = _parse(path, content, loader)
+    if not isinstance(parsed, dict):
         raise UserError(f"{path}: expected keys and values")
-    return content
+    return parsed
 
 
 def _parse(path: Path, content: bytes, loader: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ MOST_FOLDERS, MOST_RUNS, MOST_TASKS = 50_000, 10_000, 500
 LARGEST_METRICS = 256 * 2**20
 LONGEST = 2000  # letters of what a stranger may have written
 POINTS = 10_000  # of a run's figures in all: of those of many rows some are left out, evenly
+OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
+"""The lines in which the configurations of a sweep's trials mostly differ."""
 NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
 SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """One of these makes a folder a run, if perhaps one that cannot be read."""
@@ -127,7 +130,7 @@ def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]
         yield from _read_sweep(path)
         return
     if any(os.path.lexists(path / sign) for sign in SIGNS):
-        yield _read_run(path)
+        yield _read_run(path, {})
         return
     visited[0] += 1
     if visited[0] > MOST_FOLDERS:
@@ -153,11 +156,12 @@ def _folders(path: Path) -> list[str]:
 
 def _read_sweep(path: Path) -> Iterator[Run]:
     """A sweep's trials, by number; those that wait for their turn have no folder yet."""
+    known: dict[bytes, dict[Any, Any]] = {}
     folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
     planned = _planned(path)
     for number in sorted(folders.keys() | planned.keys()):
         if number in folders:
-            yield _read_run(folders[number], number)
+            yield _read_run(folders[number], known, number)
         else:
             overrides = planned[number]
             yield Run(
@@ -186,22 +190,22 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
-def _read_run(path: Path, number: int | None = None) -> Run:
-    """One run; whatever is wrong with its folder makes it unreadable, and is told."""
+def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> Run:
+    """One run; whatever is wrong with its folder makes it unreadable, and is told. `known`: configurations, but for `OF_ONE_RUN`."""
     nothing = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
     try:
         trial = files.read_json(path / "trial.json", path) if os.path.lexists(path / "trial.json") else {}
         record = files.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
-        config = _config(path / "config.yaml")
+        config = _config(path / "config.yaml", known)
         run = replace(nothing, **_about(path, config, trial, record))
         return replace(run, **_measured(path, run))
     except UserError as error:
         return replace(nothing, error=_short(str(error)))
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
     try:
-        return dict(configuration.flat(plain_yaml.read(path, quickly=True)))
+        return dict(configuration.flat(plain_yaml.read_alike(path, OF_ONE_RUN, known)))
     except TypeError:
         raise UserError(f"{path}: expected keys that are words") from None
 
