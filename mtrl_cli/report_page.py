@@ -277,11 +277,11 @@ def _draw(picture: Picture) -> tuple[str, float, bytes]:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that the PNG's font does not have
         figure = picture.draw()
-        png = io.BytesIO()
-        FigureCanvasAgg(figure).print_figure(png, format="png", dpi=120, facecolor="white")
-        drawn = io.StringIO()
-        # The layout is that of the PNG; to work it out again takes as long as all the rest.
-        figure.set_layout_engine("none")
+        png, drawn = io.BytesIO(), io.StringIO()
+        canvas = FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out once; otherwise each file does it twice, which takes as long as all the rest
+        canvas.print_figure(png, format="png", dpi=120, facecolor="white")
         FigureCanvasSVG(figure).print_figure(drawn, format="svg", metadata={"Date": None}, facecolor="none")
     text = drawn.getvalue()
     text = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, text)
