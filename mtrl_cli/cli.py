@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from mtrl_cli import __version__, torchrun
+from mtrl_cli import __version__
 from mtrl_cli.errors import RunError, Stopped, UserError
+from mtrl_cli.speech import is_first, reader_may_leave, show, tell_error
 
 app = typer.Typer(
     help="""One Q-network learns many games, and tells you what sharing it cost and gained.
@@ -37,9 +35,6 @@ Every command tells more: mtrl train --help.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-OTHERS_SECONDS = 10.0
-"""So long the ranks after the first leave it to that one to tell an error, which is most often the same; torchrun ends them by then."""
 
 studies = typer.Typer(help="Many runs that answer one question, then the report.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(studies, name="study")
@@ -76,10 +71,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", sh
 @app.callback(invoke_without_command=True)
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        _show(f"mtrl {__version__}")
+        show(f"mtrl {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        _show(ctx.get_help())
+        show(ctx.get_help())
         raise typer.Exit
 
 
@@ -108,7 +103,7 @@ def train(
 
     composed = config.compose_training(overrides or [])
     if dry_run:
-        _show(config.dump(composed).rstrip("\n"))
+        show(config.dump(composed).rstrip("\n"))
         return
     from mtrl_cli.train import train as run
 
@@ -166,7 +161,7 @@ def sweep(
     if dry_run:
         from mtrl_cli import sweep_listing
 
-        _show(sweep_listing.list_sweep(plan))
+        show(sweep_listing.list_sweep(plan))
         return
     from mtrl_cli.sweep import sweep as run
 
@@ -216,7 +211,7 @@ def study_sharing(
     if dry_run:
         from mtrl_cli import sweep_listing
 
-        _show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
+        show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
         return
     study.run(made, command=_command())
 
@@ -260,7 +255,7 @@ def compare(
     """
     from mtrl_cli.compare import compare as side_by_side
 
-    _show(side_by_side([first, second]))
+    show(side_by_side([first, second]))
 
 
 @app.command("eval")
@@ -282,7 +277,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     options = config.compose_evaluation(overrides or [])
     from mtrl_cli.evaluate import evaluate_run
 
-    with _reader_may_leave():  # what it prints comes last: the scores are written by then
+    with reader_may_leave():  # what it prints comes last: the scores are written by then
         evaluate_run(run, options)
 
 
@@ -315,7 +310,7 @@ def bench(
     composed = config.compose_training(overrides or [])
     from mtrl_cli.bench import bench as measure
 
-    with _reader_may_leave():
+    with reader_may_leave():
         measure(composed, seconds=seconds, as_json=as_json)
 
 
@@ -344,7 +339,7 @@ def ls(
     from mtrl_cli import listing
 
     words = [word for word in (group, *(overrides or [])) if word]
-    _show(listing.list_words(words))
+    show(listing.list_words(words))
 
 
 @app.command()
@@ -355,7 +350,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     from mtrl_cli import info as facts
 
     collected = facts.collect()
-    _show(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
+    show(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
 
 
 def _command() -> list[str]:
@@ -369,20 +364,20 @@ def main() -> NoReturn:
         result = typer.main.get_command(app).main(prog_name="mtrl", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except typer.TyperException as error:  # the parser's own
-        code = _say(_in_one_line(error), getattr(error, "exit_code", 2))
+        code = tell_error(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = _say(str(error), error.exit_code, is_ours=getattr(error, "is_ours_to_tell", False))
+        code = tell_error(str(error), error.exit_code, is_ours=getattr(error, "is_ours_to_tell", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told and _is_first():
+        if not stopped.told and is_first():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
         if error.errno not in QUIET_ERRORS:
             raise
-        code = _say(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
-    with _reader_may_leave():
+        code = tell_error(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
+    with reader_may_leave():
         if sys.stdout is not None:  # closed before we began
             sys.stdout.flush()
     sys.exit(code)
@@ -392,36 +387,3 @@ def _in_one_line(error: typer.TyperException) -> str:
     context: Any = getattr(error, "ctx", None)
     message = " ".join(error.format_message().split()).rstrip(".")
     return f"{message} (see {context.command_path if context else 'mtrl'} --help)"
-
-
-def _is_first() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun has started."""
-    try:
-        return torchrun.place().is_first
-    except UserError:
-        return True
-
-
-def _say(message: str, code: int, is_ours: bool = False) -> int:
-    """One or two plain lines on stderr. What a stranger's file put into them cannot steer the terminal."""
-    if not _is_first() and not is_ours:
-        time.sleep(OTHERS_SECONDS)
-    plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
-    print(f"mtrl: error: {plain}", file=sys.stderr)
-    return code
-
-
-def _show(text: str) -> None:
-    if not _is_first():
-        return
-    with _reader_may_leave():
-        print(text, flush=True)
-
-
-@contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Whoever reads what is printed may have gone (`mtrl ls | head -1`), which is no error."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 
 # Every module has a room. A folder is a room of its own.
 ROOMS = {
-    "cli": {"cli", "__main__"},
+    "cli": {"cli", "speech", "__main__"},
     "procedures": {
         *("train", "training", "initialise", "final_test", "final_words", "bench", "evaluate", "info", "listing", "completion"),
         *("transfer_study", "transfer_report"),
