@@ -19,6 +19,7 @@ from mtrl_cli.report_parts import Cell, Interval, Picture, Section, Table
 
 MOST_ROWS = 1000
 """Of a table on the page; its CSV has all."""
+DPI = 120  # of PNG files
 INK = "#0b0c0d"
 """What text and axes are drawn with; on the page it becomes the colour of the text around them."""
 STYLE: Any = {
@@ -278,11 +279,12 @@ def _draw(picture: Picture) -> tuple[str, float, bytes]:
         warnings.simplefilter("ignore")  # a letter that the PNG's font does not have
         figure = picture.draw()
         png, drawn = io.BytesIO(), io.StringIO()
-        canvas = FigureCanvasAgg(figure)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out once; otherwise each file does it twice, which takes as long as all the rest
-        canvas.print_figure(png, format="png", dpi=120, facecolor="white")
-        FigureCanvasSVG(figure).print_figure(drawn, format="svg", metadata={"Date": None}, facecolor="none")
+        figure.set_dpi(DPI)
+        figure.set_facecolor("white")
+        FigureCanvasAgg(figure).print_png(png)
+        figure.set_layout_engine("none")  # it is laid out once, and each file drawn once: print_figure would do all of it twice
+        figure.set_facecolor("none")
+        FigureCanvasSVG(figure).print_svg(drawn, metadata={"Date": None})
     text = drawn.getvalue()
     text = re.sub(r"'DejaVu Sans'[^;\"]*", FONT, text)
     return text[text.index("<svg") :].rstrip(), figure.get_size_inches()[0] * 96, png.getvalue()
