@@ -204,21 +204,29 @@ class Book:
                 lock = self._lock(found.number)
                 if lock.try_acquire():
                     return self._hold(Trial(self._study, found._trial_id), lock, set(found.intermediate_values), begun=True)
-            while self._trials(TrialState.WAITING):
-                trial = self._study.ask()
-                if trial.number >= self._plan.trials:  # two machines have entered all of them at the same time
-                    self._study.tell(trial, state=TrialState.FAIL)
+            for found in self._trials(TrialState.WAITING):
+                # Those beyond ours are of a worker that was told of more, or two machines have entered all of them at the same time.
+                if found.number >= self._plan.trials or not self._pop(found):
                     continue
+                trial = Trial(self._study, found._trial_id)
                 if self._url:
                     trial.set_user_attr("place", self._place)
-                lock = self._lock(trial.number)
+                lock = self._lock(found.number)
                 lock.acquire()
                 return self._hold(trial, lock, set(), begun=False)
         return None
 
+    def _pop(self, waiting: FrozenTrial) -> bool:
+        """Make a waiting trial a running one; whether that was us and not another machine. `Study.ask` would make one more where none waits."""
+        try:
+            return self._study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+
     def _hold(self, trial: Trial, lock: FileLock, reported: set[int], *, begun: bool) -> Taken:
         self._held[trial.number] = _Held(trial, lock, reported)
         self._study.sampler = self._sampler(trial.number)
+        self._study._thread_local.cached_all_trials = None  # as `Study.ask` does: samplers look there
         values = {key: self._suggested(trial, key, distribution) for key, distribution in self._distributions.items()}
         return Taken(trial.number, values, begun)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("optuna")
+
+from optuna.trial import TrialState
 
 from mtrl_cli import locks
 from mtrl_cli.errors import RunError, UserError
@@ -113,6 +116,31 @@ def test_a_grids_trials_are_its_points_in_order(tmp_path: Path) -> None:
 def test_more_trials_may_be_asked_for_later(tmp_path: Path) -> None:
     assert len(complete(book(tmp_path, plan(trials=2)))) == 2
     assert [each.number for each in complete(book(tmp_path, plan(trials=5)))] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("storage", ["journal", "database"])
+def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: str, tmp_path: Path) -> None:
+    url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
+    few, more = (book(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
+    assert [each.number for each in complete(few)] == [0, 1, 2]
+    assert [entry.state for entry in more.entries()] == ["completed"] * 3 + ["waiting"] * 3
+    assert [each.number for each in complete(more)] == [3, 4, 5]
+    assert len(more.entries()) == 6
+
+
+def test_who_comes_too_late_for_the_last_trial_makes_none_of_its_own(tmp_path: Path) -> None:
+    """Another machine with the same database takes or ends it just after this one has seen it wait."""
+    of = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    late, early = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+    waiting = late._trials(TrialState.WAITING)
+    assert early.take() is not None
+    complete(early)
+    late._trials = lambda *states: waiting if TrialState.WAITING in states else []  # type: ignore[method-assign]
+    assert late.take() is None
+    raised = book(tmp_path / "b" / "S", dataclasses.replace(of, search={**of.search, "trials": 4}))
+    assert [entry.state for entry in raised.entries()] == ["running", "completed", "waiting", "waiting"]
 
 
 def prefixes(journal: bytes) -> list[bytes]:
