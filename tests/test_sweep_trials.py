@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ pytest.importorskip("optuna")
 
 from optuna.trial import TrialState
 
-from mtrl_cli import locks
+from mtrl_cli import locks, sweep_trials
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.sweep_plan import Choices, Interval, Plan, Value
 from mtrl_cli.sweep_storage import JOURNAL, cut_torn_line, open_storage
@@ -357,6 +358,36 @@ def test_machines_with_one_database_and_folders_of_their_own_share_trials_and_le
     assert [entry.here for entry in second.entries()] == [False, True, True, True]
     again = book(tmp_path / "a" / "sweep", of)
     assert again.take() == Taken(0, taken.values, begun=True)
+
+
+def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=1)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(trial: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(first, "_claim", killed)
+    with pytest.raises(Killed):
+        first.take()
+    assert [(entry.state, entry.here) for entry in second.entries()] == [("running", True)], "it is waited for"
+    now = time.monotonic()
+    monkeypatch.setattr(sweep_trials.time, "monotonic", lambda: now)
+    assert second.take() is None, "its process may be about to say so"
+    now += sweep_trials.UNCLAIMED_SECONDS + 1
+    assert (taken := second.take()) is not None
+    assert (taken.number, taken.begun) == (0, True)
+    again = book(tmp_path / "a" / "S", of)
+    assert [entry.here for entry in again.entries()] == [False]
+    now += sweep_trials.UNCLAIMED_SECONDS + 1
+    assert again.take() is None
 
 
 def test_a_database_that_holds_another_sweep_of_that_name_is_refused(tmp_path: Path) -> None:
