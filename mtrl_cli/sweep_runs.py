@@ -53,10 +53,15 @@ class TrialRun:
         steps: its budget, per task.
         evaluations: its figure by step, as far as they were read.
         step, seconds: how far it is.
+
+    Raises:
+        UserError: its folder is a link, which may lead to a run of the user's own.
     """
 
     def __init__(self, sweep: Path, plan: Plan, taken: Taken):
         self.number, self.path = taken.number, trial_folder(sweep, taken.number)
+        for folder in (self.path.parent, self.path):
+            files.refuse_link(folder)
         self.overrides = tuple(plan.overrides(taken.values))
         self.steps = plan.steps(taken.values)
         self.evaluations: dict[int, float] = {}
@@ -129,7 +134,7 @@ class TrialRun:
         return self._last_line().startswith(f"{self.path} {IN_USE} ")
 
     def _last_line(self) -> str:
-        with contextlib.suppress(OSError), open(self.path / OUTPUT, "rb") as output:
+        with contextlib.suppress(OSError), files.open_plain(self.path / OUTPUT) as output:
             output.seek(max(0, os.fstat(output.fileno()).st_size - _LARGEST_OUTPUT))
             lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
             told = [line for line in lines if line.startswith("mtrl: error: ")]
@@ -146,7 +151,7 @@ class TrialRun:
         """
         found: list[tuple[int, float]] = []
         try:
-            with open(self.path / "metrics.jsonl", "rb") as file:
+            with files.open_plain(self.path / "metrics.jsonl") as file:
                 status = os.fstat(file.fileno())
                 begin = self._read[1] if self._read[0] == status.st_ino and status.st_size >= self._read[1] else 0
                 file.seek(begin)

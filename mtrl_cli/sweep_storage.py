@@ -14,6 +14,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from mtrl_cli import files
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.locks import FileLock
 from mtrl_cli.sweep_plan import without_password
@@ -48,8 +49,8 @@ class _JournalLock(JournalFileOpenLock):
 
 
 def cut_torn_line(path: Path, block: int = 2**16) -> None:
-    """Cut off what stands behind the last line's end. Raises OSError."""
-    with open(path, "r+b") as file:
+    """Cut off what stands behind the last line's end. Raises OSError, and so for a link."""
+    with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end > 0:
             begin = max(0, end - block)
@@ -67,10 +68,11 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """The journal in a sweep's folder, or the database at `url`, whose tables are made if need be.
 
     Raises:
-        UserError: the database cannot be reached, or its driver is not installed. RunError: the journal is damaged.
+        UserError: the database cannot be reached, or its driver is not installed; the journal is a link. RunError: it is damaged.
     """
     if url is None:
         path = folder / JOURNAL
+        files.refuse_link(path)
         with reached(None):
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path)))
     try:

@@ -140,12 +140,13 @@ class Book:
         first: steps per task at which a run is first evaluated: no pruner judges before.
 
     Raises:
-        UserError: the storage cannot be reached, or its study of this name is of another sweep. RunError: the journal is damaged.
+        UserError: the storage cannot be reached, is a link, or holds another sweep of this name. RunError: the journal is damaged.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, first: int):
         self._plan, self._first, self._url = plan, first, plan.search["storage"]
         self._locks = folder / WORKERS
+        files.refuse_link(self._locks)
         self._locks.mkdir(exist_ok=True)
         self._mutex = FileLock(self._locks / "book.lock")
         self._held: dict[int, _Held] = {}
