@@ -18,7 +18,7 @@ _is_stopping = False
 
 def note_stop() -> None:
     """This process was asked to stop and is saving: it is not to be asked again, as a second signal would end it at once."""
-    global _is_stopping  # noqa: PLW0603
+    global _is_stopping
     _is_stopping = True
 
 

@@ -24,7 +24,7 @@ from mtrl_cli.sweep_end import best_as_command, ending
 from mtrl_cli.sweep_loop import SweepLoop
 from mtrl_cli.sweep_plan import Choices, Plan
 from mtrl_cli.sweep_runs import TRIALS
-from mtrl_cli.sweep_storage import open_storage
+from mtrl_cli.sweep_storage import open_storage, storage_url
 from mtrl_cli.sweep_trials import Book
 
 LOCK = ".lock"
@@ -98,7 +98,7 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, B
     path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = Path(os.path.abspath(path.expanduser()))
     if _is_new(path) and plan.search["storage"]:
-        open_storage(path, plan.search["storage"])
+        open_storage(path, storage_url(plan.search["storage"]))
     with _entered(path):
         is_new = _is_new(path)
         if not is_new:

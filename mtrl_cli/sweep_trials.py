@@ -28,7 +28,7 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.instances import derived_seed
 from mtrl_cli.locks import FileLock
 from mtrl_cli.sweep_plan import Choices, Interval, Plan, Value
-from mtrl_cli.sweep_storage import open_storage, reached
+from mtrl_cli.sweep_storage import open_storage, reached, storage_url
 
 WORKERS = "workers"
 """In the sweep's folder: locks, by which its processes know of each other."""
@@ -144,7 +144,7 @@ class Book:
     """
 
     def __init__(self, folder: Path, plan: Plan, *, first: int):
-        self._plan, self._first, self._url = plan, first, plan.search["storage"]
+        self._plan, self._first, self._url = plan, first, storage_url(plan.search["storage"])
         self._locks = folder / WORKERS
         files.refuse_link(self._locks)
         self._locks.mkdir(exist_ok=True)

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from mtrl_cli.errors import Stopped
 from mtrl_cli import parent
+from mtrl_cli.errors import Stopped
 from mtrl_cli.signals import StopRequest
 
 

@@ -16,7 +16,7 @@ from mtrl_cli.locks import FileLock
 from mtrl_cli.rundir import RunFolder
 from mtrl_cli.sweep_plan import Plan
 from mtrl_cli.sweep_runs import TrialRun
-from mtrl_cli.sweep_storage import JOURNAL, cut_torn_line
+from mtrl_cli.sweep_storage import JOURNAL, cut_torn_line, reached
 from mtrl_cli.sweep_trials import WORKERS, Book, Taken
 
 RUN = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=30", "eval.every=10", "agent.learning_starts=10", "device=cpu"]
@@ -132,3 +132,49 @@ def test_what_could_not_be_made_is_removed_but_for_what_another_process_has_made
     with pytest.raises(UserError, match="of another sweep"):
         enter(plan)
     assert not (tmp_path / "S").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@host/x", "postgresql://me:***@host/x"),
+        ("postgresql://me:sec/secret @secret@host/x", "postgresql://me:***@host/x"),
+        ("postgresql://host:5432/x?user=me&password=secret&a=b", "postgresql://host:5432/x?user=me&password=***&a=b"),
+        ("mysql://host/x?PASSWD=secret", "mysql://host/x?PASSWD=***"),
+        ("sqlite:///trials.db", "sqlite:///trials.db"),
+        ("env:NAME", "env:NAME"),
+    ],
+)
+def test_no_password_is_shown(url: str, shown: str, plan: Plan, tmp_path: Path) -> None:
+    assert sweep_plan.without_password(url) == shown
+    (tmp_path / "S").mkdir()
+    sweep_plan.save(sweep_plan.replace(plan, search={**plan.search, "storage": url}), tmp_path / "S", ["mtrl", f"sweep.storage={url}"])
+    written = (tmp_path / "S/sweep.json").read_text()
+    assert "secret" not in written
+    assert shown in written
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:to%2Fsecret@host/x", "mysql://host/x?user=me&password=to%2Fsecret", "sqlite:///x"])
+def test_what_a_driver_says_is_told_without_the_password(url: str) -> None:
+    with pytest.raises(RunError) as told, reached(url):
+        raise OSError(f"no {url}, or to/secret of me is wrong" if "secret" in url else "no file")
+    assert "secret" not in str(told.value)
+
+
+def test_a_storage_may_be_named_in_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = sweep_plan.make([*RUN, "seed=0,1", "sweep.storage=env:TRIALS_URL", f"run_dir={plan.run_dir}"])
+    monkeypatch.delenv("TRIALS_URL", raising=False)
+    with pytest.raises(UserError, match=r"variable TRIALS_URL, which is not set"):
+        enter(named)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TRIALS_URL", "me:secret@host")
+    with pytest.raises(UserError, match=r"which holds none") as told:
+        enter(named)
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("TRIALS_URL", f"sqlite:///{tmp_path}/secret.db")
+    enter(named).close()
+    assert (tmp_path / "secret.db").is_file()
+    assert not any(b"secret" in content for content in contents(tmp_path / "S").values())
+    with pytest.raises(UserError, match=r"not taken from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
+        sweep_plan.load(tmp_path / "S")
+    assert sweep_plan.load(tmp_path / "S", ["sweep.storage=env:TRIALS_URL"]).search["storage"] == "env:TRIALS_URL"
