@@ -6,12 +6,13 @@ inside that folder: it may come from a stranger.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mtrl_cli.errors import UserError
 
@@ -73,6 +74,27 @@ def is_inside(path: Path, folder: Path) -> bool:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a loop of links
         return False
+
+
+def refuse_link(path: Path) -> None:
+    """For a name that is written to, or in: raise UserError if it is there and is neither a regular file nor a folder, but a link, say."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+        raise UserError(f"{path} is {what}; nothing is written there.")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a regular file to read, no link and no pipe. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = open(handle, "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file")
+    return file
 
 
 def read_bytes(path: Path, folder: Path, largest: int | None = None) -> bytes:

@@ -52,6 +52,14 @@ class FileLock:
         _held.add(handle)
         return True
 
+    def is_in_place(self) -> bool:
+        """Whether the lock that is held is still the one of its name: its folder may have been removed, and made again."""
+        assert self._handle is not None, self.path
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Let go of the lock; without it, does nothing."""
         if self._handle is not None:

@@ -13,6 +13,14 @@ VARIABLE = "MTRL_PARENT"
 PATIENCE_SECONDS = 300.0
 """In which a child that was asked to stop has saved."""
 
+_is_stopping = False
+
+
+def note_stop() -> None:
+    """This process was asked to stop and is saving: it is not to be asked again, as a second signal would end it at once."""
+    global _is_stopping
+    _is_stopping = True
+
 
 def watch() -> None:
     """Ask this process to stop (SIGTERM: it saves) as soon as its parent is gone, if the environment says that it has one to follow.
@@ -35,6 +43,7 @@ def _follow(pipe: int) -> None:
             pass
     except OSError:
         return
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not _is_stopping:
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -22,6 +22,9 @@ from mtrl_cli.errors import UserError
 
 PATIENCE_SECONDS = 3.0  # in which a first rank that was killed is gone for certain
 STATUSES = ("running", "completed", "stopped", "failed")
+IN_USE = "is in use by"
+"""In what `RunFolder.lock` says of a run that another process has: a sweep looks for it."""
+
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "hydra-core", "safetensors", "tensorboard")
 
 
@@ -167,7 +170,7 @@ class RunFolder:
             owner = re.fullmatch(rb"(\d{1,10}) ([\w.-]{0,64})\n", os.pread(handle, 80, 0))
             os.close(handle)
             by = f"process {owner[1].decode()} on {owner[2].decode()}" if owner else "another process"
-            raise UserError(f"{self.path} is in use by {by}: wait for it to end, or stop it.") from None
+            raise UserError(f"{self.path} {IN_USE} {by}: wait for it to end, or stop it.") from None
         except OSError as error:
             os.close(handle)
             raise UserError(f"{self.path} cannot be locked: {_lock_trouble(error)}") from None

@@ -133,7 +133,7 @@ class Search:
         sampler: auto: grid, or tpe where there are intervals.
         trials: how many; None: all of a grid.
         pruner: by which a trial is ended that promises nothing.
-        storage: an Optuna storage's URL; None: a journal in the sweep's folder.
+        storage: an Optuna storage's URL, or env:NAME for one that an environment variable holds; None: a journal in the sweep's folder.
         figure: of the evaluations, the higher the better; None: what the best checkpoint is chosen by.
         retries: how often a trial whose process died is gone on with.
         seed: of the sampler.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from mtrl_cli import parent
 from mtrl_cli.errors import Stopped
 
 IMPATIENCE_SECONDS = 1.0
@@ -52,6 +53,7 @@ class StopRequest:
                 os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live table had hidden it
             os._exit(128 + number)
         self.received, self._received_at = number, time.monotonic()
+        parent.note_stop()
         if self._interruptible:
             raise Stopped(number)
 

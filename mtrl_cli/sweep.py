@@ -6,13 +6,13 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from mtrl_cli import config as configuration
-from mtrl_cli import instances, sweep_plan
+from mtrl_cli import files, instances, sweep_plan
 from mtrl_cli.display import console, say
 from mtrl_cli.errors import RunError, Stopped, UserError
 from mtrl_cli.launchers.base import Launcher
@@ -23,8 +23,11 @@ from mtrl_cli.sweep_display import SweepDisplay, TrialRow
 from mtrl_cli.sweep_end import best_as_command, ending
 from mtrl_cli.sweep_loop import SweepLoop
 from mtrl_cli.sweep_plan import Choices, Plan
-from mtrl_cli.sweep_storage import open_storage
+from mtrl_cli.sweep_runs import TRIALS
+from mtrl_cli.sweep_storage import open_storage, storage_url
 from mtrl_cli.sweep_trials import Book
+
+LOCK = ".lock"
 
 
 def sweep(plan: Plan, *, command: Sequence[str]) -> None:
@@ -94,25 +97,68 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, B
     """
     path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = Path(os.path.abspath(path.expanduser()))
-    if not os.path.lexists(path / sweep_plan.RECORD):
-        RunFolder.check_new(path)
-        if plan.search["storage"]:
-            open_storage(path, plan.search["storage"])
-        path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path / ".lock"):
-        is_new = not os.path.lexists(path / sweep_plan.RECORD)
-        if is_new:
-            RunFolder.check_new(path)
-        else:
+    if _is_new(path) and plan.search["storage"]:
+        open_storage(path, storage_url(plan.search["storage"]))
+    with _entered(path):
+        is_new = _is_new(path)
+        if not is_new:
             plan = sweep_plan.check_same(plan, path)
+            for folder in (path / TRIALS, *_listed(path / TRIALS)):
+                files.refuse_link(folder)  # a stranger's may lead to runs of the user's own
             say(f"going on in {path}")
         sweep_plan.save(plan, path, command)
         try:
             return path, plan, Book(path, plan, first=first)
         except UserError:
             if is_new:
-                shutil.rmtree(path)  # which nobody else has entered: the lock is ours
+                _discard(path)
             raise
+
+
+def _is_new(path: Path) -> bool:
+    """Whether a sweep is to be made at `path`, rather than gone on with. Raises UserError if neither can be."""
+    if not os.path.lexists(path / sweep_plan.RECORD):
+        try:
+            RunFolder.check_new(path)
+        except UserError:
+            if not os.path.lexists(path / sweep_plan.RECORD):  # else another process was quicker
+                raise
+    return not os.path.lexists(path / sweep_plan.RECORD)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+
+
+@contextmanager
+def _entered(path: Path) -> Iterator[None]:
+    """Inside, no other process makes or enters the sweep's folder, which is made if need be."""
+    lock = FileLock(path / LOCK)
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except RunError:
+            if path.is_dir():
+                raise
+            continue
+        if lock.is_in_place():
+            break
+        lock.release()  # whoever had it has removed the folder: it could not make the sweep
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _discard(path: Path) -> None:
+    """Remove what was made of a sweep that cannot be, by whoever has the folder's lock; that goes last, for whoever waits for it."""
+    for entry in path.iterdir():
+        if entry.name != LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (path / LOCK).unlink()
+    with suppress(OSError):  # another process has come in by now
+        path.rmdir()
 
 
 def _work(folder: Path, plan: Plan, book: Book, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,9 +192,11 @@ def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Interv
     package = NEEDED.get(sampler)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'")
-    if search["storage"] is not None and "://" not in search["storage"]:
+    storage = search["storage"]
+    if storage is not None and "://" not in storage and not re.fullmatch(r"env:\w+", storage):  # not told: it may be a password
         raise UserError(
-            f"sweep.storage={show(search['storage'])}: expected an Optuna storage's URL, such as sqlite:///sweep.db or postgresql://…"
+            "sweep.storage: expected an Optuna storage's URL, such as sqlite:///sweep.db or postgresql://…, or env:NAME for one that the "
+            "environment variable NAME holds"
         )
     return {**search, "sampler": sampler}
 

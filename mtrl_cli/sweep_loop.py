@@ -101,13 +101,13 @@ class SweepLoop:
                 if end is not None:
                     active.job = None
                     with suppress(RunError):  # a storage that is lost: what is in the folder is told later
-                        self._left(active, end)
+                        self._left(active)
             working = [active for active in working if active.job is not None]
             time.sleep(POLL_SECONDS)
 
-    def _left(self, active: _Active, end: End) -> None:
+    def _left(self, active: _Active) -> None:
         active.run.read_figures()
-        if end.code == 0 and active.run.status() == "completed":
+        if active.run.status() == "completed":
             self._finish(active, "completed")
         elif active.pruned:
             self._finish(active, "pruned")
@@ -173,14 +173,17 @@ class SweepLoop:
                 self._ended(active, end)
 
     def _ended(self, active: _Active, end: End) -> None:
-        """What follows from how a worker ended: completed, pruned, failed for good, or died and gone on with."""
+        """What follows from how a worker ended: completed, pruned, failed for good, or died and gone on with.
+
+        What the run says of itself goes first: a node may be lost, or an interpreter die, after its run has completed.
+        """
         run, status = active.run, active.run.status()
-        if end.code == 0 and status == "completed":
+        if status == "completed":
             self._finish(active, "completed")
         elif active.pruned:
             self._finish(active, "pruned")
-        elif end.code == 2 and not run.is_free():
-            return  # another process has taken the run since we looked: it is waited for
+        elif end.code == 2 and (not run.is_free() or run.was_refused()):
+            return  # another process has taken the run since we looked, such as an orphan that has yet to save: it is waited for
         elif end.code == 2 or (end.code == 1 and status in (None, "failed")):
             self._finish(active, "failed", run.why())
         else:

@@ -24,6 +24,8 @@ LONGEST_WORD = 10_000
 SAFE_LAUNCHER = "local"
 """What a folder's own word may say of where its runs are worked on: others run what they are told to."""
 
+_PASSWORD_KEY = re.compile(r"((?:password|passwd|pwd)=)[^&]*", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -127,7 +129,7 @@ def save(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     before = files.read_json(path, folder) if os.path.lexists(path) else {}
     record = {
         "format": FORMAT,
-        "command": before.get("command") or without_password(shlex.join(command)),
+        "command": before.get("command") or shlex.join(without_password(word) for word in command),
         "words": list(plan.words),
         "axes": {key: _as_json(axis) for key, axis in plan.axes.items()},
         "points": None if plan.points is None else [dict(point) for point in plan.points],
@@ -140,8 +142,13 @@ def save(plan: Plan, folder: Path, command: Sequence[str]) -> None:
 
 
 def without_password(text: Any) -> Any:
-    """Text in which no URL holds a password: `postgresql://me:***@host/sweeps`; None stays."""
-    return text if text is None else re.sub(r"(://[^\s:/@]*):[^\s/]*@", r"\1:***@", text)
+    """A URL, or a word with one, that shows no password: `postgresql://me:***@host/sweeps`, `?password=***`; None stays.
+
+    Passwords may hold anything: all up to the last @ goes, and all up to the next &.
+    """
+    if text is None:
+        return None
+    return _PASSWORD_KEY.sub(r"\1***", re.sub(r"(://[^\s:/@]*):.*@", r"\1:***@", text, flags=re.DOTALL))
 
 
 def _as_json(axis: Choices | Interval) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mtrl_cli import config as configuration
 from mtrl_cli import files, locks
 from mtrl_cli.errors import UserError
 from mtrl_cli.launchers.base import OUTPUT
-from mtrl_cli.rundir import RunFolder
+from mtrl_cli.rundir import IN_USE, RunFolder
 from mtrl_cli.sweep_plan import Plan
 from mtrl_cli.sweep_trials import Taken
 
@@ -53,10 +53,15 @@ class TrialRun:
         steps: its budget, per task.
         evaluations: its figure by step, as far as they were read.
         step, seconds: how far it is.
+
+    Raises:
+        UserError: its folder is a link, which may lead to a run of the user's own.
     """
 
     def __init__(self, sweep: Path, plan: Plan, taken: Taken):
         self.number, self.path = taken.number, trial_folder(sweep, taken.number)
+        for folder in (self.path.parent, self.path):
+            files.refuse_link(folder)
         self.overrides = tuple(plan.overrides(taken.values))
         self.steps = plan.steps(taken.values)
         self.evaluations: dict[int, float] = {}
@@ -122,13 +127,20 @@ class TrialRun:
         error = self._run_record().get("error")
         if isinstance(error, str) and error:
             return error.splitlines()[0][:300]
-        with contextlib.suppress(OSError), open(self.path / OUTPUT, "rb") as output:
+        return self._last_line() or "it said nothing"
+
+    def was_refused(self) -> bool:
+        """Whether the last worker ended because another process had the run, as its last line says."""
+        return self._last_line().startswith(f"{self.path} {IN_USE} ")
+
+    def _last_line(self) -> str:
+        with contextlib.suppress(OSError), files.open_plain(self.path / OUTPUT) as output:
             output.seek(max(0, os.fstat(output.fileno()).st_size - _LARGEST_OUTPUT))
             lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
             told = [line for line in lines if line.startswith("mtrl: error: ")]
             if told or lines:
                 return re.sub(r"[^\x20-\x7e\xa0-\uffff]", "?", (told or lines)[-1].removeprefix("mtrl: error: "))[:300]
-        return "it said nothing"
+        return ""
 
     # -- its figures --------------------------------------------------------------------------------------------------------------
 
@@ -137,19 +149,24 @@ class TrialRun:
 
         A half-written last line is left for the next call; rows that were cut by a resume are read again as they are written again.
         """
-        path = self.path / "metrics.jsonl"
+        found: list[tuple[int, float]] = []
         try:
-            with open(path, "rb") as file:
+            with files.open_plain(self.path / "metrics.jsonl") as file:
                 status = os.fstat(file.fileno())
                 begin = self._read[1] if self._read[0] == status.st_ino and status.st_size >= self._read[1] else 0
                 file.seek(begin)
-                content = file.read(_LARGEST_READ)
+                while whole := (content := file.read(_LARGEST_READ)).rfind(b"\n") + 1:
+                    begin += whole
+                    file.seek(begin)
+                    found += self._take_rows(content[:whole])
         except OSError:
-            return []
-        whole = content.rfind(b"\n") + 1
-        self._read = (status.st_ino, begin + whole)
+            return found
+        self._read = (status.st_ino, begin)
+        return found
+
+    def _take_rows(self, lines: bytes) -> list[tuple[int, float]]:
         found = []
-        for line in content[:whole].splitlines():
+        for line in lines.splitlines():
             row = _row(line)
             if row is None:
                 continue

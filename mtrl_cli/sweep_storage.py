@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote, unquote_plus
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from mtrl_cli.errors import RunError, UserError
+from mtrl_cli import files
+from mtrl_cli.errors import RunError, UserError, show
 from mtrl_cli.locks import FileLock
 from mtrl_cli.sweep_plan import without_password
 
@@ -48,8 +50,8 @@ class _JournalLock(JournalFileOpenLock):
 
 
 def cut_torn_line(path: Path, block: int = 2**16) -> None:
-    """Cut off what stands behind the last line's end. Raises OSError."""
-    with open(path, "r+b") as file:
+    """Cut off what stands behind the last line's end. Raises OSError, and so for a link."""
+    with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end > 0:
             begin = max(0, end - block)
@@ -63,14 +65,32 @@ def cut_torn_line(path: Path, block: int = 2**16) -> None:
             file.truncate(end)
 
 
+def storage_url(storage: str | None) -> str | None:
+    """The URL that `sweep.storage` means: itself, or what the variable of `env:NAME` holds, out of sight of `ps` and of sweep.json.
+
+    Raises:
+        UserError: there is no such variable, or it holds no URL.
+    """
+    if storage is None or not storage.startswith("env:"):
+        return storage
+    name = storage.removeprefix("env:")
+    if "://" not in os.environ.get(name, ""):
+        held = "holds none" if os.environ.get(name) else "is not set"
+        raise UserError(
+            f"sweep.storage={show(storage)}: expected an Optuna storage's URL in the environment variable {show(name)}, which {held}"
+        )
+    return os.environ[name]
+
+
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """The journal in a sweep's folder, or the database at `url`, whose tables are made if need be.
 
     Raises:
-        UserError: the database cannot be reached, or its driver is not installed. RunError: the journal is damaged.
+        UserError: the database cannot be reached, or its driver is not installed; the journal is a link. RunError: it is damaged.
     """
     if url is None:
         path = folder / JOURNAL
+        files.refuse_link(path)
         with reached(None):
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path)))
     try:
@@ -118,5 +138,15 @@ def _line(error: Exception, url: str) -> str:
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = (lines[0] if lines else type(cause).__name__)[:300]
-    secret = re.search(r"://[^:/@]*:(.*)@", url)
-    return text.replace(secret[1], "***") if secret and secret[1] else text
+    if not url:
+        return text
+    text = without_password(text.replace(url, without_password(url)))
+    for secret in sorted(_secrets(url), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return str(text)
+
+
+def _secrets(url: str) -> set[str]:
+    """The passwords in a URL, as they stand there and as drivers decode them."""
+    found = [*re.findall(r"://[^\s:/@]*:(.*)@", url, re.DOTALL), *re.findall(r"(?i)(?:password|passwd|pwd)=([^&]*)", url)]
+    return {secret for each in found for secret in (each, unquote(each), unquote_plus(each)) if secret}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,10 +28,14 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.instances import derived_seed
 from mtrl_cli.locks import FileLock
 from mtrl_cli.sweep_plan import Choices, Interval, Plan, Value
-from mtrl_cli.sweep_storage import open_storage, reached
+from mtrl_cli.sweep_storage import open_storage, reached, storage_url
 
 WORKERS = "workers"
 """In the sweep's folder: locks, by which its processes know of each other."""
+
+UNCLAIMED_SECONDS = 60.0
+"""After which a running trial in a database that names no folder is nobody's: whoever took it was killed before it could say so. That takes
+a process milliseconds, and a minute where the database is busy. It is counted from when we first saw it: machines' clocks differ."""
 
 ENDS = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _WORDS = {state: word for word, state in ENDS.items()} | {TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
@@ -56,7 +61,7 @@ class Entry:
 
     Attributes:
         state: waiting, running, completed, pruned or failed.
-        here: whether a process with this folder has it or had it; others only share the storage.
+        here: whether a process with this folder has it or had it, or nobody yet; others only share the storage.
         values: what it tries; {} while nobody has taken it.
         value: its figure, once it has ended.
     """
@@ -135,15 +140,17 @@ class Book:
         first: steps per task at which a run is first evaluated: no pruner judges before.
 
     Raises:
-        UserError: the storage cannot be reached, or its study of this name is of another sweep. RunError: the journal is damaged.
+        UserError: the storage cannot be reached, is a link, or holds another sweep of this name. RunError: the journal is damaged.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, first: int):
-        self._plan, self._first, self._url = plan, first, plan.search["storage"]
+        self._plan, self._first, self._url = plan, first, storage_url(plan.search["storage"])
         self._locks = folder / WORKERS
+        files.refuse_link(self._locks)
         self._locks.mkdir(exist_ok=True)
         self._mutex = FileLock(self._locks / "book.lock")
         self._held: dict[int, _Held] = {}
+        self._unclaimed: dict[int, float] = {}  # since when we have seen running trials without a place
         self._distributions = {key: _distribution(axis) for key, axis in plan.axes.items()}
         storage = open_storage(folder, self._url)
         with self._mutex, self._reached():
@@ -199,26 +206,35 @@ class Book:
         """
         with self._mutex, self._reached():
             for found in self._trials(TrialState.RUNNING):
-                if found.number in self._held or not self._is_here(found):
+                if found.number >= self._plan.trials or found.number in self._held or not self._is_left(found):
                     continue
                 lock = self._lock(found.number)
                 if lock.try_acquire():
-                    return self._hold(Trial(self._study, found._trial_id), lock, set(found.intermediate_values), begun=True)
-            while self._trials(TrialState.WAITING):
-                trial = self._study.ask()
-                if trial.number >= self._plan.trials:  # two machines have entered all of them at the same time
-                    self._study.tell(trial, state=TrialState.FAIL)
+                    trial = Trial(self._study, found._trial_id)
+                    self._claim(trial)
+                    return self._hold(trial, lock, set(found.intermediate_values), begun=True)
+            for found in self._trials(TrialState.WAITING):
+                # Those beyond ours are of a worker that was told of more, or two machines have entered all of them at the same time.
+                if found.number >= self._plan.trials or not self._pop(found):
                     continue
-                if self._url:
-                    trial.set_user_attr("place", self._place)
-                lock = self._lock(trial.number)
+                trial = Trial(self._study, found._trial_id)
+                self._claim(trial)
+                lock = self._lock(found.number)
                 lock.acquire()
                 return self._hold(trial, lock, set(), begun=False)
         return None
 
+    def _pop(self, waiting: FrozenTrial) -> bool:
+        """Have a waiting trial run; whether it was us who did, not another machine. `Study.ask` would make one more where none waits."""
+        try:
+            return self._study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+
     def _hold(self, trial: Trial, lock: FileLock, reported: set[int], *, begun: bool) -> Taken:
         self._held[trial.number] = _Held(trial, lock, reported)
         self._study.sampler = self._sampler(trial.number)
+        self._study._thread_local.cached_all_trials = None  # as `Study.ask` does: samplers look there
         values = {key: self._suggested(trial, key, distribution) for key, distribution in self._distributions.items()}
         return Taken(trial.number, values, begun)
 
@@ -234,8 +250,19 @@ class Book:
     def _lock(self, number: int) -> FileLock:
         return FileLock(self._locks / f"{number:04d}.lock")
 
+    def _claim(self, trial: Trial) -> None:
+        if self._url and trial.user_attrs.get("place") != self._place:
+            trial.set_user_attr("place", self._place)
+
     def _is_here(self, trial: FrozenTrial) -> bool:
-        return not self._url or trial.user_attrs.get("place") == self._place
+        return not self._url or trial.user_attrs.get("place") in (self._place, None)
+
+    def _is_left(self, trial: FrozenTrial) -> bool:
+        """Whether a running trial is this folder's or nobody's; unless its lock is held, its process is gone."""
+        if not self._url or "place" in trial.user_attrs:
+            self._unclaimed.pop(trial.number, None)
+            return self._is_here(trial)
+        return time.monotonic() - self._unclaimed.setdefault(trial.number, time.monotonic()) > UNCLAIMED_SECONDS
 
     def release(self, number: int) -> None:
         """Leave a trial as it is, for whoever takes it next."""

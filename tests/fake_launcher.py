@@ -18,6 +18,7 @@ from mtrl_cli import files, parent
 from mtrl_cli.fields import PositiveInt
 from mtrl_cli.launchers import local
 from mtrl_cli.locks import FileLock
+from mtrl_cli.rundir import IN_USE
 
 STEPS = 20
 
@@ -34,7 +35,7 @@ def work(run: Path, seconds: float) -> int:
     """Count to STEPS, going on from what was saved."""
     lock = FileLock(run / ".lock")
     if not lock.try_acquire():
-        print(f"mtrl: error: {run} is in use", file=sys.stderr)
+        print(f"mtrl: error: {run} {IN_USE} another process", file=sys.stderr)
         return 2
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))

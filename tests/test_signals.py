@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from mtrl_cli import parent
 from mtrl_cli.errors import Stopped
 from mtrl_cli.signals import StopRequest
 
@@ -81,3 +82,19 @@ with StopRequest() as stop:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 143
     assert done.stdout == "noted 2\n"
+
+
+@pytest.mark.parametrize(("is_asked", "expected"), [(False, [signal.SIGTERM, signal.SIGKILL]), (True, [signal.SIGKILL])])
+def test_who_is_saving_already_is_not_asked_again_when_its_parent_dies(is_asked, expected, monkeypatch):
+    sent = []
+    monkeypatch.setattr(parent, "_is_stopping", False)
+    monkeypatch.setattr(parent, "PATIENCE_SECONDS", 0)
+    with StopRequest():
+        if is_asked:
+            signal.raise_signal(signal.SIGTERM)
+        read, write = os.pipe()
+        os.close(write)
+        monkeypatch.setattr(os, "kill", lambda process, number: sent.append(number))
+        parent._follow(read)
+        os.close(read)
+    assert sent == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from mtrl_cli import locks
+from optuna.trial import TrialState
+
+from mtrl_cli import locks, sweep_trials
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.sweep_plan import Choices, Interval, Plan, Value
 from mtrl_cli.sweep_storage import JOURNAL, cut_torn_line, open_storage
@@ -113,6 +117,31 @@ def test_a_grids_trials_are_its_points_in_order(tmp_path: Path) -> None:
 def test_more_trials_may_be_asked_for_later(tmp_path: Path) -> None:
     assert len(complete(book(tmp_path, plan(trials=2)))) == 2
     assert [each.number for each in complete(book(tmp_path, plan(trials=5)))] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("storage", ["journal", "database"])
+def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: str, tmp_path: Path) -> None:
+    url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
+    few, more = (book(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
+    assert [each.number for each in complete(few)] == [0, 1, 2]
+    assert [entry.state for entry in more.entries()] == ["completed"] * 3 + ["waiting"] * 3
+    assert [each.number for each in complete(more)] == [3, 4, 5]
+    assert len(more.entries()) == 6
+
+
+def test_who_comes_too_late_for_the_last_trial_makes_none_of_its_own(tmp_path: Path) -> None:
+    """Another machine with the same database takes or ends it just after this one has seen it wait."""
+    of = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    late, early = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+    waiting = late._trials(TrialState.WAITING)
+    assert early.take() is not None
+    complete(early)
+    late._trials = lambda *states: waiting if TrialState.WAITING in states else []  # type: ignore[method-assign]
+    assert late.take() is None
+    raised = book(tmp_path / "b" / "S", dataclasses.replace(of, search={**of.search, "trials": 4}))
+    assert [entry.state for entry in raised.entries()] == ["running", "completed", "waiting", "waiting"]
 
 
 def prefixes(journal: bytes) -> list[bytes]:
@@ -329,6 +358,36 @@ def test_machines_with_one_database_and_folders_of_their_own_share_trials_and_le
     assert [entry.here for entry in second.entries()] == [False, True, True, True]
     again = book(tmp_path / "a" / "sweep", of)
     assert again.take() == Taken(0, taken.values, begun=True)
+
+
+def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=1)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(trial: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(first, "_claim", killed)
+    with pytest.raises(Killed):
+        first.take()
+    assert [(entry.state, entry.here) for entry in second.entries()] == [("running", True)], "it is waited for"
+    now = time.monotonic()
+    monkeypatch.setattr(sweep_trials.time, "monotonic", lambda: now)
+    assert second.take() is None, "its process may be about to say so"
+    now += sweep_trials.UNCLAIMED_SECONDS + 1
+    assert (taken := second.take()) is not None
+    assert (taken.number, taken.begun) == (0, True)
+    again = book(tmp_path / "a" / "S", of)
+    assert [entry.here for entry in again.entries()] == [False]
+    now += sweep_trials.UNCLAIMED_SECONDS + 1
+    assert again.take() is None
 
 
 def test_a_database_that_holds_another_sweep_of_that_name_is_refused(tmp_path: Path) -> None:
