@@ -113,10 +113,6 @@ class SweepDisplay:
         """Print lines that stay, above the table."""
         self._guarded(lambda: self.console.print(text, markup=False, highlight=False, soft_wrap=True))
 
-    def print(self, renderable: RenderableType) -> None:
-        """Print what stays."""
-        self._guarded(lambda: self.console.print(renderable))
-
     def _tell(self, row: TrialRow) -> None:
         """A line on a trial whose state has changed."""
         about = " ".join(row.overrides)

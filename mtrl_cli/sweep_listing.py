@@ -15,6 +15,8 @@ from mtrl_cli.rundir import RunFolder
 from mtrl_cli.sweep_display import ENDED, TrialRow
 from mtrl_cli.sweep_end import figure_of
 from mtrl_cli.sweep_plan import RECORD, Choices, Plan, check_same
+from mtrl_cli.sweep_runs import RECORD as TRIAL_RECORD
+from mtrl_cli.sweep_runs import trial_folder
 
 STATES = ("running", *ENDED)
 
@@ -92,8 +94,7 @@ def read_rows(plan: Plan, folder: Path | None) -> list[TrialRow]:
 def _read_row(plan: Plan, number: int, sweep: Path | None) -> TrialRow:
     values = plan.points[number] if plan.points is not None else {}
     row = TrialRow(number, tuple(plan.overrides(values)), "waiting", steps=plan.steps(values))
-    path = sweep / "trials" / f"{number:04d}" / "trial.json" if sweep is not None else None
-    if sweep is None or path is None or not os.path.lexists(path):
+    if sweep is None or not os.path.lexists(path := trial_folder(sweep, number) / TRIAL_RECORD):
         return row
     try:
         record = files.read_json(path, sweep)

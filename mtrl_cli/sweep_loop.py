@@ -12,9 +12,9 @@ from typing import Protocol
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
 from mtrl_cli.signals import StopRequest
-from mtrl_cli.sweep_display import TrialRow
+from mtrl_cli.sweep_display import ENDED, TrialRow
 from mtrl_cli.sweep_plan import Plan
-from mtrl_cli.sweep_runs import ENDED, TrialRun, read_record
+from mtrl_cli.sweep_runs import TrialRun, read_record
 from mtrl_cli.sweep_trials import Book, Entry, Taken
 
 POLL_SECONDS = 0.05

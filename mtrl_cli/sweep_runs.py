@@ -8,7 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtrl_cli import config as configuration
 from mtrl_cli import files, locks
@@ -16,11 +16,12 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.launchers.base import OUTPUT
 from mtrl_cli.rundir import IN_USE, RunFolder
 from mtrl_cli.sweep_plan import Plan
-from mtrl_cli.sweep_trials import Taken
+
+if TYPE_CHECKING:  # what only reads a sweep needs no Optuna
+    from mtrl_cli.sweep_trials import Taken
 
 TRIALS = "trials"
 RECORD = "trial.json"
-ENDED = ("completed", "pruned", "failed")
 _LARGEST_READ = 2**24  # bytes of metrics at a time
 _LARGEST_OUTPUT = 2**16  # bytes of output in which the last lines are looked for
 

@@ -1,7 +1,8 @@
 """A launcher whose workers only seem to train, in a moment and without torch: for tests of what a sweep does when they end, and how.
 
 A worker counts steps, saves each, writes the same files as a run, and does as the environment's FAKE_WORKER says of its seed:
-"fail" (an error of its own), "crash" (killed, each time), "crash_once", "hang" (never ends by itself), or a number: its score.
+"fail" (an error of its own), "crash" (killed, each time), "crash_once", "hang" (never ends by itself), or a number: its score. FAKE_HOLD
+says at which step the worker of a trial waits for the file `go` in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def work(run: Path, seconds: float) -> int:
     assert match is not None
     seed = match[1]
     what = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(seed, float(seed))
+    hold = json.loads(os.environ.get("FAKE_HOLD", "{}")).get(str(int(run.name)))
     saved = run / "saved.json"
     step = json.loads(saved.read_text())["step"] if saved.exists() else 0
     if what == "fail":
@@ -67,6 +69,8 @@ def work(run: Path, seconds: float) -> int:
             (run / "crashed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
+        while step == hold and not asked and not (run.parents[1] / "go").exists():
+            time.sleep(0.02)
     record(run, "completed")
     return 0
 
