@@ -15,6 +15,7 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.report_groups import grouped
 from mtrl_cli.report_parts import Cell, Interval, Section, Table
 from mtrl_cli.report_runs import Group, Run
+from mtrl_cli.sweep_plan import without_password
 
 RECORD = "report.json"
 """In a report's folder: which files are the report's, and of what it was made."""
@@ -60,10 +61,11 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     earlier = _check(folder, is_default=out is None)
     runs = report_runs.read(paths)
     groups = grouped(runs)
-    title, lead = _title(paths, runs), _lead(runs, groups, command)
+    told = without_password(shlex.join(command))  # a report is for others to read
+    title, lead = _title(paths, runs), _lead(runs, groups, told)
     sections = [*report_scores.sections(groups), *report_sharing.sections(groups), *_searches(runs), _all_runs(runs, groups)]
     made = report_page.render(title, lead, sections)
-    record = {"format": 1, "command": shlex.join(command), "runs": [str(run.path) for run in runs], "files": sorted(made)}
+    record = {"format": 1, "command": told, "runs": [str(run.path) for run in runs], "files": sorted(made)}
     _write(folder, made, {RECORD: files.to_json(record).encode()}, earlier)
     _say_what_is_there(folder, runs, groups)
 
@@ -86,9 +88,9 @@ def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
     return f"Report: {', '.join(envs[:3]) or 'no run'} ({where})"
 
 
-def _lead(runs: Sequence[Run], groups: Sequence[Group], command: Sequence[str]) -> list[str]:
+def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[str]:
     """What was compared, in a few lines."""
-    made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {shlex.join(command)}"
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {command}"
     if not runs:
         return ["There is no run here: nothing was compared. A run is a folder that mtrl train, sweep or study has made.", made]
     states = Counter(run.status for run in runs)

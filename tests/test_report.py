@@ -60,6 +60,17 @@ def test_each_table_and_picture_is_a_file(tmp_path: Path) -> None:
     assert not (tmp_path / "S" / "report").exists()
 
 
+def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
+    storage = "postgresql://me:PASSWORD@host/sweeps"
+    make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, plan={"storage": storage}, **QUICK)
+    command = ["mtrl", "study", "sharing", "env=minatar_pack", f"sweep.storage={storage}"]
+    procedure.report([tmp_path / "S"], None, command)
+    made = [path for path in (tmp_path / "S").rglob("*") if path.is_file()]
+    assert (tmp_path / "S" / "report" / "report.json") in made
+    assert [path for path in made if b"PASSWORD" in path.read_bytes()] == []
+    assert "sweep.storage=postgresql://me:***@host/sweeps" in (tmp_path / "S" / "report" / "index.html").read_text()
+
+
 def test_another_report_takes_the_place_of_an_earlier_one_and_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, **QUICK)
     report(tmp_path / "S")
