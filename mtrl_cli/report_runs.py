@@ -99,6 +99,11 @@ class Group:
     values: Mapping[str, str]
     runs: tuple[Run, ...]
 
+    @property
+    def first(self) -> Run:
+        """The first that is completed, whose configuration is settled; where none is, the first."""
+        return next((run for run in self.runs if run.status == "completed"), self.runs[0])
+
 
 def read(paths: Sequence[Path]) -> list[Run]:
     """The runs at, or below, some paths: each once, in the order of the paths, those of a folder by their names, of a sweep by number.

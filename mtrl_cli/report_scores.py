@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mtrl_cli import report_groups, score_metrics
 from mtrl_cli import report_pictures as pictures
-from mtrl_cli import score_metrics
 from mtrl_cli.report_parts import Cell, Interval, Picture, Section, Table
 from mtrl_cli.report_pictures import Curve
 from mtrl_cli.report_runs import Group, Run
@@ -72,7 +72,7 @@ def arenas(groups: Sequence[Group]) -> list[Arena]:
     """The groups that may be compared with each other, in the order of their first; they may have no completed run."""
     found: dict[Any, list[Group]] = {}
     for group in groups:
-        first = group.runs[0]
+        first = group.first
         found.setdefault((first.env, first.tasks, first.steps_per_task), []).append(group)
     several = len(found) > 1
     return [_arena(*of, groups=own, suffix=f"_{number}" if several else "") for number, (of, own) in enumerate(found.items(), 1)]
@@ -86,7 +86,7 @@ def _arena(env: str, tasks: tuple[str, ...], steps_per_task: int, *, groups: Seq
     entries = [
         Entry(
             label,
-            tuple(own),
+            own,
             np.array([[run.final_scores[task] for task in scored] for run in own], float).reshape(len(own), len(scored)),
             np.array([[run.final_returns[task] for task in tasks] for run in own], float).reshape(len(own), len(tasks)),
         )
@@ -103,16 +103,14 @@ def _arena(env: str, tasks: tuple[str, ...], steps_per_task: int, *, groups: Seq
     return Arena(env, tasks, steps_per_task, scored, tuple(entries), tuple(notes), suffix, colours)
 
 
-def _chosen(group: Group, tasks: Sequence[str], notes: list[str]) -> list[Run]:
-    """The completed runs of a group that tell their returns, one for each seed."""
-    completed = [run for run in group.runs if run.status == "completed"]
-    told = [run for run in completed if tasks and set(tasks) <= set(run.final_returns)]
-    if len(told) < len(completed):
-        notes.append(f"{group.label}: {len(completed) - len(told)} completed runs have no results of all their tasks, and are left out.")
-    by_seed = {run.seed: run for run in told}
-    if len(by_seed) < len(told):
+def _chosen(group: Group, tasks: Sequence[str], notes: list[str]) -> tuple[Run, ...]:
+    """The runs of a group that count; `notes` take why others do not."""
+    chosen = report_groups.chosen(group, tasks)
+    if chosen.untold:
+        notes.append(f"{group.label}: {len(chosen.untold)} completed runs have no results of all their tasks, and are left out.")
+    if chosen.again:
         notes.append(f"{group.label}: seeds that were run more than once count once.")
-    return list(by_seed.values())
+    return chosen.runs
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from mtrl_cli import score_metrics, sharing_comparison, sharing_pictures
+from mtrl_cli import report_groups, score_metrics, sharing_comparison, sharing_pictures
 from mtrl_cli.report_parts import Cell, Interval, Picture, Section, Table
 from mtrl_cli.report_runs import Group
 from mtrl_cli.sharing_comparison import Comparison, Setting, Way, at_the_end, over_training
@@ -132,7 +132,9 @@ def _introduction(setting: Setting) -> list[str]:
         lines.append(f"Without a reference, and so in no mean over tasks: {_some(unscored)}; told by their returns.")
     if not all(way.is_tested for way in ways if way.runs):
         lines.append("Some runs have no test: their last validation stands for it.")
-    machines = [key for key in sharing_comparison.MACHINES if len({str(run.config.get(key)) for way in ways for run in way.runs}) > 1]
+    runs = [run for way in ways for run in way.runs]
+    settled = (*report_groups.MACHINES, *report_groups.SETTLED)
+    machines = [key for key in settled if len({str(run.config.get(key)) for run in runs}) > 1]
     if machines:
         lines.append(f"The runs differ in {', '.join(machines)}: their times do not compare.")
     return lines
@@ -140,7 +142,7 @@ def _introduction(setting: Setting) -> list[str]:
 
 def _left_out(setting: Setting) -> list[str]:
     own = [f"{way.name}: {', '.join(way.left_out)}" for way in setting.ways if way.left_out]
-    return [f"Left out, as they were not completed: {_some(own, 20)}."] if own else []
+    return [f"Left out: {_some(own, 20)}."] if own else []
 
 
 def _interval(estimate: Estimate | None) -> Interval:

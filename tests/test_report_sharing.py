@@ -194,6 +194,53 @@ def test_runs_that_were_not_completed_are_left_out_and_named(tmp_path: Path) -> 
     assert {name: row["runs"] for name, row in table(section, "sharing").items()} == {"independent": 5, "hard": 3, "film": 3}
 
 
+@pytest.mark.parametrize("states", [{5: "queued"}, {5: "lost"}, {5: "lost", 6: "queued", 0: "queued"}])
+def test_a_trial_whose_configuration_is_not_settled_takes_nothing_away(states: Mapping[int, str], tmp_path: Path) -> None:
+    make_study(tmp_path / "S", REACH, states=states)
+    (section,) = sections(tmp_path)
+    assert list(table(section, "sharing")) == list(REACH)
+    assert table(section, "sharing")["hard"]["runs"] == 5 - sum(5 <= number < 10 for number in states)
+    assert list(table(section, "sharing_same_size")) == ["hard", "film"]
+
+
+def test_a_trial_whose_pad_is_not_settled_is_of_its_group(tmp_path: Path) -> None:
+    axes = {"network/sharing": list(REACH), "seed": [0, 1]}
+    folder = make_sweep(tmp_path / "S", axes, [*WORDS, "+augmentation=shift"], states={2: "queued"})
+    for number in (0, 1, 3, 4, 5):
+        config = folder / "trials" / f"{number:04d}" / "config.yaml"
+        assert "pad: auto" in config.read_text()
+        config.write_text(config.read_text().replace("pad: auto", "pad: 1"))
+    assert list(table(sections(tmp_path)[0], "sharing")) == list(REACH)
+
+
+def test_values_that_somebody_has_set_are_settings_of_their_own(tmp_path: Path) -> None:
+    for name in ("independent", "film"):
+        make_run(tmp_path / name, [*WORDS, f"network/sharing={name}"])
+    make_run(tmp_path / "large", [*WORDS, "network/sharing=hard", "agent.batch_size=256"])
+    (section,) = sections(tmp_path)
+    assert list(table(section, "sharing")) == ["film", "independent"]
+    assert any("With one structure only" in line and "hard" in line for line in section.lines)
+
+
+def test_a_run_without_results_is_left_out_and_takes_no_scores_away(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "S", REACH) / "trials" / "0006"
+    (folder / "eval" / "test.json").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(row for row in rows if "eval/" not in row and "test/" not in row))
+    (section,) = sections(tmp_path)
+    assert table(section, "sharing")["hard"]["runs"] == 4
+    assert table(section, "sharing")["film"]["score, mean"].value == pytest.approx(0.8, abs=0.03)
+    assert any("hard: seed 1 (no results of all tasks)" in line for line in section.lines)
+
+
+def test_a_seed_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    make_study(tmp_path / "S", REACH)
+    make_run(tmp_path / "again", [*WORDS, "network/sharing=film"], seed=3, reaches=0.1)
+    (section,) = sections(tmp_path)
+    assert table(section, "sharing")["film"]["runs"] == 5
+    assert any("film: seed 3 (another run of it counts)" in line for line in section.lines)
+
+
 def test_no_completed_run(tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH, states=dict.fromkeys(range(15), "failed"))
     (section,) = sections(tmp_path)
