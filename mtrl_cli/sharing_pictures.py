@@ -119,14 +119,23 @@ def conflict(setting: Setting, ways: Sequence[Way]) -> Figure:
     axes = figure.subplots()
     colours = colormaps["tab20" if len(ways) > 10 else "tab10"]
     for number, way in enumerate(ways):
-        series = [dict(run.figures["grad/conflict"]) for run in way.runs if run.figures.get("grad/conflict")]
-        steps = sorted(set.intersection(*(set(each) for each in series)))
-        axes.plot(
-            steps, [np.mean([each[step] for each in series]) for step in steps], label=way.name, color=colours(number % 20), linewidth=1.6
-        )
+        steps_P, shares_P = conflict_over_training(way)
+        axes.plot(steps_P, shares_P, label=way.name, color=colours(number % 20), linewidth=1.6)
     axes.set_xlabel("steps per task")
     axes.set_ylabel("pairs in conflict")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
+
+
+def conflict_over_training(way: Way) -> tuple[Floats, Floats]:
+    """Steps `[P]`, and there the mean over runs of the share of pairs in conflict `[P]`, between a run's own steps on a straight line.
+
+    From the first step that all runs have reached to the last one: runs need not have been looked at at the same steps.
+    """
+    series = [np.array(run.figures["grad/conflict"], float) for run in way.runs if run.figures.get("grad/conflict")]
+    first, last = max(own[0, 0] for own in series), min(own[-1, 0] for own in series)
+    steps = np.unique(np.concatenate([own[:, 0] for own in series]))
+    steps_P = steps[(steps >= first) & (steps <= last)]
+    return steps_P, np.mean([np.interp(steps_P, own[:, 0], own[:, 1]) for own in series], axis=0)

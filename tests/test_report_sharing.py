@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fake_runs import composed, make_run, make_sweep
-from mtrl_cli import report_groups, report_runs, report_sharing, sharing_comparison
+from mtrl_cli import report_groups, report_runs, report_sharing, sharing_comparison, sharing_pictures
 from mtrl_cli.report_parts import Interval, Picture, Section, Table
 
 WORDS = ("env=minatar_pack", "network.parameters=300k")
@@ -134,6 +135,16 @@ def test_what_is_inside(tmp_path: Path) -> None:
     inside = table(section, "sharing_inside")
     assert inside["film"]["pairs in conflict, over training"] == pytest.approx(0.25)
     assert inside["film"]["similarity of features (CKA)"] == pytest.approx(0.6)
+
+
+def test_conflict_of_runs_that_were_looked_at_at_other_steps(study: Path) -> None:
+    (setting,) = sharing_comparison.settings(report_groups.grouped(report_runs.read([study])), "network/sharing", sizes=True)
+    way = setting.ways[1]
+    own = [((0, 0.0), (10, 1.0), (20, 0.0)), ((5, 0.2), (15, 0.4))]
+    runs = tuple(replace(run, figures={"grad/conflict": points}) for run, points in zip(way.runs, own, strict=False))
+    steps, shares = sharing_pictures.conflict_over_training(replace(way, runs=runs))
+    np.testing.assert_array_equal(steps, [5, 10, 15])
+    np.testing.assert_allclose(shares, [(0.5 + 0.2) / 2, (1.0 + 0.3) / 2, (0.5 + 0.4) / 2])
 
 
 def test_routings_are_tables_of_tasks_by_choices(tmp_path: Path) -> None:
