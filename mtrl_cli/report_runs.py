@@ -28,6 +28,8 @@ OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
 NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
 SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """One of these makes a folder a run, if perhaps one that cannot be read."""
+TRIAL = "trial.json"
+"""Beside these, in a sweep's trial."""
 PASSED_OVER = ("train/", "test/", "epsilon/", "eval/", "parameters/")
 """Figures that reports do not need, or keep elsewhere."""
 
@@ -165,7 +167,8 @@ def _read_sweep(path: Path) -> Iterator[Run]:
     folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
     planned = _planned(path)
     for number in sorted(folders.keys() | planned.keys()):
-        if number in folders:
+        # A folder in which there is nothing yet was made this moment.
+        if number in folders and (number not in planned or any(os.path.lexists(folders[number] / sign) for sign in (TRIAL, *SIGNS))):
             yield _read_run(folders[number], known, number)
         else:
             overrides = planned[number]
@@ -197,15 +200,28 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 
 def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> Run:
     """One run; whatever is wrong with its folder makes it unreadable, and is told. `known`: configurations, but for `OF_ONE_RUN`."""
-    nothing = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
+    known_of_it = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
     try:
-        trial = files.read_json(path / "trial.json", path) if os.path.lexists(path / "trial.json") else {}
+        trial = files.read_json(path / TRIAL, path) if os.path.lexists(path / TRIAL) else {}
+        known_of_it = replace(known_of_it, **_of_trial(trial))
         record = files.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
+        if trial and not os.path.lexists(path / "config.yaml"):  # just begun, or its words make no valid configuration
+            status, error = _status(trial, record)
+            return replace(known_of_it, status=status, error=error)
         config = _config(path / "config.yaml", known)
-        run = replace(nothing, **_about(path, config, trial, record))
+        run = replace(known_of_it, **_about(path, config, trial, record))
         return replace(run, **_measured(path, run))
     except UserError as error:
-        return replace(nothing, error=_short(str(error)))
+        return replace(known_of_it, error=_short(str(error)))
+
+
+def _of_trial(trial: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep says of a trial of its own, whatever its run says."""
+    overrides = trial.get("overrides")
+    return {
+        "command": _short(trial.get("command") or ""),
+        "overrides": tuple(_short(word) for word in overrides) if isinstance(overrides, list) else (),
+    }
 
 
 def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
@@ -223,14 +239,12 @@ def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: di
     wrong = next((key for key, value in numbers.items() if type(value) is not int), None)
     if wrong is not None:
         raise UserError(f"{path / 'config.yaml'}: {wrong}={show(numbers[wrong])}: expected a whole number")
-    overrides = trial.get("overrides")
     status, error = _status(trial, record)
     return {
         "status": status,
         "error": error,
         "command": _short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
         "config": config,
-        "overrides": tuple(_short(word) for word in overrides) if isinstance(overrides, list) else (),
         "env": _short(config.get("env.name", "")),
         "tasks": tuple(_short(task) for task in tasks[:MOST_TASKS]),
         **numbers,
@@ -310,7 +324,7 @@ def _test(path: Path, step: int) -> Evaluation | None:
 
 
 def _figures(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:
-    """The other figures by name, thinned where they are many."""
+    """The other figures by name, thinned where they are many; the last of each stays, as it is the end of training."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         step = int(row["step"])
@@ -318,7 +332,11 @@ def _figures(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, 
             if "/" in name and not name.startswith(PASSED_OVER):
                 found.setdefault(name, []).append((step, value))
     most = max(8, POINTS // max(1, len(found)))
-    return {name: tuple(points[:: math.ceil(len(points) / most)]) for name, points in found.items()}
+    return {name: tuple(_thinned(points, math.ceil(len(points) / most))) for name, points in found.items()}
+
+
+def _thinned(points: list[tuple[int, float]], stride: int) -> list[tuple[int, float]]:
+    return points[(len(points) - 1) % stride :: stride]
 
 
 # -- small things ---------------------------------------------------------------------------------------------------------------
