@@ -200,4 +200,4 @@ def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group
     for arena in report_scores.arenas(groups):
         for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
             say(f"  {place}. {entry.label}: {entry.aggregates['iqm']:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})")
-    say(f"report       {folder / 'index.html'}")
+    say(f"report       {report_runs.short(folder / 'index.html')}")

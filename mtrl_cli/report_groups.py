@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from mtrl_cli import catalogue, signatures
+from mtrl_cli import catalogue, report_runs, signatures
 from mtrl_cli.errors import UserError
 from mtrl_cli.report_runs import Group, Run
 
@@ -182,7 +182,7 @@ def _word(value: Any) -> str:
 
 
 def _clipped(text: str, most: int = LONGEST) -> str:
-    text = " ".join(text.split())
+    text = report_runs.short(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

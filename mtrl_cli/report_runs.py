@@ -127,6 +127,11 @@ def read(paths: Sequence[Path]) -> list[Run]:
     return _named(list(found.values()))
 
 
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Where a sweep's trial lies."""
+    return sweep / "trials" / f"{number:04d}"
+
+
 def is_sweep(path: Path) -> bool:
     """Whether a folder is a sweep's."""
     return os.path.lexists(path / sweep_plan.RECORD)
@@ -173,7 +178,7 @@ def _read_sweep(path: Path) -> Iterator[Run]:
         else:
             overrides = planned[number]
             yield Run(
-                path=path / "trials" / f"{number:04d}",
+                path=trial_folder(path, number),
                 name="",
                 status="waiting",
                 error=None,
@@ -192,7 +197,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         return {}
     if plan.points is None:
         return dict.fromkeys(range(plan.trials), ())
-    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
+    return {number: tuple(short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------
@@ -212,23 +217,26 @@ def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None
         run = replace(known_of_it, **_about(path, config, trial, record))
         return replace(run, **_measured(path, run))
     except UserError as error:
-        return replace(known_of_it, error=_short(str(error)))
+        return replace(known_of_it, error=short(str(error)))
 
 
 def _of_trial(trial: dict[str, Any]) -> dict[str, Any]:
     """What a sweep says of a trial of its own, whatever its run says."""
     overrides = trial.get("overrides")
     return {
-        "command": _short(trial.get("command") or ""),
-        "overrides": tuple(_short(word) for word in overrides) if isinstance(overrides, list) else (),
+        "command": short(trial.get("command") or ""),
+        "overrides": tuple(short(word) for word in overrides) if isinstance(overrides, list) else (),
     }
 
 
 def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
     try:
-        return dict(configuration.flat(plain_yaml.read_alike(path, OF_ONE_RUN, known)))
+        config = dict(configuration.flat(plain_yaml.read_alike(path, OF_ONE_RUN, known)))
     except TypeError:
         raise UserError(f"{path}: expected keys that are words") from None
+    if not all(map(str.isprintable, config)):
+        raise UserError(f"{path}: expected keys that can be printed")
+    return config
 
 
 def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -243,10 +251,10 @@ def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: di
     return {
         "status": status,
         "error": error,
-        "command": _short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
+        "command": short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
         "config": config,
-        "env": _short(config.get("env.name", "")),
-        "tasks": tuple(_short(task) for task in tasks[:MOST_TASKS]),
+        "env": short(config.get("env.name", "")),
+        "tasks": tuple(short(task) for task in tasks[:MOST_TASKS]),
         **numbers,
         "seconds": _number(record.get("seconds")) or 0.0,
     }
@@ -261,7 +269,7 @@ def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | N
     why = trial.get("why") or record.get("error")
     if status == "unreadable":
         why = f"its status is none of {', '.join(STATUSES)}"
-    return status, _short(why) if why else None
+    return status, short(why) if why else None
 
 
 def _measured(path: Path, run: Run) -> dict[str, Any]:
@@ -299,7 +307,8 @@ def _rows(path: Path) -> list[dict[str, float]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
         if isinstance(row, dict) and type(step) is int:
-            rows.append({name: value for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30})
+            numbers = ((name, value) for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30)
+            rows.append({name: value for name, value in numbers if name.isprintable()})
     return [row for row in rows if "step" in row]
 
 
@@ -317,7 +326,7 @@ def _test(path: Path, step: int) -> Evaluation | None:
     tasks = last.get("tasks") if isinstance(last, dict) else None
     if not isinstance(last, dict) or not isinstance(tasks, dict) or (_number(last.get("step")) or 0) < step:
         return None
-    own = {_short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
+    own = {short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
     figures = {name: {task: _number(of_task.get(name)) for task, of_task in own.items()} for name in ("mean", "score")}
     known = {name: {task: value for task, value in of_name.items() if value is not None} for name, of_name in figures.items()}
     return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"])
@@ -346,14 +355,14 @@ def _number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e30 else None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A stranger's words, on one line and of bounded length."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * LONGEST].split()))
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    """Runs with names: each the shortest end of its path that no other has."""
+    """Runs with names: each the shortest end of its path that no other has, in letters that can be written."""
     parts = [Path(os.path.abspath(run.path)).parts for run in runs]
     lengths = [1] * len(runs)
     for length in range(1, max(map(len, parts), default=0) + 1):
@@ -364,4 +373,4 @@ def _named(runs: list[Run]) -> list[Run]:
         for same in ends.values():
             for index in same if len(same) > 1 else []:
                 lengths[index] = length + 1
-    return [replace(run, name="/".join(own[-length:])) for run, own, length in zip(runs, parts, lengths, strict=True)]
+    return [replace(run, name=short("/".join(own[-length:]))) for run, own, length in zip(runs, parts, lengths, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,28 @@ def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
     assert (tmp_path / "S" / "report" / "report.json") in made
     assert [path for path in made if b"PASSWORD" in path.read_bytes()] == []
     assert "sweep.storage=postgresql://me:***@host/sweeps" in (tmp_path / "S" / "report" / "index.html").read_text()
+
+
+def test_letters_that_cannot_be_written_end_no_report(tmp_path: Path) -> None:
+    half = "\ud800"  # half of a letter: what JSON can hold and no file can
+    sweep = make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "agent.n_step": [1, 3], "seed": [0, 1]}, **QUICK)
+    record = (sweep / "sweep.json").read_text()
+    (sweep / "sweep.json").write_text(record.replace('"hard"', '"hard\\ud800"'))
+    for folder in (sweep / "trials").iterdir():
+        trial = json.loads((folder / "trial.json").read_text())
+        values = {key: value.replace("hard", f"hard{half}") for key, value in trial["values"].items()}
+        odd = {"values": values, "overrides": [f"{key}={value}" for key, value in values.items()]}
+        (folder / "trial.json").write_text(json.dumps(trial | odd | {"command": half, "figure": half}))
+    with open(sweep / "trials" / "0000" / "metrics.jsonl", "a") as rows:
+        rows.write(json.dumps({"step": 100_000, f"eval/return/{half}": 1.0}) + "\n")
+    odd_folder = tmp_path / os.fsdecode(b"odd\xff")
+    make_run(odd_folder, **QUICK)
+    report(sweep, odd_folder, f"out={tmp_path / 'out'}")
+    report(odd_folder)
+    assert "odd?" in (tmp_path / "out" / "index.html").read_text()
+    for written in (tmp_path / "out").glob("*.[cmsh]*"):
+        written.read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "slices.png").is_file()
 
 
 def test_another_report_takes_the_place_of_an_earlier_one_and_leaves_what_is_not_its_own(tmp_path: Path) -> None:
@@ -145,12 +168,13 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, m
 
 # -- how tables are written -----------------------------------------------------------------------------------------------------
 
-TABLE = Table("t", "A | title", ["name", "score", "count"], [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]])
+ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]
+TABLE = Table("t", "A | title", ["name", "score", "=count"], ROWS)
 
 
 def test_csv_has_numbers_in_full_and_no_formula() -> None:
     assert list(csv.reader(report_page.as_csv(TABLE).splitlines())) == [
-        ["name", "score", "score low", "score high", "count"],
+        ["name", "score", "score low", "score high", "'=count"],
         ["'=1+1|<b>", "0.12345", "0.1", "", "1234"],
         ["-", "", "", "", ""],
     ]
