@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
 COLUMNS = 4  # of several panels
 COLOURS = "RdBu"  # red and blue stay apart for eyes that cannot tell red from green
@@ -35,7 +34,7 @@ def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
     image = _cells(axes, shades_RK, COLOURS, -1.0)
     _name_cells(axes, [each.way.name for each in compared], setting.tasks)
     for row, column in np.argwhere(signs_RK != 0):
-        axes.add_patch(_frame(row, column))
+        _frame(axes, row, column)
     if columns <= NAMED_TASKS:
         for (row, column), value in np.ndenumerate(values_RK):
             sure = signs_RK[row, column] != 0
@@ -62,10 +61,12 @@ def _scales(setting: Setting, values_RK: Floats) -> Floats:
     return np.where(largest_K > 0, largest_K, 1)
 
 
-def _frame(row: int, column: int) -> Rectangle:
+def _frame(axes: Axes, row: int, column: int) -> None:
+    """A line along the inside of a cell's edges: the outer half of it is cut off, so it cannot be taken for the neighbour's."""
     from matplotlib.patches import Rectangle
 
-    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, fill=False, edgecolor="black", linewidth=1.8)
+    frame = axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=3.6))
+    frame.set_clip_path(frame)
 
 
 def _signed(value: float) -> str:
