@@ -40,6 +40,7 @@ class Entry:
 
     @cached_property
     def aggregates(self) -> dict[str, float]:
+        """Over all runs and tasks with a reference, by name: `score_metrics.AGGREGATES`."""
         return score_metrics.aggregates(self.scores)
 
 
