@@ -15,6 +15,7 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.report_groups import grouped
 from mtrl_cli.report_parts import Cell, Interval, Section, Table
 from mtrl_cli.report_runs import Group, Run
+from mtrl_cli.sweep_plan import without_password
 
 RECORD = "report.json"
 """In a report's folder: which files are the report's, and of what it was made."""
@@ -60,12 +61,20 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     earlier = _check(folder, is_default=out is None)
     runs = report_runs.read(paths)
     groups = grouped(runs)
-    title, lead = _title(paths, runs), _lead(runs, groups, command)
-    sections = [*report_scores.sections(groups), *report_sharing.sections(groups), *_searches(runs), _all_runs(runs, groups)]
+    told = without_password(shlex.join(command))  # a report is for others to read
+    title, lead = _title(paths, runs), _lead(runs, groups, told)
+    sections = [*_compared(groups), *_searches(runs), _all_runs(runs, groups)]
     made = report_page.render(title, lead, sections)
-    record = {"format": 1, "command": shlex.join(command), "runs": [str(run.path) for run in runs], "files": sorted(made)}
+    record = {"format": 1, "command": told, "runs": [str(run.path) for run in runs], "files": sorted(made)}
     _write(folder, made, {RECORD: files.to_json(record).encode()}, earlier)
     _say_what_is_there(folder, runs, groups)
+
+
+def _compared(groups: Sequence[Group]) -> list[Section]:
+    """Scores and what sharing was worth; this is the first to be asked where structures were compared."""
+    scores, sharing = report_scores.sections(groups), report_sharing.sections(groups)
+    is_asked = any(part.name == "sharing" for section in sharing for part in section.parts)
+    return [*sharing, *scores] if is_asked else [*scores, *sharing]
 
 
 def _searches(runs: Sequence[Run]) -> list[Section]:
@@ -86,9 +95,9 @@ def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
     return f"Report: {', '.join(envs[:3]) or 'no run'} ({where})"
 
 
-def _lead(runs: Sequence[Run], groups: Sequence[Group], command: Sequence[str]) -> list[str]:
+def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[str]:
     """What was compared, in a few lines."""
-    made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {shlex.join(command)}"
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {command}"
     if not runs:
         return ["There is no run here: nothing was compared. A run is a folder that mtrl train, sweep or study has made.", made]
     states = Counter(run.status for run in runs)
@@ -102,7 +111,7 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: Sequence[str]) 
         )
         of_seeds = "one seed each" if set(seeds) == {1} else of_seeds
         compared = f"{len(seeds):,} {_plural('configuration', len(seeds))} with completed runs, {of_seeds}" if seeds else "no completed run"
-        lines.append(f"{arena.name}: {compared}.")
+        lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
     if len(arenas) > 1:
         lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
     lines += _differences(groups)
@@ -111,6 +120,15 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: Sequence[str]) 
         named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")
         lines.append(f"Failed or unreadable, with their reasons in the last table: {named}.")
     return [*lines, made]
+
+
+def _caution(seeds: Sequence[int]) -> str:
+    """What is to be known of few seeds before any figure."""
+    if not seeds or min(seeds) >= report_scores.FEW_SEEDS:
+        return ""
+    if max(seeds) == 1:
+        return " Of one seed each, a difference may be chance alone."
+    return f" {report_scores.few_seeds(min(count for count in seeds if count > 1))}"
 
 
 def _differences(groups: Sequence[Group]) -> list[str]:
@@ -198,4 +216,4 @@ def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group
     for arena in report_scores.arenas(groups):
         for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
             say(f"  {place}. {entry.label}: {entry.aggregates['iqm']:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})")
-    say(f"report       {folder / 'index.html'}")
+    say(f"report       {report_runs.short(folder / 'index.html')}")

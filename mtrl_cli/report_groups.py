@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from mtrl_cli import catalogue, signatures
+from mtrl_cli import catalogue, report_runs, signatures
 from mtrl_cli.errors import UserError
 from mtrl_cli.report_runs import Group, Run
 
-MACHINES = ("run_dir", "trusted_packages", "device", "threads", "compile", "precision", "groups", "ranks", "checkpoint.", "log.")
-"""Keys that say where and how a run is worked on, or end with a dot: sections of such. They count where a sweep varies them."""
+KEPT = ("run_dir", "trusted_packages", "checkpoint.", "log.")
+"""Keys that say how a run is kept and told of, or end with a dot: sections of such. They count where a sweep varies them."""
+MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks")
+"""Keys that say how a machine works on a run: they change its speed. They count where a sweep varies them."""
 SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
-"""Keys whose `auto` is what a machine makes of it. They count where somebody has set one of them."""
+"""Keys whose `auto` is what a machine makes of it, as are all that a run has yet to settle. They count where somebody has set one."""
 ABSENT = "-"
 LONGEST = 60  # letters of one value in a label
 
@@ -24,36 +27,64 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     known = [run for run in runs if run.config]
     if not known:
         return []
-    compared = _compared_keys(known)
-    keys = sorted({key for run in known for key in compared(run)})
+    counted = counting(known)
+    keys = sorted({key for run in known for key in counted(run)})
     together: dict[tuple[str, ...], list[Run]] = {}
     for run in known:
-        own = compared(run)
+        own = counted(run)
         together.setdefault(tuple(own.get(key, "") for key in keys), []).append(run)
-    firsts = [own[0] for own in together.values()]
+    firsts = [Group("", {}, tuple(own)).first for own in together.values()]
     values = _told_apart(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
     labels = _labels(values, firsts)
     groups = zip(labels, values, together.values(), strict=True)
     return [Group(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
 
 
-def _compared_keys(runs: Sequence[Run]) -> Any:
-    """What tells, of a run, the values as words of the keys that count for its group."""
+def counting(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
+    """What tells, of each of these runs, its values by key, as words, but those of its seed and those that a machine has decided on."""
     varied = {word.partition("=")[0].replace("/", ".") for run in runs for word in run.overrides}
-    set_by_someone = varied | {
-        word.partition("=")[0] for command in {run.command for run in runs} for word in command.split() if word.startswith(SETTLED)
-    }
+    given = [word.partition("=") for command in {run.command for run in runs} for word in command.split()]
+    set_by_someone = varied | {key for key, _, value in given if value != "auto"}
+    settled = {*SETTLED, *(key for run in runs for key, value in run.config.items() if value == "auto")}
+    sections = tuple(name for name in KEPT if name.endswith("."))
 
     def counts(run: Run, key: str) -> bool:
         if key in varied:
             return key != "seed"
-        if key == "seed" or key in MACHINES or key.startswith(tuple(name for name in MACHINES if name.endswith("."))):
+        if key in ("seed", *KEPT, *MACHINES) or key.startswith(sections):
             return False
-        if key in SETTLED:
+        if key in settled:
             return key in set_by_someone
         return not (run.config.get("network.parameters") is not None and key in widths(run))
 
     return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a group's runs are compared by.
+
+    Attributes:
+        runs: the completed ones that tell their returns in all tasks, one for each seed, in order of these.
+        untold: completed ones without.
+        again: of a seed of which another run counts.
+    """
+
+    runs: tuple[Run, ...]
+    untold: tuple[Run, ...]
+    again: tuple[Run, ...]
+
+
+def chosen(group: Group, tasks: Sequence[str]) -> Chosen:
+    """Which of a group's runs count; of several of one seed, the last."""
+    completed = [run for run in group.runs if run.status == "completed"]
+    told = [bool(tasks) and set(tasks) <= set(run.final_returns) for run in completed]
+    last = {run.seed: index for index, run in enumerate(completed) if told[index]}
+    return Chosen(
+        runs=tuple(completed[index] for index in last.values()),
+        untold=tuple(run for index, run in enumerate(completed) if not told[index]),
+        again=tuple(run for index, run in enumerate(completed) if told[index] and last[run.seed] != index),
+    )
 
 
 def widths(run: Run) -> frozenset[str]:
@@ -91,7 +122,7 @@ def _told_apart(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> list
     return told
 
 
-def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Any:
+def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """Keys with each group's value in words, the ones that say most first: what a sweep varies, chosen classes, all others."""
     words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
     for key in words[0]:
@@ -151,7 +182,7 @@ def _word(value: Any) -> str:
 
 
 def _clipped(text: str, most: int = LONGEST) -> str:
-    text = " ".join(text.split())
+    text = report_runs.short(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -131,7 +131,7 @@ def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> dict
     main = "\n".join(_section(section, made) for section in sections)
     contents = "\n".join(f'<li><a href="#{section.anchor}">{_text(section.title)}</a></li>' for section in sections)
     page = PAGE.format(title=_text(title), css=CSS, lead=_paragraphs(lead), contents=contents, main=main)
-    return made | {"index.html": page.encode()}
+    return made | {"index.html": _encoded(page)}
 
 
 def _section(section: Section, made: dict[str, bytes]) -> str:
@@ -148,12 +148,17 @@ def _text(value: str) -> str:
     return html.escape(value)
 
 
+def _encoded(text: str) -> bytes:
+    """A file's text; halves of letters, such as of a folder's name that is not UTF-8, become question marks."""
+    return text.encode(errors="replace")
+
+
 # -- tables ---------------------------------------------------------------------------------------------------------------------
 
 
 def _table(table: Table, made: dict[str, bytes]) -> str:
-    made[f"{table.name}.csv"] = as_csv(table).encode()
-    made[f"{table.name}.md"] = as_markdown(table).encode()
+    made[f"{table.name}.csv"] = _encoded(as_csv(table))
+    made[f"{table.name}.md"] = _encoded(as_markdown(table))
     shown = table.rows[:MOST_ROWS]
     numeric = [all(not isinstance(row[column], str) for row in shown) and column > 0 for column in range(len(table.header))]
     codes = [name == "command" for name in table.header]
@@ -212,7 +217,7 @@ def as_csv(table: Table) -> str:
     ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow(map(_harmless, header))
     for row in table.rows:
         cells: list[Cell] = []
         for cell, is_wide in zip(row, wide, strict=True):
@@ -251,7 +256,7 @@ def _files(name: str, kinds: dict[str, str], title: str) -> str:
 def _picture(picture: Picture, made: dict[str, bytes]) -> str:
     drawn, width, made[f"{picture.name}.png"] = _draw(picture)
     opening, inner = re.match(r"(<svg[^>]*>)(.*)</svg>", drawn, re.DOTALL).groups()  # type: ignore[union-attr]
-    made[f"{picture.name}.svg"] = f'{opening}<rect width="100%" height="100%" fill="#ffffff"/>{inner}</svg>\n'.encode()
+    made[f"{picture.name}.svg"] = _encoded(f'{opening}<rect width="100%" height="100%" fill="#ffffff"/>{inner}</svg>\n')
     view = re.search(r'viewBox="([\d. ]+)"', opening)
     assert view is not None
     # On a page, ids are the page's, and so are the rules of a style element.

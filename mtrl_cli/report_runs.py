@@ -28,6 +28,8 @@ OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
 NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
 SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """One of these makes a folder a run, if perhaps one that cannot be read."""
+TRIAL = "trial.json"
+"""Beside these, in a sweep's trial."""
 PASSED_OVER = ("train/", "test/", "epsilon/", "eval/", "parameters/")
 """Figures that reports do not need, or keep elsewhere."""
 
@@ -99,6 +101,11 @@ class Group:
     values: Mapping[str, str]
     runs: tuple[Run, ...]
 
+    @property
+    def first(self) -> Run:
+        """The first that is completed, whose configuration is settled; where none is, the first."""
+        return next((run for run in self.runs if run.status == "completed"), self.runs[0])
+
 
 def read(paths: Sequence[Path]) -> list[Run]:
     """The runs at, or below, some paths: each once, in the order of the paths, those of a folder by their names, of a sweep by number.
@@ -118,6 +125,11 @@ def read(paths: Sequence[Path]) -> list[Run]:
             if len(found) > MOST_RUNS:
                 raise UserError(f"there are more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
     return _named(list(found.values()))
+
+
+def trial_folder(sweep: Path, number: int) -> Path:
+    """Where a sweep's trial lies."""
+    return sweep / "trials" / f"{number:04d}"
 
 
 def is_sweep(path: Path) -> bool:
@@ -160,12 +172,13 @@ def _read_sweep(path: Path) -> Iterator[Run]:
     folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
     planned = _planned(path)
     for number in sorted(folders.keys() | planned.keys()):
-        if number in folders:
+        # A folder in which there is nothing yet was made this moment.
+        if number in folders and (number not in planned or any(os.path.lexists(folders[number] / sign) for sign in (TRIAL, *SIGNS))):
             yield _read_run(folders[number], known, number)
         else:
             overrides = planned[number]
             yield Run(
-                path=path / "trials" / f"{number:04d}",
+                path=trial_folder(path, number),
                 name="",
                 status="waiting",
                 error=None,
@@ -184,7 +197,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         return {}
     if plan.points is None:
         return dict.fromkeys(range(plan.trials), ())
-    return {number: tuple(_short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
+    return {number: tuple(short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------
@@ -192,22 +205,38 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 
 def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> Run:
     """One run; whatever is wrong with its folder makes it unreadable, and is told. `known`: configurations, but for `OF_ONE_RUN`."""
-    nothing = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
+    known_of_it = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
     try:
-        trial = files.read_json(path / "trial.json", path) if os.path.lexists(path / "trial.json") else {}
+        trial = files.read_json(path / TRIAL, path) if os.path.lexists(path / TRIAL) else {}
+        known_of_it = replace(known_of_it, **_of_trial(trial))
         record = files.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
+        if trial and not os.path.lexists(path / "config.yaml"):  # just begun, or its words make no valid configuration
+            status, error = _status(trial, record)
+            return replace(known_of_it, status=status, error=error)
         config = _config(path / "config.yaml", known)
-        run = replace(nothing, **_about(path, config, trial, record))
+        run = replace(known_of_it, **_about(path, config, trial, record))
         return replace(run, **_measured(path, run))
     except UserError as error:
-        return replace(nothing, error=_short(str(error)))
+        return replace(known_of_it, error=short(str(error)))
+
+
+def _of_trial(trial: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep says of a trial of its own, whatever its run says."""
+    overrides = trial.get("overrides")
+    return {
+        "command": short(trial.get("command") or ""),
+        "overrides": tuple(short(word) for word in overrides) if isinstance(overrides, list) else (),
+    }
 
 
 def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
     try:
-        return dict(configuration.flat(plain_yaml.read_alike(path, OF_ONE_RUN, known)))
+        config = dict(configuration.flat(plain_yaml.read_alike(path, OF_ONE_RUN, known)))
     except TypeError:
         raise UserError(f"{path}: expected keys that are words") from None
+    if not all(map(str.isprintable, config)):
+        raise UserError(f"{path}: expected keys that can be printed")
+    return config
 
 
 def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -218,16 +247,14 @@ def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: di
     wrong = next((key for key, value in numbers.items() if type(value) is not int), None)
     if wrong is not None:
         raise UserError(f"{path / 'config.yaml'}: {wrong}={show(numbers[wrong])}: expected a whole number")
-    overrides = trial.get("overrides")
     status, error = _status(trial, record)
     return {
         "status": status,
         "error": error,
-        "command": _short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
+        "command": short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
         "config": config,
-        "overrides": tuple(_short(word) for word in overrides) if isinstance(overrides, list) else (),
-        "env": _short(config.get("env.name", "")),
-        "tasks": tuple(_short(task) for task in tasks[:MOST_TASKS]),
+        "env": short(config.get("env.name", "")),
+        "tasks": tuple(short(task) for task in tasks[:MOST_TASKS]),
         **numbers,
         "seconds": _number(record.get("seconds")) or 0.0,
     }
@@ -242,7 +269,7 @@ def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | N
     why = trial.get("why") or record.get("error")
     if status == "unreadable":
         why = f"its status is none of {', '.join(STATUSES)}"
-    return status, _short(why) if why else None
+    return status, short(why) if why else None
 
 
 def _measured(path: Path, run: Run) -> dict[str, Any]:
@@ -280,7 +307,8 @@ def _rows(path: Path) -> list[dict[str, float]]:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
         if isinstance(row, dict) and type(step) is int:
-            rows.append({name: value for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30})
+            numbers = ((name, value) for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30)
+            rows.append({name: value for name, value in numbers if name.isprintable()})
     return [row for row in rows if "step" in row]
 
 
@@ -298,14 +326,14 @@ def _test(path: Path, step: int) -> Evaluation | None:
     tasks = last.get("tasks") if isinstance(last, dict) else None
     if not isinstance(last, dict) or not isinstance(tasks, dict) or (_number(last.get("step")) or 0) < step:
         return None
-    own = {_short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
+    own = {short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
     figures = {name: {task: _number(of_task.get(name)) for task, of_task in own.items()} for name in ("mean", "score")}
     known = {name: {task: value for task, value in of_name.items() if value is not None} for name, of_name in figures.items()}
     return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"])
 
 
 def _figures(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:
-    """The other figures by name, thinned where they are many."""
+    """The other figures by name, thinned where they are many; the last of each stays, as it is the end of training."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         step = int(row["step"])
@@ -313,7 +341,11 @@ def _figures(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, 
             if "/" in name and not name.startswith(PASSED_OVER):
                 found.setdefault(name, []).append((step, value))
     most = max(8, POINTS // max(1, len(found)))
-    return {name: tuple(points[:: math.ceil(len(points) / most)]) for name, points in found.items()}
+    return {name: tuple(_thinned(points, math.ceil(len(points) / most))) for name, points in found.items()}
+
+
+def _thinned(points: list[tuple[int, float]], stride: int) -> list[tuple[int, float]]:
+    return points[(len(points) - 1) % stride :: stride]
 
 
 # -- small things ---------------------------------------------------------------------------------------------------------------
@@ -323,14 +355,14 @@ def _number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) < 1e30 else None
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """A stranger's words, on one line and of bounded length."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * LONGEST].split()))
     return text if len(text) <= LONGEST else text[:LONGEST] + "…"
 
 
 def _named(runs: list[Run]) -> list[Run]:
-    """Runs with names: each the shortest end of its path that no other has."""
+    """Runs with names: each the shortest end of its path that no other has, in letters that can be written."""
     parts = [Path(os.path.abspath(run.path)).parts for run in runs]
     lengths = [1] * len(runs)
     for length in range(1, max(map(len, parts), default=0) + 1):
@@ -341,4 +373,4 @@ def _named(runs: list[Run]) -> list[Run]:
         for same in ends.values():
             for index in same if len(same) > 1 else []:
                 lengths[index] = length + 1
-    return [replace(run, name="/".join(own[-length:])) for run, own, length in zip(runs, parts, lengths, strict=True)]
+    return [replace(run, name=short("/".join(own[-length:]))) for run, own, length in zip(runs, parts, lengths, strict=True)]

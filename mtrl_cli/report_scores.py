@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mtrl_cli import report_groups, score_metrics
 from mtrl_cli import report_pictures as pictures
-from mtrl_cli import score_metrics
 from mtrl_cli.report_parts import Cell, Interval, Picture, Section, Table
 from mtrl_cli.report_pictures import Curve
 from mtrl_cli.report_runs import Group, Run
@@ -20,6 +20,7 @@ Row = list[Cell | Interval]
 POINTS = 30  # of a learning curve over wall time
 HEADINGS = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 MOST_PANELS = 60
+FEW_SEEDS = 5
 INTERVALS = "In brackets, and as bands: 95% stratified bootstrap intervals over seeds, which are drawn anew in each task."
 
 
@@ -39,6 +40,7 @@ class Entry:
 
     @cached_property
     def aggregates(self) -> dict[str, float]:
+        """Over all runs and tasks with a reference, by name: `score_metrics.AGGREGATES`."""
         return score_metrics.aggregates(self.scores)
 
 
@@ -72,7 +74,7 @@ def arenas(groups: Sequence[Group]) -> list[Arena]:
     """The groups that may be compared with each other, in the order of their first; they may have no completed run."""
     found: dict[Any, list[Group]] = {}
     for group in groups:
-        first = group.runs[0]
+        first = group.first
         found.setdefault((first.env, first.tasks, first.steps_per_task), []).append(group)
     several = len(found) > 1
     return [_arena(*of, groups=own, suffix=f"_{number}" if several else "") for number, (of, own) in enumerate(found.items(), 1)]
@@ -86,7 +88,7 @@ def _arena(env: str, tasks: tuple[str, ...], steps_per_task: int, *, groups: Seq
     entries = [
         Entry(
             label,
-            tuple(own),
+            own,
             np.array([[run.final_scores[task] for task in scored] for run in own], float).reshape(len(own), len(scored)),
             np.array([[run.final_returns[task] for task in tasks] for run in own], float).reshape(len(own), len(tasks)),
         )
@@ -103,16 +105,14 @@ def _arena(env: str, tasks: tuple[str, ...], steps_per_task: int, *, groups: Seq
     return Arena(env, tasks, steps_per_task, scored, tuple(entries), tuple(notes), suffix, colours)
 
 
-def _chosen(group: Group, tasks: Sequence[str], notes: list[str]) -> list[Run]:
-    """The completed runs of a group that tell their returns, one for each seed."""
-    completed = [run for run in group.runs if run.status == "completed"]
-    told = [run for run in completed if tasks and set(tasks) <= set(run.final_returns)]
-    if len(told) < len(completed):
-        notes.append(f"{group.label}: {len(completed) - len(told)} completed runs have no results of all their tasks, and are left out.")
-    by_seed = {run.seed: run for run in told}
-    if len(by_seed) < len(told):
+def _chosen(group: Group, tasks: Sequence[str], notes: list[str]) -> tuple[Run, ...]:
+    """The runs of a group that count; `notes` take why others do not."""
+    chosen = report_groups.chosen(group, tasks)
+    if chosen.untold:
+        notes.append(f"{group.label}: {len(chosen.untold)} completed runs have no results of all their tasks, and are left out.")
+    if chosen.again:
         notes.append(f"{group.label}: seeds that were run more than once count once.")
-    return list(by_seed.values())
+    return chosen.runs
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
@@ -182,11 +182,17 @@ def _tasks(count: int) -> str:
 
 def _about_seeds(arena: Arena) -> list[str]:
     single = [entry.label for entry in arena.entries if len(entry.runs) == 1]
-    if not single:
-        return []
-    if len(single) == len(arena.entries):
+    if single and len(single) == len(arena.entries):
         return ["One seed of each configuration: there are no intervals, and a difference may be chance. Run more seeds (seed=range(5))."]
-    return [f"One seed, so no interval: {_some(single)}."]
+    lines = [f"One seed, so no interval: {_some(single)}."] if single else []
+    if any(1 < len(entry.runs) < FEW_SEEDS for entry in arena.entries):
+        lines.append(few_seeds(min(len(entry.runs) for entry in arena.entries if len(entry.runs) > 1)))
+    return lines
+
+
+def few_seeds(seeds: int) -> str:
+    """What is said of intervals over fewer than `FEW_SEEDS` seeds."""
+    return f"Intervals over {seeds} seeds say little, as they are too narrow: take them as a hint, and run {FEW_SEEDS} or more."
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

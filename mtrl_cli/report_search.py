@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtrl_cli import files, sweep_plan
+from mtrl_cli import files, report_runs, sweep_plan
 from mtrl_cli.errors import UserError
 from mtrl_cli.report_parts import Cell, Picture, Section, Table
 from mtrl_cli.sweep_plan import Choices, Interval, Plan
@@ -28,7 +28,6 @@ FEWEST_BEST = 5  # trials that count as good: what the authors of the evaluator 
 BEST = 10  # trials in the table
 MOST_KEYS = 24  # in the picture
 COLUMNS = 3
-LONGEST = 2000
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,11 @@ def _trials(sweep: Path, plan: Plan) -> tuple[list[Trial], str, str]:
     """The completed trials that have a figure, its name, and in words what has become of the others."""
     found, names, others = [], set(), {"pruned": 0, "failed": 0}
     for number in range(plan.trials):
-        folder = sweep / "trials" / f"{number:04d}"
-        if not os.path.lexists(folder / "trial.json"):
+        folder = report_runs.trial_folder(sweep, number)
+        if not os.path.lexists(folder / report_runs.TRIAL):
             continue
         try:
-            told = files.read_json(folder / "trial.json", folder)
+            told = files.read_json(folder / report_runs.TRIAL, folder)
         except UserError:
             continue  # the report's table of runs names it
         state, value = told.get("state"), told.get("value")
@@ -103,8 +102,8 @@ def _trials(sweep: Path, plan: Plan) -> tuple[list[Trial], str, str]:
         if state == "completed" and isinstance(value, int | float) and abs(value) < 1e30:
             values = _values(told.get("values"), plan.axes)
             if values is not None:
-                found.append(Trial(number, values, float(value), str(told.get("command"))[:LONGEST]))
-                names.add(str(told.get("figure"))[:LONGEST])
+                found.append(Trial(number, values, float(value), report_runs.short(told.get("command"))))
+                names.add(report_runs.short(told.get("figure")))
     words = [f"{count:,} {state}" for state, count in others.items() if count]
     return found, ", ".join(sorted(names)[:3]), f"; {' and '.join(words)}" if words else ""
 
@@ -225,6 +224,6 @@ def _draw_strips(panel: Axes, trials: Sequence[Trial], key: str, axis: Choices) 
         middle = float(np.median([trial.value for trial in trials if trial.values[key] == word]))
         panel.plot([place - 0.3, place + 0.3], [middle, middle], color="black", linewidth=1.5)
     panel.set_xlim(-0.6, len(words) - 0.4)
-    panel.set_xticks(
-        range(len(words)), words, rotation=35 if max(map(len, words)) > 6 else 0, ha="right" if max(map(len, words)) > 6 else "center"
-    )
+    is_long = max(map(len, words)) > 6
+    shown = [report_runs.short(word) for word in words]
+    panel.set_xticks(range(len(words)), shown, rotation=35 if is_long else 0, ha="right" if is_long else "center")

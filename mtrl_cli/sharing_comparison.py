@@ -12,13 +12,6 @@ from mtrl_cli import report_groups, sharing_metrics
 from mtrl_cli.report_runs import Group, Run
 from mtrl_cli.sharing_metrics import Estimate, Floats
 
-SAME_SIZE = 0.05
-"""Two networks are of the same size where their parameters differ by no more than this share."""
-MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks", "replay.capacity")
-"""Keys that say how a machine works on a run: they change its speed, and are told where they differ, but not what is compared."""
-_NEVER = ("seed", "run_dir", "trusted_packages")
-_NEVER_WITHIN = ("checkpoint.", "log.")
-
 
 @dataclass(frozen=True)
 class Way:
@@ -28,7 +21,7 @@ class Way:
         name: unique within its setting, such as film, or `independent, 30,123 parameters`.
         option: the choice alone: film.
         runs: those that were completed, in order of their seeds.
-        left_out: in words, the others: `seed 2 (failed)`.
+        left_out: in words, the others, and why: `seed 2 (failed)`.
         total, shared, own: numbers of parameters, of the last the mean over tasks; None where no run tells.
         scores_SK: what the completed runs' tests, or else their last evaluations, came to, in each task's own unit.
         is_tested: whether all of them were tests.
@@ -96,30 +89,27 @@ def settings(groups: Sequence[Group], kind: str, sizes: bool) -> list[Setting]:
         kind: the group of the configuration that is compared: `network/sharing`, `task_weights`.
         sizes: whether the width of the network is no other value, either.
     """
-    together: dict[tuple[Any, ...], list[Group]] = {}
-    for group in groups:
-        if group.runs:
-            together.setdefault(_all_else(group.runs[0], kind, sizes), []).append(group)
-    abouts = _abouts(list(together.values()), kind, sizes)
-    return [_setting(own, kind, about) for own, about in zip(together.values(), abouts, strict=True)]
+    counted = report_groups.counting([run for group in groups for run in group.runs])
+    others = [_all_else(group.first, counted(group.first), kind, sizes) for group in groups]
+    together: dict[tuple[tuple[str, str], ...], list[Group]] = {}
+    for group, values in zip(groups, others, strict=True):
+        together.setdefault(tuple(sorted(values.items())), []).append(group)
+    own = [dict(values) for values in together]
+    abouts = _abouts(list(together.values()), own)
+    return [_setting(of, kind, about) for of, about in zip(together.values(), abouts, strict=True)]
 
 
-def _all_else(run: Run, kind: str, sizes: bool) -> tuple[Any, ...]:
+def _all_else(run: Run, values: Mapping[str, str], kind: str, sizes: bool) -> dict[str, str]:
     """A run's values of everything but what is compared."""
     section = kind.replace("/", ".") + "."
     widths = {"network.parameters", *report_groups.widths(run)} if sizes else set()
-
-    def counts(key: str) -> bool:
-        return not (key in _NEVER or key in MACHINES or key in widths or key.startswith((section, *_NEVER_WITHIN)))
-
-    return tuple(sorted((key, repr(value)) for key, value in run.config.items() if counts(key)))
+    return {key: value for key, value in values.items() if key not in widths and not key.startswith(section)}
 
 
-def _abouts(settings: Sequence[Sequence[Group]], kind: str, sizes: bool) -> list[str]:
+def _abouts(settings: Sequence[Sequence[Group]], own: Sequence[Mapping[str, str]]) -> list[str]:
     """What sets the settings apart, in words: each group's values but those that are compared, or else the keys that differ."""
     if len(settings) == 1:
         return [""]
-    own = [dict(_all_else(groups[0].runs[0], kind, sizes)) for groups in settings]
     keys = dict.fromkeys(key for of_setting in own for key in of_setting)
     differing = [key for key in keys if len({of_setting.get(key) for of_setting in own}) > 1]
     words = []
@@ -136,38 +126,37 @@ def _is_of(key: str, chosen: str) -> bool:
 
 
 def _setting(groups: Sequence[Group], kind: str, about: str) -> Setting:
-    first = groups[0].runs[0]
-    done = [[run for run in group.runs if run.status == "completed"] for group in groups]
-    finished = [run for runs in done for run in runs]
-    scored = tuple(bool(finished) and all(_is_number(run.final_scores.get(task)) for run in finished) for task in first.tasks)
-    options = [report_groups.option(kind, group.runs[0]) for group in groups]
+    first = next((group.first for group in groups if group.first.status == "completed"), groups[0].first)
+    chosen = [report_groups.chosen(group, first.tasks) for group in groups]
+    told = [run for own in chosen for run in own.runs]
+    scored = tuple(bool(told) and all(task in run.final_scores for run in told) for task in first.tasks)
+    options = [report_groups.option(kind, group.first) for group in groups]
     sizes = [_size(group.runs) for group in groups]
     names = _names(groups, options, sizes)
     ways = []
-    for group, name, option, runs, size in zip(groups, names, options, done, sizes, strict=True):
-        told = [run for run in runs if all(task in run.final_returns for task in first.tasks)]
-        left_out = [
-            f"seed {run.seed} ({run.status if run not in runs else 'it has no evaluation'})" for run in group.runs if run not in told
-        ]
+    for group, own, name, option, size in zip(groups, chosen, names, options, sizes, strict=True):
         scores = [
-            [run.final_scores[t] if known else run.final_returns[t] for t, known in zip(first.tasks, scored, strict=True)] for run in told
+            [run.final_scores[t] if known else run.final_returns[t] for t, known in zip(first.tasks, scored, strict=True)]
+            for run in own.runs
         ]
         ways.append(
             Way(
                 name=name,
                 option=option,
-                runs=tuple(told),
-                left_out=tuple(left_out),
+                runs=own.runs,
+                left_out=_left_out(group, own),
                 **size,
-                scores_SK=np.array(scores, float).reshape(len(told), len(first.tasks)),
-                is_tested=all(run.is_tested for run in told),
+                scores_SK=np.array(scores, float).reshape(len(own.runs), len(first.tasks)),
+                is_tested=all(run.is_tested for run in own.runs),
             )
         )
     return Setting(about, first.env, first.steps_per_task, first.tasks, scored, tuple(ways))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _left_out(group: Group, chosen: report_groups.Chosen) -> tuple[str, ...]:
+    others = [(run, run.status) for run in group.runs if run.status != "completed"]
+    others += [(run, "no results of all tasks") for run in chosen.untold] + [(run, "another run of it counts") for run in chosen.again]
+    return tuple(f"seed {run.seed} ({why})" for run, why in sorted(others, key=lambda other: other[0].seed))
 
 
 def _size(runs: Sequence[Run]) -> dict[str, Any]:

@@ -35,8 +35,9 @@ def composed(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 @cache
-def _as_text(words: tuple[str, ...]) -> str:
-    return configuration.dump(composed(words) | {"seed": 0, "run_dir": "HERE"})
+def _as_text(words: tuple[str, ...], settled: bool = True) -> str:
+    config = composed(words) if settled else configuration.compose_training([f"steps_per_task={STEPS}", *words])
+    return configuration.dump(config | {"seed": 0, "run_dir": "HERE"})
 
 
 def level(words: Sequence[str]) -> float:
@@ -61,6 +62,7 @@ def make_run(
     scored: bool = True,
     tested: bool = True,
     extra: Mapping[str, float] | None = None,
+    settled: bool = True,
 ) -> Path:
     """Make one run's folder.
 
@@ -77,6 +79,7 @@ def make_run(
         scored: whether its tasks have references.
         tested: whether eval/test.json is there.
         extra: figures of each row of diagnostics, such as {"routing/layer/task/0": 0.5}.
+        settled: whether its worker has settled `auto`; where not, it has done nothing yet: there is the configuration alone.
     """
     config = composed(tuple(words))
     tasks = config["env"]["tasks"]
@@ -87,11 +90,13 @@ def make_run(
     ends = np.broadcast_to(np.asarray(reaches, float), len(tasks)) + spread * random.standard_normal(len(tasks))
     folder.mkdir(parents=True)
     text = (
-        _as_text(tuple(words))
+        _as_text(tuple(words), settled)
         .replace("\nseed: 0\n", f"\nseed: {seed}\n")
         .replace("\nrun_dir: HERE\n", f"\nrun_dir: {json.dumps(str(folder))}\n")
     )
     (folder / "config.yaml").write_text(text)
+    if not settled:
+        return folder
     record = {
         "command": shlex.join(["mtrl", "train", *words, f"seed={seed}", f"run_dir={folder}"]),
         "started": "2026-01-01T12:00:00+00:00",
@@ -175,7 +180,8 @@ def make_sweep(
     Args:
         axes: by key, the words to choose from; `seed` is one of them.
         words: that all runs have.
-        states: by number, of trials that are not completed: pruned, failed, running or waiting (without a folder).
+        states: by number, of trials that are not completed: pruned, failed, running, queued (with a configuration, and no worker yet),
+            lost (failed, as its worker never began), uncomposed (failed, without a configuration) or waiting (without a folder).
         whys: by number, why a trial failed or was pruned.
         plan: what the plan's search says otherwise.
         run: of all runs, as `make_run` takes it; a function is given the trial's values.
@@ -201,10 +207,15 @@ def make_sweep(
         if state == "waiting":
             continue
         own = {key: value(values) if callable(value) else value for key, value in run.items()}
-        own |= {"completed": {}, "failed": {"status": "failed", "error": "it broke", "progress": 0.3}}.get(
-            state, {"status": "stopped" if state == "pruned" else state, "progress": 0.5}
-        )
-        make_trial(folder, number, values, words, state=state, why=(whys or {}).get(number), **own)
+        own |= {
+            "completed": {},
+            "failed": {"status": "failed", "error": "it broke", "progress": 0.3},
+            **{unsettled: {"settled": False} for unsettled in ("queued", "lost", "uncomposed")},
+        }.get(state, {"status": "stopped" if state == "pruned" else state, "progress": 0.5})
+        told = {"queued": "running", "lost": "failed", "uncomposed": "failed"}.get(state, state)
+        trial = make_trial(folder, number, values, words, state=told, why=(whys or {}).get(number), **own)
+        if state == "uncomposed":
+            (trial / "config.yaml").unlink()
     return folder
 
 

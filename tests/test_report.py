@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,23 @@ def test_the_command_makes_a_page_without_torch_and_says_where(tmp_path: Path) -
     assert "mtrl train env=minatar_pack network/sharing=film seed=0" in page
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(1, "may be chance alone"), (2, "Intervals over 2 seeds say little"), (5, None)])
+def test_the_first_lines_tell_how_little_few_seeds_say(seeds: int, said: str | None, tmp_path: Path) -> None:
+    make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": list(range(seeds))}, **QUICK)
+    report(tmp_path / "S")
+    header = (tmp_path / "S" / "report" / "index.html").read_text().partition("</header>")[0]
+    for each in ("may be chance alone", "Intervals over 2 seeds say little"):
+        assert (each in header) == (each == said)
+
+
+def test_what_sharing_was_worth_comes_first_where_structures_were_compared(tmp_path: Path) -> None:
+    for name, structures in {"one": ["hard"], "two": ["hard", "independent"]}.items():
+        make_sweep(tmp_path / name, {"network/sharing": structures, "seed": [0, 1]}, **QUICK)
+        report(tmp_path / name)
+    first = {name: re.search(r'<h2 id="(\w+)"', (tmp_path / name / "report" / "index.html").read_text()) for name in ("one", "two")}
+    assert {name: found and found[1] for name, found in first.items()} == {"one": "scores", "two": "sharing"}
+
+
 def test_each_table_and_picture_is_a_file(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0, 1]}, **QUICK)
     report(tmp_path / "S", f"out={tmp_path / 'out'}")
@@ -58,6 +76,39 @@ def test_each_table_and_picture_is_a_file(tmp_path: Path) -> None:
     drawn = (tmp_path / "out" / "curves_over_steps.svg").read_text()
     assert "steps per task</text>" in drawn
     assert not (tmp_path / "S" / "report").exists()
+
+
+def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
+    storage = "postgresql://me:PASSWORD@host/sweeps"
+    make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, plan={"storage": storage}, **QUICK)
+    command = ["mtrl", "study", "sharing", "env=minatar_pack", f"sweep.storage={storage}"]
+    procedure.report([tmp_path / "S"], None, command)
+    made = [path for path in (tmp_path / "S").rglob("*") if path.is_file()]
+    assert (tmp_path / "S" / "report" / "report.json") in made
+    assert [path for path in made if b"PASSWORD" in path.read_bytes()] == []
+    assert "sweep.storage=postgresql://me:***@host/sweeps" in (tmp_path / "S" / "report" / "index.html").read_text()
+
+
+def test_letters_that_cannot_be_written_end_no_report(tmp_path: Path) -> None:
+    half = "\ud800"  # half of a letter: what JSON can hold and no file can
+    sweep = make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "agent.n_step": [1, 3], "seed": [0, 1]}, **QUICK)
+    record = (sweep / "sweep.json").read_text()
+    (sweep / "sweep.json").write_text(record.replace('"hard"', '"hard\\ud800"'))
+    for folder in (sweep / "trials").iterdir():
+        trial = json.loads((folder / "trial.json").read_text())
+        values = {key: value.replace("hard", f"hard{half}") for key, value in trial["values"].items()}
+        odd = {"values": values, "overrides": [f"{key}={value}" for key, value in values.items()]}
+        (folder / "trial.json").write_text(json.dumps(trial | odd | {"command": half, "figure": half}))
+    with open(sweep / "trials" / "0000" / "metrics.jsonl", "a") as rows:
+        rows.write(json.dumps({"step": 100_000, f"eval/return/{half}": 1.0}) + "\n")
+    odd_folder = tmp_path / os.fsdecode(b"odd\xff")
+    make_run(odd_folder, **QUICK)
+    report(sweep, odd_folder, f"out={tmp_path / 'out'}")
+    report(odd_folder)
+    assert "odd?" in (tmp_path / "out" / "index.html").read_text()
+    for written in (tmp_path / "out").glob("*.[cmsh]*"):
+        written.read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "slices.png").is_file()
 
 
 def test_another_report_takes_the_place_of_an_earlier_one_and_leaves_what_is_not_its_own(tmp_path: Path) -> None:
@@ -134,12 +185,13 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, m
 
 # -- how tables are written -----------------------------------------------------------------------------------------------------
 
-TABLE = Table("t", "A | title", ["name", "score", "count"], [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]])
+ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]
+TABLE = Table("t", "A | title", ["name", "score", "=count"], ROWS)
 
 
 def test_csv_has_numbers_in_full_and_no_formula() -> None:
     assert list(csv.reader(report_page.as_csv(TABLE).splitlines())) == [
-        ["name", "score", "score low", "score high", "count"],
+        ["name", "score", "score low", "score high", "'=count"],
         ["'=1+1|<b>", "0.12345", "0.1", "", "1234"],
         ["-", "", "", "", ""],
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_all_trials_of_a_sweep_are_there_and_waiting_ones_are_named(tmp_path: Pa
     assert runs[2].error == "it was killed 3 times"
     assert runs[5].overrides == ("network/sharing=film", "seed=2")
     assert runs[3].command == "mtrl train env=minatar_pack network/sharing=film seed=0"
+
+
+def test_a_trial_without_a_configuration_keeps_its_state_its_reason_and_its_command(tmp_path: Path) -> None:
+    axes = {"network/sharing": ["hard", "film"], "seed": [0, 1]}
+    sweep = make_sweep(tmp_path / "S", axes, states={1: "uncomposed", 3: "queued"}, whys={1: "optimizer.lr=-1: too small"})
+    (sweep / "trials" / "0003" / "config.yaml").unlink()  # its folder was made this moment
+    (sweep / "trials" / "0002" / "config.yaml").write_text("{")
+    runs = report_runs.read([sweep])
+    assert [run.status for run in runs] == ["completed", "failed", "unreadable", "running"]
+    assert runs[1].error == "optimizer.lr=-1: too small"
+    assert runs[1].command == "mtrl train env=minatar_pack network/sharing=hard seed=1"
+    assert runs[2].command == "mtrl train env=minatar_pack network/sharing=film seed=0"
+    assert runs[3].overrides == ("network/sharing=film", "seed=1")
+    assert runs[3].error is None
+    (sweep / "trials" / "0003" / "trial.json").unlink()
+    assert report_runs.read([sweep])[3].status == "waiting"
 
 
 def test_runs_are_found_below_and_once(tmp_path: Path) -> None:
@@ -137,8 +154,11 @@ def test_figures_of_many_rows_are_thinned(tmp_path: Path) -> None:
     row = {f"perf/{number}": 1.0 for number in range(100)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step} | row) + "\n" for step in range(1000)))
     (run,) = report_runs.read([folder])
-    assert 50 <= len(run.figures["perf/7"]) <= 100
-    assert run.figures["perf/7"][0] == (0, 1.0)
+    points = run.figures["perf/7"]
+    assert 50 <= len(points) <= 100
+    assert points[0][0] < 20
+    assert points[-1] == (999, 1.0)
+    assert len({later[0] - earlier[0] for earlier, later in itertools.pairwise(points)}) == 1
 
 
 # -- groups ---------------------------------------------------------------------------------------------------------------------

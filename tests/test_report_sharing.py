@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fake_runs import composed, make_run, make_sweep
-from mtrl_cli import report_groups, report_runs, report_sharing, sharing_comparison
+from mtrl_cli import report_groups, report_runs, report_sharing, sharing_comparison, sharing_pictures
 from mtrl_cli.report_parts import Interval, Picture, Section, Table
 
 WORDS = ("env=minatar_pack", "network.parameters=300k")
@@ -136,6 +137,16 @@ def test_what_is_inside(tmp_path: Path) -> None:
     assert inside["film"]["similarity of features (CKA)"] == pytest.approx(0.6)
 
 
+def test_conflict_of_runs_that_were_looked_at_at_other_steps(study: Path) -> None:
+    (setting,) = sharing_comparison.settings(report_groups.grouped(report_runs.read([study])), "network/sharing", sizes=True)
+    way = setting.ways[1]
+    own = [((0, 0.0), (10, 1.0), (20, 0.0)), ((5, 0.2), (15, 0.4))]
+    runs = tuple(replace(run, figures={"grad/conflict": points}) for run, points in zip(way.runs, own, strict=False))
+    steps, shares = sharing_pictures.conflict_over_training(replace(way, runs=runs))
+    np.testing.assert_array_equal(steps, [5, 10, 15])
+    np.testing.assert_allclose(shares, [(0.5 + 0.2) / 2, (1.0 + 0.3) / 2, (0.5 + 0.4) / 2])
+
+
 def test_routings_are_tables_of_tasks_by_choices(tmp_path: Path) -> None:
     shares = {
         f"routing/layer1/module0/{task}/{choice}": (row + 1) * (choice + 1) / 100 for row, task in enumerate(TASKS) for choice in (0, 1)
@@ -192,6 +203,53 @@ def test_runs_that_were_not_completed_are_left_out_and_named(tmp_path: Path) -> 
     assert "hard: seed 2 (failed), seed 4 (running)" in line
     assert "film: seed 0 (pruned)" in line
     assert {name: row["runs"] for name, row in table(section, "sharing").items()} == {"independent": 5, "hard": 3, "film": 3}
+
+
+@pytest.mark.parametrize("states", [{5: "queued"}, {5: "lost"}, {5: "lost", 6: "queued", 0: "queued"}])
+def test_a_trial_whose_configuration_is_not_settled_takes_nothing_away(states: Mapping[int, str], tmp_path: Path) -> None:
+    make_study(tmp_path / "S", REACH, states=states)
+    (section,) = sections(tmp_path)
+    assert list(table(section, "sharing")) == list(REACH)
+    assert table(section, "sharing")["hard"]["runs"] == 5 - sum(5 <= number < 10 for number in states)
+    assert list(table(section, "sharing_same_size")) == ["hard", "film"]
+
+
+def test_a_trial_whose_pad_is_not_settled_is_of_its_group(tmp_path: Path) -> None:
+    axes = {"network/sharing": list(REACH), "seed": [0, 1]}
+    folder = make_sweep(tmp_path / "S", axes, [*WORDS, "+augmentation=shift"], states={2: "queued"})
+    for number in (0, 1, 3, 4, 5):
+        config = folder / "trials" / f"{number:04d}" / "config.yaml"
+        assert "pad: auto" in config.read_text()
+        config.write_text(config.read_text().replace("pad: auto", "pad: 1"))
+    assert list(table(sections(tmp_path)[0], "sharing")) == list(REACH)
+
+
+def test_values_that_somebody_has_set_are_settings_of_their_own(tmp_path: Path) -> None:
+    for name in ("independent", "film"):
+        make_run(tmp_path / name, [*WORDS, f"network/sharing={name}"])
+    make_run(tmp_path / "large", [*WORDS, "network/sharing=hard", "agent.batch_size=256"])
+    (section,) = sections(tmp_path)
+    assert list(table(section, "sharing")) == ["film", "independent"]
+    assert any("With one structure only" in line and "hard" in line for line in section.lines)
+
+
+def test_a_run_without_results_is_left_out_and_takes_no_scores_away(tmp_path: Path) -> None:
+    folder = make_study(tmp_path / "S", REACH) / "trials" / "0006"
+    (folder / "eval" / "test.json").unlink()
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(row for row in rows if "eval/" not in row and "test/" not in row))
+    (section,) = sections(tmp_path)
+    assert table(section, "sharing")["hard"]["runs"] == 4
+    assert table(section, "sharing")["film"]["score, mean"].value == pytest.approx(0.8, abs=0.03)
+    assert any("hard: seed 1 (no results of all tasks)" in line for line in section.lines)
+
+
+def test_a_seed_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    make_study(tmp_path / "S", REACH)
+    make_run(tmp_path / "again", [*WORDS, "network/sharing=film"], seed=3, reaches=0.1)
+    (section,) = sections(tmp_path)
+    assert table(section, "sharing")["film"]["runs"] == 5
+    assert any("film: seed 3 (another run of it counts)" in line for line in section.lines)
 
 
 def test_no_completed_run(tmp_path: Path) -> None:
