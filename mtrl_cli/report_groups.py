@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks")
 """Keys that say how a machine works on a run: they change its speed. They count where a sweep varies them."""
 SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
 """Keys whose `auto` is what a machine makes of it, as are all that a run has yet to settle. They count where somebody has set one."""
+FRACTION = re.compile(r"-?\d*\.\d{4,}(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 ABSENT = "-"
 LONGEST = 60  # letters of one value in a label
 
@@ -127,7 +129,7 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
     words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
     for key in words[0]:
         if key != "seed" and all(key in of_group for of_group in words):
-            yield key, [_clipped(of_group[key]) for of_group in words]
+            yield key, [_rounded(_clipped(of_group[key])) for of_group in words]
     yield "env", [_clipped(run.env) for run in firsts]
     for group in signatures.KINDS:
         key = f"{group.replace('/', '.')}._target_"
@@ -179,6 +181,11 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return _clipped("[" + ",".join(map(str, value)) + "]")
     return _clipped(str(value))
+
+
+def _rounded(word: str) -> str:
+    """A word that is a fraction, in four significant digits."""
+    return f"{float(word):.4g}" if FRACTION.fullmatch(word) else word
 
 
 def _clipped(text: str, most: int = LONGEST) -> str:

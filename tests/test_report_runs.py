@@ -227,3 +227,10 @@ def test_packs_and_budgets_are_kept_apart(tmp_path: Path) -> None:
     make_run(tmp_path / "b", ["env=classic_pack"])
     make_run(tmp_path / "c", ["env=classic_pack", "steps_per_task=200000"])
     assert len(labels(tmp_path)) == 3
+
+
+def test_fractions_have_four_digits_in_labels_and_stay_apart(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "S", {"optimizer.lr": ["0.0009884977525173569", "0.0002573"], "seed": [0]})
+    assert labels(tmp_path / "S") == {"lr=0.0009885": [0], "lr=0.0002573": [0]}
+    make_sweep(tmp_path / "T", {"optimizer.lr": ["0.00098849775", "0.00098849779"], "seed": [0]})
+    assert len(labels(tmp_path / "T")) == 2
