@@ -78,7 +78,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     if varied:
         shown = varied[:MOST_KEYS]
         best = max(trials, key=lambda trial: trial.value)
-        text = f"Each completed trial's figure against each key. The best has {', '.join(f'{key}={_word(best.values[key])}' for key in shown)}."
+        text = f"Each completed trial's figure against each key. The best has {', '.join(_words(best.values, shown))}."
         picture = Picture(f"slices{suffix}", "Slices", text, lambda: _draw(trials, shown, plan.axes, figure), ["The best is in red."])
         parts.append(picture)
     parts.append(_best(trials, keys, figure, suffix))
@@ -186,8 +186,9 @@ def _best(trials: Sequence[Trial], keys: Sequence[str], figure: str, suffix: str
     return Table(f"best_trials{suffix}", "The best trials", ["trial", figure, *keys, "command"], rows, notes)
 
 
-def _word(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _words(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    known = ((key, values[key]) for key in keys)
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in known]
 
 
 def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | Interval], figure: str) -> Figure:
