@@ -84,7 +84,7 @@ def _differences(ours: Run, theirs: Run) -> list[Row]:
     rows, classes = [], set()
     for key in keys:
         values = ours.config.get(key, math.nan), theirs.config.get(key, math.nan)
-        if key in NEVER_TOLD or values[0] == values[1] or values == (None, None):
+        if key in NEVER_TOLD or values[0] == values[1] or "auto" in values:  # what a run has yet to settle was not chosen otherwise
             continue
         group, _, last = key.rpartition(".")
         if last == "_target_" and group != "env":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks")
 """Keys that say how a machine works on a run: they change its speed. They count where a sweep varies them."""
 SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
 """Keys whose `auto` is what a machine makes of it, as are all that a run has yet to settle. They count where somebody has set one."""
+FRACTION = re.compile(r"-?\d*\.\d{4,}(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 ABSENT = "-"
+SIZE = "network.parameters"
 LONGEST = 60  # letters of one value in a label
 
 
@@ -33,11 +36,27 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in known:
         own = counted(run)
         together.setdefault(tuple(own.get(key, "") for key in keys), []).append(run)
+    together = _of_one_network(together, keys)
     firsts = [Group("", {}, tuple(own)).first for own in together.values()]
     values = _told_apart(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
     labels = _labels(values, firsts)
     groups = zip(labels, values, together.values(), strict=True)
     return [Group(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
+
+
+def _of_one_network(together: Mapping[tuple[str, ...], list[Run]], keys: Sequence[str]) -> dict[tuple[str, ...], list[Run]]:
+    """Groups put together where `network.parameters` came to the very widths that others were given, and all else is the same."""
+    merged: dict[tuple[str, ...], list[Run]] = {}
+    seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for values, own in together.items():
+        first = Group("", {}, tuple(own)).first
+        total = first.parameters.get("total")  # told by a run whose network is made, and its widths settled
+        of_size = {SIZE, *widths(first)}
+        network = tuple(sorted((key, repr(first.config.get(key))) for key in of_size - {SIZE}))
+        same = (total, network, tuple(value for key, value in zip(keys, values, strict=True) if key not in of_size))
+        known_as = values if total is None else seen.setdefault(same, values)
+        merged.setdefault(known_as, []).extend(own)
+    return merged
 
 
 def counting(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
@@ -55,7 +74,7 @@ def counting(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
             return False
         if key in settled:
             return key in set_by_someone
-        return not (run.config.get("network.parameters") is not None and key in widths(run))
+        return not (run.config.get(SIZE) is not None and key in widths(run))
 
     return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
 
@@ -127,7 +146,7 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
     words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
     for key in words[0]:
         if key != "seed" and all(key in of_group for of_group in words):
-            yield key, [_clipped(of_group[key]) for of_group in words]
+            yield key, [_rounded(_clipped(of_group[key])) for of_group in words]
     yield "env", [_clipped(run.env) for run in firsts]
     for group in signatures.KINDS:
         key = f"{group.replace('/', '.')}._target_"
@@ -135,8 +154,12 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
             yield group, [option(group, run) for run in firsts]
     if any(key.startswith("augmentation.") for of_group in own for key in of_group):
         yield "augmentation", [_augmentation(run) for run in firsts]
+    if any(SIZE in of_group for of_group in own):
+        yield SIZE, [_word(run.config.get(SIZE)) for run in firsts]
     for key in dict.fromkeys(key for run in firsts for key in run.config):
-        if any(key in of_group for of_group in own) and len({of_group.get(key) for of_group in own}) > 1:
+        settled = [key in widths(run) and run.config.get(SIZE) is not None for run in firsts]
+        values = [of_group.get(key) for of_group, follows in zip(own, settled, strict=True) if not follows]
+        if any(key in of_group for of_group in own) and len(set(values)) > 1:
             yield key, [_word(run.config[key]) if key in run.config else ABSENT for run in firsts]
     for key in sorted({key for of_group in own for key in of_group}):  # where two values are the same in few letters
         yield key, [_clipped(of_group.get(key, ABSENT), 10 * LONGEST) for of_group in own]
@@ -181,6 +204,11 @@ def _word(value: Any) -> str:
     return _clipped(str(value))
 
 
+def _rounded(word: str) -> str:
+    """A word that is a fraction, in four significant digits."""
+    return f"{float(word):.4g}" if FRACTION.fullmatch(word) else word
+
+
 def _clipped(text: str, most: int = LONGEST) -> str:
     text = report_runs.short(text)
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -196,12 +224,35 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[
         for key, value in of_group.items():
             used.setdefault(value, set()).add(key)
     usual = _usual(values) if len(values[0]) > 3 else {}
-    shown = [{key: value for key, value in of_group.items() if value not in (ABSENT, usual.get(key))} for of_group in values]
+    shown = [
+        {key: value for key, value in of_group.items() if key != SIZE and value not in (ABSENT, usual.get(key))} for of_group in values
+    ]
     own = [
         ", ".join(value if key in choices and len(used[value]) == 1 else f"{_last(key)}={value}" for key, value in of_group.items())
         for of_group in shown
     ]
+    if SIZE in values[0]:
+        own = [label or option("network/sharing", run) for label, run in zip(own, firsts, strict=True)]
+        own = sized(own, [run.parameters.get("total") or run.config.get(SIZE) for run in firsts])
     return [label if own.count(label) == 1 else f"{label} ({number})" for number, label in enumerate(own, 1)]
+
+
+def sized(names: Sequence[str], sizes: Sequence[Any]) -> list[str]:
+    """Names that several have, with the number of parameters that tells them apart: `independent (74k)`, or in full where that does not."""
+    for words in ([_in_thousands(size) for size in sizes], [f"{size:,}" if isinstance(size, int) else "" for size in sizes]):
+        found = [f"{name} ({word})" if names.count(name) > 1 and word else name for name, word in zip(names, words, strict=True)]
+        if len(set(found)) == len(found):
+            break
+    return found
+
+
+def _in_thousands(size: Any) -> str:
+    """A number of parameters in few letters: `74k`, `1.3M`."""
+    if not isinstance(size, int):
+        return "" if size is None else _clipped(str(size))
+    if size < 10_000:
+        return f"{size:,}"
+    return f"{size / 1000:.0f}k" if size < 1_000_000 else f"{size / 1_000_000:.3g}M"
 
 
 def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:

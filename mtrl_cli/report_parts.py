@@ -13,6 +13,10 @@ Cell = str | float | int | None
 """Of a table: None is an empty cell. Numbers are written in full into CSV, rounded on the page."""
 
 
+class Chosen(float):
+    """A number that a run was given, such as a step size: four significant digits on the page, however small it is."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A number with its interval: `0.83 (0.79 to 0.86)` on the page, three columns in CSV. None: there is none."""

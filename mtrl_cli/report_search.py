@@ -14,7 +14,7 @@ import numpy as np
 
 from mtrl_cli import files, report_runs, sweep_plan
 from mtrl_cli.errors import UserError
-from mtrl_cli.report_parts import Cell, Picture, Section, Table
+from mtrl_cli.report_parts import Cell, Chosen, Picture, Section, Table
 from mtrl_cli.sweep_plan import Choices, Interval, Plan
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     if varied:
         shown = varied[:MOST_KEYS]
         best = max(trials, key=lambda trial: trial.value)
-        text = f"Each completed trial's figure against each key. The best has {', '.join(f'{key}={best.values[key]}' for key in shown)}."
+        text = f"Each completed trial's figure against each key. The best has {', '.join(_words(best.values, shown))}."
         picture = Picture(f"slices{suffix}", "Slices", text, lambda: _draw(trials, shown, plan.axes, figure), ["The best is in red."])
         parts.append(picture)
     parts.append(_best(trials, keys, figure, suffix))
@@ -120,7 +120,7 @@ def _values(values: Any, axes: Mapping[str, Choices | Interval]) -> dict[str, An
                 return None
             continue
         try:
-            known[key] = float(values[key])
+            known[key] = Chosen(values[key])
         except (TypeError, ValueError):
             return None
         if not axis.low <= known[key] <= axis.high:
@@ -184,6 +184,11 @@ def _best(trials: Sequence[Trial], keys: Sequence[str], figure: str, suffix: str
     rows: list[list[Cell]] = [[trial.number, trial.value, *(trial.values[key] for key in keys), trial.command] for trial in ranked]
     notes = ["The figure of the best of many trials is too good: what was lucky is among them. To know, train it again with other seeds."]
     return Table(f"best_trials{suffix}", "The best trials", ["trial", figure, *keys, "command"], rows, notes)
+
+
+def _words(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    known = ((key, values[key]) for key in keys)
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in known]
 
 
 def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | Interval], figure: str) -> Figure:

@@ -18,7 +18,7 @@ class Way:
     """The runs of one choice of what is compared, all else being equal.
 
     Attributes:
-        name: unique within its setting, such as film, or `independent, 30,123 parameters`.
+        name: unique within its setting, such as film, or `independent (30k)`.
         option: the choice alone: film.
         runs: those that were completed, in order of their seeds.
         left_out: in words, the others, and why: `seed 2 (failed)`.
@@ -167,10 +167,7 @@ def _size(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _names(groups: Sequence[Group], options: Sequence[str], sizes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Each option's own name where it is of one group; its size beside it where this tells it from others, or else the group's label."""
-    with_size = [
-        f"{option}, {size['total']:,} parameters" if options.count(option) > 1 and size["total"] else option
-        for option, size in zip(options, sizes, strict=True)
-    ]
+    with_size = report_groups.sized(options, [size["total"] for size in sizes])
     return [name if with_size.count(name) == 1 else group.label for name, group in zip(with_size, groups, strict=True)]
 
 

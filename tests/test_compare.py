@@ -123,3 +123,11 @@ def test_a_run_of_a_stranger_cannot_steer_the_terminal(here: MtrlHere) -> None:
     assert "[2Jaway" in told
     assert "\x1b" not in told
     assert "\x07" not in told
+
+
+def test_what_a_run_has_yet_to_settle_is_no_difference(here: MtrlHere) -> None:
+    make_run(here.folder / "a", WORDS)
+    make_run(here.folder / "b", [*WORDS, "agent.gamma=0.9"], settled=False)
+    found = lines(here("compare", "a", "b").stdout)
+    assert "agent.gamma" in found
+    assert not {"device", "precision", "threads", "replay.capacity", "agent.batch_size"} & found.keys()

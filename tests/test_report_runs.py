@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,27 @@ def test_packs_and_budgets_are_kept_apart(tmp_path: Path) -> None:
     make_run(tmp_path / "b", ["env=classic_pack"])
     make_run(tmp_path / "c", ["env=classic_pack", "steps_per_task=200000"])
     assert len(labels(tmp_path)) == 3
+
+
+def test_fractions_have_four_digits_in_labels_and_stay_apart(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "S", {"optimizer.lr": ["0.0009884977525173569", "0.0002573"], "seed": [0]})
+    assert labels(tmp_path / "S") == {"lr=0.0009885": [0], "lr=0.0002573": [0]}
+    make_sweep(tmp_path / "T", {"optimizer.lr": ["0.00098849775", "0.00098849779"], "seed": [0]})
+    assert len(labels(tmp_path / "T")) == 2
+
+
+def test_sizes_are_told_one_way_and_networks_that_are_the_same_are_one_group(tmp_path: Path) -> None:
+    def size(values: Mapping[str, str]) -> int:
+        return 206_344 if values == {"network/sharing": "independent", "network.parameters": "null", "seed": values["seed"]} else 74_149
+
+    axes = {"network/sharing": ["hard", "independent"], "network.parameters": ["74149", "null"], "seed": [0]}
+    make_sweep(tmp_path / "S", axes, parameters=size)
+    assert labels(tmp_path / "S") == {"hard": [0, 0], "independent (74k)": [0], "independent (206k)": [0]}
+    # Where the size came to other widths they are two networks, and the widths are in no name.
+    config = tmp_path / "S" / "trials" / "0000" / "config.yaml"
+    config.write_text(config.read_text().replace("\n  features: 128\n", "\n  features: 99\n"))
+    (tmp_path / "S" / "trials" / "0002" / "config.yaml").write_text(
+        (tmp_path / "S" / "trials" / "0002" / "config.yaml").read_text().replace("\n  features: 128\n", "\n  features: 99\n")
+    )
+    assert not [label for label in labels(tmp_path / "S") if "features" in label]
+    assert len(labels(tmp_path / "S")) == 4

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtrl_cli import report_search, sweep_plan
+from mtrl_cli import report_page, report_search, sweep_plan
 from mtrl_cli.report_parts import Picture, Section, Table
 from mtrl_cli.sweep_plan import Choices, Interval, Plan
 
@@ -151,3 +151,14 @@ def test_several_sweeps_have_names_of_their_own(tmp_path: Path) -> None:
     (section,) = report_search.sections(make_search(tmp_path / "S", 12, by_lr), "_2")
     assert {part.name for part in section.parts} == {"importance_2", "slices_2", "best_trials_2"}
     assert section.title.endswith("S")
+
+
+def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tmp_path: Path) -> None:
+    (section,) = report_search.sections(make_search(tmp_path / "S", 30, by_lr))
+    best = table(section, "best_trials")
+    lr = best.rows[0][2]
+    assert isinstance(lr, float)
+    assert f"| {float(lr):.4g} |" in report_page.as_markdown(best)
+    assert f",{float(lr)!r}," in report_page.as_csv(best)
+    picture = next(part for part in section.parts if isinstance(part, Picture))
+    assert f"optimizer.lr={float(lr):.4g}," in picture.text

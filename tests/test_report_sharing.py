@@ -70,7 +70,7 @@ def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
     (section,) = sections(study)
     assert section.title == "What sharing was worth"
     own = table(section, "sharing")
-    assert list(own) == ["independent, 300,000 parameters", "hard", "film", "independent, 1,400,000 parameters"]
+    assert list(own) == ["independent (300k)", "hard", "film", "independent (1.4M)"]
     assert own["film"]["runs"] == 5
     assert own["film"]["score, mean"].value == pytest.approx(0.8, abs=0.03)
     assert (own["hard"]["parameters"], own["hard"]["shared"]) == (296_000, 266_400)
@@ -79,7 +79,7 @@ def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
 
     same = table(section, "sharing_same_size")
     assert list(same) == ["hard", "film"]
-    assert {row["beside"] for row in same.values()} == {"independent, 300,000 parameters"}
+    assert {row["beside"] for row in same.values()} == {"independent (300k)"}
     assert same["film"]["score, mean"].value == pytest.approx(0.3, abs=0.03)
     assert same["film"]["gained"] == ", ".join(TASKS)
     assert same["film"]["lost"] == ""
@@ -91,7 +91,7 @@ def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
     assert same["film"]["training cost"] == pytest.approx(1, abs=0.01)
 
     full = table(section, "sharing_full")
-    assert list(full) == ["independent, 300,000 parameters", "hard", "film"]
+    assert list(full) == ["independent (300k)", "hard", "film"]
     assert full["film"]["score, mean"].value == pytest.approx(0.15, abs=0.03)
     assert full["hard"]["times fewer steps"].value == 0
     assert full["film"]["training cost"] == pytest.approx(0.5, abs=0.01)
