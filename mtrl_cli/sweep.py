@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtrl_cli import config as configuration
 from mtrl_cli import files, instances, sweep_plan
-from mtrl_cli.display import console, say
+from mtrl_cli.display import Guard, console, say
 from mtrl_cli.errors import RunError, Stopped, UserError
 from mtrl_cli.launchers.base import Launcher
 from mtrl_cli.locks import FileLock
@@ -135,7 +135,10 @@ def _entered(path: Path) -> Iterator[None]:
     """Inside, no other process makes or enters the sweep's folder, which is made if need be."""
     lock = FileLock(path / LOCK)
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={path} cannot be made: {error.strerror}.") from None
         try:
             lock.acquire()
         except RunError:
@@ -172,7 +175,7 @@ def _work(folder: Path, plan: Plan, book: Book, launcher: Launcher, stop: StopRe
 
 
 def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
-    console(sys.stdout).print(ending(plan, rows))
+    Guard(sys.stdout)(lambda: console(sys.stdout).print(ending(plan, rows)))
     say(best_as_command(plan, rows))
     say(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
     failed = [row for row in rows if row.state == "failed"]

@@ -109,6 +109,8 @@ def _as_row(plan: Plan, row: TrialRow, record: dict[str, Any], run: Path) -> Tri
     if state not in STATES or not all(isinstance(each, str) for each in overrides):
         raise ValueError
     ran = files.read_json(run / "run.json", run) if os.path.lexists(run / "run.json") else {}
+    if state == "running" and ran.get("status") == "stopped":
+        state = "stopped"
     seconds = max((float(each["seconds"]) for each in (record, ran) if _is_number(each.get("seconds"))), default=0.0)
     steps = plan.steps({key: word for key, _, word in (each.partition("=") for each in overrides)})
     told = record.get("step")

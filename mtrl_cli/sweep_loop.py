@@ -7,14 +7,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
 from mtrl_cli.signals import StopRequest
 from mtrl_cli.sweep_display import ENDED, TrialRow
 from mtrl_cli.sweep_plan import Plan
-from mtrl_cli.sweep_runs import TrialRun, read_record
+from mtrl_cli.sweep_runs import TrialRun, read_record, trial_folder
 from mtrl_cli.sweep_trials import Book, Entry, Taken
 
 POLL_SECONDS = 0.05
@@ -146,7 +146,7 @@ class SweepLoop:
         if run.record["handle"]:
             active.job = self.launcher.attach(run.path, run.record["handle"])
         if taken.begun:
-            how = "attached to its job again" if active.job else "gone on with, as the process that had it is gone"
+            how = "attached to its job again" if active.job else "gone on with where it was left"
             self.display.message(f"trial {run.number}: {how}")
 
     def _start(self, active: _Active) -> None:
@@ -276,14 +276,33 @@ class SweepLoop:
 
     def _row_of_ended(self, entry: Entry) -> TrialRow:
         record = read_record(self.folder, entry.number) if entry.here else {}
+        if record.get("state") == "failed":
+            record = self._mended(entry) or record
         row = self._row_of_other(entry)
+        if entry.here and not trial_folder(self.folder, entry.number).exists():
+            self.display.message(f"trial {entry.number}: its folder is gone; its figure is kept, and its run is not made again")
         if record.get("state") not in ENDED:
             return row
-        step, seconds = record.get("step"), record.get("seconds")
+        step, seconds, value = record.get("step"), record.get("seconds"), record.get("value")
         return dataclasses.replace(
             row,
             state=record["state"],
+            score=float(value) if isinstance(value, int | float) else row.score,
             step=step if isinstance(step, int) else 0,
             seconds=seconds if isinstance(seconds, float) else None,
             note=str(record.get("why") or ""),
         )
+
+    def _mended(self, entry: Entry) -> dict[str, Any] | None:
+        """The record of a trial that failed and whose run its user has completed since (`mtrl resume`), as one that was completed."""
+        try:
+            run = TrialRun(self.folder, self.plan, Taken(entry.number, entry.values, begun=True))
+        except UserError:  # a link
+            return None
+        if run.status() != "completed":
+            return None
+        run.read_figures()
+        told = {"state": "completed", "value": run.score, "step": run.step, "seconds": run.seconds}
+        run.write(**told, why=None)
+        self.display.message(f"trial {entry.number}: its run was completed since it failed, and counts")
+        return run.record

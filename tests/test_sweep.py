@@ -246,7 +246,7 @@ def test_a_worker_that_waits_goes_on_with_what_a_killed_one_has_left(mtrl: Comma
     until(lambda: step_of(tmp_path / "S/trials/0001") == STEPS)
     first.kill()
     stdout, _ = ended(second, 0)
-    assert "trial 0: gone on with, as the process that had it is gone" in stdout
+    assert "trial 0: gone on with where it was left" in stdout
     assert [record["state"] for record in trials(tmp_path / "S")] == ["completed"] * 2
 
 

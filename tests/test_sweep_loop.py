@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def work(folder: Path, *workers: Worker) -> dict[str, Any]:
     """Have these work on a sweep of one trial; what trial.json says of it then."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
     launcher, book = Scripted(*workers), Book(folder, plan, first=10)
     with StopRequest() as stop:
@@ -128,3 +129,22 @@ def test_all_evaluations_are_read_however_many_there_are(tmp_path: Path, monkeyp
     monkeypatch.setattr(sweep_runs, "_LARGEST_READ", 100)
     record = work(tmp_path / "S", complete)
     assert (record["value"], record["step"], record["seconds"]) == (30.0, 30, 3.0)
+
+
+def test_a_failed_trial_whose_run_was_completed_since_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "S"
+    assert work(folder, lambda run: End(2))["state"] == "failed"
+    complete(folder / "trials/0000")
+    record = work(folder)
+    assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
+
+
+def test_a_trial_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
+    folder, told = tmp_path / "S", Silent()
+    work(folder, complete)
+    shutil.rmtree(folder / "trials/0000")
+    plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+    with StopRequest() as stop:
+        (row,) = SweepLoop(folder, plan, Book(folder, plan, first=10), Scripted(), told, stop).work()
+    assert (row.state, row.score) == ("completed", 30.0)
+    assert told.told == ["trial 0: its folder is gone; its figure is kept, and its run is not made again"]
