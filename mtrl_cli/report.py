@@ -73,11 +73,18 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     groups = grouped(runs)
     told = without_password(shlex.join(command))  # a report is for others to read
     title, lead = _title(paths, runs), _lead(runs, groups, told)
-    sections = [*report_scores.sections(groups), *report_sharing.sections(groups), *_searches(runs), _all_runs(runs, groups)]
+    sections = [*_compared(groups), *_searches(runs), _all_runs(runs, groups)]
     made = report_page.render(title, lead, sections)
     record = {"format": 1, "command": told, "runs": [str(run.path) for run in runs], "files": sorted(made)}
     _write(folder, made, {RECORD: files.to_json(record).encode()}, earlier)
     _say_what_is_there(folder, runs, groups)
+
+
+def _compared(groups: Sequence[Group]) -> list[Section]:
+    """Scores and what sharing was worth; this is the first to be asked where structures were compared."""
+    scores, sharing = report_scores.sections(groups), report_sharing.sections(groups)
+    is_asked = any(part.name == "sharing" for section in sharing for part in section.parts)
+    return [*sharing, *scores] if is_asked else [*scores, *sharing]
 
 
 def _searches(runs: Sequence[Run]) -> list[Section]:
@@ -114,7 +121,7 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[st
         )
         of_seeds = "one seed each" if set(seeds) == {1} else of_seeds
         compared = f"{len(seeds):,} {_plural('configuration', len(seeds))} with completed runs, {of_seeds}" if seeds else "no completed run"
-        lines.append(f"{arena.name}: {compared}.")
+        lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
     if len(arenas) > 1:
         lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
     lines += _differences(groups)
@@ -123,6 +130,15 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[st
         named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")
         lines.append(f"Failed or unreadable, with their reasons in the last table: {named}.")
     return [*lines, made]
+
+
+def _caution(seeds: Sequence[int]) -> str:
+    """What is to be known of few seeds before any figure."""
+    if not seeds or min(seeds) >= report_scores.FEW_SEEDS:
+        return ""
+    if max(seeds) == 1:
+        return " Of one seed each, a difference may be chance alone."
+    return f" {report_scores.few_seeds(min(count for count in seeds if count > 1))}"
 
 
 def _differences(groups: Sequence[Group]) -> list[str]:

@@ -145,11 +145,11 @@ def _x_axis(panel: Axes, name: str, time: bool, largest: float) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(5))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / size:.4g}{'' if time or not value else unit}"))
     if time:
-        panel.xaxis.set_major_locator(_Multiples(size))
+        panel.xaxis.set_major_locator(_ticks_of(size))
     panel.set_xlabel(f"{name}, {unit}" if time else name)
 
 
-def _Multiples(size: float) -> Any:
+def _ticks_of(size: float) -> Any:
     """Ticks at round numbers of a unit that is `size` seconds."""
     from matplotlib.ticker import MaxNLocator
 

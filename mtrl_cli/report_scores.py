@@ -20,6 +20,7 @@ Row = list[Cell | Interval]
 POINTS = 30  # of a learning curve over wall time
 HEADINGS = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 MOST_PANELS = 60
+FEW_SEEDS = 5
 INTERVALS = "In brackets, and as bands: 95% stratified bootstrap intervals over seeds, which are drawn anew in each task."
 
 
@@ -39,6 +40,7 @@ class Entry:
 
     @cached_property
     def aggregates(self) -> dict[str, float]:
+        """Over all runs and tasks with a reference, by name: `score_metrics.AGGREGATES`."""
         return score_metrics.aggregates(self.scores)
 
 
@@ -180,11 +182,17 @@ def _tasks(count: int) -> str:
 
 def _about_seeds(arena: Arena) -> list[str]:
     single = [entry.label for entry in arena.entries if len(entry.runs) == 1]
-    if not single:
-        return []
-    if len(single) == len(arena.entries):
+    if single and len(single) == len(arena.entries):
         return ["One seed of each configuration: there are no intervals, and a difference may be chance. Run more seeds (seed=range(5))."]
-    return [f"One seed, so no interval: {_some(single)}."]
+    lines = [f"One seed, so no interval: {_some(single)}."] if single else []
+    if any(1 < len(entry.runs) < FEW_SEEDS for entry in arena.entries):
+        lines.append(few_seeds(min(len(entry.runs) for entry in arena.entries if len(entry.runs) > 1)))
+    return lines
+
+
+def few_seeds(seeds: int) -> str:
+    """What is said of intervals over fewer than `FEW_SEEDS` seeds."""
+    return f"Intervals over {seeds} seeds say little, as they are too narrow: take them as a hint, and run {FEW_SEEDS} or more."
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

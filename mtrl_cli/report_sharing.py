@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from mtrl_cli import report_groups, score_metrics, sharing_comparison, sharing_pictures
+from mtrl_cli import report_groups, report_scores, score_metrics, sharing_comparison, sharing_pictures
 from mtrl_cli.report_parts import Cell, Interval, Picture, Section, Table
 from mtrl_cli.report_runs import Group
 from mtrl_cli.sharing_comparison import Comparison, Setting, Way, at_the_end, over_training
@@ -14,7 +14,6 @@ from mtrl_cli.sharing_metrics import Estimate, nearest_size
 BASELINE, UNIFORM = "independent", "uniform"
 MOST_SETTINGS = 6
 """So many settings (such as learning rates) are compared on a page; the others are in its files by their scores."""
-FEW_SEEDS = 5
 ADVICE = "mtrl study sharing env=… trains every structure at the same size, and networks that share nothing beside them"
 INTERVALS = (
     "In brackets 95% bootstrap intervals of differences, for which runs are drawn whole, within each side: the tasks of a run were learned "
@@ -125,8 +124,8 @@ def _introduction(setting: Setting) -> list[str]:
     ]
     if seeds and min(seeds) == 1:
         lines.append("Where there is one seed only, a difference may be chance alone: there is no interval, and nothing is marked.")
-    elif seeds and min(seeds) < FEW_SEEDS:
-        lines.append(f"With fewer than {FEW_SEEDS} seeds intervals are too narrow: take them as a hint.")
+    elif seeds and min(seeds) < report_scores.FEW_SEEDS:
+        lines.append(report_scores.few_seeds(min(seeds)))
     unscored = [task for task, known in zip(setting.tasks, setting.scored, strict=True) if not known]
     if unscored and any(way.runs for way in ways):
         lines.append(f"Without a reference, and so in no mean over tasks: {_some(unscored)}; told by their returns.")

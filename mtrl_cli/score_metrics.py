@@ -25,13 +25,13 @@ RESAMPLES_OF_BANDS = 500  # whose ends are read off a picture
 
 
 def resampled(runs: int, tasks: int, resamples: int = RESAMPLES, seed: int = 0) -> Rows:
-    """The runs of a stratified bootstrap's resamples, [B, R, K]: in each task on its own, R runs drawn with replacement."""
+    """The runs of a stratified bootstrap's resamples, [B, R, K]: in each task on its own, R runs drawn with replacement (section 4.1)."""
     return np.random.default_rng(seed).integers(0, runs, (resamples, runs, tasks))
 
 
 def aggregates(scores_RK: Floats) -> dict[str, float]:
     """Over all tasks: mean and median of the tasks' means, the interquartile mean of all scores, and the optimality gap, how far they are
-    on average below 1 (those above count as 1; less is better)."""
+    on average below 1 (those above count as 1; less is better). Section 4.3."""
     return {name: float(values[0]) for name, values in _aggregates(scores_RK[None]).items()}
 
 
@@ -46,7 +46,7 @@ def _aggregates(scores_BRK: Floats) -> dict[str, Floats]:
 
 
 def aggregate_intervals(scores_RK: Floats, rows_BRK: Rows | None = None) -> dict[str, Interval | None]:
-    """The stratified bootstrap's percentile interval of each aggregate; `rows_BRK`: which runs are drawn, None: `resampled`."""
+    """The stratified bootstrap's percentile interval of each aggregate (section 4.1); `rows_BRK`: the runs drawn, None: `resampled`."""
     if len(scores_RK) == 1:
         return dict.fromkeys(AGGREGATES)
     parts = [_aggregates(_drawn(scores_RK, rows)) for rows in _in_chunks(scores_RK, rows_BRK)]
@@ -54,7 +54,7 @@ def aggregate_intervals(scores_RK: Floats, rows_BRK: Rows | None = None) -> dict
 
 
 def task_intervals(scores_RK: Floats, rows_BRK: Rows | None = None) -> list[Interval | None]:
-    """The bootstrap's percentile interval of each task's mean over runs."""
+    """The bootstrap's percentile interval of each task's mean over runs, K of them (section 4.1); `rows_BRK`: see above."""
     if len(scores_RK) == 1:
         return [None] * scores_RK.shape[1]
     means_BK = np.concatenate([_drawn(scores_RK, rows).mean(axis=1) for rows in _in_chunks(scores_RK, rows_BRK)])
@@ -64,13 +64,13 @@ def task_intervals(scores_RK: Floats, rows_BRK: Rows | None = None) -> list[Inte
 def probability_of_improvement(x_RK: Floats, y_SK: Floats) -> float:
     """How likely it is that a run of X scores higher than one of Y, on average over tasks; that both score the same counts half.
 
-    It is the Mann-Whitney statistic over its largest value. X has R runs, Y has S.
+    It is the Mann-Whitney statistic over its largest value (section 4.3, "probability of improvement"). X has R runs, Y has S.
     """
     return float(_wins(x_RK, y_SK).mean())
 
 
 def probability_interval(x_RK: Floats, y_SK: Floats, x_BRK: Rows | None = None, y_BSK: Rows | None = None) -> Interval | None:
-    """The stratified bootstrap's interval of `probability_of_improvement`, the runs of X and of Y drawn independently."""
+    """The stratified bootstrap's interval of `probability_of_improvement` (section 4.1), the runs of X and of Y drawn independently."""
     if len(x_RK) == 1 or len(y_SK) == 1:
         return None
     wins_KRS = _wins(x_RK, y_SK).transpose(2, 0, 1)
@@ -96,12 +96,12 @@ def _wins(x_RK: Floats, y_SK: Floats) -> Floats:
 
 
 def profile(scores_RK: Floats, taus_T: Floats) -> Floats:
-    """The run-score distribution: which share of all scores is above each threshold, [T]."""
+    """The run-score distribution (section 4.2): which share of all scores is above each threshold, [T]."""
     return _profiles(scores_RK[None], taus_T)[0]
 
 
 def profile_band(scores_RK: Floats, taus_T: Floats, rows_BRK: Rows | None = None) -> tuple[Floats, Floats] | None:
-    """The stratified bootstrap's interval of a profile, at each threshold for itself: low [T], high [T]."""
+    """The stratified bootstrap's interval of a profile (sections 4.1, 4.2), at each threshold for itself: low [T], high [T]."""
     if len(scores_RK) == 1:
         return None
     profiles_BT = np.concatenate([_profiles(_drawn(scores_RK, rows), taus_T) for rows in _in_chunks(scores_RK, rows_BRK)])

@@ -12,8 +12,8 @@ from mtrl_cli.sharing_metrics import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
 COLUMNS = 4  # of several panels
 COLOURS = "RdBu"  # red and blue stay apart for eyes that cannot tell red from green
@@ -31,10 +31,10 @@ def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
     figure = Figure(figsize=(max(4.5, 2.6 + 0.85 * min(columns, NAMED_TASKS)), 1.8 + 0.42 * rows), layout="constrained")
     axes = figure.subplots()
     shades_RK = values_RK / _scales(setting, values_RK)
-    image = axes.imshow(shades_RK, cmap=COLOURS, vmin=-1, vmax=1, aspect="auto")
+    image = _cells(axes, shades_RK, COLOURS, -1.0)
     _name_cells(axes, [each.way.name for each in compared], setting.tasks)
     for row, column in np.argwhere(signs_RK != 0):
-        axes.add_patch(_frame(row, column))
+        _frame(axes, row, column)
     if columns <= NAMED_TASKS:
         for (row, column), value in np.ndenumerate(values_RK):
             sure = signs_RK[row, column] != 0
@@ -61,10 +61,12 @@ def _scales(setting: Setting, values_RK: Floats) -> Floats:
     return np.where(largest_K > 0, largest_K, 1)
 
 
-def _frame(row: int, column: int) -> Rectangle:
+def _frame(axes: Axes, row: int, column: int) -> None:
+    """A line along the inside of a cell's edges: the outer half of it is cut off, so it cannot be taken for the neighbour's."""
     from matplotlib.patches import Rectangle
 
-    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, fill=False, edgecolor="black", linewidth=1.8)
+    frame = axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=3.6))
+    frame.set_clip_path(frame)
 
 
 def _signed(value: float) -> str:
@@ -92,7 +94,7 @@ def _panels(panels: Mapping[str, tuple[Floats, Sequence[str], Sequence[str]]], c
     axes = figure.subplots(rows, columns, squeeze=False)
     image = None
     for place, (panel, (name, (table, of_rows, of_columns))) in enumerate(zip(axes.flat, panels.items(), strict=False)):
-        image = panel.imshow(table, cmap=colours, vmin=lowest, vmax=1, aspect="auto")
+        image = _cells(panel, table, colours, lowest)
         panel.set_title(name, fontsize=9)
         is_left, is_last = place % columns == 0, place + columns >= len(panels)
         _name_cells(panel, of_rows if is_left else [], of_columns if is_last or len(of_columns) != len(of_rows) else [], fontsize=7)
@@ -101,6 +103,24 @@ def _panels(panels: Mapping[str, tuple[Floats, Sequence[str], Sequence[str]]], c
     if image is not None:
         figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
+
+
+def _cells(axes: Axes, table: Floats, colours: str, lowest: float) -> QuadMesh:
+    """A table's numbers as colours from `lowest` to 1, the first row on top: cells without edges, whose neighbours leave no seam."""
+    image = axes.pcolormesh(
+        np.arange(table.shape[1] + 1) - 0.5,
+        np.arange(table.shape[0] + 1) - 0.5,
+        table,
+        cmap=colours,
+        vmin=lowest,
+        vmax=1,
+        edgecolors="none",
+        antialiased=False,
+        linewidth=0,
+        snap=True,
+    )
+    axes.invert_yaxis()
+    return image
 
 
 def _name_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], fontsize: int = 8) -> None:

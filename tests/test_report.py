@@ -44,6 +44,23 @@ def test_the_command_makes_a_page_without_torch_and_says_where(tmp_path: Path) -
     assert "mtrl train env=minatar_pack network/sharing=film seed=0" in page
 
 
+@pytest.mark.parametrize(("seeds", "said"), [(1, "may be chance alone"), (2, "Intervals over 2 seeds say little"), (5, None)])
+def test_the_first_lines_tell_how_little_few_seeds_say(seeds: int, said: str | None, tmp_path: Path) -> None:
+    make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": list(range(seeds))}, **QUICK)
+    report(tmp_path / "S")
+    header = (tmp_path / "S" / "report" / "index.html").read_text().partition("</header>")[0]
+    for each in ("may be chance alone", "Intervals over 2 seeds say little"):
+        assert (each in header) == (each == said)
+
+
+def test_what_sharing_was_worth_comes_first_where_structures_were_compared(tmp_path: Path) -> None:
+    for name, structures in {"one": ["hard"], "two": ["hard", "independent"]}.items():
+        make_sweep(tmp_path / name, {"network/sharing": structures, "seed": [0, 1]}, **QUICK)
+        report(tmp_path / name)
+    first = {name: re.search(r'<h2 id="(\w+)"', (tmp_path / name / "report" / "index.html").read_text()) for name in ("one", "two")}
+    assert {name: found and found[1] for name, found in first.items()} == {"one": "scores", "two": "sharing"}
+
+
 def test_each_table_and_picture_is_a_file(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0, 1]}, **QUICK)
     report(tmp_path / "S", f"out={tmp_path / 'out'}")
