@@ -68,8 +68,7 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     earlier = _check(folder, is_default=out is None)
     runs = report_runs.read(paths)
     if not runs:
-        below = "there is" if len(paths) == 1 else "in none of them is"
-        raise UserError(f"{', '.join(map(str, paths[:3]))}: {below} no run in it: a run is what mtrl train, sweep or study has made")
+        raise UserError(f"{', '.join(map(str, paths[:3]))}: no run lies there; a run is what mtrl train, sweep or study has made")
     groups = grouped(runs)
     told = without_password(shlex.join(command))  # a report is for others to read
     title, lead = _title(paths, runs), _lead(runs, groups, told)
@@ -124,7 +123,7 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[st
         lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
     if len(arenas) > 1:
         lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
-    lines += _differences(groups)
+    lines += [*_differences(groups), *report_sharing.in_short(groups)]
     bad = [run for run in runs if run.status in ("failed", "unreadable")]
     if bad:
         named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")

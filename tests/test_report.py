@@ -190,7 +190,7 @@ def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path:
     run = make_run(tmp_path / "run", **QUICK)
     before = sorted(tmp_path.rglob("*"))
     words, message = {
-        "no_run": ([tmp_path / "empty"], "no run in it"),
+        "no_run": ([tmp_path / "empty"], "no run lies there"),
         "a_file": ([tmp_path / "file"], "file is no folder"),
         "a_typo": ([run, "otu=x"], "did you mean out="),
         "unwritable": ([run], "cannot be written"),
