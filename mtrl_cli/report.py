@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -36,6 +37,9 @@ def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
     """The paths that a command line names, and `out=PATH`. Raises UserError where there is no path, or two of `out`."""
     outs = [word.partition("=")[2] for word in words if word.startswith("out=")]
     paths = [Path(word) for word in words if not word.startswith("out=")]
+    for word in words:
+        if "=" in word and not word.startswith("out=") and not os.path.lexists(word):
+            raise UserError(f"{show(word)}: did you mean out=? mtrl report takes folders, and out=PATH for the report's")
     if len(outs) > 1 or "" in outs:
         raise UserError("out=PATH: expected one folder for the report")
     if not paths:
@@ -57,9 +61,14 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
     """
     report_page.require()
     paths = [Path(path).expanduser() for path in paths]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is no folder: give those of runs, of sweeps, or one with runs below")
     folder = (paths[0] / "report" if len(paths) == 1 else Path("report")) if out is None else Path(out).expanduser()
     earlier = _check(folder, is_default=out is None)
     runs = report_runs.read(paths)
+    if not runs:
+        raise UserError(f"{', '.join(map(str, paths[:3]))}: no run lies there; a run is what mtrl train, sweep or study has made")
     groups = grouped(runs)
     told = without_password(shlex.join(command))  # a report is for others to read
     title, lead = _title(paths, runs), _lead(runs, groups, told)
@@ -92,17 +101,17 @@ def _searches(runs: Sequence[Run]) -> list[Section]:
 def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
     envs = list(dict.fromkeys(run.env for run in runs if run.env))
     where = os.path.basename(os.path.abspath(paths[0])) if len(paths) == 1 else f"{len(paths)} folders"
-    return f"Report: {', '.join(envs[:3]) or 'no run'} ({where})"
+    return f"Report: {', '.join(envs[:3]) or 'nothing known'} ({where})"
 
 
 def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[str]:
     """What was compared, in a few lines."""
     made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {command}"
-    if not runs:
-        return ["There is no run here: nothing was compared. A run is a folder that mtrl train, sweep or study has made.", made]
     states = Counter(run.status for run in runs)
     told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
     lines = [f"{len(runs):,} {_plural('run', len(runs))} ({told}) of {len(groups):,} {_plural('configuration', len(groups))}."]
+    if not states["completed"]:
+        lines.append("No run is completed yet: nothing was compared.")
     arenas = report_scores.arenas(groups)
     for arena in arenas:
         seeds = [len(entry.runs) for entry in arena.entries]
@@ -114,7 +123,7 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[st
         lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
     if len(arenas) > 1:
         lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
-    lines += _differences(groups)
+    lines += [*_differences(groups), *report_sharing.in_short(groups)]
     bad = [run for run in runs if run.status in ("failed", "unreadable")]
     if bad:
         named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")
@@ -147,8 +156,6 @@ def _all_runs(runs: Sequence[Run], groups: Sequence[Group]) -> Section:
     labels = {run.path: group.label for group in groups for run in group.runs}
     rows = [_row(run, labels.get(run.path)) for run in runs]
     lines = ["Every run that was found. The command repeats the run; its score is the mean over tasks that have a reference."]
-    if not runs:
-        return Section("runs", "All runs", ["There is none."])
     others = [run for run in runs if run.status != "completed"]
     parts = [
         Table("runs", "All runs", ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "why", "command"], rows)
@@ -189,13 +196,21 @@ def _check(folder: Path, *, is_default: bool) -> list[str]:
         made = files.read_json(folder / RECORD, folder).get("files")
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
             raise UserError(f"{folder / RECORD} is damaged: give another folder, out=PATH, or remove {show(str(folder))}")
+        _try_to_write(folder)
         return made
     above = folder
     while not os.path.lexists(above):
         above = above.absolute().parent
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{folder} cannot be written: give another folder, out=PATH")
+    _try_to_write(above)
     return []
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a folder in a folder and remove it. Raises UserError where that cannot be done, whatever permissions say."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=files.TEMPORARY, dir=folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): give another folder, out=PATH") from None
 
 
 def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier: Sequence[str]) -> None:
@@ -211,7 +226,7 @@ def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier
 
 def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group]) -> None:
     states = Counter(run.status for run in runs)
-    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state]) or "no run"
+    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
     say(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
     for arena in report_scores.arenas(groups):
         for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):

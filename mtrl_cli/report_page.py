@@ -68,6 +68,7 @@ th, td { padding: 0.4rem 0.75rem; text-align: left; vertical-align: top; border-
 tr:last-child > td, tr:last-child > th { border-bottom: 0; }
 thead th { background: var(--soft); position: sticky; top: 0; vertical-align: bottom; }
 thead th:first-child { left: 0; z-index: 1; }
+th { overflow-wrap: normal; }
 tbody th { font-weight: 600; min-width: 6rem; max-width: 22rem; position: sticky; left: 0; background: var(--paper); }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.text { max-width: 34rem; min-width: 4rem; }
@@ -81,7 +82,7 @@ figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .picture { overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media (max-width: 40rem) { body { padding: 1rem 1rem 3rem; } h1 { font-size: 1.45rem; } .picture svg { min-width: var(--least); }
-  tbody th { max-width: 9rem; } }
+  tbody th { max-width: none; } }
 @media print { .scroll, .tall { overflow: visible; max-height: none; } nav { display: none; } }
 """.replace("FONT", FONT)
 PAGE = """<!doctype html>

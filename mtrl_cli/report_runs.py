@@ -52,7 +52,7 @@ class Run:
         path: its folder.
         name: short, and unique among the runs of a report.
         status: completed, running, stopped, failed, pruned, waiting; or unreadable: `error` says why, and nothing else is known.
-        error: why it failed, or cannot be read.
+        error: why it failed, or cannot be read; of a completed run, that its figures end before it did.
         command: the `mtrl train …` that repeats it.
         config: its configuration by dotted key (`configuration.flat`); empty where unreadable.
         overrides: of a sweep's trial, the words in which it differs from the others.
@@ -215,7 +215,10 @@ def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None
             return replace(known_of_it, status=status, error=error)
         config = _config(path / "config.yaml", known)
         run = replace(known_of_it, **_about(path, config, trial, record))
-        return replace(run, **_measured(path, run))
+        run = replace(run, **_measured(path, run))
+        if run.status == "completed" and not record.get("stopped_early") and run.step < run.steps_per_task:
+            run = replace(run, error=f"its figures end at step {run.step:,} of {run.steps_per_task:,}")
+        return run
     except UserError as error:
         return replace(known_of_it, error=short(str(error)))
 

@@ -43,6 +43,11 @@ class Entry:
         """Over all runs and tasks with a reference, by name: `score_metrics.AGGREGATES`."""
         return score_metrics.aggregates(self.scores)
 
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """Of these aggregates; None of one run."""
+        return score_metrics.aggregate_intervals(self.scores)
+
 
 @dataclass(frozen=True)
 class Arena:
@@ -142,8 +147,7 @@ def _over_tasks(arena: Arena, title: Title) -> Section:
     rows: list[Row] = []
     values: dict[str, dict[str, Any]] = {heading: {} for heading in HEADINGS.values()}
     for entry in arena.entries:
-        ends = score_metrics.aggregate_intervals(entry.scores)
-        cells = {name: Interval(entry.aggregates[name], *(ends[name] or (None, None))) for name in HEADINGS}
+        cells = {name: Interval(entry.aggregates[name], *(entry.intervals[name] or (None, None))) for name in HEADINGS}
         rows.append([entry.label, len(entry.runs), *cells.values()])
         for name, heading in HEADINGS.items():
             values[heading][entry.label] = (cells[name].value, cells[name].low, cells[name].high)
@@ -168,12 +172,23 @@ def _best_in_words(arena: Arena) -> str:
     if not arena.scored:
         return "No reference is known for these tasks, so there are returns, and nothing is said over tasks."
     best = arena.entries[0]
-    of = (
-        f"The best of {count:,} configurations is {best.label}"
-        if count > 1
-        else f"Of the one configuration, {best.label}, runs are completed"
-    )
-    return f"{of}, with an interquartile mean of {best.aggregates['iqm']:.3f} over {_tasks(len(arena.scored))}."
+    tested = [run.is_tested for entry in arena.entries for run in entry.runs]
+    games = "test games" if all(tested) else "test games or, of runs without, the last validation" if any(tested) else "the last validation"
+    over = f"of {best.aggregates['iqm']:.3f} over {_tasks(len(arena.scored))}"
+    if count == 1:
+        return f"Of the one configuration, {best.label}, runs are completed, with an interquartile mean (IQM) in {games} {over}."
+    return f"Of {count:,} configurations {best.label} has the highest IQM in {games}, {over}.{_how_certain(arena)}"
+
+
+def _how_certain(arena: Arena) -> str:
+    """What is to be said of the order: intervals of few seeds say little, and some overlap that of the first."""
+    best, *others = arena.entries
+    if any(len(entry.runs) < FEW_SEEDS for entry in arena.entries):
+        return f" With fewer than {FEW_SEEDS} seeds of some the order is not certain."
+    ours = best.intervals["iqm"]
+    theirs = {entry.label: entry.intervals["iqm"] for entry in others}
+    overlap = [label for label, own in theirs.items() if ours is not None and own is not None and own[1] >= ours[0]]
+    return f" The order is not certain: intervals overlap with {_some(overlap)}." if overlap else ""
 
 
 def _tasks(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtrl_cli import files, report_runs, sweep_plan
+from mtrl_cli import report_pictures as pictures
 from mtrl_cli.errors import UserError
 from mtrl_cli.report_parts import Cell, Chosen, Picture, Section, Table
 from mtrl_cli.sweep_plan import Choices, Interval, Plan
@@ -28,6 +30,7 @@ FEWEST_BEST = 5  # trials that count as good: what the authors of the evaluator 
 BEST = 10  # trials in the table
 MOST_KEYS = 24  # in the picture
 COLUMNS = 3
+MOST_TICKS = 4  # of a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,10 @@ def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choic
             _draw_strips(panel, trials, key, axis)
         else:
             _draw_points(panel, [trial.values[key] for trial in trials], trials)
-            panel.set_xscale("log" if axis.log else "linear")
+            if axis.log:
+                _log_axis(panel, [trial.values[key] for trial in trials])
+            else:
+                panel.locator_params(axis="x", nbins=4)
         panel.set_xlabel(key, fontsize=9)
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=8)
@@ -217,17 +223,41 @@ def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choic
 
 def _draw_points(panel: Axes, places: Sequence[float], trials: Sequence[Trial]) -> None:
     best = max(range(len(trials)), key=lambda index: trials[index].value)
-    panel.plot(places, [trial.value for trial in trials], "o", color="tab:blue", alpha=0.45, markersize=4, markeredgewidth=0)
-    panel.plot([places[best]], [trials[best].value], "o", color="tab:red", markersize=6)
+    values = [trial.value for trial in trials]
+    panel.plot(places, values, "o", color=pictures.COLOURS[0], alpha=0.8, markersize=6, markeredgewidth=0)
+    panel.plot([places[best]], [values[best]], "o", color=pictures.COLOURS[4], markersize=9)
+
+
+def _log_axis(panel: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis with few ticks, in plain words: `1e-4`."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = min(values), max(values)
+    powers = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    ticks = powers[:: 1 + (len(powers) - 1) // MOST_TICKS] if len(powers) > 1 else np.geomspace(low, high, 3)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+
+
+def _plain(value: float) -> str:
+    """A number in two digits, with an exponent where it is far from 1: `0.05`, `1e-4`, `3.2e-5`."""
+    if 0.01 <= value < 10_000:
+        return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
 def _draw_strips(panel: Axes, trials: Sequence[Trial], key: str, axis: Choices) -> None:
+    import matplotlib
+
     words = [word for word in axis.words if any(trial.values[key] == word for trial in trials)]
     spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(trials))  # so that equal figures are seen as several
     _draw_points(panel, [words.index(trial.values[key]) + aside for trial, aside in zip(trials, spread, strict=True)], trials)
     for place, word in enumerate(words):
         middle = float(np.median([trial.value for trial in trials if trial.values[key] == word]))
-        panel.plot([place - 0.3, place + 0.3], [middle, middle], color="black", linewidth=1.5)
+        panel.plot([place - 0.3, place + 0.3], [middle, middle], color=matplotlib.rcParams["text.color"], linewidth=1.5)
     panel.set_xlim(-0.6, len(words) - 0.4)
     is_long = max(map(len, words)) > 6
     shown = [report_runs.short(word) for word in words]

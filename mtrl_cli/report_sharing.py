@@ -35,7 +35,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
         found = [_of_sharing(each, number) for number, each in enumerate(compared[:MOST_SETTINGS])]
         found[-1] = _with_lines(found[-1], _not_shown(settings, compared))
     else:
-        found = [_of_one_structure(settings[0], len(settings))]
+        found = _of_no_comparison(settings)
     return [*found, *_of_weights(groups)]
 
 
@@ -262,13 +262,23 @@ def _drawing(draw: Callable, tables: object) -> Callable:  # type: ignore[type-a
     return lambda: draw(tables)
 
 
-def _of_one_structure(setting: Setting, settings: int) -> Section:
-    """A report of runs that all share alike: what can be said of it all the same."""
-    options = sorted({way.option for way in setting.ways})
-    others = f" in each of {settings} settings" if settings > 1 else ""
-    line = f"All runs have one sharing structure{others}, such as {options[0]}: there is nothing to compare. {ADVICE}."
-    ways = [way for way in setting.ways if way.runs] if settings == 1 else []
-    return Section("sharing", "What sharing was worth", [line], _inside(setting, ways, ""))
+def in_short(groups: Sequence[Group]) -> list[str]:
+    """For the summary: that all runs share alike, so that a report has no part on what sharing was worth."""
+    options = {report_groups.option("network/sharing", group.first) for group in groups}
+    return (
+        [f"All have one sharing structure, {options.pop()}, so nothing tells what sharing was worth: {ADVICE}."]
+        if len(options) == 1
+        else []
+    )
+
+
+def _of_no_comparison(settings: Sequence[Setting]) -> list[Section]:
+    """A report without two structures in one setting: that is said where there are several at all, and else what is inside the one."""
+    if len({way.option for setting in settings for way in setting.ways}) > 1:
+        line = f"Structures differ only where tasks, budgets or other values do, too: there is nothing to compare. {ADVICE}."
+        return [Section("sharing", "What sharing was worth", [line])]
+    parts = _inside(settings[0], [way for way in settings[0].ways if way.runs], "") if len(settings) == 1 else []
+    return [Section("inside", "Inside the networks", [], parts)] if parts else []
 
 
 # -- task weights ---------------------------------------------------------------------------------------------------------------

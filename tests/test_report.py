@@ -183,6 +183,40 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["no_run", "a_file", "a_typo", "unwritable", "no_file_system"])
+def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    run = make_run(tmp_path / "run", **QUICK)
+    before = sorted(tmp_path.rglob("*"))
+    words, message = {
+        "no_run": ([tmp_path / "empty"], "no run lies there"),
+        "a_file": ([tmp_path / "file"], "file is no folder"),
+        "a_typo": ([run, "otu=x"], "did you mean out="),
+        "unwritable": ([run], "cannot be written"),
+        "no_file_system": ([run, "out=/proc/x"], "cannot be written"),
+    }[kind]
+    if kind == "unwritable":  # which permissions alone do not show to everybody
+
+        def refuse(**_: object) -> str:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(procedure.tempfile, "mkdtemp", refuse)
+    if kind == "no_file_system" and not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    with pytest.raises(UserError, match=message):
+        report(*words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_completed_run_whose_figures_end_early_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", **QUICK)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(lines[0])
+    report(run)
+    assert "its figures end at step 0 of 100,000" in (run / "report" / "runs.csv").read_text()
+
+
 # -- how tables are written -----------------------------------------------------------------------------------------------------
 
 ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]

@@ -67,7 +67,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     axes = {"network/sharing": ["independent", "hard", "film"], "optimizer.lr": ["1e-3", "1e-4", "3e-4", "1e-5"], "seed": [0, 1]}
     states = {1: "failed", 3: "pruned", 5: "running", 7: "waiting"}
     make_sweep(root / "sweep", axes, states=states, whys={1: "CUDA out of memory"}, evaluations=3, rows=9)
-    (root / "empty").mkdir()
+    make_sweep(root / "empty", {"network/sharing": ["hard", "film"], "seed": [0]}, states={0: "waiting", 1: "uncomposed"})
     make_run(root / "one_seed" / "only")
     _make_hostile(root / "hostile")
     make_run(root / "packs" / "a", ["env=classic_pack"], evaluations=3)
@@ -178,8 +178,8 @@ def test_words_stand_out_in_light_and_dark(opened: Any) -> None:
 
 
 @every(cases=("empty",))
-def test_a_page_without_a_run_says_so(opened: Any) -> None:
-    assert "There is no run here" in opened.inner_text("body")
+def test_a_page_without_a_completed_run_says_so(opened: Any) -> None:
+    assert "No run is completed yet: nothing was compared" in opened.inner_text("body")
     assert opened.locator("figure").count() == 0
 
 

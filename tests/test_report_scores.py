@@ -149,3 +149,18 @@ def test_every_picture_can_be_drawn_and_names_its_groups(count: int) -> None:
         assert drawn.startswith("<svg")
         # What has a colour of its own is named as text.
         assert sum(f"way $\\bad {index}<" in drawn for index in range(count)) >= min(8, count - each.name.startswith("probability"))
+
+
+@pytest.mark.parametrize(
+    ("worse", "seeds", "said"),
+    [(0.79, 5, "intervals overlap with worse."), (0.2, 5, None), (0.2, 4, "fewer than 5 seeds of some the order is not certain")],
+)
+def test_the_highest_is_named_by_its_figure_and_an_uncertain_order_is_said(worse: float, seeds: int, said: str | None) -> None:
+    spread = [-0.1, -0.05, 0.0, 0.05, 0.1]
+    groups = [
+        group(label, *(run(seed, [end + spread[seed]] * 2) for seed in range(seeds))) for label, end in (("worse", worse), ("a", 0.8))
+    ]
+    line = report_scores.sections(groups)[0].lines[0]
+    assert line.startswith("Of 2 configurations a has the highest IQM in test games, of 0.")
+    assert ("not certain" in line) == (said is not None)
+    assert said is None or said in line

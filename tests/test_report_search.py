@@ -162,3 +162,26 @@ def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tm
     assert f",{float(lr)!r}," in report_page.as_csv(best)
     picture = next(part for part in section.parts if isinstance(part, Picture))
     assert f"optimizer.lr={float(lr):.4g}," in picture.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(1e-5, 1e-2, {"1e-5", "1e-4", "1e-3", "0.01"}), (1e-9, 1.0, {"1e-9", "1e-6", "1e-3", "1"}), (2e-4, 3e-4, None)],
+)
+def test_logarithmic_axes_have_few_plain_ticks_within(low: float, high: float, ticks: set[str] | None, tmp_path: Path) -> None:
+    axes = {"optimizer.lr": Interval(low, high, log=True), "agent.gamma": Interval(0.9, 0.999)}
+    make_search(tmp_path / "S", 12, lambda values: 1.0 + values["agent.gamma"], axes)
+    for number, value in ((0, low), (1, high)):
+        path = tmp_path / "S" / "trials" / f"{number:04d}" / "trial.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"values": told["values"] | {"optimizer.lr": value}}))
+    (section,) = report_search.sections(tmp_path / "S")
+    made = report_page.render("", [], [section])["slices.svg"].decode()
+    assert "mathdefault" not in made
+    picture = next(part for part in section.parts if isinstance(part, Picture))
+    panel = picture.draw().axes[0]
+    panel.figure.canvas.draw()
+    shown = [label.get_text() for label in panel.get_xticklabels()]
+    assert 2 <= len(shown) <= 5
+    assert ticks is None or set(shown) == ticks
+    assert all(panel.get_xlim()[0] <= place <= panel.get_xlim()[1] for place in panel.get_xticks())

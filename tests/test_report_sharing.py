@@ -264,9 +264,13 @@ def test_one_structure_is_compared_with_nothing(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / str(seed), WORDS, seed=seed)
     (section,) = sections(tmp_path)
-    assert "nothing to compare" in section.lines[0]
+    assert section.title == "Inside the networks"
     assert "sharing_inside" in names(section)
     assert report_sharing.sections([]) == []
+    make_sweep(tmp_path / "S", {"optimizer.lr": ["0.1", "0.01"], "seed": [0]}, WORDS)
+    assert sections(tmp_path / "S") == []
+    (line,) = report_sharing.in_short(report_groups.grouped(report_runs.read([tmp_path / "S"])))
+    assert line.startswith("All have one sharing structure, hard, so nothing tells what sharing was worth")
 
 
 def test_other_packs_budgets_and_values_are_not_compared(tmp_path: Path) -> None:
