@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtrl_cli.errors import UserError
-from mtrl_cli.report_parts import Cell, Chosen, Interval, Picture, Section, Table
+from mtrl_cli.report_parts import Cell, GivenNumber, Interval, Picture, Section, Table
 
 MOST_ROWS = 1000
 """Of a table on the page; its CSV has all."""
@@ -201,7 +201,7 @@ def _words(cell: Cell | Interval) -> str:
         return cell or ""
     if isinstance(cell, int):
         return f"{cell:,}"
-    if isinstance(cell, Chosen):
+    if isinstance(cell, GivenNumber):
         return f"{cell:.4g}"
     digits = 0 if abs(cell) >= 1000 else 1 if abs(cell) >= 100 else 2 if abs(cell) >= 10 else 3
     text = f"{cell:,.{digits}f}"

@@ -13,7 +13,7 @@ Cell = str | float | int | None
 """Of a table: None is an empty cell. Numbers are written in full into CSV, rounded on the page."""
 
 
-class Chosen(float):
+class GivenNumber(float):
     """A number that a run was given, such as a step size: four significant digits on the page, however small it is."""
 
 

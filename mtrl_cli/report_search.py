@@ -16,7 +16,7 @@ import numpy as np
 from mtrl_cli import files, report_runs, sweep_plan
 from mtrl_cli import report_pictures as pictures
 from mtrl_cli.errors import UserError
-from mtrl_cli.report_parts import Cell, Chosen, Picture, Section, Table
+from mtrl_cli.report_parts import Cell, GivenNumber, Picture, Section, Table
 from mtrl_cli.sweep_plan import Choices, Interval, Plan
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _values(values: Any, axes: Mapping[str, Choices | Interval]) -> dict[str, An
                 return None
             continue
         try:
-            known[key] = Chosen(values[key])
+            known[key] = GivenNumber(values[key])
         except (TypeError, ValueError):
             return None
         if not axis.low <= known[key] <= axis.high:
