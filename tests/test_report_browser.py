@@ -169,6 +169,19 @@ def test_a_phone_has_nothing_to_scroll_sideways_but_boxes(opened: Any) -> None:
     assert small == []
 
 
+@every(width=390, cases=("sweep", "packs"))
+def test_no_word_of_a_tables_first_column_is_broken_on_a_phone(opened: Any) -> None:
+    broken = opened.eval_on_selector_all(
+        "tbody th",
+        "all => all.flatMap(each => [...each.textContent.matchAll(/[^\\s]+/g)].filter(word => {"
+        " const range = document.createRange();"
+        " range.setStart(each.firstChild, word.index); range.setEnd(each.firstChild, word.index + word[0].length);"
+        " const tops = [...range.getClientRects()].map(box => box.top);"
+        " return Math.max(...tops) > Math.min(...tops); }).map(word => word[0]))",
+    )
+    assert broken == []
+
+
 @pytest.mark.parametrize("opened", [("sweep", 1280, scheme) for scheme in ("light", "dark")], ids=("light", "dark"), indirect=True)
 def test_words_stand_out_in_light_and_dark(opened: Any) -> None:
     found = opened.evaluate(COLOURS)
