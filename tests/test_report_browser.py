@@ -73,9 +73,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_run(root / "packs" / "a", ["env=classic_pack"], evaluations=3)
     make_run(root / "packs" / "b", ["env=minatar_pack"], evaluations=3, status="failed", error="it broke")
     make_run(root / "packs" / "c", ["env=minatar_pack", "network/sharing=film"], evaluations=3, scored=False)
-    for case in CASES:
+    make_sweep(root / "long_words", {"agent.target_period": [1000, 10_000], "seed": [0]}, evaluations=2, rows=6)
+    cases = (*CASES, "long_words")
+    for case in cases:
         report([root / case], None, ["mtrl", "report", str(root / case)])
-    return {case: root / case / "report" / "index.html" for case in CASES}
+    return {case: root / case / "report" / "index.html" for case in cases}
 
 
 def _make_hostile(folder: Path) -> None:
@@ -167,6 +169,19 @@ def test_a_phone_has_nothing_to_scroll_sideways_but_boxes(opened: Any) -> None:
     )
     small = [(size, text) for size, text in sizes if size < READABLE]
     assert small == []
+
+
+@every(width=390, cases=("long_words",))
+def test_no_word_of_a_tables_first_column_is_broken_on_a_phone(opened: Any) -> None:
+    broken = opened.eval_on_selector_all(
+        "tbody th",
+        "all => all.flatMap(each => [...each.textContent.matchAll(/[^\\s]+/g)].filter(word => {"
+        " const range = document.createRange();"
+        " range.setStart(each.firstChild, word.index); range.setEnd(each.firstChild, word.index + word[0].length);"
+        " const tops = [...range.getClientRects()].map(box => box.top);"
+        " return Math.max(...tops) > Math.min(...tops); }).map(word => word[0]))",
+    )
+    assert broken == []
 
 
 @pytest.mark.parametrize("opened", [("sweep", 1280, scheme) for scheme in ("light", "dark")], ids=("light", "dark"), indirect=True)
