@@ -146,14 +146,15 @@ def children() -> set[int]:
 def test_a_cluster_of_this_machine_ends_with_its_launcher(
     launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
 ) -> None:
-    before = children()
+    before, mode = children(), os.environ.get("RAY_AUTH_MODE")
     with pytest.raises(UserError, match=r"launcher\.cpus=4096: a run could never begin, as this machine has \d+"):
         launch(address=None, cpus=4096)
     worker("echo done")
     ray = launch(address=None)
     assert ends_of(ray.start(runs[0])) == [End(0)]
-    assert children() > before
+    assert children() - before, "its own processes"
     ray.close()
+    assert os.environ.get("RAY_AUTH_MODE") == mode, "what a local cluster asks for is not asked of others"
     until(lambda: children() <= before, "Ray's processes live on")
 
 
@@ -185,13 +186,12 @@ def is_child_of(process: int, ancestor: int) -> bool:
     return process == ancestor
 
 
-@pytest.mark.xfail(strict=False, reason="seen once that no run was given to the second node within the wait; not understood yet")
 def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_path: Path) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=2**27)
     cluster.wait_for_nodes()
     raylet = node.all_processes["raylet"][0].process.pid
     folder = tmp_path / "S"
-    words = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=1200", "checkpoint.every=200", "eval.episodes=1", "device=cpu"]
+    words = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=6000", "checkpoint.every=200", "eval.episodes=1", "device=cpu"]
     words += ["seed=0,1,2", "launcher=ray", f"launcher.address={cluster.address}", "launcher.jobs=2", f"run_dir={folder}"]
     with (tmp_path / "output").open("w") as output:
         sweep = subprocess.Popen([sys.executable, "-m", "mtrl_cli", "sweep", *words], stdout=output, stderr=output, cwd=tmp_path)
@@ -200,7 +200,7 @@ def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_
         there = until(lambda: [each for each in processes_of(folder) if is_child_of(each, raylet)], "no run on the second node")[0]
         run = Path(os.fsdecode(Path(f"/proc/{there}/cmdline").read_bytes().split(b"\0")[-2]))
         until(lambda: list(run.glob("checkpoints/*/COMPLETE")), "it has saved nothing")
-        assert not (run / "checkpoints/1200").exists(), "it was at work"
+        assert not (run / "checkpoints/6000").exists(), "it was at work"
         cluster.remove_node(node, allow_graceful=False)
         assert sweep.wait(240) == 0, (tmp_path / "output").read_text()[-3000:]
     finally:

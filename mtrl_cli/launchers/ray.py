@@ -21,6 +21,7 @@ from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
 
 CONNECT_SECONDS = 10.0
+AUTH_MODE = "RAY_AUTH_MODE"
 STORE_BYTES = 2**27  # the object store of a local cluster, through which next to nothing goes
 WAIT_SECONDS = 0.1
 
@@ -125,6 +126,8 @@ class RayLauncher(Launcher):
             raise UserError(f"launcher.gpus={gpus:g}: expected a whole number, or less than one")
         # Before Ray is imported, which reads it then.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # A local cluster asks for a token, and Ray says so in the environment: others that we or our children join need not.
+        self._auth_mode = os.environ.get(AUTH_MODE)
         self._ray: Any = importlib.import_module("ray")
         logging.getLogger("ray").setLevel(logging.ERROR)
         self.jobs = jobs
@@ -174,6 +177,8 @@ class RayLauncher(Launcher):
         """See the base class."""
         with _handlers_kept():
             self._ray.shutdown()
+        if self._auth_mode is None:
+            os.environ.pop(AUTH_MODE, None)
 
 
 @contextlib.contextmanager
