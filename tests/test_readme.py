@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 LINES = [line for language, text in BLOCKS if not language for line in text.replace("\\\n", " ").splitlines()]
 TRAINING = [line for line in LINES if line.startswith("mtrl train ") and "run_dir=R" not in line]
+MANY = [line for line in LINES if line.startswith(("mtrl sweep ", "mtrl study "))]
 FAST = [line for line in LINES if line.startswith(("mtrl bench ", "torchrun "))]
 
 
@@ -39,7 +40,15 @@ def test_the_study_of_transfer_composes(here: MtrlHere) -> None:
     assert "steps_per_task" in here("train", *(word for word in words if not word.startswith("seeds=")), "--dry-run").stdout
 
 
+@pytest.mark.parametrize("line", MANY)
+def test_every_sweep_and_study_is_planned(line: str, here: MtrlHere) -> None:
+    """Each run of it composes, and its samplers, pruners and figures go together."""
+    words = [word for word in shlex.split(line, comments=True)[1:] if word != "--dry-run"]
+    assert "trials, " in here(*words, "--dry-run").stdout
+
+
 def test_there_are_commands_to_test() -> None:
+    assert len(MANY) >= 4
     assert len(TRAINING) >= 6
     assert len(FAST) == 3
 
