@@ -144,7 +144,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_save_and_end_when_their_parent_dies(number: signal.Signals, tmp_path: Path) -> None:
-    runs = [tmp_path / name for name in ("a", "b")]
+    runs = [tmp_path / name for name in ("0000", "0001")]
     for run in runs:
         run.mkdir()
         (run / "config.yaml").write_text("seed: 0\n")
