@@ -4,7 +4,7 @@
 PYTHON ?=
 # Another build of torch than pip's default (on Linux: CUDA), from PyTorch's own index, at the first install:  make train TORCH=cpu
 TORCH ?=
-# More for the command itself:  make train ARGS='seed=1 device=cpu'  ·  make test ARGS='tests/test_replay.py -x'
+# More for the command itself:  make train ARGS='seed=1 device=cpu'  ·  make test ARGS='tests/replay -x'
 ARGS ?=
 
 VENV := .venv
@@ -25,10 +25,11 @@ train: $(VENV)/.installed ## install, then train one network on eight Atari game
 test: $(VENV)/.installed-dev ## install what tests need, then run them all
 	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile $(ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff (lint and format) and mypy, changing nothing
+lint: $(VENV)/.installed-dev ## ruff (lint and format), mypy and import-linter; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.installed-dev ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .

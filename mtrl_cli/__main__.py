@@ -1,8 +1,8 @@
 """`python -m mtrl_cli` is `mtrl`."""
 
-from mtrl_cli import parent
-from mtrl_cli.cli import main
+from mtrl_cli.cli.main import main
+from mtrl_cli.machine import parent_watchdog
 
 if __name__ == "__main__":
-    parent.watch()
+    parent_watchdog.watch()
     main()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every figure that the project promises, measured in one run and printed beside its bar. (A bar missed is shown, not an error.)
+"""Every metric that the project promises, measured in one run and printed beside its bar. (A bar missed is shown, not an error.)
 
 Run it with `make bench`, or as `python scripts/bench.py [--rounds 3] [--json]`.
 """
@@ -20,7 +20,7 @@ import bench_limit
 import bench_sb3
 
 
-class Figure(NamedTuple):
+class Measurement(NamedTuple):
     """A measured value, and the bound that it is held against."""
 
     name: str
@@ -48,7 +48,7 @@ def script(name: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def figures(
+def metrics(
     startup: dict[str, float],
     first_step: dict[str, dict[str, dict[str, float]]],
     memory: dict[str, float],
@@ -56,8 +56,8 @@ def figures(
     limit: dict[str, Any],
     weights: list[dict[str, Any]],
     augmentations: list[dict[str, Any]],
-) -> list[Figure]:
-    """All figures with their bars."""
+) -> list[Measurement]:
+    """All metrics with their bars."""
     worst = [max((row for row in weights if row["needs"] == needs), key=lambda row: row["ratio"]) for needs in ("gram", "rows")]
     # Of all but the shift, which has a bar of its own, the slowest.
     slowest = [
@@ -66,26 +66,29 @@ def figures(
     ]
     sides = limit["sides"]
     return [
-        Figure("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
-        Figure("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 3.0, True),
-        Figure("steps/s over stable-baselines3's DQN, pqn, one game", ratio["mtrl pqn, breakout"], "times", 5.5, True),
-        *(Figure(f"share of the limit, {side}", found["share"], "", 0.9, True) for side, found in sides.items()),
-        Figure("eight games over one with as many environments", limit["eight_over_one"], "times", 0.9, True),
-        Figure("MinAtar, dqn at 8 samples per step", sides["minatar_pack"]["loop"], "steps/s", 4000, True),
-        Figure("MinAtar, pqn at 4 samples per step", sides["minatar_pack, pqn, 4 epochs"]["loop"], "steps/s", 10_000, True),
+        Measurement("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
+        Measurement("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 3.0, True),
+        Measurement("steps/s over stable-baselines3's DQN, pqn, one game", ratio["mtrl pqn, breakout"], "times", 5.5, True),
+        *(Measurement(f"share of the limit, {side}", found["share"], "", 0.9, True) for side, found in sides.items()),
+        Measurement("eight games over one with as many environments", limit["eight_over_one"], "times", 0.9, True),
+        Measurement("MinAtar, dqn at 8 samples per step", sides["minatar_pack"]["loop"], "steps/s", 4000, True),
+        Measurement("MinAtar, pqn at 4 samples per step", sides["minatar_pack, pqn, 4 epochs"]["loop"], "steps/s", 10_000, True),
         *(
-            Figure(f"to the first step, {pack}, {way}", found["first_step"], "s", bench_first_step.BARS[way], False)
+            Measurement(f"to the first step, {pack}, {way}", found["first_step"], "s", bench_first_step.BARS[way], False)
             for pack, ways in first_step.items()
             for way, found in ways.items()
         ),
         *(
-            Figure(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
+            Measurement(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
             for row in worst
         ),
-        *(Figure(f"an update over one without, {row['name']}, {row['env']}", row["ratio"], "times", row["bar"], False) for row in slowest),
-        Figure("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
-        Figure("mtrl --help", startup["help"], "s", 0.5, False),
-        Figure("mtrl train --dry-run", startup["dry_run"], "s", 1.5, False),
+        *(
+            Measurement(f"an update over one without, {row['name']}, {row['env']}", row["ratio"], "times", row["bar"], False)
+            for row in slowest
+        ),
+        Measurement("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
+        Measurement("mtrl --help", startup["help"], "s", 0.5, False),
+        Measurement("mtrl train --dry-run", startup["dry_run"], "s", 1.5, False),
     ]
 
 
@@ -104,7 +107,7 @@ def main() -> None:
         "augmentation": script("bench_augmentation.py"),
     }
     from bench_augmentation import table as augmentation_table
-    from bench_task_weights import table as weights_table  # imports torch and the peers, which the figures above do without
+    from bench_task_weights import table as weights_table  # imports torch and the peers, which the metrics above do without
 
     if options.json:
         print(json.dumps(found))
@@ -116,8 +119,8 @@ def main() -> None:
     print(weights_table(found["task_weights"]), end="\n\n")
     print(augmentation_table(found["augmentation"]), end="\n\n")
     startup, first_step, memory, ratio = found["startup"], found["first_step"], found["memory"], found["speed"]["ratio"]
-    for figure in figures(startup, first_step, memory, ratio, found["limit"], found["task_weights"], found["augmentation"]):
-        print(figure)
+    for metric in metrics(startup, first_step, memory, ratio, found["limit"], found["task_weights"], found["augmentation"]):
+        print(metric)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ games (the Nature network, 32 samples each) and on MinAtar (as tuned: 128 sample
     pip install 'mtrl_cli[minatar]'
     python scripts/bench_augmentation.py [--pairs 10] [--env atari_pack] [--device cpu] [--busy] [--json] [NAME ...]
 
-Each figure is the median over pairs of one update with it and one without, in turns. With `--busy` one thread works and its CPU time is
+Each metric is the median over pairs of one update with it and one without, in turns. With `--busy` one thread works and its CPU time is
 taken, which other processes disturb less.
 """
 
@@ -25,11 +25,15 @@ from typing import Any
 import torch
 
 from bench_task_weights import seconds
-from mtrl_cli import build, build_augmentation, catalogue, config, settling
 from mtrl_cli.augmentation.base import Pipeline
-from mtrl_cli.distributed import ALONE
+from mtrl_cli.build import augmentation as build_augmentation
+from mtrl_cli.build import resolve_auto
+from mtrl_cli.build import run as build_run
+from mtrl_cli.config import compose
+from mtrl_cli.config import options as catalogue
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.learner import Learner
+from mtrl_cli.parallel.distributed import ALONE
+from mtrl_cli.training.learner import Learner
 
 PACKS = {
     "atari_pack": ["agent.batch_size=32"],
@@ -48,16 +52,16 @@ def bar_of(name: str) -> float:
 def make_learner(env: str, options: argparse.Namespace, run_dir: str) -> tuple[Learner, dict[str, Any], Pack]:
     """The learner of a run, its replay filled with noise, its settled configuration, and its pack."""
     words = [f"env={env}", *PACKS[env], "replay.capacity=4000", f"device={options.device}", f"run_dir={run_dir}"]
-    composed = config.compose_training([*words, f"threads={1 if options.busy else 'auto'}"])
+    composed = compose.compose_training([*words, f"threads={1 if options.busy else 'auto'}"])
     # That no game is the same in a mirror does not matter here.
     composed["env"]["symmetric"] = composed["env"]["tasks"]
-    pack = build.make_pack(composed)
+    pack = build_run.make_pack(composed)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = settling.settle(composed, pack, say)
-    learner = build.make_run(settled, pack, say).learner
+    settled = resolve_auto.settle(composed, pack, say)
+    learner = build_run.make_run(settled, pack, say).learner
     spec, random = learner.replay.spec, torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)
     never = torch.zeros(shape, dtype=torch.bool)

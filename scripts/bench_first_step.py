@@ -34,14 +34,15 @@ def play_until_first_update(overrides: list[str]) -> dict[str, float]:
     Returns:
         seconds since the imports to the `first_step` and the `first_update`; `emulators`, those of them in which emulators were started.
     """
-    from mtrl_cli import config, train
-    from mtrl_cli.envs.task_pack import TaskPack
-    from mtrl_cli.learner import Learner
-    from mtrl_cli.loop import Loop
+    from mtrl_cli.commands import train as train_command
+    from mtrl_cli.config import compose
+    from mtrl_cli.envs.vector_tasks import VectorTasks
+    from mtrl_cli.training.learner import Learner
+    from mtrl_cli.training.loop import Loop
 
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
-    ticks, update, open_pack, reset = Loop.ticks, Learner.update, TaskPack.__init__, TaskPack.reset
+    ticks, update, open_pack, reset = Loop.ticks, Learner.update, VectorTasks.__init__, VectorTasks.reset
 
     def timed(start: Callable[..., Any]) -> Callable[..., Any]:
         def starting(*arguments: Any, **options: Any) -> Any:
@@ -67,9 +68,9 @@ def play_until_first_update(overrides: list[str]) -> dict[str, float]:
         raise _Enough
 
     Loop.ticks, Learner.update = timed_ticks, timed_update  # type: ignore[method-assign]
-    TaskPack.__init__, TaskPack.reset = timed(open_pack), timed(reset)  # type: ignore[method-assign]
+    VectorTasks.__init__, VectorTasks.reset = timed(open_pack), timed(reset)  # type: ignore[method-assign]
     try:
-        train.train(config.compose_training(overrides), command=["mtrl", "train", *overrides])
+        train_command.train(compose.compose_training(overrides), command=["mtrl", "train", *overrides])
     except _Enough:
         return seconds
     raise SystemExit("the run ended before its first update")

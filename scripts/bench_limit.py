@@ -39,7 +39,7 @@ def bench(overrides: list[str], seconds: float, folder: str) -> dict[str, Any]:
 
 
 def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
-    """Medians of every side's figures over the rounds, and every round's share."""
+    """Medians of every side's metrics over the rounds, and every round's share."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -58,12 +58,12 @@ def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as lines of text."""
+    """The metrics as lines of text."""
     names = ("emulators", "acting", "learning", "limit", "loop")
     lines = [f"{'steps/s, medians':<30}" + "".join(f"{name:>11}" for name in names) + f"{'share':>8}   share by round"]
-    for side, figures in result["sides"].items():
+    for side, metrics in result["sides"].items():
         by_round = " ".join(f"{share:.2f}" for share in result["share_by_round"][side])
-        lines.append(f"{side:<30}" + "".join(f"{figures[name]:>11,.0f}" for name in names) + f"{figures['share']:>8.2f}   {by_round}")
+        lines.append(f"{side:<30}" + "".join(f"{metrics[name]:>11,.0f}" for name in names) + f"{metrics['share']:>8.2f}   {by_round}")
     by_round = " ".join(f"{ratio:.2f}" for ratio in result["eight_over_one_by_round"])
     lines.append(f"eight games over one game with as many environments: {result['eight_over_one']:.2f}   by round {by_round}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mtrl_cli.replay import ReplaySpec, UniformReplay
+from mtrl_cli.replay.buffers import ReplaySpec, UniformReplay
 
 GAMES, ENVS = 8, 8
 EPISODE_STEPS = 500
@@ -66,11 +66,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figure = measure(options.transitions)
+    metric = measure(options.transitions)
     if options.json:
-        print(json.dumps({"bytes_per_transition": figure}))
+        print(json.dumps({"bytes_per_transition": metric}))
         return
-    print(f"{figure:,.0f} bytes per Atari transition, {options.transitions:,} transitions of {GAMES} games")
+    print(f"{metric:,.0f} bytes per Atari transition, {options.transitions:,} transitions of {GAMES} games")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fake_runs import make_sweep, make_trial  # type: ignore[import-not-found]
+from tests.helpers.fake_runs import make_sweep, make_trial
 
 STRUCTURES = ["independent", "hard", "film", "mmoe", "task_embedding"]
 
 
 def grid(folder: Path, seeds: int) -> None:
     """5 structures x 4 weights x seeds."""
-    axes = {"network/sharing": STRUCTURES, "task_weights": ["uniform", "pcgrad", "dwa", "cagrad"], "seed": list(range(seeds))}
+    axes: dict[str, Sequence[object]] = {
+        "network/sharing": STRUCTURES,
+        "task_weights": ["uniform", "pcgrad", "dwa", "cagrad"],
+        "seed": list(range(seeds)),
+    }
     make_sweep(folder, axes)
 
 

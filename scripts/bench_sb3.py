@@ -6,7 +6,7 @@ Beside them `agent=pqn` on the same game, at 4 samples per step (4 epochs), with
     pip install 'mtrl_cli[bench]'
     python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
 
-`mtrl train` is the real command, with its logging; the figures are the rows of its metrics.jsonl once it learns and has compiled.
+`mtrl train` is the real command, with its logging; the metrics are the rows of its metrics.jsonl once it learns and has compiled.
 Evaluation and checkpoints are only at its end. The machine's speed drifts: only the ratios of one run mean something.
 """
 
@@ -153,7 +153,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as lines of text."""
+    """The metrics as lines of text."""
     lines = [f"{'medians':<30}{'batch':>9}{'samples/step':>14}{'updates/s':>11}{'steps/s':>9}{'ratio':>7}   ratio by round"]
     for side in SIDES:
         keys = ("samples_per_step", "updates_per_second", "steps_per_second")

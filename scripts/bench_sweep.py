@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli import files, sweep_plan
-from mtrl_cli.sweep_runs import TrialRun
-from mtrl_cli.sweep_trials import Book
+from mtrl_cli.files import atomic
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.trial_run import TrialRun
+from mtrl_cli.sweeps.trial_storage import TrialStorage
 
 RUN = ["env=classic_pack", "steps_per_task=400", "agent.learning_starts=100", "eval.episodes=1", "eval.max_steps=50", "device=cpu"]
 
@@ -68,12 +69,12 @@ def finished(count: int) -> dict[str, float]:
         folder.mkdir()
         plan = sweep_plan.make([*RUN, f"seed=range({count})", f"run_dir={folder}"])
         sweep_plan.save(plan, folder, ["mtrl", "sweep"])
-        book = Book(folder, plan, first=1)
+        book = TrialStorage(folder, plan, first=1)
         while (taken := book.take()) is not None:
             run = TrialRun(folder, plan, taken)
             run.path.mkdir(parents=True)
             run.write(state="completed", value=float(taken.number % 7), step=400, seconds=1.0)
-            files.replace(run.path / "run.json", files.to_json({"status": "completed", "seconds": 1.0}).encode())
+            atomic.replace(run.path / "run.json", atomic.to_json({"status": "completed", "seconds": 1.0}).encode())
             book.tell(taken.number, "completed", run.record["value"])
         return {f"resume_of_{count}_finished": seconds(["resume", str(folder)], Path(name))}
 

@@ -8,7 +8,7 @@ own batches, and TorchJD's `mtl_backward` and `autogram` with PCGrad.
     pip install 'mtrl_cli[solvers]'
     python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--busy] [--json] [NAME ...]
 
-Each figure is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so
+Each metric is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so
 many updates (`nash_mtl`), a whole period is timed, and its interval is in the table. With `--busy` one thread works and its CPU time is
 taken, which other processes disturb less.
 """
@@ -28,10 +28,13 @@ from typing import Any
 import torch
 
 from bench_task_weights_peers import PEERS
-from mtrl_cli import build, catalogue, config, instances, settling
+from mtrl_cli.build import instantiate, resolve_auto
+from mtrl_cli.build import run as build_run
+from mtrl_cli.config import compose
+from mtrl_cli.config import options as catalogue
 from mtrl_cli.errors import UserError
-from mtrl_cli.learner import Learner
 from mtrl_cli.task_weights.base import TaskWeights
+from mtrl_cli.training.learner import Learner
 
 GAMES = ("pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway")
 BARS = {"losses": None, "gram": 1.3, "rows": 2.2}
@@ -51,14 +54,14 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
         "threads": 1 if options.busy else "auto",
         "run_dir": run_dir,
     }
-    composed = config.compose_training([f"{key}={value}" for key, value in overrides.items()])
-    pack = build.make_pack(composed)
+    composed = compose.compose_training([f"{key}={value}" for key, value in overrides.items()])
+    pack = build_run.make_pack(composed)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = settling.settle(composed, pack, say)
-    learner = build.make_run(settled, pack, say).learner
+    settled = resolve_auto.settle(composed, pack, say)
+    learner = build_run.make_run(settled, pack, say).learner
     spec = learner.replay.spec
     random = torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)
@@ -81,7 +84,7 @@ def settled_every(name: str) -> int:
 def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWeights:
     """Another weighting for the same run."""
     section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
-    made: TaskWeights = instances.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
+    made: TaskWeights = instantiate.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
     return made
 
 

@@ -16,9 +16,9 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.dqn import DQN
-from mtrl_cli.learner import Learner
 from mtrl_cli.networks import value_losses
-from mtrl_cli.replay import Batch
+from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.training.learner import Learner
 
 Update = Callable[[], None]
 GAMMA = 0.99

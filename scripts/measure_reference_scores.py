@@ -17,7 +17,7 @@ import numpy as np
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.envs.minatar import GAMES, MinAtarPack
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.envs.task_pack import TaskPack
+from mtrl_cli.envs.vector_tasks import VectorTasks
 
 TABLE = Path(__file__).parent.parent / "mtrl_cli/envs/data/other_scores.csv"
 NUM_ENVS = 16
@@ -38,7 +38,7 @@ REFERENCES = {
 
 def random_returns(pack: Pack, episodes_per_env: int, seed: int) -> list[np.ndarray]:
     """For each task, the returns of `NUM_ENVS * episodes_per_env` episodes of uniform random play."""
-    played = TaskPack(pack, num_envs=NUM_ENVS, seed=seed, num_threads=1, training=False, stream="random-scores")
+    played = VectorTasks(pack, num_envs=NUM_ENVS, seed=seed, num_threads=1, training=False, stream="random-scores")
     played.reset()
     generator = np.random.default_rng(seed)
     shape = len(pack.tasks), NUM_ENVS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mtrl_cli.display import Display, evaluation_table
+from mtrl_cli.runs.progress import Display, evaluation_table
 
 WIDTH = 100
 
@@ -25,10 +25,10 @@ def picture(run: Path) -> str:
     newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     evaluation = json.loads(newest.read_text())
     last = [row for row in rows if "perf/steps_per_second" in row][-1]
-    figures = {name: value for row in rows for name, value in row.items() if value is not None and "/" in name}
+    metrics = {name: value for row in rows for name, value in row.items() if value is not None and "/" in name}
     display = Display(list(evaluation["tasks"]), last["step"], last["frames"] // last["step"], out=io.StringIO())
     display.console = Console(file=io.StringIO(), width=WIDTH, height=40, force_terminal=True)
-    display.update(last["step"], figures, seconds=last["seconds"])
+    display.update(last["step"], metrics, seconds=last["seconds"])
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     command = re.sub(r" run_dir=\S+", "", json.loads((run / "run.json").read_text())["command"])
     console.print(f"$ {command}", style="bold")

@@ -89,13 +89,13 @@ def group_table(folders: list[Path]) -> str:
 
 def curve_table(run: Path, points: int = 12) -> str:
     """How one run got there: the mean return of training episodes over `points` equal parts of the run, and steps per second."""
-    figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tasks = list(last_evaluation(run)["tasks"])
-    last = figures[-1]["step"]
+    last = metrics[-1]["step"]
     lines = [["step", "minutes", *tasks, "steps/s"]]
     for part in range(1, points + 1):
         low, high = last * (part - 1) / points, last * part / points
-        inside = [row for row in figures if low < row["step"] <= high and "perf/steps_per_second" in row]
+        inside = [row for row in metrics if low < row["step"] <= high and "perf/steps_per_second" in row]
         if not inside:
             continue
         cells = []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 
-from mtrl_cli import transfer_report
+from mtrl_cli.studies import transfer_report
 
 
 def main() -> None:

@@ -1,85 +1,19 @@
-"""What tests share: few threads, and the real `mtrl` command in a clean environment."""
+"""Fixtures that tests share. Sets one thread per process before anything imports torch."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 
-# Before anything imports torch: small tensors are quicker on one thread, and every command started here is given the same.
+# Small tensors are faster on one thread, and every command started by a test inherits the setting.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+pytest.register_assert_rewrite("tests.helpers")
 
-
-class Mtrl:
-    """The installed `mtrl` command, in a process of its own, which inherits nothing of the caller's environment but PATH.
-
-    Args:
-        folder: what commands run in; their home.
-        executable: the console script.
-    """
-
-    def __init__(self, folder: Path, executable: Path = Path(sys.executable).parent / "mtrl"):
-        self.folder = folder
-        self.executable = executable
-
-    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-        """Start it, with pipes for stdout and stderr; further keywords are environment variables."""
-        clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-        # Their homes are new each time; what torch compiled for one serves the next.
-        clean["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_tests_{os.getuid()}")
-        return subprocess.Popen(
-            [str(self.executable), *map(str, arguments)],
-            cwd=self.folder,
-            env=clean | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __call__(self, *arguments: object, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run it to its end and check its exit code (None: any)."""
-        process = self.start(*arguments, **environment)
-        stdout, stderr = process.communicate()
-        if code is not None:
-            assert process.returncode == code, f"mtrl {arguments}: exit code {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
-class MtrlHere:
-    """The same command in this process: quick, for all that needs no signal and no death.
-
-    Args:
-        folder: what commands run in.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __call__(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run it to its end and check its exit code."""
-        from mtrl_cli import cli
-
-        stdout, stderr = io.StringIO(), io.StringIO()
-        words = ["mtrl", *map(str, arguments)]
-        before, sys.argv = sys.argv, words
-        try:
-            streams = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
-            with contextlib.chdir(self.folder), streams[0], streams[1], pytest.raises(SystemExit) as ended:
-                cli.main()
-        finally:
-            sys.argv = before
-        assert ended.value.code == code, f"{words}: exit code {ended.value.code}\n{stdout.getvalue()[-2000:]}\n{stderr.getvalue()[-4000:]}"
-        return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+from tests.helpers.command import ROOT, Mtrl, MtrlHere  # noqa: E402 (after the environment is set)
 
 
 @pytest.fixture

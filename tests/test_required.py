@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import required
+from tests.helpers import required
 
 
 def test_what_is_missing_skips_unless_it_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:

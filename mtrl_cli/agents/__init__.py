@@ -1,1 +1,1 @@
-"""Learning algorithms."""
+"""Learning algorithms: DQN and PQN."""

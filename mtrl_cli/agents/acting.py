@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mtrl_cli import generators
+from mtrl_cli.machine import rng
 from mtrl_cli.networks.network import MultiTaskNetwork
 
 
@@ -50,4 +50,4 @@ class EpsilonGreedy:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])

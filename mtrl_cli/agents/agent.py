@@ -12,7 +12,7 @@ import torch
 
 from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.replay import Batch, Replay
+from mtrl_cli.replay.buffers import Batch, Replay
 
 
 @dataclass
@@ -91,10 +91,10 @@ class Agent(ABC):
     def after_update(self, updates: int) -> None:
         """What follows the `updates`-th update (the target network)."""
 
-    def take_over(self, names: Collection[str]) -> None:
+    def sync_target(self, names: Collection[str]) -> None:
         """Some of the network's parameters, by name, were changed, not learned (a reset, a source): what follows takes them at once."""
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         """What it has to tell of itself now, by name, each float `[K]`."""
         return {}
 

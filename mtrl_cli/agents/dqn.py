@@ -11,15 +11,15 @@ import torch
 
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.agents.learner_view import LearnerView, epsilon_schedule
+from mtrl_cli.agents.reward_transform import RewardTransform, epsilon_schedule
 from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.augmentation.base import repeated
-from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import FIRST_ITERATIONS
-from mtrl_cli.replay import Batch
+from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class DQN(Agent):
@@ -83,7 +83,7 @@ class DQN(Agent):
         self.n_step, self.loss_draws, self.target_draws = n_step, loss_draws, target_draws
         self._gamma, self._double, self._huber = gamma, double, huber
         self._target_period, self._target_tau = int(target_period), target_tau
-        self._view = LearnerView(value_scale, task_names, reward_factors)
+        self._view = RewardTransform(value_scale, task_names, reward_factors)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self.epsilon_schedule = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
         self._compiled_losses = compile_with(self._losses)
@@ -169,7 +169,7 @@ class DQN(Agent):
         if self._target_period and updates % self._target_period == 0:
             self._copy_to_target(list(self.network.state_dict()))
 
-    def take_over(self, names: Collection[str]) -> None:
+    def sync_target(self, names: Collection[str]) -> None:
         self._copy_to_target(names)
         for layer in self._target_spectral_layers:
             layer.power_step(times=FIRST_ITERATIONS, frozen=True)
@@ -179,8 +179,8 @@ class DQN(Agent):
         theirs, mine = self.target_network.state_dict(), self.network.state_dict()
         torch._foreach_copy_([theirs[name] for name in names], [mine[name] for name in names])
 
-    def figures(self) -> dict[str, torch.Tensor]:
-        return self._view.scale.figures()
+    def metrics(self) -> dict[str, torch.Tensor]:
+        return self._view.scale.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         return {"target_network": self.target_network.state_dict(), "value_scale": self._view.scale.state_dict()}

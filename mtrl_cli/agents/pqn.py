@@ -11,12 +11,12 @@ import torch
 
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.agents.learner_view import LearnerView, epsilon_schedule
+from mtrl_cli.agents.reward_transform import RewardTransform, epsilon_schedule
 from mtrl_cli.agents.value_scale import ValueScale
-from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.replay import Batch, Replay
-from mtrl_cli.rollouts import Rollouts
+from mtrl_cli.replay.buffers import Batch, Replay
+from mtrl_cli.replay.rollout_buffer import Rollouts
+from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class PQN(Agent):
@@ -85,7 +85,7 @@ class PQN(Agent):
         self.learning_starts = num_envs + (samples - math.ceil(self.batch_size / epochs) if overlap else 0)
         self.updates_per_rollout = epochs * minibatches
         self._gamma, self._trace_decay, self._huber = gamma, trace_decay, huber
-        self._view = LearnerView(value_scale, task_names, reward_factors)
+        self._view = RewardTransform(value_scale, task_names, reward_factors)
         self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
         self._epsilon = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
         self._compiled_losses = compile_with(self._losses)
@@ -146,8 +146,8 @@ class PQN(Agent):
     def after_update(self, updates: int) -> None:
         """There is no target network."""
 
-    def figures(self) -> dict[str, torch.Tensor]:
-        return self._view.scale.figures()
+    def metrics(self) -> dict[str, torch.Tensor]:
+        return self._view.scale.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         return {"value_scale": self._view.scale.state_dict()}

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from mtrl_cli.distributed import ALONE, Ranks
-from mtrl_cli.fields import Fraction, PositiveFloat
 from mtrl_cli.networks.heads import Head
+from mtrl_cli.parallel.distributed import ALONE, Ranks
+from mtrl_cli.types import Fraction, PositiveFloat
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ValueScale(ABC):
         """What a network's values are multiplied by and moved by to be values of the game's own rewards, float32 `[K]` each."""
         return self.scale_K, self.mean_K
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         """Its statistics by name, each float `[K]`."""
         return {}
 
@@ -190,7 +190,7 @@ class PopArt(ValueScale):
             self._weight_K[here] = other._weight_K[there]
         self._settle()
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         return {"value/mean": self.mean_K, "value/scale": self.scale_K}
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class ReturnNorm(ValueScale):
     def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._divisor_K, self.mean_K
 
-    def figures(self) -> dict[str, torch.Tensor]:
+    def metrics(self) -> dict[str, torch.Tensor]:
         return {"value/scale": self._divisor_K}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is done to a batch's observations before the learner sees them."""
+"""Data augmentation of batches on the device."""

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from mtrl_cli import generators
-from mtrl_cli.replay import Batch
+from mtrl_cli.machine import rng
+from mtrl_cli.replay.buffers import Batch
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Augmentation(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])
 
 
 class Pipeline:

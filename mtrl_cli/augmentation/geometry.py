@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mtrl_cli.augmentation.base import Augmentation, Observations, per_sample
-from mtrl_cli.fields import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 PIXELS_PER_PAD = 21
 """`pad=auto`: DrQ's 4 pixels of 84, and 1 of 10."""

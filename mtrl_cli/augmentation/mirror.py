@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from mtrl_cli.augmentation.base import Augmentation, Observations
-from mtrl_cli.fields import Fraction
-from mtrl_cli.replay import Batch
+from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.types import Fraction
 
 _OTHER = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
 

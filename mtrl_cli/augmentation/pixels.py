@@ -10,7 +10,7 @@ import torch
 
 from mtrl_cli.augmentation.base import Augmentation, Observations, per_sample
 from mtrl_cli.augmentation.geometry import as_images, with_edges
-from mtrl_cli.fields import Fraction, NonNegativeFloat
+from mtrl_cli.types import Fraction, NonNegativeFloat
 
 NOISE_TABLE = 2**20
 BLUR_RADIUS = 2

@@ -1,1 +1,1 @@
-"""Packs of tasks: K vector environments stepped as one."""
+"""Environment packs: K tasks with N environments each, stepped together."""

@@ -23,7 +23,7 @@ from ale_py.vector_env import AtariVectorEnv
 from mtrl_cli.envs.names import check_names
 from mtrl_cli.envs.pack import Pack, Received, Task
 from mtrl_cli.envs.scores import scores
-from mtrl_cli.fields import Names, PositiveInt
+from mtrl_cli.types import Names, PositiveInt
 
 SIZE = 84
 FRAMES_PER_STEP = 4

@@ -20,7 +20,7 @@ from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError
-from mtrl_cli.fields import Names, NonNegativeInt, PositiveInt
+from mtrl_cli.types import Names, NonNegativeInt, PositiveInt
 
 UNBOUNDED = 1e30  # some environments write the largest float32 for "no bound"
 USUAL_FRAMES_PER_SECOND = 30

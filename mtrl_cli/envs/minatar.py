@@ -19,7 +19,7 @@ from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError
-from mtrl_cli.fields import Fraction, Names, PositiveInt
+from mtrl_cli.types import Fraction, Names, PositiveInt
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 ACTION_MEANINGS = ("NOOP", "LEFT", "UP", "RIGHT", "DOWN", "FIRE")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mtrl_cli.envs.journal import MOST_ACTIONS
+from mtrl_cli.envs.action_log import MOST_ACTIONS
 from mtrl_cli.errors import UserError
 
 UNSEEDED = -1

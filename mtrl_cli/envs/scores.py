@@ -1,6 +1,6 @@
 """Random and reference scores of tasks, and scores normalised with them.
 
-`data/atari57_scores.csv`: random play and a human tester, the figures that the field normalises with (those of google-deepmind/dqn_zoo);
+`data/atari57_scores.csv`: random play and a human tester, the metrics that the field normalises with (those of google-deepmind/dqn_zoo);
 they were measured without sticky actions, after up to 30 no-ops. `data/other_scores.csv`: written by `scripts/measure_reference_scores.py`,
 which measures random play here and cites the references, each with its source.
 """

@@ -1,1 +1,1 @@
-"""Where the runs of a sweep are worked on: conf/launcher."""
+"""Where the trials of a sweep run: local processes, Slurm, Ray."""

@@ -7,10 +7,10 @@ import signal
 import subprocess
 from pathlib import Path
 
-from mtrl_cli import hardware, parent
 from mtrl_cli.errors import RunError
-from mtrl_cli.fields import PositiveInt
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.machine import hardware, parent_watchdog
+from mtrl_cli.types import PositiveInt
 
 
 class LocalJob(Job):
@@ -90,7 +90,7 @@ class LocalLauncher(Launcher):
 
     def environment(self, place: int) -> dict[str, str]:
         """A worker's environment: ours, and what it has of the machine as the one at `place` of `jobs`."""
-        shared = dict(os.environ) | {parent.VARIABLE: str(self._read)}
+        shared = dict(os.environ) | {parent_watchdog.VARIABLE: str(self._read)}
         if self.jobs == 1:
             return shared
         shared |= {"MTRL_CORES": str(self._cores), "MTRL_MEMORY": str(self._memory)}

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.fields import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 CONNECT_SECONDS = 10.0
 AUTH_MODE = "RAY_AUTH_MODE"

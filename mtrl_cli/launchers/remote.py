@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 
-from mtrl_cli import hardware, parent
+from mtrl_cli.machine import hardware, parent_watchdog
 
 
 def begin(words: list[str], output: str, shared: Mapping[str, str], *, own_session: bool) -> subprocess.Popen[bytes]:
@@ -29,7 +29,7 @@ def begin(words: list[str], output: str, shared: Mapping[str, str], *, own_sessi
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=dict(os.environ) | dict(shared) | {parent.VARIABLE: str(read)},
+            env=dict(os.environ) | dict(shared) | {parent_watchdog.VARIABLE: str(read)},
             pass_fds=[read],
             start_new_session=own_session,
         )

@@ -19,9 +19,9 @@ from types import FrameType
 from typing import Any
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.fields import PositiveFloat, PositiveInt
 from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.types import PositiveFloat, PositiveInt
 
 FOLDER = "slurm"
 """In a run's folder: what submitit and Slurm write of its jobs."""

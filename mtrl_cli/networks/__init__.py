@@ -1,1 +1,1 @@
-"""The multi-task network: torsos, sharing structures, heads."""
+"""Multi-task networks: torsos, sharing structures, heads."""

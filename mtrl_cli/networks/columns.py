@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mtrl_cli.fields import Fraction
 from mtrl_cli.networks.parts import mark
 from mtrl_cli.networks.per_task import Stacked, TaskLinear, TaskVectors
 from mtrl_cli.networks.sharing import Sharing, blocks_of, names_in_body, output_shapes, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.types import Fraction
 
 
 class CrossStitch(Sharing):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskVectors
 from mtrl_cli.networks.sharing import Sharing, blocks_of, output_shapes, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.types import PositiveInt
 
 WHOLE = math.inf  # as many blocks as there are
 

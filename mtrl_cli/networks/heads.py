@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mtrl_cli.fields import FiniteFloat, PositiveFloat, PositiveInt
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.per_task import TaskLinear
+from mtrl_cli.types import FiniteFloat, PositiveFloat, PositiveInt
 
 
 class Head(nn.Module, ABC):

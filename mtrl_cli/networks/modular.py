@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.per_task import Stacked, TaskVectors
 from mtrl_cli.networks.sharing import Sharing, stem_of, through_stem
 from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.types import PositiveInt
 
 
 class SoftModularization(Sharing):

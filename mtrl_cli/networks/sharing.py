@@ -41,7 +41,7 @@ class Sharing(nn.Module, ABC):
         """Observations `[K, B, *padded shape]` (float) to features `[K, B, num_features]`."""
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """How a structure with gates routes observations `[K, B, *padded shape]` (float), for figures.
+        """How a structure with gates routes observations `[K, B, *padded shape]` (float), for metrics.
 
         Returns:
             Distributions by name, each float `[K, choices]`: means over the batch, which sum to one over the choices.

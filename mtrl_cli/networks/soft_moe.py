@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from mtrl_cli.fields import PositiveInt
 from mtrl_cli.networks.experts import parts_of, stemmed
 from mtrl_cli.networks.parts import mark
 from mtrl_cli.networks.per_task import TORSO_LAYER, Stacked
 from mtrl_cli.networks.sharing import Sharing, output_shapes
 from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.types import PositiveInt
 
 
 class SoftMoE(Sharing):

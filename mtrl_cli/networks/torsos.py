@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mtrl_cli.fields import Dropped, PositiveFloat, PositiveInt
 from mtrl_cli.networks.regularised import Dropout, SpectralLinear
+from mtrl_cli.types import Dropped, PositiveFloat, PositiveInt
 
 
 class Torso(ABC):

@@ -1,1 +1,1 @@
-"""How the losses of tasks become one gradient."""
+"""Task weightings: combine the losses of all tasks into one gradient."""

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtrl_cli import generators
-from mtrl_cli.fields import Fraction, PositiveInt
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import combine, on_host
+from mtrl_cli.types import Fraction, PositiveInt
 
 _HIGHEST_COSINE = 0.99  # of GradVac's targets: the correction that reaches 1 is infinite
 
@@ -37,7 +37,7 @@ class PCGrad(TaskWeights):
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])
 
 
 class GradVac(TaskWeights):
@@ -74,7 +74,7 @@ class GradVac(TaskWeights):
         return {"generator": self._generator.get_state(), "target": self._target_KK}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])
         self._target_KK.copy_(state["target"])
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mtrl_cli import generators
-from mtrl_cli.fields import NonNegativeFloat, PositiveFloat, PositiveInt
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import LearnedVector, finite_or_uniform
+from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 _TINY = 1e-8  # keeps logarithms and ratios of losses finite; FAMO's own
 
@@ -70,7 +70,7 @@ class Random(TaskWeights):
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])
 
 
 class Uncertainty(TaskWeights):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mtrl_cli import capture
+from mtrl_cli.machine import cuda_graphs
 from mtrl_cli.task_weights.base import TaskGradients
 
 
@@ -47,7 +47,7 @@ def on_host(gram_KK: torch.Tensor, weights_of: Callable[[torch.Tensor], torch.Te
         except torch.linalg.LinAlgError:
             return torch.full_like(host_KK[0], torch.nan)
 
-    return capture.on_host(gram_KK, solve, like=gram_KK[0])
+    return cuda_graphs.on_host(gram_KK, solve, like=gram_KK[0])
 
 
 class LearnedVector:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from mtrl_cli import generators
-from mtrl_cli.fields import Fraction, NonNegativeFloat, PositiveFloat
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import LearnedVector, finite_or_uniform
+from mtrl_cli.types import Fraction, NonNegativeFloat, PositiveFloat
 
 _TINY = 1e-8
 _LOWEST = 1e-3  # GradNorm's weights stay above this: nothing in the paper keeps them from turning negative
@@ -69,7 +69,7 @@ class GradDrop(TaskWeights):
     """GradDrop (Chen et al. 2020, "Just Pick a Sign", Algorithm 1 without leaks), by TorchJD, as a mean, not a sum.
 
     In each entry of the gradient one sign is drawn, the more probable the more of the tasks' absolute values have it, and only entries of
-    that sign are kept. A task's weight, for the figures, is the coefficient of its gradient in what is kept of it: the share of its
+    that sign are kept. A task's weight, for the metrics, is the coefficient of its gradient in what is kept of it: the share of its
     squared norm in kept entries, divided by K. It is 1 / K where nothing is dropped, and 0 where everything is.
     """
 
@@ -101,7 +101,7 @@ class GradDrop(TaskWeights):
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        generators.restore(self._generator, state["generator"])
+        rng.restore(self._generator, state["generator"])
 
 
 class DBMTL(TaskWeights):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from mtrl_cli.fields import PositiveFloat, PositiveInt
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import finite_or_uniform
+from mtrl_cli.types import PositiveFloat, PositiveInt
 
 
 class ScoreGap(TaskWeights):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from mtrl_cli.errors import UserError
-from mtrl_cli.fields import NonNegativeFloat, PositiveFloat, PositiveInt
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import combine, on_host
+from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 _Made = TypeVar("_Made")
 _SMALLEST_SQUARE = 1e-12  # of a row beside the mean of all: less counts as no gradient

@@ -1,0 +1,1 @@
+"""Construct the objects of a run from its configuration. The only code that reads configuration values."""

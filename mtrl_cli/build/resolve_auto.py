@@ -1,0 +1,266 @@
+"""What a configuration leaves open: the values of every `auto`, and the width that meets `network.parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mtrl_cli.build import augmentation as build_augmentation
+from mtrl_cli.build import network as build_network
+from mtrl_cli.build import parameter_budget
+from mtrl_cli.build import run as build_run
+from mtrl_cli.build.instantiate import Config, class_of
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.errors import UserError
+from mtrl_cli.machine import hardware
+from mtrl_cli.networks.network import ParameterCounts
+from mtrl_cli.networks.sharing import Sharing
+from mtrl_cli.networks.torsos import Torso
+from mtrl_cli.parallel.distributed import ALONE, Ranks
+from mtrl_cli.replay.buffers import Replay, ReplaySpec
+
+# `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
+# and, where checkpoints hold the replay, this share of the free disk.
+_LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
+# `agent.batch_size=auto`: samples of all tasks together in one update, at least; fewer make operations too small for their overhead. Large
+# networks are those of whole images; a GPU is wider.
+_SAMPLES_OF_LARGE, _SAMPLES_OF_SMALL, _SAMPLES_ON_GPU = 128, 640, 256
+_LARGE_NETWORK = 1_000_000  # multiply-adds of a forward
+_SMALLEST_BATCH = 32  # of each task (Mnih et al. 2015)
+_SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples of each task between copies; 2,000 updates of 32
+# A capacity that the user chose leaves this much for the network and the emulators.
+_LARGEST_MEMORY_SHARE = 0.9
+
+
+def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
+    """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
+
+    Of several ranks, the first settles it for all.
+
+    Raises:
+        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives, or
+            what cannot be shared evenly by the ranks.
+    """
+    device = hardware.resolve_device(config["device"])
+    _check_ranks(config, device, ranks)
+    if config["network"]["parameters"] is not None:
+        parameter_budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
+    # Each rank has the GPU of its own number, so for several the name is that of the kind.
+    settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
+    settled["augmentation"] = build_augmentation.settle(config, pack)
+    image = pack.observation_kind == "image"
+    if config["threads"] == "auto":
+        # The products of a small vector network are over before a second thread has begun.
+        settled["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
+    if config["precision"] == "auto":
+        fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
+        settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
+    if settled["precision"] == "tf32" and device.type == "cpu":
+        say("precision: fp32, as tf32 is of GPUs")  # a run from a GPU may go on here
+        settled["precision"] = "fp32"
+    settled["groups"] = _settle_groups(config["groups"], pack.num_envs // ranks.size, device)
+    if config["compile"] in ("auto", True):
+        missing = hardware.missing_for_compile()
+        if missing and config["compile"] is True:
+            raise UserError(f"compile=true cannot work here: {missing}; a run with compile=false needs none")
+        if missing and image:
+            say(f"compile: off, about two times slower on a CPU: {missing}")
+        # Small vector networks gain too little to pay for compiling.
+        settled["compile"] = (config["compile"] is True or image) and not missing
+    if config["agent"].get("batch_size") == "auto":
+        settled["agent"] = settled["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
+    if config["agent"].get("target_period") == "auto":
+        period = _SAMPLES_PER_TARGET // settled["agent"]["batch_size"]
+        settled["agent"] = settled["agent"] | {"target_period": max(1, period)}
+    if config["agent"].get("overlap") == "auto":
+        # On a CPU the network's work takes the cores that the emulators would run on.
+        settled["agent"] = settled["agent"] | {"overlap": device.type == "cuda"}
+    if "capacity" in config["replay"]:
+        settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
+    if device.type == "cpu" and settled["threads"] > hardware.cores():
+        say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
+    return settled
+
+
+def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
+    """In how many groups environments take turns: two where a GPU chooses for one while cores play the other, else one."""
+    if groups == "auto":
+        return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
+    if num_envs % int(groups):
+        raise UserError(f"groups={groups} does not divide the {num_envs} environments of a task: expected groups of the same size")
+    return int(groups)
+
+
+def _settle_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
+    """Samples per task and update: few large updates rather than many small ones, at the same number of samples per step."""
+    large = build_network.measure(config, pack)[1] >= _LARGE_NETWORK
+    wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
+    each = -(-wanted // len(pack.tasks))
+    each = max(_SMALLEST_BATCH, 1 << (each - 1).bit_length())
+    return -(-each // ranks.size) * ranks.size
+
+
+def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
+    ranks.share("env.num_envs", config["env"]["num_envs"])
+    if ranks.size == 1 or device.type == "cpu":
+        return
+    here, devices = ranks.place.local_size, torch.cuda.device_count()
+    if config["device"] not in ("auto", "cuda"):
+        raise UserError(f"device={config['device']}: each of {ranks.size} ranks takes a GPU of its own; give device=auto, cuda or cpu")
+    if here > devices:
+        raise UserError(f"{here} ranks on this machine need as many GPUs, and there are {devices}; start fewer, or give device=cpu")
+
+
+def fit_network(config: Config, pack: Pack) -> Config:
+    """A configuration whose network is as wide as `network.parameters` has it; where that is null, or met already, the same.
+
+    Raises:
+        UserError: no width meets it.
+    """
+    network, given = config["network"], _widths(config)
+    if network["parameters"] is None:
+        return config
+    if not given:
+        raise UserError(f"network.parameters={network['parameters']}: {network['_target_']} comes in one width; leave the budget out")
+    build_network.empty_network(config, pack)  # what cannot be built at any width says so itself
+
+    def count(widths: Config) -> int:
+        try:
+            return build_network.empty_network(_with(config, widths), pack).parameter_counts().total
+        except UserError:  # a width that a structure refuses
+            return 0
+
+    return _with(config, parameter_budget.fit(given, network["parameters"], count))
+
+
+def scaled_keys(config: Config) -> list[str]:
+    """The keys that `network.parameters` decides on, such as network.features; none where it is null."""
+    return list(_widths(config)) if config["network"]["parameters"] is not None else []
+
+
+def _widths(config: Config) -> Config:
+    """The values by dotted key with which the torso and the sharing structure become wider."""
+    torso, of_torso = class_of(config, "network")
+    sharing, of_sharing = class_of(config, "network/sharing")
+    assert issubclass(torso, Torso)
+    assert issubclass(sharing, Sharing)
+    return {f"network.{key}": of_torso[key] for key in torso.scaled_keys if key in of_torso} | {
+        f"network.sharing.{key}": of_sharing[key] for key in sharing.scaled_keys if key in of_sharing
+    }
+
+
+def _with(config: Config, widths: Config) -> Config:
+    """A configuration with other values of dotted keys within `network`."""
+    network = dict(config["network"])
+    for dotted, value in widths.items():
+        *within, key = dotted.split(".")[1:]
+        for name in within:
+            network[name] = {**network[name], key: value}
+        if not within:
+            network[key] = value
+    return config | {"network": network}
+
+
+def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None], ranks: Ranks) -> int:
+    spec = build_run.replay_spec(config, pack, device)
+    each = _bytes_per_transition(config, spec) * spec.num_tasks
+    # Each rank keeps its part: in its GPU's memory, or with the others of its machine in that one's.
+    free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
+    capacity = config["replay"]["capacity"]
+    if capacity == "auto":
+        room, of_what = free * _MEMORY_SHARE, "memory"
+        disk = _free_disk(config["run_dir"]) * _DISK_SHARE
+        if config["checkpoint"]["replay"] and disk < room:
+            room, of_what = disk, "disk, where checkpoints hold the replay (checkpoint.replay=false: they do not)"
+        wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
+        if fits < wanted:
+            say(f"replay: {fits:,} transitions per task rather than {wanted:,}, for half of the free {of_what}")
+        return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
+    if capacity * each > free * _LARGEST_MEMORY_SHARE:
+        raise UserError(
+            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
+            f"and {free / 2**30:.1f} GiB are free; at most {int(free * _LARGEST_MEMORY_SHARE // each)} fit, or replay.capacity=auto"
+        )
+    return capacity
+
+
+def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
+    return _replay_kind(config).bytes_per_transition(spec)
+
+
+def _replay_kind(config: Config) -> type[Replay]:
+    found, _ = class_of(config, "replay")
+    assert issubclass(found, Replay)
+    return found
+
+
+def _free_memory(device: torch.device) -> int:
+    return hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
+
+
+def _free_disk(run_dir: str | None) -> int:
+    folder = Path(run_dir or ".").expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return hardware.disk_free(folder)
+
+
+def describe(config: Config, pack: Pack) -> list[str]:
+    """What a settled configuration is about to take, in lines for a person."""
+    env, replay = config["env"], config["replay"]
+    spec = build_run.replay_spec(config, pack, torch.device(config["device"]))
+    each = _bytes_per_transition(config, spec)
+    capacity = replay.get("capacity") or _replay_kind(config).fixed_capacity(spec) or 0
+    taken = capacity * each * spec.num_tasks
+    size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
+    tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
+    counts, multiply_adds = build_network.measure(config, pack)
+    wanted, widths = config["network"]["parameters"], [f"{key}={value}" for key, value in _widths(config).items()]
+    budgeted = "" if wanted is None else f"; network.parameters={wanted} gives {', '.join(widths)}"
+    return [
+        f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
+        f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
+        f"{'replay' if 'capacity' in replay else 'rollouts'}: {capacity:,} transitions per task, {size} in all ({each:,} bytes each)",
+        *_describe_updates(config),
+        f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
+        f"forward: {in_short(multiply_adds)} multiply-adds an observation",
+        *_describe_ranks(config),
+        *_describe_early_stopping(config),
+    ]
+
+
+def _describe_updates(config: Config) -> list[str]:
+    agent = config["agent"]
+    if "batch_size" not in agent or "samples_per_step" not in agent:
+        return []
+    every = agent["batch_size"] / agent["samples_per_step"]
+    return [f"updates: {agent['batch_size']} samples of each task, one update every {every:g} steps per task"]
+
+
+def _describe_early_stopping(config: Config) -> list[str]:
+    games, patience = config["eval"], config["early_stopping"]["patience"]
+    if config["early_stopping"]["metric"] is None:
+        return []
+    evaluations = -(-config["steps_per_task"] // games["every"]) + games["at_start"]
+    return [f"early stopping: never, as a patience of {patience} outlasts {evaluations} evaluations"] if patience >= evaluations else []
+
+
+def _describe_ranks(config: Config) -> list[str]:
+    ranks = config["ranks"]
+    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} of the environments of each task"] if ranks > 1 else []
+
+
+def own(counts: ParameterCounts) -> str:
+    """The least and the most parameters that a task has alone, in words."""
+    least, most = min(counts.per_task), max(counts.per_task)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def in_short(number: int) -> str:
+    """A large number in three digits: 9.34M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

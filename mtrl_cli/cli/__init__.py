@@ -1,0 +1,1 @@
+"""The `mtrl` command line."""

@@ -1,0 +1,1 @@
+"""The work behind `mtrl train`, `resume`, `eval` and `bench`."""

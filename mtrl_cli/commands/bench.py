@@ -1,0 +1,164 @@
+"""`mtrl bench`: how fast a configuration runs on this machine, part by part, and how near its limit."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from mtrl_cli.build import resolve_auto
+from mtrl_cli.build import run as build_run
+from mtrl_cli.errors import UserError
+from mtrl_cli.parallel import torchrun
+from mtrl_cli.runs.progress import console
+from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.training import throughput
+from mtrl_cli.training.loop import Loop
+
+ROUNDS = 5
+# Steps per task that are kept: so many that gathering does not live in the processor's caches, and quick to fill.
+_CAPACITY = 4096
+_PARTS_OF_CLOCK = {"emulators": "env", "acting": "act", "learning": "learn"}
+_ADVICE = {
+    "emulators": "more cores would help, and nothing else",
+    "acting": "more environments at a time (env.num_envs), a smaller network or a GPU would help",
+    "learning": "fewer samples per step (agent.{samples}), a smaller network or a GPU would help",
+}
+
+
+def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
+    """Measure a run without leaving anything behind, and print what came of it. Progress goes to stderr.
+
+    Args:
+        config: as of `mtrl train`, composed and validated.
+        seconds: of measuring, in all.
+        as_json: print one JSON object rather than a table.
+
+    Raises:
+        UserError: it cannot be trained so here. Stopped: by a signal.
+    """
+    if torchrun.place().size > 1:
+        raise UserError("mtrl bench measures one process: start it without torchrun")
+    with StopRequest() as stop, stop.interruptible():
+        if config["init_from"] is not None:
+            _note("init_from: left out, with transfer.freeze and transfer.replay: what is measured is a run in which all is trained")
+            config = config | {"init_from": None, "transfer": config["transfer"] | {"freeze": "none", "replay": False}}
+        pack = build_run.make_pack(config)
+        config = resolve_auto.settle(config, pack, _note)
+        for line in resolve_auto.describe(config, pack):
+            _note(line)
+        small = _at_once(config, pack.num_envs)
+        run = build_run.make_run(small, pack, _note)
+        loop = run.open_loop()
+        try:
+            result = _facts(config, run) | _measure(run, loop, config["steps_per_task"], seconds)
+        finally:
+            loop.close()
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    console(sys.stdout).print(_table(result))
+    for line in _lines(result):
+        print(line)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _at_once(config: dict[str, Any], num_envs: int) -> dict[str, Any]:
+    """The configuration without waiting for experience, and with a replay that is soon full."""
+    agent, replay = dict(config["agent"]), dict(config["replay"])
+    if "learning_starts" in agent:
+        agent["learning_starts"] = 0
+    if "capacity" in replay:
+        needed = 2 * (agent["n_step"] + config["env"].get("stack", 1) + 1) * num_envs
+        replay["capacity"] = min(replay["capacity"], max(_CAPACITY, needed))
+        if replay["capacity"] < config["replay"]["capacity"]:
+            _note(f"replay: {replay['capacity']:,} transitions per task are enough to measure with")
+    return config | {"agent": agent, "replay": replay}
+
+
+def _facts(config: dict[str, Any], run: build_run.Run) -> dict[str, Any]:
+    """What was measured, in the configuration's terms."""
+    facts = {key: config[key] for key in ("device", "precision", "compile", "threads")}
+    tasks = [task.name for task in run.pack.tasks]
+    samples = {"batch_size": run.agent.batch_size, "samples_per_step": run.agent.samples_per_step}
+    return facts | {"tasks": tasks, "num_envs": run.pack.num_envs} | samples
+
+
+def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> dict[str, Any]:
+    """Every part and the loop, in rounds; rates are the middle one of the rounds'."""
+    begun = time.perf_counter()
+    if run.compiled:
+        _note("compiling the update: seconds where it is cached, a minute where not")
+        run.learner.warm_up()
+    compiling = time.perf_counter() - begun
+    loop.begin()
+    loop.step = last_step  # at the final epsilon
+    meter = throughput.Meter(loop, run.seed)
+    meter.fill(run.replay.capacity_rows)
+    meter.warm_up()
+    for index in range(ROUNDS):
+        _note(f"measuring, round {index + 1} of {ROUNDS}")
+        meter.round(seconds / ROUNDS)
+    measured, tasks = meter.measured, run.pack.tasks
+    rates = measured.medians
+    parts = {part: rates[part] for part in throughput.PARTS if part != "loop"}
+    shared_cores = run.device.type == "cpu"
+    limit = throughput.limit(**parts, shared_cores=shared_cores)
+    spec = run.replay.spec
+    return {
+        **rates,
+        "limit": limit,
+        "share": rates["loop"] / limit,
+        "limited_by": _limited_by(parts, shared_cores).format(samples="epochs" if run.agent.updates_per_rollout else "samples_per_step"),
+        "spread": {part: [min(each), max(each)] for part, each in measured.rates.items()},
+        "split": measured.split,
+        "bytes_per_transition": run.replay.nbytes / (run.replay.capacity_rows * spec.num_envs * spec.num_tasks),
+        "updates_per_second": measured.loop_updates / measured.loop_seconds,
+        "samples_per_second": measured.loop_updates * run.agent.batch_size * len(tasks) / measured.loop_seconds,
+        "frames_per_second": rates["loop"] * tasks[0].frames_per_step,
+        "seconds_to_compile": compiling if run.compiled else 0.0,
+    }
+
+
+def _limited_by(parts: Mapping[str, float], shared_cores: bool) -> str:
+    """What holds a run back, in a line."""
+    if not shared_cores and parts["emulators"] <= throughput.limit(**parts, shared_cores=False):
+        return f"the emulators are slower than the device: {_ADVICE['emulators']}"
+    shares = throughput.shares_of_limit(**parts)
+    of_what = "of the work"
+    if not shared_cores:
+        together = shares["acting"] + shares["learning"]
+        shares = {part: shares[part] / together for part in ("acting", "learning")}
+        of_what = "of the device's work, for which the emulators wait"
+    slowest = max(shares, key=lambda part: shares[part])
+    return f"{slowest} is {shares[slowest]:.0%} {of_what}: {_ADVICE[slowest]}"
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("part", no_wrap=True)
+    for title in ("steps/s", "lowest", "highest", "share of a run's time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for part in throughput.PARTS:
+        split = result["split"].get(_PARTS_OF_CLOCK.get(part, ""))
+        name = "the whole loop" if part == "loop" else f"{part} alone"
+        table.add_row(name, *(f"{each:,.0f}" for each in (result[part], *result["spread"][part])), "" if split is None else f"{split:.0%}")
+    return table
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    compiled = f", compiled in {result['seconds_to_compile']:.0f} s" if result["compile"] else ""
+    return [
+        f"limit        {result['limit']:,.0f} steps/s, of which the loop reaches {result['share']:.0%}",
+        f"held back    {result['limited_by']}",
+        f"memory       {result['bytes_per_transition']:,.0f} bytes per transition (the tensors of the replay)",
+        f"a run makes  {result['updates_per_second']:,.1f} updates/s, {result['samples_per_second']:,.0f} samples/s, "
+        f"{result['frames_per_second']:,.0f} frames/s, all {len(result['tasks'])} tasks together{compiled}",
+    ]

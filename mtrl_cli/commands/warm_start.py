@@ -1,0 +1,261 @@
+"""`init_from=RUN`: what a new run takes from one that was trained before, and the table that tells."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mtrl_cli.agents.value_scale import RewardStream, ValueScale
+from mtrl_cli.build import network as build_network
+from mtrl_cli.build import run as build_run
+from mtrl_cli.build.instantiate import Config, class_of, make
+from mtrl_cli.build.network import make_network
+from mtrl_cli.checkpoints.replay_segments import ReplayRows
+from mtrl_cli.checkpoints.store import CheckpointStore, parse_which
+from mtrl_cli.config import compose
+from mtrl_cli.envs.pack import Pack
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.networks.matching import Outcome, Source, Taken, take
+from mtrl_cli.parallel.distributed import Ranks
+from mtrl_cli.runs.progress import console, say
+from mtrl_cli.runs.run_dir import RunFolder
+
+# What may differ between the torsos of two runs: how wide a budget made them shows in the widths, and dropout has no parameters.
+_NOT_COMPARED = ("sharing", "head", "parameters", "dropout")
+_LONGEST_NAMES = 60
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of another run, read and checked.
+
+    Attributes:
+        path: absolute, `RUN/checkpoints/<step>`.
+        step: its own.
+        config: of that run.
+        state: of the checkpoint.
+        store: that it is from.
+    """
+
+    path: Path
+    step: int
+    config: Config
+    state: dict[str, Any]
+    store: CheckpointStore
+
+
+def find_source(config: Config) -> tuple[RunFolder, int | str | None]:
+    """The run that `init_from` names, and which of its checkpoints (None: the latest).
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return RunFolder.open(Path(config["init_from"]))
+    except UserError as error:
+        raise UserError(f"init_from={config['init_from']}: {error}") from None
+
+
+def read_source(config: Config, ranks: Ranks) -> Checkpoint:
+    """The checkpoint that `init_from` names: the latest, where it names a run.
+
+    Raises:
+        UserError: there is none, or it is damaged or of a newer format.
+    """
+    path, (folder, which) = Path(config["init_from"]), find_source(config)
+    try:
+        source = compose.load(folder.config, trusted=config["trusted_packages"])
+        replay = config["transfer"]["replay"]
+        if replay and source["ranks"] != ranks.size:
+            there = source["ranks"]
+            raise UserError(f"transfer.replay=true: ranks is {there} there and {ranks.size} here; a replay goes on with the same")
+        store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
+        step, state = store.load(parse_which("latest" if which is None else which), warn=say)
+    except UserError as error:
+        raise UserError(f"init_from={path}: {error}") from None
+    return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)
+
+
+def is_of(resolved: Path, asked: Path) -> bool:
+    """Whether what `init_from` asks for may have become this `RUN/checkpoints/<step>`."""
+    asked = asked.resolve()
+    return resolved.is_relative_to(asked) or (asked.name in ("latest", "best") and resolved.parent == asked.parent)
+
+
+def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
+    """Give a run that has not begun what it has in common with a source, freeze what it is to freeze of it, and tell.
+
+    Raises:
+        UserError: the two do not fit together.
+    """
+    what = f"init_from={source.path}"
+    _check_torso(config, source.config, what)
+    pack = build_run.make_pack(source.config)
+    build_run.check_tasks(source.state.get("tasks"), pack, source.path)
+    network = make_network(build_run.for_evaluation(source.config, "cpu"), pack, torch.device("cpu"))
+    build_network.load_weights(network, source.state, what)
+    mine, theirs = [task.name for task in run.pack.tasks], [task.name for task in pack.tasks]
+    known = _same_tasks(config, source.config, mine, theirs)
+    given = Source(network, theirs, known, _same_heads(config, source.config, run.pack, pack, known))
+    scale = _scale_of(source, pack, what)
+    converted = _convert(scale, run.agent.value_scale, given, mine)
+    taken = take(given, run.agent.network, mine)
+    if not taken.loads("torso"):
+        raise UserError(
+            f"{what}: nothing of its torso fits: network/sharing={_name(source.config, 'network/sharing')} there, "
+            f"{_name(config, 'network/sharing')} here; expected the same one, or one that keeps the torso's layers (hard, film)"
+        )
+    if run.agent.value_scale is not None and not converted:
+        run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
+    run.agent.sync_target(list(run.agent.network.state_dict()))
+    run.learner.freeze(taken.rows)
+    if ranks.is_first:
+        say(f"From {source.path}")
+        console(sys.stdout).print(_table(taken))
+    for line in _lines(taken, scale, converted, run):
+        say(line)
+
+
+def _check_torso(config: Config, source: Config, what: str) -> None:
+    """Refuse a torso of another class or size."""
+    mine, theirs = ({key: value for key, value in each["network"].items() if key not in _NOT_COMPARED} for each in (config, source))
+    if mine == theirs:
+        return
+    different = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
+    if "_target_" in different:
+        raise UserError(f"{what}: its torso is {_name(source, 'network')}, and this run's {_name(config, 'network')}: expected the same")
+    there, here = (", ".join(f"network.{key}={show(each.get(key))}" for key in different) for each in (theirs, mine))
+    raise UserError(f"{what}: its torso ({_name(source, 'network')}) has {there}, and this run's {here}: expected the same")
+
+
+def _name(config: Config, group: str) -> str:
+    return class_of(config, group)[0].__name__
+
+
+def _same_tasks(config: Config, source: Config, mine: list[str], theirs: list[str]) -> list[str]:
+    """Tasks that both runs know: of the same name and the same kind of pack."""
+    same_pack = config["env"]["_target_"] == source["env"]["_target_"]
+    return [task for task in mine if same_pack and task in theirs]
+
+
+def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known: list[str]) -> list[str]:
+    """Known tasks whose heads mean the same: the same kind of head, the same actions, and rewards in the same units."""
+    if config["network"]["head"] != source["network"]["head"]:
+        return []
+    actions = [{task.name: (task.num_actions, task.action_meanings) for task in pack.tasks} for pack in (mine, theirs)]
+    factors = [each["agent"].get("reward_factors", {}) for each in (config, source)]
+    return [task for task in known if actions[0][task] == actions[1][task] and factors[0].get(task, 1) == factors[1].get(task, 1)]
+
+
+def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
+    """The source's view of rewards, with its statistics."""
+    try:
+        stream = RewardStream(len(pack.tasks), pack.num_envs, source.config["agent"]["gamma"], torch.device("cpu"))
+        scale: ValueScale = make(source.config, "agent/value_scale", stream)
+        scale.load_state_dict(source.state["agent"].get("value_scale", {}))
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
+    return scale
+
+
+def _convert(scale: ValueScale, mine: ValueScale | None, given: Source, tasks: list[str]) -> bool:
+    """Bring a source's heads from its scale of values to the game's own rewards, where this run has another scale; whether it has."""
+    if mine is None or mine.takes_from(scale):
+        return False
+    if not given.network.head.bounded:
+        given.network.head.rescale(*scale.in_rewards())
+    return True
+
+
+def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
+    """What the table does not say."""
+    if converted and taken.heads:
+        there, here = type(scale).__name__, type(run.agent.value_scale).__name__
+        bounded = run.agent.network.head.bounded
+        yield f"value scale  {there} there, {here} here: heads " + (
+            "keep its units" if bounded else "are brought to the game's own rewards"
+        )
+    freezing, task_weights = run.learner.freezing, run.learner.task_weights
+    if freezing.is_any:
+        thaws = f"; thaws at {', '.join(f'{moment:,}' for moment in freezing.moments)}" if freezing.moments else ""
+        yield f"frozen       {freezing.number:,} parameters{thaws}"
+        if task_weights.needs != "losses" and not run.agent.network.shared_parameters():
+            until = f" until step {freezing.moments[0]:,}" if freezing.moments else ""
+            yield f"task weights: the tasks share no parameters that are trained{until}, so {type(task_weights).__name__} equals uniform"
+    elif freezing.is_asked:
+        yield "frozen       nothing: none of what transfer.freeze names was loaded"
+
+
+def _table(taken: Taken) -> Table:
+    """One row for each part with its fate; tasks of the same fate share one."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("part", "of", "parameters", "is"):
+        table.add_column(title, justify="right" if title == "parameters" else "left", overflow="fold")
+    rows: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
+    order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}
+    for outcome in sorted(taken.outcomes, key=lambda each: (each.fate == "left", order[each.kind], each.layer or 0)):
+        key = (_part(outcome), outcome.fate, outcome.why)
+        number, tasks = rows.get(key, (0, {}))
+        rows[key] = number + outcome.number, tasks | ({outcome.task: None} if outcome.task else {})
+    for (part, fate, why), (number, tasks) in rows.items():
+        table.add_row(part, _names(list(tasks)), f"{number:,}", f"{fate} ({why})" if why else fate)
+    return table
+
+
+def _part(outcome: Outcome) -> str:
+    if outcome.kind == "torso":
+        own = f"layer {(outcome.layer or 0) + 1}" if outcome.layer else "stem"
+        return f"{own} of {'each' if outcome.task else 'the'} torso" if outcome.task or outcome.fate != "loaded" else "torso"
+    return {"heads": "head", "sharing": "sharing", "adapters": "adapter"}[outcome.kind]
+
+
+def _names(tasks: list[str]) -> str:
+    names = ", ".join(tasks) or "all tasks"
+    return names if len(names) <= _LONGEST_NAMES else f"{len(tasks)} tasks"
+
+
+class _Rows:
+    """A replay as the segments of a source of another capacity see it."""
+
+    def __init__(self, replay: ReplayRows, capacity_rows: int):
+        self.rows, self.capacity_rows = replay.rows, capacity_rows
+        self.import_rows, self.export_rows = replay.import_rows, replay.export_rows
+
+
+def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
+    """Go on with a source's replay: its rows, and its priorities where both have some. Learning then starts at once.
+
+    Raises:
+        UserError: it is of other tasks or environments, or was not saved.
+    """
+    what = f"transfer.replay=true with init_from={source.path}"
+    if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:  # type: ignore[attr-defined]
+        raise UserError(f"{what}: rollouts are learned from once and not kept: leave transfer.replay=true out")
+    theirs, pack, replay = build_run.make_pack(source.config), run.pack, run.replay
+    pairs = {
+        "env": (source.config["env"]["_target_"], config["env"]["_target_"]),
+        "env.tasks": ([task.name for task in theirs.tasks], [task.name for task in pack.tasks]),
+        "env.num_envs": (theirs.num_envs, pack.num_envs),
+        "the shape of a frame": (theirs.observation_shape, pack.observation_shape),
+        "the number of actions": ([task.num_actions for task in theirs.tasks], [task.num_actions for task in pack.tasks]),
+    }
+    for key, (there, here) in pairs.items():
+        if there != here:
+            raise UserError(f"{what}: {key} is {there} there and {here} here; a replay goes on with the same")
+    try:
+        kept = (source.state if ranks.is_first else source.state["others"][str(ranks.rank)])["loop"]["replay"]
+        if not source.store.load_replay(source.step, _Rows(replay, int(kept["capacity_rows"]))):
+            raise UserError(f"{what}: that checkpoint was saved without its replay; leave transfer.replay=true out")
+        replay.continue_from(kept)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} does not fit: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
+    run.learner.start_at(0)
+    say(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

@@ -1,0 +1,1 @@
+"""Hardware: cores, memory, devices, CUDA graphs, random number generators."""

@@ -1,0 +1,1 @@
+"""Read runs and write `mtrl report` and `mtrl compare`."""

@@ -1,0 +1,160 @@
+"""How a report's pictures look: colours that can be told apart on light and dark paper, and the few kinds of drawing that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3b82c4", "#d97a1a", "#2a9d6f", "#9d6cc9", "#d1495b", "#a0784f", "#1899ad", "#cf62a2")
+OTHERS = "#8d949d"
+"""Of lines beyond those that have a colour of their own."""
+MOST_LINES = len(COLOURS)
+MOST_ROWS = 30
+COLUMNS = 3  # of panels
+WIDTH = 10.9  # inches, of a whole page
+LONGEST_LABEL = 44
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line with its band: all [P]; no band where there is one seed."""
+
+    x: Any
+    y: Any
+    low: Any = None
+    high: Any = None
+
+
+def short(label: str, most: int = LONGEST_LABEL) -> str:
+    """A label that fits beside a drawing. One that begins with `_` would be left out of a legend."""
+    label = label if len(label) <= most else label[: most - 1] + "…"
+    return f" {label}" if label.startswith("_") else label
+
+
+def colours(labels: Sequence[str]) -> dict[str, str]:
+    """The colour of each group, the first ones' own, so that a group has the same in all pictures."""
+    return {label: COLOURS[index] if index < MOST_LINES else OTHERS for index, label in enumerate(labels)}
+
+
+def dots(
+    panels: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], of: Mapping[str, str], line_at: float | None
+) -> Figure:
+    """A panel for each metric, in it a row for each group: the value and its interval.
+
+    Args:
+        panels: by title, of each group the value, and the ends of its interval or None.
+        of: the groups' colours; its order is that of the rows.
+        line_at: of probabilities, where to draw a line to compare with.
+    """
+    from matplotlib.figure import Figure
+
+    labels = list(of)[:MOST_ROWS]
+    figure = Figure(figsize=(WIDTH if len(panels) > 1 else 0.7 * WIDTH, 0.9 + 0.27 * len(labels)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, values) in zip(axes, panels.items(), strict=True):
+        for row, label in enumerate(labels):
+            value, low, high = values[label]
+            if low is not None and high is not None:
+                panel.plot([low, high], [row, row], color=of[label], linewidth=5, alpha=0.4, solid_capstyle="butt")
+            panel.plot([value], [row], "o", color=of[label], markersize=5)
+        if line_at is not None:
+            panel.axvline(line_at, color=OTHERS, linewidth=1, linestyle="--")
+            panel.set_xlim(-0.02, 1.02)
+        panel.set_title(title, fontsize=10)
+        panel.set_yticks(range(len(labels)), [short(label) for label in labels])
+        panel.set_ylim(len(labels) - 0.5, -0.5)
+        panel.tick_params(axis="y", length=0)
+        panel.locator_params(axis="x", nbins=4)
+        panel.grid(axis="x")
+        panel.spines["left"].set_visible(False)
+    return figure
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Curve]], of: Mapping[str, str], x: str, y: str | Mapping[str, str], time: bool = False
+) -> Figure:
+    """A panel for each title, in it a line with its band for each group.
+
+    Args:
+        panels: by title, the curve of each group.
+        of: the groups' colours; those beyond `MOST_LINES` are drawn thin, below the others.
+        x, y: what the axes are; y may be told for each panel.
+        time: x is in seconds.
+    """
+    from matplotlib.figure import Figure
+
+    one = len(panels) == 1
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    shown = [label for label in of if any(label in own for own in panels.values())]
+    named = shown[:MOST_LINES]
+    size = (0.85 * WIDTH, 4.2) if one else (WIDTH, 2.5 * rows + 0.3 * (1 + len(named) // 4))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, (title, own) in zip(axes, panels.items(), strict=False):
+        for label in reversed([label for label in shown if label in own]):
+            _line(panel, own[label], of[label], is_named=label in named)
+        panel.set_title("" if one else short(title), fontsize=10)
+        panel.set_ylabel(y if isinstance(y, str) else y[title])
+        panel.grid()
+        panel.margins(x=0.01)
+        _x_axis(panel, x, time, max((float(np.max(curve.x)) for curve in own.values()), default=0.0))
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    _legend(figure, named, of, len(shown) - len(named), one)
+    return figure
+
+
+def _line(panel: Axes, curve: Curve, colour: str, is_named: bool) -> None:
+    panel.plot(curve.x, curve.y, color=colour, linewidth=1.8 if is_named else 0.7, alpha=1 if is_named else 0.5)
+    if is_named and curve.low is not None:
+        panel.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _legend(figure: Figure, named: Sequence[str], of: Mapping[str, str], others: int, one: bool) -> None:
+    """The groups in their order: beside one panel, else above."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=of[label], linewidth=2.5) for label in named]
+    labels = [short(label, 30) for label in named]
+    if others:
+        handles.append(Line2D([], [], color=OTHERS, linewidth=0.9))
+        labels.append(f"{others:,} more")
+    longest = max(map(len, labels), default=0)
+    columns = 1 if one and longest <= 20 else max(1, min(len(labels), 125 // (longest + 8)))
+    figure.legend(
+        handles, labels, loc="outside right upper" if one and longest <= 20 else "outside upper left", ncols=columns, fontsize=9.5
+    )
+
+
+def _x_axis(panel: Axes, name: str, time: bool, largest: float) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    unit, size = "", 1.0
+    if time:
+        unit, size = next(((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if largest >= 2 * size), ("seconds", 1.0))
+    else:
+        unit, size = next(((unit, size) for unit, size in (("M", 1e6), ("k", 1e3)) if largest >= size), ("", 1.0))
+    panel.xaxis.set_major_locator(MaxNLocator(5))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / size:.4g}{'' if time or not value else unit}"))
+    if time:
+        panel.xaxis.set_major_locator(_ticks_of(size))
+    panel.set_xlabel(f"{name}, {unit}" if time else name)
+
+
+def _ticks_of(size: float) -> Any:
+    """Ticks at round numbers of a unit that is `size` seconds."""
+    from matplotlib.ticker import MaxNLocator
+
+    class Locator(MaxNLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            return size * np.asarray(super().tick_values(vmin / size, vmax / size))
+
+    return Locator(5)

@@ -1,0 +1,161 @@
+"""The pictures of what sharing was worth: which tasks gained, how gradients agree, how tasks are routed, how alike features are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtrl_cli.reports.sharing_comparison import Comparison, Setting, Way
+from mtrl_cli.stats.sharing import Floats
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
+
+COLUMNS = 4  # of several panels
+COLOURS = "RdBu"  # red and blue stay apart for eyes that cannot tell red from green
+NAMED_TASKS = 20
+"""More tasks than these have no room for their names, nor for numbers in the cells."""
+
+
+def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
+    """Each task's difference in each way: blue where it gained, red where it lost; in a frame where the interval excludes 0."""
+    from matplotlib.figure import Figure
+
+    values_RK = np.array([[task.value for task in each.tasks] for each in compared])
+    signs_RK = np.array([[task.sign for task in each.tasks] for each in compared])
+    rows, columns = values_RK.shape
+    figure = Figure(figsize=(max(4.5, 2.6 + 0.85 * min(columns, NAMED_TASKS)), 1.8 + 0.42 * rows), layout="constrained")
+    axes = figure.subplots()
+    shades_RK = values_RK / _scales(setting, values_RK)
+    image = _cells(axes, shades_RK, COLOURS, -1.0)
+    _name_cells(axes, [each.way.name for each in compared], setting.tasks)
+    for row, column in np.argwhere(signs_RK != 0):
+        _frame(axes, row, column)
+    if columns <= NAMED_TASKS:
+        for (row, column), value in np.ndenumerate(values_RK):
+            sure = signs_RK[row, column] != 0
+            axes.text(
+                column,
+                row,
+                _signed(value),
+                ha="center",
+                va="center",
+                fontsize=8,
+                fontweight="bold" if sure else "normal",
+                color="white" if abs(shades_RK[row, column]) > 0.6 else "black",
+            )
+    bar = figure.colorbar(image, ax=axes, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["lost", "0", "gained"])
+    return figure
+
+
+def _scales(setting: Setting, values_RK: Floats) -> Floats:
+    """What differences are divided by for their colour, `[K]`: one number for all scores, of each return its own."""
+    largest_K = np.abs(values_RK).max(axis=0)
+    scored = np.array(setting.scored, bool)
+    largest_K[scored] = largest_K[scored].max(initial=0)
+    return np.where(largest_K > 0, largest_K, 1)
+
+
+def _frame(axes: Axes, row: int, column: int) -> None:
+    """A line along the inside of a cell's edges: the outer half of it is cut off, so it cannot be taken for the neighbour's."""
+    from matplotlib.patches import Rectangle
+
+    frame = axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=3.6))
+    frame.set_clip_path(frame)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.2f}" if abs(value) < 10 else f"{value:+,.0f}"
+    return text if float(text.replace(",", "")) else text[1:]
+
+
+def between_tasks(setting: Setting, tables: Mapping[str, Floats]) -> Figure:
+    """A table of tasks by tasks for each way, whose numbers are from -1 to 1."""
+    return _panels({name: (table, setting.tasks, setting.tasks) for name, table in tables.items()}, COLOURS, -1.0)
+
+
+def routing(setting: Setting, tables: Mapping[str, Floats]) -> Figure:
+    """A table of tasks by choices for each structure's gate, whose numbers are shares."""
+    panels = {name: (table, setting.tasks, [str(choice) for choice in range(table.shape[1])]) for name, table in tables.items()}
+    return _panels(panels, "Blues", 0.0)
+
+
+def _panels(panels: Mapping[str, tuple[Floats, Sequence[str], Sequence[str]]], colours: str, lowest: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.0 * columns + 0.8, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for place, (panel, (name, (table, of_rows, of_columns))) in enumerate(zip(axes.flat, panels.items(), strict=False)):
+        image = _cells(panel, table, colours, lowest)
+        panel.set_title(name, fontsize=9)
+        is_left, is_last = place % columns == 0, place + columns >= len(panels)
+        _name_cells(panel, of_rows if is_left else [], of_columns if is_last or len(of_columns) != len(of_rows) else [], fontsize=7)
+    for panel in list(axes.flat)[len(panels) :]:
+        panel.set_visible(False)
+    if image is not None:
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def _cells(axes: Axes, table: Floats, colours: str, lowest: float) -> QuadMesh:
+    """A table's numbers as colours from `lowest` to 1, the first row on top: cells without edges, whose neighbours leave no seam."""
+    image = axes.pcolormesh(
+        np.arange(table.shape[1] + 1) - 0.5,
+        np.arange(table.shape[0] + 1) - 0.5,
+        table,
+        cmap=colours,
+        vmin=lowest,
+        vmax=1,
+        edgecolors="none",
+        antialiased=False,
+        linewidth=0,
+        snap=True,
+    )
+    axes.invert_yaxis()
+    return image
+
+
+def _name_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], fontsize: int = 8) -> None:
+    shown = columns if len(columns) <= NAMED_TASKS else []
+    axes.set_yticks(range(len(rows)), rows, fontsize=fontsize)
+    axes.set_xticks(range(len(shown)), shown, fontsize=fontsize, rotation=35, ha="right")
+    axes.tick_params(length=0)
+
+
+def conflict(setting: Setting, ways: Sequence[Way]) -> Figure:
+    """The share of pairs of tasks whose gradients point apart, over training: the mean over runs."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20" if len(ways) > 10 else "tab10"]
+    for number, way in enumerate(ways):
+        steps_P, shares_P = conflict_over_training(way)
+        axes.plot(steps_P, shares_P, label=way.name, color=colours(number % 20), linewidth=1.6)
+    axes.set_xlabel("steps per task")
+    axes.set_ylabel("pairs in conflict")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def conflict_over_training(way: Way) -> tuple[Floats, Floats]:
+    """Steps `[P]`, and there the mean over runs of the share of pairs in conflict `[P]`, between a run's own steps on a straight line.
+
+    From the first step that all runs have reached to the last one: runs need not have been looked at at the same steps.
+    """
+    series = [np.array(run.metrics["grad/conflict"], float) for run in way.runs if run.metrics.get("grad/conflict")]
+    first, last = max(own[0, 0] for own in series), min(own[-1, 0] for own in series)
+    steps = np.unique(np.concatenate([own[:, 0] for own in series]))
+    steps_P = steps[(steps >= first) & (steps <= last)]
+    return steps_P, np.mean([np.interp(steps_P, own[:, 0], own[:, 1]) for own in series], axis=0)

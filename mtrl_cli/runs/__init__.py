@@ -1,0 +1,1 @@
+"""The run folder: records, metrics, progress display, videos, stop signals."""

@@ -1,0 +1,74 @@
+"""Stopping when asked: SIGINT and SIGTERM become a request that the loop honours where its state is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+from mtrl_cli.errors import Stopped
+from mtrl_cli.machine import parent_watchdog
+
+IMPATIENCE_SECONDS = 1.0
+SHOW_CURSOR = b"\x1b[?25h"
+
+
+class StopRequest:
+    """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) are noted rather than obeyed at once.
+
+    `received` is the first signal's number, or None. The loop calls `check()` where it can be left. A second signal, once the first
+    has had a second to be honoured, ends the process at once with the same exit code. A SIGHUP that is ignored (nohup) stays ignored.
+    Outside the main thread, where Python allows no handlers, it never receives any.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._interruptible = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if time.monotonic() - self._received_at < IMPATIENCE_SECONDS:
+                return  # a key that was held down, or a group that was told twice
+            if sys.stdout is not None and sys.stdout.isatty():
+                os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live table had hidden it
+            os._exit(128 + number)
+        self.received, self._received_at = number, time.monotonic()
+        parent_watchdog.note_stop()
+        if self._interruptible:
+            raise Stopped(number)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has arrived."""
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped right where it arrives: for long work with no state worth saving (compilation)."""
+        self._interruptible += 1
+        try:
+            self.check()
+            yield
+        finally:
+            self._interruptible -= 1
+        self.check()  # in case a library swallowed the exception

@@ -1,0 +1,1 @@
+"""Statistics over runs and tasks: bootstrap intervals, scores, transfer. Numpy only."""

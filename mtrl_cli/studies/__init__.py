@@ -1,0 +1,1 @@
+"""Sweeps that answer one question: `mtrl study` and `mtrl transfer`."""

@@ -1,0 +1,1 @@
+"""`mtrl sweep`: plan, schedule and store trials."""

@@ -1,0 +1,131 @@
+"""`mtrl sweep --dry-run`: what would run, and of a sweep that has begun how far it is and how long that took. Makes nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.files import atomic
+from mtrl_cli.runs.progress import duration, fixed
+from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.sweeps.display import ENDED, TrialRow
+from mtrl_cli.sweeps.plan import RECORD, Choices, Plan, check_same
+from mtrl_cli.sweeps.summary import metric_of
+from mtrl_cli.sweeps.trial_run import RECORD as TRIAL_RECORD
+from mtrl_cli.sweeps.trial_run import trial_folder
+
+STATES = ("running", *ENDED)
+
+
+def list_sweep(plan: Plan) -> str:
+    """Each trial of a plan with its overrides and, where its folder holds it already, its state, its metric and the time that it took.
+
+    Raises:
+        UserError: its folder holds something else.
+    """
+    folder = plan.run_dir
+    if folder is not None and os.path.lexists(folder / RECORD):
+        plan = check_same(plan, folder)
+    elif folder is not None:
+        RunFolder.check_new(folder)
+    rows = read_rows(plan, folder)
+    lines = _head(plan, folder)
+    known = any(row.state != "waiting" for row in rows)
+    table = [("trial", *(("state", "score", "time") if known else ()), "overrides")]
+    for row in rows:
+        told = (row.state, fixed(row.score), "-" if row.seconds is None else duration(row.seconds)) if known else ()
+        table.append((str(row.number), *told, " ".join(row.overrides) or "(chosen when it begins)"))
+    if plan.points is None and not known:  # nothing to tell of each
+        table = []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines += [f"trial {row.number}: {row.note}" for row in rows if row.note]
+    return "\n".join([*lines, *_times(plan, rows)])
+
+
+def _head(plan: Plan, folder: Path | None) -> list[str]:
+    search = plan.search
+    chosen = "a grid" if plan.points is not None else f"chosen by {search['sampler']}, seed {search['seed']}"
+    pruned = "" if search["pruner"] == "none" else f", pruned by {search['pruner']}"
+    lines = [
+        f"{plan.trials} trials, {chosen}{pruned}; judged by {metric_of(plan)}",
+        f"in {folder or 'a new folder under runs/sweeps'}, launcher={launcher_name(plan)}",
+        f"all have: {shlex.join(plan.words) or 'the defaults'}",
+    ]
+    if plan.points is None:
+        for key, axis in plan.axes.items():
+            if isinstance(axis, Choices):
+                lines.append(f"  {key}: one of {', '.join(axis.words)}")
+            else:
+                kinds = [*(["whole"] if axis.whole else []), *(["even on a logarithmic scale"] if axis.log else [])]
+                lines.append(f"  {key}: from {axis.low:g} to {axis.high:g}{' (' + ', '.join(kinds) + ')' if kinds else ''}")
+    return lines
+
+
+def launcher_name(plan: Plan) -> str:
+    """The launcher as one would write it: local, slurm."""
+    return str(plan.launcher["_target_"]).split(".")[-2]
+
+
+def _times(plan: Plan, rows: Sequence[TrialRow]) -> list[str]:
+    """How long the trials took that were worked on, and what the rest would take at their mean time of a step."""
+    timed = [row for row in rows if row.seconds]
+    if not timed:
+        return ["how long it takes is not known: no trial was worked on yet"]
+    spent, steps = sum(row.seconds or 0.0 for row in timed), sum(row.step for row in timed)
+    lines = [f"worked on so far: {len(timed)} trials, {duration(spent)} in all"]
+    left = sum(max(0, row.steps - row.step) for row in rows if row.state not in ENDED)
+    if left and steps:
+        jobs = plan.launcher.get("jobs")
+        at_a_time = jobs if isinstance(jobs, int) and jobs > 0 else 1
+        lines.append(f"the rest: about {duration(left * spent / steps / at_a_time)}, {at_a_time} at a time")
+    return lines
+
+
+def read_rows(plan: Plan, folder: Path | None) -> list[TrialRow]:
+    """The trials of a sweep, by number, as far as its folder tells of them (None: nothing)."""
+    return [_read_row(plan, number, folder) for number in range(plan.trials)]
+
+
+def _read_row(plan: Plan, number: int, sweep: Path | None) -> TrialRow:
+    values = plan.points[number] if plan.points is not None else {}
+    row = TrialRow(number, tuple(plan.overrides(values)), "waiting", steps=plan.steps(values))
+    if sweep is None or not os.path.lexists(path := trial_folder(sweep, number) / TRIAL_RECORD):
+        return row
+    try:
+        record = atomic.read_json(path, sweep)
+        return _as_row(plan, row, record, path.parent)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        why = str(error) if isinstance(error, UserError) else f"{path} is damaged"
+        return TrialRow(number, row.overrides, "unreadable", steps=row.steps, note=show(why))
+
+
+def _as_row(plan: Plan, row: TrialRow, record: dict[str, Any], run: Path) -> TrialRow:
+    state, overrides, value = record["state"], record["overrides"], record["value"]
+    if state not in STATES or not all(isinstance(each, str) for each in overrides):
+        raise ValueError
+    ran = atomic.read_json(run / "run.json", run) if os.path.lexists(run / "run.json") else {}
+    if state == "running" and ran.get("status") == "stopped":
+        state = "stopped"
+    seconds = max((float(each["seconds"]) for each in (record, ran) if _is_number(each.get("seconds"))), default=0.0)
+    steps = plan.steps({key: word for key, _, word in (each.partition("=") for each in overrides)})
+    told = record.get("step")
+    step = told if isinstance(told, int) and not isinstance(told, bool) else 0
+    return TrialRow(
+        row.number,
+        tuple(overrides),
+        state,
+        score=float(value) if _is_number(value) else None,
+        step=step or (steps if state == "completed" else 0),
+        steps=steps,
+        seconds=seconds or None,
+        note=show(record["why"]) if state == "failed" and record.get("why") else "",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

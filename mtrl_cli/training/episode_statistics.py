@@ -1,0 +1,93 @@
+"""Returns and lengths of training episodes: running means for the log. Numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Total = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the episodes that training plays, per task: K tasks, N environments each.
+
+    `row()` gives the means over the episodes that ended since the row before; `recent()` over the last `window` of each task. Where
+    several processes play, `total` sums an array over them: then both are means over the episodes of all.
+    """
+
+    def __init__(self, tasks: Sequence[str], num_envs: int, window: int = 100):
+        self.tasks = tuple(tasks)
+        shape = (len(self.tasks), num_envs)
+        self._returns = np.zeros(shape, np.float64)
+        self._lengths = np.zeros(shape, np.int64)
+        self._ended_return = np.zeros(len(self.tasks), np.float64)
+        self._ended_length = np.zeros(len(self.tasks), np.int64)
+        self._ended = np.zeros(len(self.tasks), np.int64)
+        self._recent = np.zeros((len(self.tasks), window), np.float64)
+        self._recent_count = np.zeros(len(self.tasks), np.int64)
+
+    def add(self, reward: NDArray[np.floating[Any]], done: NDArray[np.bool_]) -> None:
+        """Count one step in every environment: reward [K, N] in the game's own units, done bool [K, N] where the game is over."""
+        self._returns += reward
+        self._lengths += 1
+        if not done.any():
+            return
+        task, env = np.nonzero(done)
+        returns, lengths = self._returns[task, env], self._lengths[task, env]
+        np.add.at(self._ended_return, task, returns)
+        np.add.at(self._ended_length, task, lengths)
+        np.add.at(self._ended, task, 1)
+        for index, value in zip(task, returns, strict=True):  # rare: once an episode
+            self._recent[index, self._recent_count[index] % self._recent.shape[1]] = value
+            self._recent_count[index] += 1
+        self._returns[task, env] = 0.0
+        self._lengths[task, env] = 0
+
+    def row(self, total: Total = lambda array: array) -> dict[str, float]:
+        """`train/return/<task>` and `train/length/<task>` (in steps): means over the episodes that ended since the last call.
+
+        Tasks in which none ended are left out.
+        """
+        metrics: dict[str, float] = {}
+        returns, lengths, ended = total(np.stack([self._ended_return, self._ended_length, self._ended]))
+        for index in np.flatnonzero(ended):
+            metrics[f"train/return/{self.tasks[index]}"] = float(returns[index] / ended[index])
+            metrics[f"train/length/{self.tasks[index]}"] = float(lengths[index] / ended[index])
+        for ended in (self._ended_return, self._ended_length, self._ended):
+            ended[:] = 0
+        return metrics
+
+    def recent(self, total: Total = lambda array: array) -> dict[str, float]:
+        """The mean return of each task's last `window` episodes; tasks with none are left out."""
+        held = np.minimum(self._recent_count, self._recent.shape[1])
+        returns = [self._recent[index, :count].sum() for index, count in enumerate(held)]
+        returns, held = total(np.stack([returns, held]))
+        return {task: float(returns[index] / held[index]) for index, task in enumerate(self.tasks) if held[index]}
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copies of every array."""
+        return {name: array.copy() for name, array in self._arrays().items()}
+
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take the arrays of `state_dict`. Raises ValueError if they are of other tasks, environments or window."""
+        arrays = self._arrays()
+        if state.keys() != arrays.keys():
+            raise ValueError(f"episode statistics hold {sorted(arrays)}, the state holds {sorted(state)}")
+        for name, array in arrays.items():
+            if np.shape(state[name]) != array.shape:
+                raise ValueError(f"episode statistics: {name} has shape {array.shape}, the state's has {np.shape(state[name])}")
+            array[:] = state[name]
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {
+            "returns": self._returns,
+            "lengths": self._lengths,
+            "ended_return": self._ended_return,
+            "ended_length": self._ended_length,
+            "ended": self._ended,
+            "recent": self._recent,
+            "recent_count": self._recent_count,
+        }

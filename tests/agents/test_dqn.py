@@ -1,0 +1,441 @@
+"""DQN: losses worked out by hand on tables of action values, the target network, and its settings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mtrl_cli.agents.dqn import DQN
+from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
+from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
+from mtrl_cli.replay.buffers import Batch
+from tests.helpers.fake_tasks import stream_of
+
+STATES = 3
+
+
+class Table(nn.Module):
+    """Action values by state, which is observed as a one-hot vector: `[K, STATES, A]`; None is an action that the task does not have."""
+
+    def __init__(self, values: list[list[list[float | None]]]):
+        super().__init__()
+        self.head = PlainHead(1, [sum(value is not None for value in task[0]) for task in values])
+        self.values = nn.Parameter(torch.tensor([[[value or 0.0 for value in state] for state in task] for task in values]))
+
+    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(observation, self.values)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.head.values(self.outputs(observation))
+
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 3,
+    "samples_per_step": 1.0,
+    "learning_starts": 0,
+    "gamma": 0.5,
+    "n_step": 3,
+    "double": False,
+    "huber": 1.0,
+    "target_period": 1,
+    "target_tau": 0.0,
+    "epsilon_start": 1.0,
+    "epsilon_end": 0.1,
+    "epsilon_steps": 100,
+    "epsilon_tasks": {},
+    "reward_factors": {},
+}
+
+# One task of three states and two actions.
+ONLINE = [[[1.0, 2.0], [3.0, 4.0], [0.0, -1.0]]]
+TARGET = [[[0.0, 0.0], [8.0, 2.0], [6.0, 4.0]]]
+
+
+def agent(online: list, target: list, value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong",), **changes: Any) -> DQN:
+    compile_with: Callable = changes.pop("compile_with", lambda function: function)
+    network: MultiTaskNetwork = Table(online)  # type: ignore[assignment]
+    made = DQN(network, value_scale or NoValueScale(stream_of(names)), names, compile_with, **(SETTINGS | changes))
+    made.target_network.load_state_dict(Table(target).state_dict())
+    return made
+
+
+def one_hot(states: list[list[int]]) -> torch.Tensor:
+    """`[K, B, 1, STATES]`: stacks of one frame."""
+    return nn.functional.one_hot(torch.tensor(states), STATES).float()[:, :, None]
+
+
+def batch() -> Batch:
+    return Batch(
+        observation=one_hot([[0, 1, 2]]),
+        action=torch.tensor([[1, 0, 1]]),
+        rewards=torch.tensor([[[1.0, 2.0, 4.0], [2.0, 0.0, 0.0], [0.0, 6.0, 0.0]]]),
+        steps=torch.tensor([[3, 1, 2]]),
+        terminated=torch.tensor([[False, True, False]]),
+        next_observation=one_hot([[1, 1, 2]]),
+        weight=torch.tensor([[1.0, 0.5, 1.0]]),
+        index=torch.zeros(1, 3, dtype=torch.int64),
+    )
+
+
+# -- losses -------------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_by_hand() -> None:
+    """gamma 0.5; the target network's best values are 8 in state 1 and 6 in state 2.
+
+    1 + 2/2 + 4/4 + 8/8 = 4 against 2: error 2, Huber 1.5
+    2, terminated, against 3: error 1, Huber 0.5, weight 0.5
+    0 + 6/2 + 6/4 = 4.5 against -1: error 5.5, Huber 5
+    """
+    losses = agent(ONLINE, TARGET).losses(batch())
+    assert losses.error_KB.tolist() == [[2.0, 1.0, 5.5]]
+    assert losses.loss_KB.tolist() == [[1.5, 0.25, 5.0]]
+    assert losses.q_K.tolist() == [pytest.approx((2 + 3 - 1) / 3)]
+
+
+def test_double_lets_the_online_network_choose() -> None:
+    """In state 1 it prefers action 1, which the target network values at 2: 1 + 1 + 1 + 2/8 = 3.25 against 2. In state 2 both agree."""
+    losses = agent(ONLINE, TARGET, double=True).losses(batch())
+    assert losses.error_KB.tolist() == [[1.25, 1.0, 5.5]]
+    assert losses.loss_KB.tolist() == [[0.75, 0.25, 5.0]]
+
+
+def test_without_huber_errors_are_squared() -> None:
+    assert agent(ONLINE, TARGET, huber=0.0).losses(batch()).loss_KB.tolist() == [[2.0, 0.25, 15.125]]
+
+
+def test_rewards_are_clipped_one_by_one_in_the_learner_only() -> None:
+    """1 + 1/2 + 1/4 + 8/8 = 2.75 against 2; 1 against 3; 1/2 + 6/4 = 2 against -1."""
+    given = batch()
+    losses = agent(ONLINE, TARGET, ClipRewards(stream_of(["pong"]), limit=1.0)).losses(given)
+    assert losses.error_KB.tolist() == [[0.75, 2.0, 3.0]]
+    assert given.rewards.max() == 6.0
+
+
+def test_value_scales() -> None:
+    rewards = torch.tensor([-200.0, -0.5, 0.0, 2.0])
+    assert ClipRewards(stream_of(["pong"])).rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
+    assert ClipRewards(stream_of(["pong"]), limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
+    assert NoValueScale(stream_of(["pong"])).rewards(rewards).tolist() == rewards.tolist()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_gradient_passes_through_the_chosen_values_only(double: bool) -> None:
+    """d Huber / d q = -clip(error), times the weight; nothing flows into the target."""
+    made = agent(ONLINE, TARGET, double=double)
+    made.losses(batch()).loss_KB.sum().backward()
+    assert made.network.values.grad.tolist() == [[[0.0, -1.0], [0.5, 0.0], [0.0, -1.0]]]
+    assert made.target_network.values.grad is None
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_target_never_takes_an_action_that_the_task_does_not_have(double: bool) -> None:
+    """The first task has one action, of value -4; the second two. All rewards are 0, so that targets are -4/8 and 3/8."""
+    online = [[[-9.0, None]] * 3, [[5.0, 7.0]] * 3]
+    target = [[[-4.0, None]] * 3, [[1.0, 3.0]] * 3]
+    made = agent(online, target, names=("one", "two"), double=double)
+    given = Batch(
+        observation=one_hot([[0], [0]]),
+        action=torch.tensor([[0], [1]]),
+        rewards=torch.zeros(2, 1, 3),
+        steps=torch.full((2, 1), 3),
+        terminated=torch.zeros(2, 1, dtype=torch.bool),
+        next_observation=one_hot([[1], [1]]),
+        weight=torch.ones(2, 1),
+        index=torch.zeros(2, 1, dtype=torch.int64),
+    )
+    assert made.losses(given).error_KB.tolist() == [[8.5], [6.625]]
+
+
+def test_a_sample_of_weight_zero_says_nothing() -> None:
+    made, given = agent(ONLINE, TARGET), batch()
+    given.weight = torch.tensor([[0.0, 0.0, 0.0]])
+    losses = made.losses(given)
+    losses.loss_KB.sum().backward()
+    assert losses.loss_KB.tolist() == [[0.0, 0.0, 0.0]]
+    assert not made.network.values.grad.any()
+
+
+def test_stacked_frames_reach_the_network_as_channels() -> None:
+    seen = []
+
+    class Watching(Table):
+        def outputs(self, observation: torch.Tensor) -> torch.Tensor:
+            seen.append(observation.shape)
+            return super().outputs(observation[..., :STATES])
+
+    made, given = agent(ONLINE, TARGET), batch()
+    made.network, made.target_network = Watching(ONLINE), Watching(TARGET)
+    given.observation = torch.cat([given.observation] * 2, 2)
+    given.next_observation = torch.cat([given.next_observation] * 2, 2)
+    made.losses(given)
+    assert set(seen) == {(1, 3, 2 * STATES)}
+
+
+def test_what_compiles_is_given_the_arithmetic() -> None:
+    compiled = []
+
+    def compile_with(function: Callable) -> Callable:
+        compiled.append(function)
+        return function
+
+    made = agent(ONLINE, TARGET, compile_with=compile_with)
+    made.losses(batch())
+    assert len(compiled) == 1
+
+
+# -- value scales and heads -----------------------------------------------------------------------------------------------------
+
+
+def tasks_batch(samples: int = 8) -> Batch:
+    """Two tasks of three states, one of them at the scale of 1000."""
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randint(STATES, (2, 2, samples), generator=draw)
+    return Batch(
+        observation=one_hot(states[0].tolist()),
+        action=torch.randint(2, (2, samples), generator=draw),
+        rewards=torch.randn(2, samples, 3, generator=draw) * torch.tensor([1.0, 1000.0])[:, None, None],
+        steps=torch.full((2, samples), 3),
+        terminated=torch.rand(2, samples, generator=draw) < 0.3,
+        next_observation=one_hot(states[1].tolist()),
+        weight=torch.ones(2, samples),
+        index=torch.zeros(2, samples, dtype=torch.int64),
+    )
+
+
+def network_of(head: type[Head]) -> MultiTaskNetwork:
+    torch.manual_seed(0)
+    torso = MLP(hidden=[8])
+    return MultiTaskNetwork(HardSharing(torso, [(STATES,)] * 2), head(8, [2, 3]), observation_scale=1.0)
+
+
+def agent_of(head: type[Head], scale: ValueScale, **changes: Any) -> DQN:
+    compile_with: Callable = changes.pop("compile_with", lambda function: function)
+    return DQN(network_of(head), scale, ["pong", "qbert"], compile_with, **(SETTINGS | changes))
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead])
+def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head]) -> None:
+    """The same values in the game's units, before and after statistics move: errors divide by the spread, targets and values stay."""
+    plain, scale = agent_of(head, NoValueScale(stream_of(["a", "b"]))), PopArt(stream_of(["a", "b"]), step_size=0.5)
+    normalised, given = agent_of(head, scale), tasks_batch()
+    expected = plain.losses(given)
+    first = normalised.losses(given)
+    assert torch.equal(first.loss_KB, expected.loss_KB)
+    with torch.no_grad():
+        normalised.losses(given)  # a look back is no update
+    normalised.follow()
+    assert scale.scale_K[1] > 100
+    second = normalised.losses(given)
+    assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
+    mean_K = scale.mean_K.clone()
+    normalised.follow()  # the same targets again: the moments stay
+    assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
+
+
+def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
+    scale, given = PopArt(stream_of(["pong"])), batch()
+    made = agent(ONLINE, TARGET, scale, target_period=1000)
+    made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
+    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
+    made.losses(given)
+    made.follow()
+    assert scale.mean_K.tolist() == [4.25]
+    assert scale.scale_K.tolist() == pytest.approx([(18.125 - 0.01 * 4.25**2) ** 0.5])  # one step of 0.01 has been taken
+    made.follow()  # nothing was seen since
+    assert scale.mean_K.tolist() == [4.25]
+
+
+def test_a_tasks_rewards_are_multiplied_before_its_scale_sees_them() -> None:
+    scale, given = ClipRewards(stream_of(["pong"]), limit=3.0), batch()
+    made = agent(ONLINE, TARGET, scale, reward_factors={"pong": 2.0})
+    # 2 + 3/2 + 3/4 + 8/8 = 5.25 against 2; 3 against 3; 3/2 + 6/4 = 3 against -1
+    assert made.losses(given).error_KB.tolist() == [[3.25, 0.0, 4.0]]
+    seen = []
+    scale.observe = lambda reward_KN, done_KN: seen.append((reward_KN, done_KN))  # type: ignore[method-assign]
+    done = torch.tensor([[True, False]])
+    made.observe(torch.tensor([[1.0, -2.0]]), done)
+    assert seen[0][0].tolist() == [[2.0, -4.0]]
+    assert seen[0][1] is done
+
+
+def test_factors_of_a_task_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
+        agent(ONLINE, TARGET, reward_factors={"pnog": 2.0})
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
+def test_the_losses_are_one_graph_that_is_compiled_once(head: type[Head]) -> None:
+    """No break, no wait for the device in it, and none anew when statistics move."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    bounded = head in (C51Head, HLGaussHead)
+    scale = (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"]))
+    compiled = agent_of(head, scale, compile_with=lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False))
+    eager = agent_of(head, (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"])))
+    for update in range(1, 4):
+        for made in (compiled, eager):
+            made.observe(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+        losses, expected = compiled.losses(tasks_batch()), eager.losses(tasks_batch())
+        assert torch.allclose(losses.loss_KB, expected.loss_KB, rtol=1e-4, atol=1e-5)
+        for made in (compiled, eager):
+            made.after_update(update)
+    assert len(graphs) == 1
+
+
+# -- target network -------------------------------------------------------------------------------------------------------------
+
+
+def values(network: nn.Module) -> list:
+    return network.values.tolist()
+
+
+def test_by_period_the_target_is_a_copy_every_so_many_updates() -> None:
+    made = agent(ONLINE, TARGET, target_period=3)
+    for update in range(1, 7):
+        with torch.no_grad():
+            made.network.values.fill_(update)
+        made.after_update(update)
+        expected = {1: TARGET[0][1][0], 2: TARGET[0][1][0], 3: 3, 4: 3, 5: 3, 6: 6}[update]
+        assert values(made.target_network)[0][1][0] == expected
+
+
+def test_as_a_moving_average_the_target_goes_a_share_of_the_way_at_every_update() -> None:
+    made = agent([[[4.0, 8.0]] * 3], [[[0.0, 0.0]] * 3], target_period=0, target_tau=0.25)
+    made.follow()
+    assert values(made.target_network) == [[[1.0, 2.0]] * 3]
+    made.follow()  # a quarter of what is left: 1 + 3/4, 2 + 6/4
+    assert values(made.target_network) == [[[1.75, 3.5]] * 3]
+
+
+def test_the_target_starts_as_a_copy_that_is_not_trained() -> None:
+    network: MultiTaskNetwork = Table(ONLINE)  # type: ignore[assignment]
+    made = DQN(network, NoValueScale(stream_of(["pong"])), ["pong"], lambda function: function, **SETTINGS)
+    assert values(made.target_network) == ONLINE
+    with torch.no_grad():
+        made.network.values.zero_()
+    assert values(made.target_network) == ONLINE
+    assert not any(parameter.requires_grad for parameter in made.target_network.parameters())
+
+
+def test_the_target_network_is_part_of_the_state() -> None:
+    made, fresh = agent(ONLINE, TARGET), agent(ONLINE, ONLINE)
+    fresh.load_state_dict(copy.deepcopy(made.state_dict()))
+    assert values(fresh.target_network) == TARGET
+    assert values(fresh.network) == ONLINE
+
+
+# -- settings -------------------------------------------------------------------------------------------------------------------
+
+
+def test_epsilon_of_single_tasks_is_set_by_name() -> None:
+    two = [ONLINE[0], ONLINE[0]]
+    made = agent(two, two, names=("pong", "qbert"), epsilon_tasks={"qbert": 0.5})
+    assert made.epsilon(0).tolist() == [1.0, 1.0]
+    assert made.epsilon(100) == pytest.approx(np.array([0.1, 0.5]))
+
+
+def test_epsilon_of_a_task_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError) as refused:
+        agent(ONLINE, TARGET, epsilon_tasks={"pnog": 0.5})
+    assert "pnog" in str(refused.value)
+    assert "pong" in str(refused.value)
+
+
+def test_a_target_network_that_would_never_move_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"agent\.target_tau"):
+        agent(ONLINE, TARGET, target_period=0, target_tau=0.0)
+
+
+def test_popart_takes_the_first_targets_in_before_they_are_learned_from() -> None:
+    """Then the first losses are of unit size, however large the targets are; other scales have nothing to begin with."""
+    scale, given = PopArt(stream_of(["a", "b"])), tasks_batch()
+    normalised, plain = agent_of(PlainHead, scale), agent_of(PlainHead, NoValueScale(stream_of(["a", "b"])))
+    values = normalised.losses(given).q_K
+    before = plain.losses(given)
+    for each in (normalised, plain):
+        each.begin(given)
+    after = normalised.losses(given)
+    assert before.error_KB[1].max() > 100
+    assert after.error_KB[1].max() < 5
+    assert torch.allclose(after.q_K, values, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
+    assert torch.equal(plain.losses(given).loss_KB, before.loss_KB)
+
+
+# -- several draws of a sample ------------------------------------------------------------------------------------------------
+
+
+def drawn(batch: Batch, observations: list[list[list[int]]], next_observations: list[list[list[int]]]) -> Batch:
+    """The batch of `batch()` with draws of its states, each `[1, 3]`, side by side."""
+    states, next_states = ([[state for draw in draws for state in draw[0]]] for draws in (observations, next_observations))
+    batch.observation, batch.next_observation = one_hot(states), one_hot(next_states)
+    batch.action = batch.action.repeat(1, len(observations))
+    return batch
+
+
+def test_targets_and_losses_are_means_over_draws_by_hand() -> None:
+    """Sample 0's next state is drawn as 1 and as 2, with best values 8 and 6: its target is 1 + 1 + 1 + 7/8 = 3.875.
+
+    Its own state is drawn as 0 and as 2, where action 1 is worth 2 and -1: errors 1.875 and 4.875, Huber 1.375 and 4.375.
+    The others' draws are alike.
+    """
+    losses = agent(ONLINE, TARGET).losses(drawn(batch(), [[[0, 1, 2]], [[2, 1, 2]]], [[[1, 1, 2]], [[2, 1, 2]]]))
+    assert losses.loss_KB.tolist() == [[(1.375 + 4.375) / 2, 0.25, 5.0]]
+    assert losses.error_KB.tolist() == [[(1.875 + 4.875) / 2, 1.0, 5.5]]
+    assert losses.q_K.tolist() == [pytest.approx((2 + 3 - 1 - 1 + 3 - 1) / 6)]
+
+
+@pytest.mark.parametrize("head", [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead])
+def test_draws_that_are_alike_count_as_one(head: type[Head]) -> None:
+    torch.manual_seed(0)
+    made = []
+    for loss_draws, target_draws in ((1, 1), (3, 1), (1, 2), (2, 3)):
+        torch.manual_seed(1)
+        network = MultiTaskNetwork(HardSharing(MLP(hidden=[8]), [(5,), (5,)]), head(8, [4, 2]), observation_scale=1.0)
+        learner = DQN(network, NoValueScale(stream_of(("a", "b"))), ("a", "b"), lambda function: function, **SETTINGS | {"double": True})
+        random = torch.Generator().manual_seed(2)
+        observation, next_observation = torch.rand((2, 2, 6, 1, 5), generator=random)
+        action = torch.randint(2, (2, 6), generator=random)
+        rewards = torch.rand((2, 6, 3), generator=random)
+        losses = learner.losses(
+            Batch(
+                observation=observation.repeat(1, loss_draws, 1, 1),
+                action=action.repeat(1, loss_draws),
+                rewards=rewards,
+                steps=torch.full((2, 6), 3),
+                terminated=torch.arange(12).view(2, 6) % 4 == 0,
+                next_observation=next_observation.repeat(1, target_draws, 1, 1),
+                weight=torch.rand((2, 6), generator=random),
+                index=torch.zeros(2, 6, dtype=torch.int64),
+            )
+        )
+        losses.loss_KB.mean().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
+        made.append((losses.loss_KB.detach(), losses.error_KB, losses.q_K, gradient))
+    for other in made[1:]:
+        for mine, theirs in zip(made[0], other, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_distributions_draws_become_their_mixture() -> None:
+    outputs = torch.randn(2, 3, 4, 51)  # tasks, draws, samples
+    c51, quantile = C51Head(8, [4, 2]), QuantileHead(8, [4, 2])
+    assert torch.allclose(c51.mixture(outputs).softmax(-1), outputs.softmax(-1).mean(1), atol=1e-6)
+    assert torch.allclose(c51.expectation(c51.mixture(outputs)), c51.expectation(outputs).mean(1), atol=1e-4)
+    assert torch.equal(quantile.mixture(outputs).sort(-1)[0], outputs.transpose(1, 2).flatten(2).sort(-1)[0])
+    assert torch.allclose(quantile.expectation(quantile.mixture(outputs)), outputs.mean((1, 3)), atol=1e-5)

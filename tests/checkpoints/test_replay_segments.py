@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtrl_cli.checkpoints import replay_segments
+from mtrl_cli.checkpoints.replay_segments import ReplaySegments
+from mtrl_cli.errors import UserError
+
+
+class Ring:
+    """A replay of K=2 tasks and N=3 environments in which row r holds the number r."""
+
+    def __init__(self, capacity_rows: int):
+        self.capacity_rows = capacity_rows
+        self.rows = 0
+        self.data = torch.full((2, capacity_rows, 3), -1)
+        self.largest_export = 0
+
+    def add(self, count: int) -> None:
+        for _ in range(count):
+            self.data[:, self.rows % self.capacity_rows] = self.rows
+            self.rows += 1
+
+    def export_rows(self, start, stop):
+        self.largest_export = max(self.largest_export, stop - start)
+        return {"data": self.data[:, torch.arange(start, stop) % self.capacity_rows]}
+
+    def import_rows(self, start, tensors):
+        length = tensors["data"].shape[1]
+        self.data[:, torch.arange(start, start + length) % self.capacity_rows] = tensors["data"]
+
+
+def _restored(folder: Path, record: dict, ring: Ring) -> Ring:
+    other = Ring(ring.capacity_rows)
+    other.rows = ring.rows
+    segments = ReplaySegments(folder)
+    segments.check(record)
+    segments.load(record, other)
+    return other
+
+
+def test_each_save_writes_only_new_rows_and_covers_the_ring(tmp_path):
+    ring, segments = Ring(10), ReplaySegments(tmp_path)
+    for count in (0, 4, 0, 3, 6, 1, 25, 2):
+        ring.add(count)
+        before, written = set(tmp_path.iterdir()), []
+        record = segments.write_new(ring, written)
+        segments.current = record["segments"]
+        assert set(tmp_path.iterdir()) == before | set(written)
+        rows = sum(stop - start for start, stop in (replay_segments.span(path.name) for path in written))
+        assert rows == min(count, 10)
+        assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
+
+
+def test_pieces_are_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_segments, "PIECE_BYTES", 4 * 2 * 3 * 8)  # four rows
+    ring = Ring(50)
+    ring.add(30)
+    record = ReplaySegments(tmp_path).write_new(ring, [])
+    assert ring.largest_export == 4
+    assert [segment["name"] for segment in record["segments"]][:2] == ["0-4.safetensors", "4-8.safetensors"]
+    assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
+
+
+def test_after_a_rewind_the_rows_of_the_other_future_are_not_taken(tmp_path):
+    ring, segments = Ring(10), ReplaySegments(tmp_path)
+    ring.add(5)
+    early = segments.write_new(ring, [])
+    segments.current = early["segments"]
+    ring.add(3)
+    segments.current = segments.write_new(ring, [])["segments"]
+    segments.delete_all_but(segment["name"] for segment in early["segments"])
+    rewound = _restored(tmp_path, early, ring)
+    rewound.rows = 5
+    segments.load(early, rewound)
+    rewound.add(2)
+    written: list[Path] = []
+    record = segments.write_new(rewound, written)
+    assert [path.name for path in written] == ["5-7.safetensors"]
+    assert torch.equal(_restored(tmp_path, record, rewound).data, rewound.data)
+
+
+def _record(tmp_path: Path) -> tuple[Ring, dict]:
+    ring = Ring(10)
+    ring.add(8)
+    return ring, ReplaySegments(tmp_path).write_new(ring, [])
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "flipped"])
+def test_damaged_segments_are_noticed(tmp_path, damage):
+    _, record = _record(tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-1])
+    elif damage == "longer":
+        path.write_bytes(data + b"x")
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=r"0-8\.safetensors"):
+        ReplaySegments(tmp_path).check(record)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segments": None},
+        {"segments": []},
+        {"segments": [{"name": "../../../etc/passwd", "bytes": 1, "crc32": 1}]},
+        {"segments": [{"name": "0-8.safetensors", "bytes": -1, "crc32": 1}]},
+        {"segments": [{"name": "0-8.safetensors", "bytes": "1", "crc32": 1}]},
+        {"segments": [{"name": "8-0.safetensors", "bytes": 1, "crc32": 1}]},
+        {"segments": [5]},
+        {"rows": 9},
+        {"rows": "8"},
+        {"rows": True},
+        {"capacity_rows": None},
+        {"rows": 7},
+    ],
+)
+def test_records_that_are_not_ours_are_refused(tmp_path, change):
+    _, record = _record(tmp_path)
+    with pytest.raises(UserError):
+        ReplaySegments(tmp_path).check(record | change)
+
+
+def test_a_gap_between_segments_is_refused(tmp_path):
+    _, record = _record(tmp_path)
+    first, second = dict(record["segments"][0]), dict(record["segments"][0])
+    first["name"], second["name"] = "0-3.safetensors", "4-8.safetensors"
+    with pytest.raises(UserError, match="damaged"):
+        ReplaySegments(tmp_path).check(record | {"segments": [first, second]})
+
+
+def test_rows_of_another_capacity_or_shape_are_refused(tmp_path):
+    _, record = _record(tmp_path)
+    with pytest.raises(UserError, match="10 rows, this one 11"):
+        ReplaySegments(tmp_path).load(record, Ring(11))
+    other = Ring(10)
+    other.data = torch.zeros(4, 10, 3)
+    with pytest.raises(UserError, match="does not hold rows of this replay"):
+        ReplaySegments(tmp_path).load(record, other)
+
+
+def test_only_segments_are_deleted(tmp_path):
+    _record(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    ReplaySegments(tmp_path).delete_all_but([])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,353 @@
+"""The command line from outside: what it prints, its exit codes, and what it does not import."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtrl_cli import __version__
+from mtrl_cli.cli import main as cli_main
+from mtrl_cli.config import compose
+from mtrl_cli.config import options as catalogue
+from mtrl_cli.errors import RunError, Stopped, UserError
+from mtrl_cli.sweeps import plan as sweep_plan
+
+Outcome = tuple[int, str, str]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
+
+
+@pytest.fixture
+def mtrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
+    """Run a command line in this process, in an empty folder: exit code, stdout, stderr."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mtrl", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli_main.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def procedures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stands in for the procedures, and notes what they are called with."""
+    calls: list[tuple[Any, ...]] = []
+    train: Any = types.ModuleType("mtrl_cli.commands.train")
+    train.train = lambda config, *, command, or_resume=False: calls.append(("train", compose, command, or_resume))
+    train.resume = lambda run, overrides, *, command: calls.append(("resume", run, overrides, command))
+    evaluate: Any = types.ModuleType("mtrl_cli.commands.eval")
+    evaluate.evaluate_run = lambda run, options: calls.append(("eval", run, options))
+    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.train", train)
+    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.eval", evaluate)
+    bench: Any = types.ModuleType("mtrl_cli.commands.bench")
+    bench.bench = lambda config, *, seconds, as_json: calls.append(("bench", compose, seconds, as_json))
+    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.bench", bench)
+    return calls
+
+
+def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, with our package importable."""
+    path = os.pathsep.join([str(Path(cli_main.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, **options
+    )
+
+
+IMPORTED = """
+import atexit, json, sys
+from mtrl_cli.cli import main
+atexit.register(lambda: print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr))
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "never"),
+    [
+        (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["bench", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["transfer", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich", "matplotlib"]),
+        (["sweep", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich", "optuna"]),
+        (["sweep", "--dry-run", "env=classic_pack", "seed=1,2"], ["torch", "optuna", "gymnasium", "ale_py", "minatar"]),
+        (["train", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
+        (["ls"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
+        (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
+        (["ls", "task_weights"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
+        (["train", "--dry-run", "network.parameters=1.7M"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
+        (["train", "--dry-run"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
+        (["train", "--dry-run", "env=classic_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
+        (["train", "--dry-run", "env=minatar_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
+    ],
+)
+def test_what_is_slow_to_import_is_not_imported(words: list[str], never: list[str]) -> None:
+    done = process(IMPORTED, *words)
+    assert done.returncode == 0, done.stderr
+    assert not set(never) & set(json.loads(done.stderr))
+
+
+def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
+    code, out, err = mtrl("--help")
+    assert (code, err) == (0, "")
+    for word in ("train", "resume", "eval", "bench", "ls", "info", "transfer", "sweep", "--version", "mtrl train env=atari_pack"):
+        assert word in out
+    assert mtrl()[:2] == (0, out)
+    for command in ("train", "resume", "eval", "transfer", "bench", "ls", "sweep"):
+        code, out, err = mtrl(command, "--help")
+        assert (code, err) == (0, "")
+        assert f"  mtrl {command}" in out, "examples, each on a line of its own"
+
+
+def test_version(mtrl: Callable[..., Outcome]) -> None:
+    assert mtrl("--version") == (0, f"mtrl {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nope"], "No such option: --nope (see mtrl --help)"),
+        (["train", "--nope"], "No such option: --nope (see mtrl train --help)"),
+        (["trian"], "Did you mean 'train', 'transfer'? (see mtrl --help)"),
+        (["resume"], "Missing argument 'RUN' (see mtrl resume --help)"),
+        (["eval"], "Missing argument 'RUN' (see mtrl eval --help)"),
+        (["transfer"], "Missing argument 'RUN' (see mtrl transfer --help)"),
+        (["train", "netwrok=mlp"], "netwrok: there is no such key; did you mean network?"),
+        (["train", "env=atari_pak"], "did you mean atari_pack?"),
+        (["train", "env.tasks=[pong,breakot]", "--dry-run"], "did you mean breakout?"),
+        (["train", "steps_per_task=0"], "steps_per_task=0: expected a whole number above 0"),
+        (["train", "agent.n_step=a", "--dry-run"], "agent.n_step=a: expected a whole number above 0"),
+        (["train", "nonsense"], "nonsense: expected KEY=VALUE"),
+        (["train", "launcher=local"], "launcher is of mtrl sweep"),
+        (["sweep", "env=classic_pack"], "there is nothing to vary"),
+        (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "did you mean sweep.trials?"),
+        (["sweep", "env=classic_pak", "seed=1,2"], "did you mean classic_pack?"),
+        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
+        (["eval", "nowhere", "eval.episode=3"], "did you mean eval.episodes?"),
+        (["ls", "netwrk"], "did you mean network?"),
+        (["ls", "env", "network"], "expected one group"),
+        (["ls", "env=atari_pack"], "expected a group"),
+        (["ls", "agent", "env=atari_pack"], "mtrl ls env=atari_pack: expected a group, or hydra.searchpath"),
+        (["ls", "network", "network=mlp"], "expected no choice of network"),
+        (["ls", "network/head", "env=atari_pak"], "did you mean atari_pack?"),
+        (["ls", "network/head", "network.parameters=lots"], "network.parameters=lots: expected a number of parameters"),
+        (["ls", "network/head", "agent.n_stp=3"], "did you mean agent.n_step?"),
+    ],
+)
+def test_a_wrong_command_is_a_line_and_exit_code_2_and_creates_nothing(
+    mtrl: Callable[..., Outcome], words: list[str], message: str
+) -> None:
+    code, out, err = mtrl(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("mtrl: error: ")
+    assert message in err
+    assert len(err.splitlines()) <= 2
+    assert os.listdir() == []
+
+
+def test_a_dry_run_prints_the_configuration_that_a_run_would_have(mtrl: Callable[..., Outcome]) -> None:
+    overrides = ["env=atari_pack", "network=impala", "agent.n_step=5", "seed=1"]
+    code, out, err = mtrl("train", *overrides, "--dry-run")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out) == compose.compose_training(overrides)
+    assert os.listdir() == []
+
+
+def test_commands_hand_over_plain_values(mtrl: Callable[..., Outcome], procedures: list[tuple[Any, ...]]) -> None:
+    assert mtrl("train", "env=classic_pack", "--or-resume", "run_dir=r")[0] == 0
+    assert mtrl("resume", "r", "device=cpu")[0] == 0
+    assert mtrl("eval", "r", "eval.episodes=10", "video=true")[0] == 0
+    assert mtrl("bench", "env=classic_pack", "--seconds", "3", "--json")[0] == 0
+    train, resume, evaluate, bench = procedures
+    assert bench == ("bench", compose.compose_training(["env=classic_pack"]), 3.0, True)
+    assert train == (
+        "train",
+        compose.compose_training(["env=classic_pack", "run_dir=r"]),
+        ["mtrl", "train", "env=classic_pack", "--or-resume", "run_dir=r"],
+        True,
+    )
+    assert resume == ("resume", Path("r"), ["device=cpu"], ["mtrl", "resume", "r", "device=cpu"])
+    assert evaluate[:2] == ("eval", Path("r"))
+    assert evaluate[2]["eval"]["episodes"] == 10
+    assert evaluate[2]["video"] is True
+
+
+def test_sweeps_are_handed_over_as_plans(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    stands_in: Any = types.ModuleType("mtrl_cli.sweeps.command")
+    stands_in.sweep = lambda plan, *, command: calls.append((plan, command))
+    stands_in.go_on = lambda folder, overrides, *, command: calls.append((folder, overrides, command))
+    monkeypatch.setitem(sys.modules, "mtrl_cli.sweeps.command", stands_in)
+    assert mtrl("sweep", "env=classic_pack", "seed=1,2", "run_dir=s")[0] == 0
+    Path("s").mkdir()
+    Path("s/sweep.json").write_text("{}")
+    assert mtrl("resume", "s", "launcher.jobs=2")[0] == 0
+    (plan, command), go_on = calls
+    assert plan == sweep_plan.make(["env=classic_pack", "seed=1,2", "run_dir=s"])
+    assert command == ["mtrl", "sweep", "env=classic_pack", "seed=1,2", "run_dir=s"]
+    assert go_on == (Path("s"), ["launcher.jobs=2"], ["mtrl", "resume", "s", "launcher.jobs=2"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (UserError("the run is wrong\nmend it"), 2, "mtrl: error: the run is wrong\nmend it\n"),
+        (RunError("the loss is not finite"), 1, "mtrl: error: the loss is not finite\n"),
+        (Stopped(signal.SIGINT), 130, "mtrl: stopped; nothing was changed\n"),
+        (Stopped(signal.SIGTERM), 143, "mtrl: stopped; nothing was changed\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "mtrl: error: runs/x: No space left on device\n"),
+        (UserError("red \x1b[31m\x07"), 2, "mtrl: error: red ?[31m?\n"),
+    ],
+)
+def test_what_a_run_ends_with_becomes_an_exit_code(
+    mtrl: Callable[..., Outcome],
+    procedures: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def end(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(sys.modules["mtrl_cli.commands.train"], "train", end)
+    assert mtrl("train") == (code, "", said)
+
+
+def test_a_fault_of_our_own_is_not_dressed_up(procedures: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["mtrl_cli.commands.train"], "train", fail)
+    monkeypatch.setattr(sys, "argv", ["mtrl", "train"])
+    with pytest.raises(ZeroDivisionError):
+        cli_main.main()
+
+
+def test_ls_lists_groups_and_describes_options(mtrl: Callable[..., Outcome]) -> None:
+    folders = [catalogue.conf_folder()]
+    code, out, err = mtrl("ls")
+    assert (code, err) == (0, "")
+    for group in catalogue.groups(folders, None):
+        assert f"\n{group} " in out
+    for group in catalogue.groups(folders, None):
+        code, out, err = mtrl("ls", group)
+        assert (code, err) == (0, "")
+        for name, file in catalogue.options(group, folders).items():
+            line = next(line for line in out.splitlines() if line[2:].split()[:1] == [name])
+            assert catalogue.description(file) in line
+    assert "* atari_pack" in mtrl("ls", "env")[1]
+
+
+def row(out: str, option: str) -> list[str]:
+    """The cells of an option's row."""
+    line = next(line for line in out.splitlines() if line[2:].split()[:1] == [option])
+    return [cell.strip() for cell in line[2:].split("  ") if cell.strip()]
+
+
+def test_ls_tells_the_sizes_of_what_a_network_is_made_of(mtrl: Callable[..., Outcome]) -> None:
+    # The eight games have 6, 4, 6, 18, 9, 6, 9 and 3 actions; a dueling head has (512 + 1) (1 + actions) parameters.
+    shared, heads = 1_684_128, 513 * (8 + 6 + 4 + 6 + 18 + 9 + 6 + 9 + 3)
+    torso = 20 * 20 * 32 * 256 + 9 * 9 * 64 * 512 + 7 * 7 * 64 * 576 + 512 * 3136
+    sizes = [f"{shared + heads:,}", f"{shared:,}", f"{513 * 4:,} to {513 * 19:,}", f"{(torso + 512 * 19 + 18) / 1e6:.2f}M", "atari_pack"]
+    out = mtrl("ls", "network")[1]
+    assert row(out, "nature")[1:6] == sizes
+    assert {name: row(out, name)[5] for name in ("impala", "mlp", "minatar")} == {
+        "impala": "atari_pack", "mlp": "classic_pack", "minatar": "minatar_pack",
+    }  # fmt: skip
+    out = mtrl("ls", "network/head")[1]
+    assert row(out, "dueling")[1:6] == sizes
+    assert row(out, "plain")[1] == f"{shared + heads - 8 * 513:,}"
+    out = mtrl("ls", "network.sharing")[1]
+    assert row(out, "hard")[1:6] == sizes
+    independent = f"{shared + 513 * 4:,} to {shared + 513 * 19:,}"
+    assert row(out, "independent")[1:5] == [f"{8 * shared + heads:,}", "0", independent, sizes[3]]
+
+
+def test_ls_tells_sizes_with_a_runs_overrides_and_why_an_option_has_none(mtrl: Callable[..., Outcome]) -> None:
+    code, out, err = mtrl("ls", "network/sharing", "env=classic_pack", "env.tasks=[CartPole-v1,Acrobot-v1]", "network.parameters=30k")
+    assert (code, err) == (0, "")
+    for name in ("hard", "independent"):
+        cells = row(out, name)
+        assert abs(int(cells[1].replace(",", "")) / 30_000 - 1) <= 0.02
+        assert cells[5] == "classic_pack"
+    code, out, err = mtrl("ls", "network", "env=classic_pack")
+    assert (code, err) == (0, "")
+    assert row(out, "mlp")[5] == "classic_pack"
+    assert row(out, "nature")[1:5] == ["-"] * 4
+    assert "(not counted: network=NatureCNN reads image observations; those of env=classic_pack are vectors" in row(out, "nature")[-1]
+
+
+def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    code, out, err = mtrl("ls", "network")
+    assert (code, err) == (0, "")
+    assert "(not counted: env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]')" in row(out, "minatar")[-1]
+    assert row(out, "nature")[5] == "atari_pack"
+
+
+def test_ls_lists_folders_of_ones_own(mtrl: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "own" / "env").mkdir(parents=True)
+    (tmp_path / "own" / "env" / "mine.yaml").write_text("# @package _global_\n# My own games\nenv: {}\n")
+    code, out, _ = mtrl("ls", "env", f"hydra.searchpath=[file://{tmp_path}/own]")
+    assert code == 0
+    assert "  mine          My own games" in out
+
+
+def test_info_tells_versions_and_places(mtrl: Callable[..., Outcome]) -> None:
+    code, out, err = mtrl("info", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["versions"]["mtrl_cli"] == __version__
+    assert {"python", "torch", "gymnasium", "ale-py", "hydra-core"} <= set(facts["versions"])
+    assert facts["configuration"] == str(catalogue.conf_folder())
+    assert facts["cores"] >= 1
+    assert facts["devices"][0] == "cpu"
+    code, out, err = mtrl("info")
+    assert (code, err) == (0, "")
+    assert f"{facts['configuration']}\n" in out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = process(
+        "import subprocess, sys\n"
+        "p = subprocess.Popen([sys.executable, '-m', 'mtrl_cli', 'train', '--dry-run'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
+        "p.stdout.close()\n"
+        "print(p.stderr.read().decode(), p.wait())"
+    )
+    assert done.stdout == " 0\n"
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    done = process("import runpy, sys; sys.argv[0] = 'mtrl'; runpy.run_module('mtrl_cli', run_name='__main__')", "--version")
+    assert (done.returncode, done.stdout) == (0, f"mtrl {__version__}\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor as a shell does")
+@pytest.mark.parametrize("words", [["ls"], ["--version"], ["info", "--json"]])
+def test_a_closed_standard_output_is_no_failure(words: list[str], tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "mtrl_cli", *words]) + " >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

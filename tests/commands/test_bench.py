@@ -1,0 +1,73 @@
+"""`mtrl bench` as a user runs it: what it prints, what it leaves alone, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+
+from tests.helpers.command import Mtrl, MtrlHere
+
+SMALL = ["env=classic_pack", "network.hidden=[16,16]", "device=cpu"]
+PROMISED = {"emulators", "acting", "learning", "loop", "limit", "share", "bytes_per_transition"}
+
+
+def test_json_alone_on_stdout_and_nothing_left_behind(mtrl: Mtrl) -> None:
+    pasted = ["run_dir=run", "checkpoint.every=100", "eval.every=100", "log.every=10", "agent.learning_starts=5000"]
+    done = mtrl("bench", *SMALL, *pasted, "--json", "--seconds", "1")
+    result = json.loads(done.stdout)
+    assert set(result) >= PROMISED
+    assert all(isinstance(result[key], float) and result[key] > 0 for key in PROMISED)
+    assert result["limit"] < min(result["emulators"], result["acting"], result["learning"])
+    # CartPole, Acrobot and MountainCar: vectors of 6 float32, an action, a reward and flags.
+    assert result["bytes_per_transition"] == pytest.approx(6 * 4 + 1 + 4 + 1, rel=0.01)
+    assert result["tasks"] == ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+    assert (result["num_envs"], result["device"], result["compile"]) == (8, "cpu", False)
+    assert all(low <= result[part] <= high for part, (low, high) in result["spread"].items())
+    assert sum(result["split"].values()) == pytest.approx(1.0, abs=0.02)
+    assert "replay: 4,096 transitions per task are enough to measure with" in done.stderr
+    assert list(mtrl.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [["replay=prioritized"], ["task_weights=pcgrad"], ["steps_per_task=2000", "replay.capacity=200"]])
+def test_a_table_for_a_person(here: MtrlHere, more: list[str]) -> None:
+    done = here("bench", *SMALL, *more, "--seconds", "0.5")
+    for word in ("emulators alone", "acting alone", "learning alone", "the whole loop", "limit", "bytes per transition", "updates/s"):
+        assert word in done.stdout
+    assert "of the work: " in done.stdout
+    assert list(here.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["env=no_such"], "env=no_such: there is no such option"),
+        (["agent.nope=1"], "nope"),
+        (["device=cuda:99"], "device=cuda:99"),
+        (["replay.capacity=3"], "replay.capacity=3 holds"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_as_by_train(here: MtrlHere, words: list[str], said: str) -> None:
+    done = here("bench", *SMALL, *words, code=2)
+    assert done.stdout == ""
+    assert said in done.stderr.splitlines()[-1] or said in done.stderr.splitlines()[-2]
+    assert "mtrl: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_ends_it_at_once(mtrl: Mtrl) -> None:
+    process = mtrl.start("bench", *SMALL, "--seconds", "120", "--json")
+    assert process.stderr is not None
+    while "measuring" not in (line := process.stderr.readline()):
+        assert line, "it ended before it measured"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
+    stdout, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert list(mtrl.folder.iterdir()) == []

@@ -1,0 +1,414 @@
+"""Composing what ships with us, saving, loading, and what is said about each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtrl_cli.config import compose, options
+from mtrl_cli.errors import UserError
+
+CONF = options.conf_folder()
+GROUPS = options.groups([CONF])
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
+    monkeypatch.delenv("MTRL_TRUSTED_PACKAGES", raising=False)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A user's own folder with a pack built on ours, an optimizer, and a recipe."""
+    folder = tmp_path / "own conf"
+    (folder / "env").mkdir(parents=True)
+    (folder / "optimizer").mkdir()
+    (folder / "env" / "two.yaml").write_text(
+        "# @package _global_\n# Two games of mine\ndefaults: [atari_pack, _self_]\nenv: {name: two, tasks: [pong, tetris]}\nseed: 7\n"
+    )
+    (folder / "optimizer" / "slow.yaml").write_text("# Slow\ndefaults: [adam, _self_]\nlr: 1e-6\n")
+    return folder
+
+
+def other(group: str, option: str) -> list[str]:
+    """The overrides with which an option composes: some go only with a pack."""
+    more = {
+        "mlp": ["env=classic_pack"],
+        "minatar": ["env=minatar_pack"],
+        "gymnasium": ["env.tasks=[CartPole-v1]"],
+        "rollouts": ["agent=pqn"],
+    }
+    return [*more.get(option, []), f"{group}={option}"]
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options.options(group, [CONF])])
+def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> None:
+    composed = compose.compose_training(other(group, option))
+    assert options.description(options.options(group, [CONF])[option]), "the first comment describes the option"
+    if group == "env":
+        assert composed["env"]["name"] == option
+
+
+@pytest.mark.parametrize("env", options.options("env", [CONF]))
+def test_every_pack_composes_with_every_choice_that_does_not_depend_on_it(env: str) -> None:
+    choices = ["network/sharing=independent", "network/head=plain", "replay=prioritized", "agent/value_scale=clip"]
+    composed = compose.compose_training([*other("env", env), *choices])
+    assert composed["network"]["sharing"]["_target_"].endswith(".IndependentSharing")
+    assert composed["agent"]["value_scale"] == {"_target_": "mtrl_cli.agents.value_scale.ClipRewards", "limit": 1.0}
+
+
+def test_the_packs_hold_the_games_that_they_are_known_for() -> None:
+    def tasks(env: str) -> list[str]:
+        return compose.compose_training([f"env={env}"])["env"]["tasks"]
+
+    names = [
+        line.split(",")[0] for line in (Path(compose.__file__).parents[1] / "envs/data/atari57_scores.csv").read_text().splitlines()[1:]
+    ]
+    assert tasks("atari_57") == names
+    assert len(names) == 57
+    assert tasks("atari_pack") == ["pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert", "enduro", "freeway"]
+    assert len(tasks("atari_26")) == 26
+    assert set(tasks("atari_26")) <= set(names)
+    assert tasks("minatar_pack") == ["asterix", "breakout", "freeway", "seaquest", "space_invaders"]
+    assert tasks("classic_pack") == ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+
+
+def test_a_pack_brings_its_network_and_the_command_line_has_the_last_word() -> None:
+    classic = compose.compose_training(["env=classic_pack"])
+    assert classic["network"]["_target_"].endswith(".MLP")
+    assert classic["agent"]["value_scale"]["_target_"].endswith(".NoValueScale")
+    assert compose.compose_training(["env=classic_pack", "agent.n_step=2", "agent/value_scale=clip"])["agent"]["n_step"] == 2
+    assert compose.compose_training(["agent.n_step=2", "experiment=pong_breakout"])["agent"]["n_step"] == 2
+    assert compose.compose_training(["network=impala"])["network"]["_target_"].endswith(".ImpalaCNN")
+    assert compose.compose_training(["env=minatar_pack", "network=minatar", "network.features=32"])["network"]["features"] == 32
+
+
+def test_whole_numbers_become_floats_where_floats_are_expected_and_auto_stays() -> None:
+    composed = compose.compose_training(["agent.samples_per_step=4", "optimizer.lr=1e-4"])
+    assert repr(composed["agent"]["samples_per_step"]) == "4.0"
+    assert composed["optimizer"]["lr"] == 1e-4
+    assert [composed[key] for key in ("device", "precision", "compile", "threads")] == ["auto"] * 4
+    assert composed["replay"]["capacity"] == "auto"
+
+
+def test_run_dir_may_be_any_path() -> None:
+    for path in ("/tmp/a=b", "relative/x y", "a,b", "ä", "2025", "[x", 'quote"s', "back\\slash"):
+        assert compose.compose_training([f"run_dir={path}"])["run_dir"] == path
+    assert compose.compose_training(["run_dir=~/runs"])["run_dir"] == str(Path.home() / "runs")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("env=atari_pak", "env=atari_pak: there is no such option; did you mean atari_pack?"),
+        ("env=zzz", "expected one of: atari_26, atari_57, atari_pack, classic_pack, gymnasium, minatar_pack"),
+        ("env=[atari_pack,minatar_pack]", "there is no such option"),
+        ("agent=null", "agent=null: there is no such option"),
+        ("network/shring=hard", "network/shring: there is no such group; did you mean network/sharing?"),
+        ("netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
+        ("+netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
+        ("agent.n_stp=3", "did you mean agent.n_step?"),
+        ("++agent.n_stp=3", "did you mean agent.n_step?"),
+        ("lr=3", "did you mean optimizer.lr?"),
+        ("agent.n_step=three", "agent.n_step=three: expected a whole number above 0"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: expected a number above 0"),
+        ("steps_per_task=0", "steps_per_task=0: expected a whole number above 0"),
+        ("steps_per_task=1.5", "steps_per_task=1.5: expected a whole number above 0"),
+        ("seed=1,2", "seed=1,2: expected one value; for a list write seed=[1,2]"),
+        ("seed=1,2", "for a run of each: mtrl sweep seed=1,2"),
+        ("seed=range(3)", "seed=range(3): expected one value, not a sweep; for a run of each: mtrl sweep 'seed=range(3)'"),
+        ("launcher=local", "launcher is of mtrl sweep"),
+        ("launcher.jobs=2", "launcher is of mtrl sweep"),
+        ("sweep.trials=3", "sweep is of mtrl sweep"),
+        ("seed=choice(1,2)", "expected one value"),
+        ("env.tasks=[pong,breakot]", "env.tasks: atari_pack has no task breakot; did you mean breakout?"),
+        ("env.tasks=[SpaceInvaders]", "did you mean space_invaders?"),
+        ("env.tasks=[]", "env.tasks=[]: expected a list of names that is not empty"),
+        ("env.tasks=[pong,pong]", "env.tasks names pong twice"),
+        ("env.tasks=pong", "env.tasks=pong: expected a list of names"),
+        ("network.sharing=hard", "network.sharing=hard: to choose an option write network/sharing=hard"),
+        ("env@pack=atari_pack", "a group has one place here; write env=atari_pack"),
+        ("hydra.run.dir=x", "of Hydra's own settings only hydra.searchpath"),
+        ("hydra.searchpath=[/nowhere/at/all]", "hydra.searchpath: /nowhere/at/all is no folder"),
+        ("hydra.searchpath=[pkg://os]", "is no folder"),
+        ("atari_pack", "atari_pack: did you mean env=atari_pack?"),
+        ("quickstart", "did you mean experiment=quickstart?"),
+        ("nonsense", "nonsense: expected KEY=VALUE"),
+        ("", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("env.tasks=[pong", "expected KEY=VALUE"),
+        ("~network", "network has no _target_"),
+        ("~agent.gamma", "agent.gamma is missing"),
+        ("~agent.gama", "cannot be composed"),
+        ("seed=${oc.env:NO_SUCH_VARIABLE_HERE}", "cannot be composed"),
+        ("seed=???", "cannot be composed"),
+        ("env.tasks.x=3", "cannot be composed"),
+        ("run_dir='\\${x}'", "holds '${'"),
+        ("++network._target_=os.system", "network._target_=os.system: expected a class of mtrl_cli"),
+        ("++network._target_=mtrl_cli.commands.train.shutil.copy", "expected a Torso that mtrl_cli itself defines"),
+    ],
+)
+def test_each_mistake_is_named_in_two_lines_at_most(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose.compose_training([override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_a_users_own_folder_adds_options_packs_and_games(own: Path) -> None:
+    composed = compose.compose_training(["env=two", "optimizer=slow", f"hydra.searchpath=[file://{own}]"])
+    assert composed["env"]["tasks"] == ["pong", "tetris"]
+    assert composed["seed"] == 7
+    assert composed["optimizer"] == {**compose.compose_training([])["optimizer"], "lr": 1e-6}
+    assert "two" in options.options("env", compose.search_path([f"hydra.searchpath=[{own}]"]))
+
+
+def test_an_option_of_ones_own_may_not_hide_one_of_ours(own: Path) -> None:
+    (own / "optimizer" / "adam.yaml").write_text("# Mine\nlr: 1\n")
+    with pytest.raises(UserError, match="rename your own"):
+        compose.compose_training(["optimizer=adam", f"hydra.searchpath=[{own}]"])
+
+
+def test_a_broken_yaml_of_ones_own_is_named(own: Path) -> None:
+    (own / "env" / "broken.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        compose.compose_training([f"hydra.searchpath=[{own}]"])
+
+
+def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+    for overrides in ([], ["env=classic_pack", "optimizer.lr=1e-7", "agent.epsilon_tasks={CartPole-v1:0.2}", "run_dir=1e5"]):
+        composed = compose.compose_training(overrides)
+        (tmp_path / "config.yaml").write_text(compose.dump(composed))
+        assert compose.load(tmp_path / "config.yaml") == composed
+    assert "&" not in compose.dump({"a": (shared := ["x"]), "b": shared})
+
+
+def test_a_number_that_was_typed_into_a_saved_file_is_read_as_a_number(tmp_path: Path) -> None:
+    composed = compose.compose_training([])
+    path = tmp_path / "config.yaml"
+    path.write_text(compose.dump(composed).replace("lr: 0.0001", "lr: 1e-4"))
+    assert "1e-4" in path.read_text()
+    assert compose.load(path) == composed
+
+
+def test_trust_comes_from_the_command_line_and_the_users_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compose.trusted_packages() == []
+    assert compose.trusted_packages(["trusted_packages=[mine]"]) == ["mine"]
+    monkeypatch.setenv("MTRL_TRUSTED_PACKAGES", "a.b, c")
+    settings = tmp_path / "no-settings" / "mtrl" / "settings.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("trusted_packages: [d, c]\n")
+    assert compose.trusted_packages(["trusted_packages=[mine]"]) == ["a.b", "c", "d", "mine"]
+    assert compose.compose_training(["trusted_packages=[mine]"])["trusted_packages"] == ["a.b", "c", "d", "mine"]
+    monkeypatch.delenv("MTRL_TRUSTED_PACKAGES")
+    settings.unlink()
+    own = compose.compose_training([]) | {"trusted_packages": ["os"]}
+    (tmp_path / "config.yaml").write_text(compose.dump(own))
+    assert compose.load(tmp_path / "config.yaml")["trusted_packages"] == []
+
+
+@pytest.mark.parametrize("content", ["trusted_packages: os", "trust: [a]", "trusted_packages: ['a;b']", "- a"])
+def test_wrong_settings_are_named(content: str, tmp_path: Path) -> None:
+    settings = tmp_path / "no-settings" / "mtrl" / "settings.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(content)
+    with pytest.raises(UserError):
+        compose.trusted_packages()
+
+
+def test_a_recipe_cannot_name_packages_to_trust(own: Path) -> None:
+    (own / "experiment").mkdir()
+    (own / "experiment" / "evil.yaml").write_text("# @package _global_\n# Evil\ntrusted_packages: [os]\nnetwork: {_target_: os.system}\n")
+    with pytest.raises(UserError, match="expected a class of mtrl_cli"):
+        compose.compose_training(["experiment=evil", f"hydra.searchpath=[{own}]"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(compose.dump(compose.compose_training(["device=cpu"])))
+    return folder
+
+
+def test_a_run_is_resumed_with_a_larger_budget_or_on_another_device(run: Path) -> None:
+    before = compose.load_run(run)
+    assert before["device"] == "cpu"
+    after = compose.load_run(run, ["steps_per_task=9000000", "device=cuda:1", "trusted_packages=[mine]"])
+    assert after == {**before, "steps_per_task": 9000000, "device": "cuda:1", "trusted_packages": ["mine"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=3", "seed=3: a run is resumed as it was started; only steps_per_task, device and trusted_packages can be given"),
+        ("env.tasks=[pong,qbert]", "a run is resumed as it was started"),
+        ("network=impala", "a run is resumed as it was started"),
+        ("steps_per_task=1000", "nothing would be learned"),
+        ("steps_per_task=20000", "its budget can only be raised"),
+        ("steps_per_task=many", "expected a whole number above 0"),
+        ("steps_per_task=", "expected a whole number above 0"),
+        ("device=gpu", "expected auto, cpu"),
+        ("~device", "a run is resumed as it was started"),
+        ("nonsense", "KEY=VALUE"),
+    ],
+)
+def test_nothing_else_changes_on_resume(run: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose.load_run(run, [override])
+    assert message in str(caught.value)
+
+
+def test_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="is no run folder"):
+            compose.load_run(folder)
+
+
+def test_evaluation_takes_the_runs_own_unless_told() -> None:
+    nothing: dict[str, Any] = {"episodes": None, "max_steps": None, "epsilon": None, "seed": None}
+    assert compose.compose_evaluation([]) == {
+        "checkpoint": "latest", "video": False, "device": None, "trusted_packages": [], "eval": nothing,
+    }  # fmt: skip
+    told = compose.compose_evaluation(["eval.episodes=10", "video=true", "checkpoint=20000", "device=cpu", "eval.epsilon=0"])
+    assert told["eval"] == {**nothing, "episodes": 10, "epsilon": 0.0}
+    assert (told["checkpoint"], told["video"], told["device"]) == (20000, True, "cpu")
+    assert compose.compose_evaluation(["checkpoint=best"])["checkpoint"] == "best"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.episode=1", "did you mean eval.episodes?"),
+        ("eval.episodes=0", "expected a whole number above 0"),
+        ("checkpoint=newest", "expected latest or best or a whole number"),
+        ("checkpoint=-1", "expected latest or best"),
+        ("video=yes please", "video=yes please: expected true or false"),
+        ("env.tasks=[pong]", "mtrl eval takes a run's env as it was trained"),
+        ("seed=1", "mtrl eval takes a run's seed as it was trained"),
+        ("network=impala", "mtrl eval takes a run's network as it was trained"),
+        ("eval.every=3", "there is no such key"),
+        ("vido=true", "did you mean video?"),
+    ],
+)
+def test_evaluation_refuses_what_it_cannot_change(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose.compose_evaluation([override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_every_number_in_a_written_configuration_is_plain_yaml() -> None:
+    composed = compose.compose_training(["optimizer.lr=1e-9"])
+    assert yaml.safe_load(compose.dump(composed)) == composed
+
+
+# -- what is tuned for an agent and a pack ----------------------------------------------------------------------------------------
+
+SEARCHED = "hydra.searchpath=[file://{}]"
+
+
+def packs() -> list[str]:
+    return list(options.options("env", [CONF]))
+
+
+@pytest.mark.parametrize("env", packs())
+@pytest.mark.parametrize("agent", options.options("agent", [CONF]))
+def test_every_pack_composes_with_every_agent(env: str, agent: str) -> None:
+    composed = compose.compose_training([*other("env", env), f"agent={agent}"])
+    assert composed["agent"]["_target_"].lower().endswith(f".{agent}")
+    rollouts = agent == "pqn"
+    assert composed["replay"]["_target_"].endswith(".Rollouts") == rollouts
+    assert composed["optimizer"]["_target_"].endswith(".RAdam") == rollouts
+    assert composed["network"]["layer_norm"] or not rollouts
+    assert composed["env"]["num_envs"] == (8 if agent == "dqn" else 32 if env == "minatar_pack" else 16)
+
+
+def test_what_is_tuned_gives_way_to_packs_of_ones_own_to_experiments_and_to_the_command_line(own: Path) -> None:
+    """Packs built on ours inherit it, too."""
+    (own / "experiment").mkdir()
+    (own / "env" / "poles.yaml").write_text(
+        "# @package _global_\n# One game\ndefaults: [classic_pack, _self_]\n"
+        "env: {name: poles, tasks: [CartPole-v1], num_envs: 4}\nagent: {epsilon_steps: 77}\n"
+    )
+    (own / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n# Mine\ndefaults: [override /env: poles, override /agent: pqn]\nagent: {epochs: 3}\n"
+    )
+    searched = SEARCHED.format(own)
+    dqn = compose.compose_training(["env=poles", searched])
+    ours = compose.compose_training(["env=classic_pack"])
+    assert dqn["agent"] == ours["agent"] | {"epsilon_steps": 77}
+    assert dqn["agent"]["batch_size"] == 64
+    assert (dqn["optimizer"], dqn["env"]["num_envs"]) == (ours["optimizer"], 4)
+    pqn = compose.compose_training(["experiment=mine", "agent.minibatches=2", searched])
+    assert (pqn["agent"]["epochs"], pqn["agent"]["minibatches"], pqn["agent"]["epsilon_steps"]) == (3, 2, 77)
+    assert pqn["agent"]["trace_decay"] == compose.compose_training(["env=classic_pack", "agent=pqn"])["agent"]["trace_decay"] == 0.95
+    assert pqn["env"]["num_envs"] == 4
+
+
+def test_a_pack_of_ones_own_may_hold_keys_of_one_agent(own: Path) -> None:
+    (own / "env" / "hasty.yaml").write_text(
+        "# @package _global_\n# Hasty\ndefaults: [minatar_pack, _self_]\nenv: {name: hasty}\nagent: {n_step: 7, target_period: 9}\n"
+    )
+    composed = compose.compose_training(["env=hasty", SEARCHED.format(own)])
+    assert (composed["agent"]["n_step"], composed["agent"]["target_period"]) == (7, 9)
+    with pytest.raises(UserError, match=r"agent\.n_step: there is no such key in PQN; it is one of agent=dqn"):
+        compose.compose_training(["env=hasty", "agent=pqn", SEARCHED.format(own)])
+
+
+def test_what_is_tuned_is_nothing_to_choose() -> None:
+    assert "tuned" not in options.groups([CONF])
+    with pytest.raises(UserError, match="tuned: what is tuned follows from env and agent"):
+        compose.compose_training(["tuned=dqn_minatar_pack"])
+    for file in (CONF / "tuned").glob("*.yaml"):
+        agent, _, pack = file.stem.partition("_")
+        assert agent in options.options("agent", [CONF]), file
+        assert pack in packs(), file
+
+
+def test_rollouts_are_for_agents_that_learn_from_them() -> None:
+    with pytest.raises(UserError, match="replay's Rollouts forgets what agent's DQN would learn from: choose replay=uniform"):
+        compose.compose_training(["replay=rollouts"])
+    with pytest.raises(UserError, match="agent's PQN learns from rollouts, which replay's UniformReplay does not keep"):
+        compose.compose_training(["agent=pqn", "replay=uniform"])
+
+
+def test_a_sweeps_own_words() -> None:
+    composed = compose.compose_sweep(["launcher.jobs=2", "sweep.trials=3", "sweep.sampler=tpe", "run_dir=~/a,b"])
+    assert composed["launcher"]["jobs"] == 2
+    assert composed["launcher"]["_target_"] == "mtrl_cli.launchers.local.LocalLauncher"
+    assert (composed["sweep"]["trials"], composed["sweep"]["sampler"], composed["sweep"]["retries"]) == (3, "tpe", 2)
+    assert composed["run_dir"] == f"{Path.home()}/a,b"
+    assert compose.compose_sweep([])["run_dir"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sweep.trails=3", "sweep.trails: there is no such key; did you mean sweep.trials?"),
+        ("sweep.trials=0", "sweep.trials=0: expected a whole number above 0 or null"),
+        ("sweep.sampler=tpee", "sweep.sampler=tpee: expected auto or grid or random or tpe or cmaes or gp"),
+        ("launcher=loca", "launcher=loca: there is no such option; did you mean local?"),
+        ("launcher.job=1", "did you mean launcher.jobs?"),
+        ("launcher.jobs=none", "launcher.jobs=none: expected"),
+        ("launcher._target_=os.system", "expected a class of mtrl_cli"),
+        ("launcher._target_=mtrl_cli.training.optimizers.Adam", "expected a Launcher"),
+        ("seed=3", "seed: there is no such key"),
+    ],
+)
+def test_what_is_wrong_with_a_sweeps_own_words_is_told(override: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        compose.compose_sweep([override])
+    assert message in str(refused.value)
+
+
+def test_launchers_of_a_users_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "launcher" / "two.yaml").write_text("# Two at a time\ndefaults: [local, _self_]\njobs: 2\n")
+    assert compose.compose_sweep([f"hydra.searchpath=[{tmp_path}]", "launcher=two"])["launcher"]["jobs"] == 2
+    assert options.groups([CONF, tmp_path], "sweep") == ["launcher"]
+    assert "launcher" not in options.groups([CONF, tmp_path])

@@ -1,0 +1,215 @@
+"""Runs on a real Ray cluster, of two nodes on this machine, one of which is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtrl_cli.errors import UserError
+from mtrl_cli.launchers import ray as launchers_ray
+from mtrl_cli.launchers.base import End, Job
+from tests.helpers import required
+
+SECONDS = 90.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster whose head has one core for runs; a test may add nodes."""
+    if importlib.util.find_spec("ray") is None:
+        required.skip_or_fail("ray", "Ray is not installed (pip install 'mtrl_cli[ray]')")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+@pytest.fixture
+def launch(cluster: Any) -> Iterator[Callable[..., launchers_ray.RayLauncher]]:
+    """`launch(cpus=2)`: as conf/launcher/ray.yaml makes it, on the cluster."""
+    made = []
+
+    def make(**changes: Any) -> launchers_ray.RayLauncher:
+        made.append(
+            launchers_ray.RayLauncher(**({"address": cluster.address, "jobs": 2, "cpus": 1, "gpus": 0, "memory_gb": None} | changes))
+        )
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`worker(script)`: what runs in place of `mtrl resume`, in the run's folder."""
+
+    def is_now(script: str) -> None:
+        monkeypatch.setattr(launchers_ray, "command", lambda run: ["bash", "-c", f'cd "$0"\n{script}', str(run)])
+
+    return is_now
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Four runs' folders."""
+    folders = [tmp_path / "trials" / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something that comes about by itself."""
+    end = time.monotonic() + SECONDS
+    while not (found := condition()):
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+    return found
+
+
+def ends_of(*jobs: Job) -> list[End | None]:
+    """How jobs end, which Ray begins in an order of its own. Each has its core until its end was seen."""
+    until(lambda: None not in [job.poll() for job in jobs], "the jobs have not ended")
+    return [job.poll() for job in jobs]
+
+
+SAVES = "trap 'echo saved >> saved; exit 143' TERM\necho $$ > begun\nwhile true; do sleep 0.05; done\n"
+
+
+def test_a_job_ends_as_its_worker_did(
+    launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
+) -> None:
+    ray = launch(memory_gb=0.25)
+    jobs = []
+    for script, run in zip(("echo one; echo two >&2; env > env", "exit 1", "exit 2", "kill -KILL $$"), runs, strict=True):
+        worker(script)
+        jobs.append(ray.start(run))
+    assert ends_of(*jobs) == [End(0), End(1), End(2), End(None, "killed by signal 9")]
+    assert (runs[0] / "output.txt").read_text() == "one\ntwo\n"
+    told = dict(line.split("=", 1) for line in (runs[0] / "env").read_text().splitlines() if "=" in line)
+    assert (told["MTRL_CORES"], told["MTRL_MEMORY"], told["CUDA_VISIBLE_DEVICES"]) == ("1", str(2**28), "")
+    assert ends_of(ray.start(runs[0])) == [End(None, "killed by signal 9")]
+    assert (runs[0] / "output.txt").read_text() == "one\ntwo\n", "output is added, never replaced"
+
+
+def test_jobs_wait_for_room_and_stop(
+    launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    ray = launch()
+    assert signal.getsignal(signal.SIGTERM) == handler, "a request to stop reaches the sweep"
+    worker(SAVES)
+    first, second = ray.start(runs[0]), ray.start(runs[1])
+    until((runs[0] / "begun").exists, "the first has not begun")
+    until(lambda: not first.is_waiting(), "the first is said to wait")
+    assert second.is_waiting()
+    second.stop()
+    assert ends_of(second) == [End(None, "Ray lost the machine or the process that it ran in")]
+    first.stop()
+    first.stop()
+    assert ends_of(first) == [End(143)]
+    assert (runs[0] / "saved").read_text() == "saved\n", "asked once"
+    assert not (runs[1] / "begun").exists()
+
+
+def test_a_cluster_that_is_not_there_is_told_in_a_line(cluster: Any) -> None:
+    with pytest.raises(UserError, match=r"launcher\.address=127\.0\.0\.1:1: nothing answers there"):
+        launchers_ray.RayLauncher(address="127.0.0.1:1", jobs=1, cpus=1, gpus=0, memory_gb=None)
+    with pytest.raises(UserError, match=r"launcher\.gpus=1\.5: expected a whole number"):
+        launchers_ray.RayLauncher(address=None, jobs=1, cpus=1, gpus=1.5, memory_gb=None)
+
+
+def children() -> set[int]:
+    """This process's children."""
+    return {
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if is_child_of(int(path.name), os.getpid()) and int(path.name) != os.getpid()
+    }
+
+
+def test_a_cluster_of_this_machine_ends_with_its_launcher(
+    launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
+) -> None:
+    before, mode = children(), os.environ.get("RAY_AUTH_MODE")
+    with pytest.raises(UserError, match=r"launcher\.cpus=4096: a run could never begin, as this machine has \d+"):
+        launch(address=None, cpus=4096)
+    worker("echo done")
+    ray = launch(address=None)
+    assert ends_of(ray.start(runs[0])) == [End(0)]
+    assert children() - before, "its own processes"
+    ray.close()
+    assert os.environ.get("RAY_AUTH_MODE") == mode, "what a local cluster asks for is not asked of others"
+    until(lambda: children() <= before, "Ray's processes live on")
+
+
+def records(sweep: Path) -> list[dict[str, Any]]:
+    """Each trial's trial.json."""
+    return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]
+
+
+def processes_of(folder: Path) -> set[int]:
+    """The workers of the runs in a folder."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"resume" in words and any(word.startswith(bytes(folder)) for word in words):
+            found.add(int(path.parent.name))
+    return found
+
+
+def is_child_of(process: int, ancestor: int) -> bool:
+    """Whether a process comes from another."""
+    while process > 1 and process != ancestor:
+        try:
+            process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return process == ancestor
+
+
+def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=1, object_store_memory=2**27)
+    cluster.wait_for_nodes()
+    raylet = node.all_processes["raylet"][0].process.pid
+    folder = tmp_path / "S"
+    words = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=6000", "checkpoint.every=200", "eval.episodes=1", "device=cpu"]
+    words += ["seed=0,1,2", "launcher=ray", f"launcher.address={cluster.address}", "launcher.jobs=2", f"run_dir={folder}"]
+    with (tmp_path / "output").open("w") as output:
+        sweep = subprocess.Popen([sys.executable, "-m", "mtrl_cli", "sweep", *words], stdout=output, stderr=output, cwd=tmp_path)
+    try:
+        # One run on each node; the second node's has saved something when that is killed.
+        there = until(lambda: [each for each in processes_of(folder) if is_child_of(each, raylet)], "no run on the second node")[0]
+        run = Path(os.fsdecode(Path(f"/proc/{there}/cmdline").read_bytes().split(b"\0")[-2]))
+        until(lambda: list(run.glob("checkpoints/*/COMPLETE")), "it has saved nothing")
+        assert not (run / "checkpoints/6000").exists(), "it was at work"
+        cluster.remove_node(node, allow_graceful=False)
+        assert sweep.wait(240) == 0, (tmp_path / "output").read_text()[-3000:]
+    finally:
+        sweep.kill()
+        sweep.wait()
+    number = int(run.name)
+    told = records(folder)
+    assert [record["state"] for record in told] == ["completed"] * 3
+    assert [record["attempts"] for record in told] == [2 if each == number else 1 for each in range(3)]
+    assert f"trial {number}: its process died (Ray lost the machine" in (tmp_path / "output").read_text()
+    assert "going on from step" in (run / "output.txt").read_text(), "it began anew"
+    assert processes_of(folder) == set()

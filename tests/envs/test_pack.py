@@ -1,0 +1,314 @@
+"""The pack: K tasks as one, seeds that depend on names alone, and states that bring everything back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtrl_cli.envs.names import check_names
+from mtrl_cli.envs.pack import Pack, Task, padded_shape
+from mtrl_cli.envs.serial import SerialVectorTask
+from mtrl_cli.envs.vector_tasks import VectorTasks
+from mtrl_cli.errors import RunError, UserError
+
+
+def task(name: str, shape: tuple[int, ...] = (3,), num_actions: int = 2) -> Task:
+    return Task(name, shape, num_actions, tuple(map(str, range(num_actions))), 1, None, None)
+
+
+class Dice:
+    """A game whose every number hangs on its last seed and all actions since; it ends by a throw of the dice.
+
+    Attributes:
+        steps: since that seed. seeds: all that it was given.
+    """
+
+    def __init__(self, shape: tuple[int, ...], ends: float) -> None:
+        self.shape, self.ends = shape, ends
+        self.steps, self.sum = 0, 0
+        self.generator = np.random.default_rng()
+        self.seeds: list[int] = []
+        self.over = True
+
+    def reset(self, seed: int | None) -> np.ndarray:
+        if seed is not None:
+            self.generator = np.random.default_rng(seed)
+            self.steps, self.sum = 0, 0
+            self.seeds.append(seed)
+        self.over = False
+        return self.generator.random(self.shape) + self.sum
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        assert not self.over, "stepped past the end"
+        self.steps += 1
+        self.sum = (31 * self.sum + action) % 1009
+        throw = self.generator.random()
+        terminated, truncated = bool(throw < self.ends), bool(self.ends <= throw < 1.5 * self.ends)
+        self.over = terminated or truncated
+        return self.generator.random(self.shape) + self.sum, 2.5 * action, terminated, truncated
+
+    def close(self) -> None:
+        self.over = True
+
+
+class DicePack(Pack):
+    observation_kind = "vector"
+
+    def __init__(self, tasks: list[Task], ends: float = 0.05, steps_between_seeds: int = 0) -> None:
+        super().__init__(name="dice", tasks=tasks, num_envs=3, observation_dtype=np.float32)
+        self.ends, self.steps_between_seeds = ends, steps_between_seeds
+        self.games: dict[str, list[Dice]] = {}
+
+    def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> SerialVectorTask:
+        shape = self.tasks[task_index].observation_shape
+        games = self.games[self.tasks[task_index].name] = [Dice(shape, self.ends) for _ in range(num_envs)]
+        return SerialVectorTask(games, shape, self.observation_dtype)
+
+
+TASKS = [task("a", (3,), 2), task("b", (5,), 4), task("c", (1,), 3)]
+
+
+def make(tasks: list[Task] = TASKS, ends: float = 0.05, steps_between_seeds: int = 0, **options: Any) -> VectorTasks:
+    options = {"num_envs": 3, "seed": 7, "num_threads": 1, "training": True, "stream": "train", **options}
+    return VectorTasks(DicePack(tasks, ends, steps_between_seeds), **options)
+
+
+def random_actions(played: VectorTasks, generator: np.random.Generator) -> np.ndarray:
+    num_actions = np.array([[each.num_actions] for each in played.tasks])
+    return generator.integers(0, num_actions, played.episodes.shape)
+
+
+def play(played: VectorTasks, steps: int, seed: int, with_active: bool = False) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    taken = []
+    for _ in range(steps):
+        active = generator.random(len(played.tasks)) < 0.7 if with_active else None
+        played.send(random_actions(played, generator), active)
+        step = played.recv()
+        taken += [step.observation.copy(), step.reward, step.terminated, step.truncated, step.done]
+    return taken
+
+
+def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("steps_between_seeds", [0, 20, 1000])
+@pytest.mark.parametrize("trial", range(12))
+def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int, steps_between_seeds: int) -> None:
+    options = {"ends": [0.3, 0.05, 0.004][trial % 3], "seed": trial, "steps_between_seeds": steps_between_seeds}
+    left_alone = make(**options)
+    left_alone.reset()
+    before = play(left_alone, steps=trial * 7, seed=trial, with_active=trial % 2 == 0)
+    state = left_alone.state_dict()
+    resumed = make(**options)
+    observation = resumed.load_state_dict(state)
+    if before and trial % 2:
+        assert np.array_equal(observation, before[-5])
+    for name in resumed.pack.games:  # type: ignore[attr-defined]
+        lengths = state["lengths"][[each.name for each in TASKS].index(name)]
+        assert [game.steps for game in resumed.pack.games[name]] == lengths.tolist()  # type: ignore[attr-defined]
+    assert same(play(left_alone, 60, seed=99), play(resumed, 60, seed=99))
+    assert all(np.array_equal(left_alone.state_dict()[key], resumed.state_dict()[key]) for key in state)
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.05])
+def test_a_state_holds_all_actions_since_the_seed_however_many(ends: float) -> None:
+    played = make(ends=ends, steps_between_seeds=2000)
+    played.reset()
+    steps = play(played, steps=1500, seed=0)
+    state = played.state_dict()
+    assert state["lengths"].tolist() == [[1500] * 3] * 3
+    assert state["seeded_episode"].tolist() == [[0] * 3] * 3
+    assert state["episode"].tolist() == np.sum(steps[4::5], axis=0).tolist()
+    game = Dice((5,), ends)
+    game.reset(played.episode_seed(1, 2, 0))
+    actions = state["actions"].reshape(3, 3, 1500)[1, 2]
+    for action, observation, done in zip(actions.tolist(), steps[0::5], steps[4::5], strict=True):
+        seen = game.step(action)[0]
+        if done[1, 2]:
+            seen = game.reset(None)
+        assert np.array_equal(seen.astype(np.float32), observation[1, 2])
+
+
+@pytest.mark.parametrize("steps_between_seeds", [0, 1, 30, 90])
+def test_an_episode_is_seeded_when_enough_steps_were_taken_since_the_last_seed(steps_between_seeds: int) -> None:
+    played = make(ends=0.1, steps_between_seeds=steps_between_seeds)
+    played.reset()
+    done = np.array(play(played, steps=400, seed=0)[4::5])
+    for k, n in np.ndindex(3, 3):
+        seeds, last, ended = [played.episode_seed(k, n, 0)], 0, 0
+        for step in np.flatnonzero(done[:, k, n]) + 1:
+            ended += 1
+            if step - last >= steps_between_seeds:
+                seeds.append(played.episode_seed(k, n, ended))
+                last = step
+        assert played.pack.games[TASKS[k].name][n].seeds == seeds  # type: ignore[attr-defined]
+        assert played.episodes[k, n] == ended
+        assert 2 < len(seeds) <= 1 + ended
+        assert (len(seeds) == 1 + ended) == (steps_between_seeds <= 1)
+
+
+def test_episodes_hang_on_the_tasks_name_and_not_on_its_place_or_neighbours() -> None:
+    whole, part = make(), make([TASKS[2], TASKS[0]])
+    assert np.array_equal(whole.reset()[2, :, :1], part.reset()[0, :, :1])
+    assert whole.episode_seed(0, 1, 5) == part.episode_seed(1, 1, 5)
+
+
+def test_episode_seeds_are_31_bits_and_differ_in_everything_that_decides_them() -> None:
+    packs = [make(), make(seed=8), make(stream="eval")]
+    seeds = [pack.episode_seed(k, n, e) for pack in packs for k in range(3) for n in range(3) for e in range(50)]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**31
+    assert make().episode_seed(0, 0, 0) == 1453533189  # from `printf train/7/a/0/0 | b2sum -l 64`: begun runs must go on
+
+
+def test_after_the_end_the_observation_is_the_first_of_the_next_episode() -> None:
+    played = make(ends=0.2)
+    played.reset()
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        played.send(random_actions(played, generator))
+        step = played.recv()
+        assert np.array_equal(step.done, step.terminated | step.truncated)
+        for k, n in np.argwhere(step.done):
+            shape = TASKS[k].observation_shape
+            first = Dice(shape, 0).reset(played.episode_seed(k, n, int(played.episodes[k, n])))
+            assert np.array_equal(step.observation[k, n, : shape[0]], first.astype(np.float32))
+            assert played.state_dict()["lengths"][k, n] == 0
+    assert played.episodes.min() > 0
+
+
+def test_reset_begins_at_the_first_episodes_again() -> None:
+    played = make()
+    first = played.reset().copy()
+    play(played, 50, seed=0)
+    assert np.array_equal(played.reset(), first)
+    assert not played.episodes.any()
+
+
+def test_vectors_are_padded_with_zeros_to_the_longest() -> None:
+    played = make()
+    assert played.reset().shape == (3, 3, 5)
+    for observation in play(played, 30, seed=1)[0::5]:
+        assert not observation[0, :, 3:].any()
+        assert not observation[2, :, 1:].any()
+        assert observation[1].all()
+
+
+def test_an_observation_stays_whole_until_the_next_one_has_come() -> None:
+    played = make()
+    held = played.reset()
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        kept = held.copy()
+        played.send(random_actions(played, generator))
+        step = played.recv()
+        assert np.array_equal(held, kept)
+        held = step.observation
+
+
+def test_tasks_that_are_not_active_are_not_stepped_and_have_zeros() -> None:
+    played = make(ends=0.0)
+    played.reset()
+    play(played, 4, seed=0)
+    played.send(np.ones((3, 3), np.int64), np.array([True, False, True]))
+    step = played.recv()
+    assert not step.observation[1].any()
+    assert not step.reward[1].any()
+    assert (step.reward[[0, 2]] == 2.5).all()
+    assert [game.steps for game in played.pack.games["b"]] == [4, 4, 4]  # type: ignore[attr-defined]
+    assert played.state_dict()["lengths"].tolist() == [[5] * 3, [4] * 3, [5] * 3]
+
+
+@pytest.mark.parametrize(("place", "action"), [((0, 1), 2), ((1, 0), 4), ((2, 2), -1)])
+def test_an_action_that_the_task_does_not_have_reaches_no_environment(place: tuple[int, int], action: int) -> None:
+    played = make()
+    played.reset()
+    actions = np.zeros((3, 3), np.int64)
+    actions[place] = action
+    with pytest.raises(ValueError, match=f"{TASKS[place[0]].name} has no action {action}"):
+        played.send(actions)
+    assert not played.state_dict()["lengths"].any()
+    assert sum(game.steps for games in played.pack.games.values() for game in games) == 0  # type: ignore[attr-defined]
+    inactive = np.arange(3) != place[0]
+    played.send(actions, inactive)
+    played.recv()
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.0, 0.2), (0.2, 0.0), (0.1, 0.3)], ids=["more ends", "fewer ends", "other ends"])
+def test_a_game_that_does_not_repeat_itself_is_noticed(then: float, now: float) -> None:
+    played = make(ends=then, steps_between_seeds=1000)
+    played.reset()
+    play(played, 40, seed=0)
+    with pytest.raises(RunError, match="Environment 0 of a did not repeat itself: its 40 saved actions ended"):
+        make(ends=now, steps_between_seeds=1000).load_state_dict(played.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lengths": np.zeros((2, 3), np.int64)},
+        {"episode": np.zeros((3, 4), np.int64)},
+        {"seeded_episode": np.zeros((3, 4), np.int64)},
+        {"seeded_episode": np.ones((3, 3), np.int64)},
+        {"seeded_episode": np.full((3, 3), -1, np.int64)},
+        {"episode": np.full((3, 3), 11, np.int64)},
+        {"actions": np.zeros(3, np.uint8)},
+        {"actions": np.full(90, 9, np.uint8)},
+        {"lengths": np.array([[100, -10, 0], [0, 0, 0], [0, 0, 0]])},
+        {"lengths": np.array([[2**62, 2**62, 2**62], [2**62, 90, 0], [0, 0, 0]])},
+    ],
+    ids=[
+        "fewer tasks",
+        "more environments",
+        "more seeds",
+        "seeded later",
+        "seeded before the first",
+        "more ends than steps",
+        "too few actions",
+        "no such actions",
+        "negative",
+        "overflow",
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change: dict[str, np.ndarray]) -> None:
+    played = make(ends=0.0)
+    played.reset()
+    play(played, 10, seed=0)
+    with pytest.raises(UserError, match="do not fit"):
+        make(ends=0.0).load_state_dict(played.state_dict() | change)
+
+
+def test_images_are_padded_to_the_most_channels() -> None:
+    assert padded_shape([task("a", (4, 10, 10)), task("b", (7, 10, 10))]) == (7, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([task("a", (1, 84, 84)), task("b", (1, 64, 84))], "a has 84x84 and b has 64x84"),
+        ([task("a", (1, 84, 84)), task("b", (4,))], "mixes vectors and images"),
+        ([task("a", (3,), 300)], "a has 300 actions; at most 256"),
+    ],
+)
+def test_tasks_that_cannot_share_a_pack_are_refused(tasks: list[Task], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        DicePack(tasks)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], r"env.tasks is empty: name at least one task, a game each, such as env.tasks=\[breakout\]"),
+        (["pong", "breakout", "pong"], "env.tasks names pong 2 times"),
+        (["Brekout"], "'Brekout' is not a game; did you mean breakout?"),
+        (["zzz"], "'zzz' is not a game; choose from breakout, pong"),
+    ],
+)
+def test_wrong_names_are_refused_with_what_may_have_been_meant(names: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_names(names, {"pong", "breakout"}, "a game")

@@ -1,0 +1,79 @@
+"""Low-rank adapters: nothing at first, then what each task's own product of matrices adds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mtrl_cli.networks.lora import LowRank, add_adapters
+from mtrl_cli.networks.parts import tagged
+from mtrl_cli.networks.per_task import parameter_counts
+from mtrl_cli.networks.torsos import MLP, ImpalaCNN, NatureCNN, Torso
+from tests.networks.test_sharing import STRUCTURES, VECTORS, observations, structure
+
+ONCE = ["film", "hard", "input_adapters", "mtan", "soft_modular", "task_embedding"]
+"""Structures that run one torso for all tasks' samples."""
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_structure_starts_unchanged_or_is_refused(name: str) -> None:
+    sharing = structure(name, tagged(MLP(hidden=[8, 7, 5])), VECTORS)
+    before, plain = sharing(observations(VECTORS)), copy.deepcopy(sharing.state_dict())
+    if name not in ONCE:
+        with pytest.raises(ValueError, match="needs a torso that all tasks share"):
+            add_adapters(sharing, 2)
+        return
+    shared, own = sharing.parameter_counts()
+    add_adapters(sharing, 2)
+    assert torch.equal(sharing(observations(VECTORS)), before)
+    assert set(plain) < set(sharing.state_dict())
+    assert sharing.parameter_counts() == (shared, [each + 2 * (8 + 7) + 2 * (7 + 5) for each in own])
+
+
+def test_a_linear_layer_gets_each_tasks_product_of_two_matrices() -> None:
+    layer = nn.Linear(6, 4)
+    adapter = LowRank(layer, 3, 2)
+    nn.init.normal_(adapter.up)
+    x = torch.randn(3, 5, 6)
+    added = adapter(x.flatten(0, 1)).unflatten(0, (3, 5))
+    for task in range(3):
+        merged = layer.weight + adapter.up[task] @ adapter.down[task]
+        assert torch.allclose(layer(x[task]) + added[task], nn.functional.linear(x[task], merged, layer.bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"dilation": 2}])
+def test_a_convolution_gets_one_of_low_rank_that_can_be_merged_into_it(options: dict[str, int]) -> None:
+    layer = nn.Conv2d(3, 5, 3, **options)
+    adapter = LowRank(layer, 2, 2)
+    nn.init.normal_(adapter.up)
+    x = torch.randn(2, 4, 3, 9, 9)
+    added = adapter(x.flatten(0, 1)).unflatten(0, (2, 4))
+    for task in range(2):
+        merged = layer.weight + torch.einsum("or,rchw->ochw", adapter.up[task], adapter.down[task])
+        expected = nn.functional.conv2d(x[task], merged, layer.bias, **options)  # type: ignore[arg-type]
+        assert torch.allclose(layer(x[task]) + added[task], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("torso", [NatureCNN(width=0.1, features=6), ImpalaCNN(width=0.2, features=6)])
+def test_every_convolution_and_linear_layer_of_a_torso_is_adapted_for_each_task_alone(torso: Torso) -> None:
+    sharing = structure("hard", tagged(torso), [(2, 36, 36)] * 2)
+    layers = [module for module in sharing.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    add_adapters(sharing, 1)
+    adapters = [module for module in sharing.modules() if isinstance(module, LowRank)]
+    assert len(adapters) == len(layers)
+    assert parameter_counts(sharing, 2)[1] == [sum(adapter.sizes[0] for adapter in adapters)] * 2
+    seen = observations([(2, 36, 36)] * 2)
+    before = sharing(seen)
+    for adapter in adapters:
+        nn.init.normal_(adapter.up.data[1])
+    after = sharing(seen)
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+
+
+def test_a_torso_of_each_tasks_own_layer_has_nothing_to_adapt() -> None:
+    with pytest.raises(ValueError, match="finds no layer"):
+        add_adapters(structure("hard", tagged(MLP(hidden=[8])), VECTORS), 2)

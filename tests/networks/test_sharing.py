@@ -1,0 +1,406 @@
+"""Sharing structures, and one module per task evaluated at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from mtrl_cli.config.introspection import import_class
+from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
+from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
+from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
+
+VECTORS = [(4,), (6,), (2,)]
+IMAGES = [(4, 10, 10), (7, 10, 10), (6, 10, 10)]
+CASES = [
+    (MLP(hidden=[8, 5]), VECTORS),
+    (MLP(hidden=[8], layer_norm=True), VECTORS),
+    (MinAtarCNN(channels=3, features=5), IMAGES),
+    (MinAtarCNN(channels=3, features=5, layer_norm=True), [(4, 10, 10)] * 3),
+    (MLP(hidden=[8, 5]), [(4,)] * 3),
+]
+
+
+def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -> torch.Tensor:
+    """`[K, B, *padded]`, zero where a task's own observation ends."""
+    padded = (max(shape[0] for shape in shapes), *shapes[0][1:])
+    observation = torch.zeros(len(shapes), batch, *padded)
+    random = torch.Generator().manual_seed(seed)
+    for task, shape in enumerate(shapes):
+        observation[task, :, : shape[0]] = torch.randn(batch, *shape, generator=random)
+    return observation
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "task_embedding": {"size": 3},
+    "soft_modular": {"num_layers": 3, "num_modules": 2, "module_size": 12, "routing_size": 7},
+    "mmoe": {"experts": 3},
+    "ple": {"task_experts": 2},
+    "moore": {"experts": 2},
+    "care": {"experts": 3, "context": 16},
+    "soft_moe": {"experts": 3},
+    "paco": {"bases": 3},
+}
+"""Options with which structures are quick to test."""
+
+SHARES_BODIES = ["mmoe", "ple", "moore", "care", "soft_moe", "paco"]
+"""Structures that refuse a torso whose one layer is each task's own."""
+
+YAMLS = sorted((Path(__file__).resolve().parents[2] / "conf/network/sharing").glob("*.yaml"))
+STRUCTURES = [path.stem for path in YAMLS]
+
+
+def structure(name: str, torso: Torso, shapes: list[tuple[int, ...]], seed: int = 0) -> Sharing:
+    """What `network/sharing=NAME` names."""
+    node = yaml.safe_load(YAMLS[STRUCTURES.index(name)].read_text())
+    options = {key: value for key, value in node.items() if key != "_target_"}
+    torch.manual_seed(seed)
+    if name in SHARES_BODIES and len(set(shapes)) > 1 and not torso.body(shapes[0]):
+        with pytest.raises(ValueError, match=r"network\.hidden"):
+            import_class(node["_target_"])(torso, shapes, **options)
+        pytest.skip("refused")
+    made = import_class(node["_target_"])(torso, shapes, **options | SMALL.get(name, {}))
+    assert isinstance(made, Sharing)
+    return made
+
+
+class Loose(Torso):
+    """A user's torso, whose layers and activations are separate children."""
+
+    observation_kind = "vector"
+    num_features = 6
+
+    def stem(self, shape: tuple[int, ...]) -> nn.Module:
+        return nn.Linear(shape[0], 8)
+
+    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
+        return nn.Sequential(nn.ReLU(), nn.Linear(8, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 6))
+
+
+EVERY_TORSO = [
+    (MLP(hidden=[12, 9]), VECTORS),
+    (MLP(hidden=[12, 9, 9], layer_norm=True), [(4,)] * 3),
+    (MLP(hidden=[8]), VECTORS),
+    (MLP(hidden=[8]), [(4,)] * 3),
+    (MinAtarCNN(channels=3, features=8), IMAGES),
+    (MinAtarCNN(channels=3, features=8, layer_norm=True), [(4, 10, 10)] * 3),
+    (Loose(), VECTORS),
+    (Loose(), [(4,)] * 3),
+    (ImpalaCNN(features=5), [(4, 9, 9), (2, 9, 9), (3, 9, 9)]),
+    (NatureCNN(features=5, width=0.1), [(4, 36, 36)] * 3),
+]
+
+
+def alone(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
+    """A module of the stacked ones' structure, with the parameters of one of them."""
+    for name, parameter in module.named_parameters():
+        padded = stacked.stacked[name.replace(".", ":")][row]
+        parameter.data = padded[tuple(slice(size) for size in parameter.shape)].detach().clone()
+    return module
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# -- PerTask ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_all_at_once_is_one_after_the_other(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    """Values and gradients, against a Python loop over the modules."""
+    modules = [nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes]
+    together = PerTask(modules)
+    observation = observations(shapes)
+    out = together(observation)
+    for task, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
+        assert torch.allclose(out[task], module(observation[task, :, : shape[0]]), atol=1e-5)
+        module(observation[task, :, : shape[0]]).square().sum().backward()
+    out.square().sum().backward()
+    for name, parameter in together.stacked.items():
+        assert parameter.grad is not None
+        for task, module in enumerate(modules):
+            own = module.get_parameter(name.replace(":", ".")).grad
+            assert own is not None
+            place = tuple(slice(size) for size in own.shape)
+            assert torch.allclose(parameter.grad[task][place], own, atol=1e-4)
+            padding = parameter.grad[task].clone()
+            padding[place] = 0
+            assert not padding.any()
+
+
+def test_one_task_alone_is_its_module() -> None:
+    module = nn.Linear(3, 2)
+    together, x = PerTask([module]), torch.randn(1, 5, 3)
+    assert torch.allclose(together(x)[0], module(x[0]))
+    assert together.sizes == [8]
+
+
+def test_a_copy_is_independent_of_its_original() -> None:
+    together = PerTask([nn.Linear(3, 2), nn.Linear(2, 2)])
+    twin, x = copy.deepcopy(together), observations([(3,), (2,)])
+    before = together(x)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(together(x), before)
+    assert not torch.allclose(twin(x), before)
+    twin.load_state_dict(together.state_dict())
+    assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_padding_stays_zero_while_training(weight_decay: float) -> None:
+    together = PerTask([nn.Linear(size, 5) for size in (4, 6, 2)])
+    optimizer = torch.optim.Adam(together.parameters(), lr=0.1, weight_decay=weight_decay)
+    for seed in range(5):
+        together(observations(VECTORS, seed=seed)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = together.stacked["weight"]
+    assert weight.shape == (3, 5, 6)
+    for task, size in enumerate((4, 6, 2)):
+        assert not weight[task, :, size:].any()
+        assert weight[task, :, :size].all()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_one_input_goes_through_all_stacked_modules(number: int) -> None:
+    modules = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(number)]
+    stacked, x = Stacked(modules), torch.randn(5, 3)
+    out = stacked.of_one(x)
+    assert torch.allclose(out, torch.stack([module(x) for module in modules]), atol=1e-6)
+    assert torch.allclose(stacked(x.expand(number, -1, -1)), out, atol=1e-6)
+
+
+def test_only_modules_of_tasks_are_owned() -> None:
+    modules = [nn.Linear(3, 2), nn.Linear(1, 2)]
+    assert isinstance(PerTask(modules), TaskOwned)
+    assert not isinstance(Stacked(modules), TaskOwned)
+
+
+def test_parameters_are_counted_without_padding() -> None:
+    parts = nn.ModuleDict(
+        {
+            "shared": nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5)),  # 8 + 15
+            "experts": Stacked([nn.Linear(3, 2), nn.Linear(1, 2)]),  # 8 + 4
+            "stems": PerTask([nn.Linear(4, 3), nn.Linear(1, 3)]),  # 15 | 6
+            "deep": nn.ModuleList([TaskLinear(2, [4, 1]), TaskVectors(torch.zeros(2, 6))]),  # 12 + 6 | 3 + 6
+        }
+    )
+    assert parameter_counts(parts, 2) == (35, [33, 15])
+    assert parameter_counts(nn.Linear(1, 1), 3) == (2, [0, 0, 0])
+
+
+# -- parts of a torso -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_parameters_belongs_to_the_block_before_it() -> None:
+    first, second = nn.Linear(4, 3), nn.Linear(3, 2)
+    body = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Tanh(), nn.ReLU())
+    blocks = blocks_of(body)
+    assert [[type(child).__name__ for child in block] for block in blocks] == [["Flatten", "Linear", "ReLU"], ["Linear", "Tanh", "ReLU"]]
+    x = torch.randn(5, 4)
+    assert torch.equal(nn.Sequential(*blocks)(x), body(x))
+    assert output_shapes(blocks, (4,)) == [(3,), (2,)]
+    assert blocks_of(nn.Sequential()) == []
+    assert [len(block) for block in blocks_of(nn.Sequential(nn.ReLU(), nn.Flatten()))] == [2]
+
+
+@pytest.mark.parametrize(
+    ("torso", "shape", "shapes"),
+    [
+        (NatureCNN(), (4, 84, 84), [(64, 9, 9), (64, 7, 7), (512,)]),
+        (ImpalaCNN(), (4, 84, 84), [(16, 42, 42), (32, 21, 21), (32, 11, 11), (256,)]),
+        (MinAtarCNN(), (6, 10, 10), [(128,)]),
+        (MLP(hidden=[8, 7, 6]), (3,), [(7,), (6,)]),
+        (MLP(hidden=[8]), (3,), []),
+    ],
+)
+def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+    stem, blocks = torso.stem(shape), blocks_of(torso.body(shape))
+    assert output_shapes([stem, *blocks], shape)[1:] == shapes
+
+
+# -- every sharing structure ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
+def test_features_are_task_major_and_every_tasks_its_own(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, observation = structure(name, torso, shapes), observations(shapes)
+    features = sharing(observation)
+    assert features.shape == (3, 4, sharing.num_features)
+    for task in range(3):
+        other = observation.clone()
+        other[task] = observations(shapes, seed=1)[task]
+        changed = (sharing(other) != features).flatten(1).any(1)
+        assert changed.tolist() == [each == task for each in range(3)]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("torso", [MLP(hidden=[8, 5]), MLP(hidden=[8]), MinAtarCNN(channels=3, features=5)])
+def test_a_single_task_is_a_pack_too(name: str, torso: Torso) -> None:
+    shape = (4,) if torso.observation_kind == "vector" else (4, 10, 10)
+    sharing, observation = structure(name, torso, [shape]), observations([shape])
+    features = sharing(observation)
+    assert features.shape == (1, 4, sharing.num_features)
+    features.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in sharing.parameters())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
+def test_what_a_task_owns_only_it_moves_and_the_rest_is_moved_by_several(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, observation = structure(name, torso, shapes), observations(shapes, batch=32)
+    features = sharing(observation)
+    parameters = dict(sharing.named_parameters())
+    owned = {id(each) for module in sharing.modules() if isinstance(module, TaskOwned) for each in module.parameters()}
+    moved_by = dict.fromkeys(parameters, 0)
+    for task in range(3):
+        loss = features[task].square().sum()
+        grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
+        for (key, parameter), grad in zip(parameters.items(), grads, strict=True):
+            moved_by[key] += int(grad.any())
+            if id(parameter) in owned:
+                assert grad.flatten(1).any(1).tolist() == [each == task for each in range(3)], key
+    assert all(moved_by[key] >= 2 for key, parameter in parameters.items() if id(parameter) not in owned), moved_by
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
+def test_counts_are_those_of_all_parameters_but_padding(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing = structure(name, torso, shapes)
+    shared, own = sharing.parameter_counts()
+    longest = [max(shapes)] * 3
+    padded = structure(name, torso, longest)
+    # Only a stem knows a shape: where each task has one, padding is what it lacks of the widest stem.
+    padding = sum(count(torso.stem(longest[0])) - count(torso.stem(shape)) for shape in shapes)
+    assert shared + sum(own) == count(sharing) - padding
+    padded_shared, padded_own = padded.parameter_counts()
+    assert padded_shared + sum(padded_own) == count(padded)
+    assert len(set(padded_own)) == 1
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), [EVERY_TORSO[0], EVERY_TORSO[5]])
+def test_state_goes_out_and_back_in(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, other = structure(name, torso, shapes), structure(name, torso, shapes, seed=1)
+    observation = observations(shapes)
+    assert not torch.allclose(other(observation), sharing(observation))
+    other.load_state_dict(sharing.state_dict())
+    assert torch.equal(other(observation), sharing(observation))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_small_batch_is_overfitted(name: str) -> None:
+    sharing = structure(name, MLP(hidden=[16, 16]), VECTORS)
+    head = TaskLinear(sharing.num_features, [2] * 3)
+    observation, target = observations(VECTORS, batch=4), torch.randn(3, 4, 2)
+    optimizer = torch.optim.Adam([*sharing.parameters(), *head.parameters()], lr=0.01)
+    losses = []
+    for _ in range(300):
+        loss = (head(sharing(observation)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO[1:6])
+def test_in_bfloat16_features_are_about_the_same(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, observation = structure(name, torso, shapes), observations(shapes)
+    exact = sharing(observation).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = sharing(observation.bfloat16())
+        routing = sharing.routing(observation.bfloat16())
+    assert not torch.equal(fast.float(), exact)
+    assert torch.allclose(fast.float(), exact, atol=0.03 * float(exact.abs().max()))
+    for routed, where in routing.items():
+        assert torch.allclose(where.float(), sharing.routing(observation)[routed], atol=0.03)
+    fast.float().square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in sharing.parameters())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO[:5])
+def test_routing_is_a_distribution_for_each_task(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    sharing, observation = structure(name, torso, shapes), observations(shapes)
+    with torch.no_grad():
+        for parameter in sharing.parameters():
+            parameter.mul_(3)  # away from an even start
+    for where in sharing.routing(observation).values():
+        assert where.dim() == 2
+        assert len(where) == 3
+        assert (where >= 0).all()
+        assert torch.allclose(where.sum(1), torch.ones(3), atol=1e-5)
+
+
+# -- hard sharing and none --------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_of_one_shape_share_the_whole_torso() -> None:
+    torso = MLP(hidden=[8, 5])
+    sharing = HardSharing(torso, [(4,)] * 3)
+    observation = observations([(4,)] * 3)
+    alone = nn.Sequential(sharing.stem, sharing.body)
+    for task in range(3):
+        assert torch.allclose(sharing(observation)[task], alone(observation[task]), atol=1e-6)
+    assert sharing.parameter_counts() == (5 * 8 + 9 * 5, [0, 0, 0])
+
+
+def test_tasks_of_different_shapes_share_all_but_the_stem() -> None:
+    torso = MLP(hidden=[8, 5])
+    sharing = HardSharing(torso, VECTORS)
+    observation = observations(VECTORS)
+    assert sharing.parameter_counts() == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
+    stemmed = sharing.stem(observation)
+    for task in range(3):
+        assert torch.allclose(sharing(observation)[task], sharing.body(stemmed[task]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_independent_tasks_have_the_parameters_of_torsos_built_alone(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    alone = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
+    assert IndependentSharing(torso, shapes).parameter_counts() == (0, alone)
+
+
+@pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])
+def test_natures_parameters_are_counted(kind: type[Sharing]) -> None:
+    shared, own = kind(NatureCNN(), [(4, 84, 84)] * 2).parameter_counts()
+    assert (shared, own) == ((1_684_128, [0, 0]) if kind is HardSharing else (0, [1_684_128] * 2))
+
+
+@pytest.mark.parametrize(("torso", "shapes"), CASES)
+def test_a_loss_of_one_independent_task_moves_nothing_of_another(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    for task in range(3):
+        sharing = IndependentSharing(torso, shapes)
+        sharing(observations(shapes))[task].square().sum().backward()
+        grads = [parameter.grad for parameter in sharing.parameters()]
+        moved = torch.stack([grad.flatten(1).any(1) for grad in grads if grad is not None]).any(0)
+        assert moved.tolist() == [each == task for each in range(3)]
+
+
+def test_a_loss_of_one_task_moves_its_own_stem_and_the_shared_body() -> None:
+    for task in range(3):
+        sharing = HardSharing(MLP(hidden=[8, 5]), VECTORS)
+        sharing(observations(VECTORS))[task].square().sum().backward()
+        for parameter in sharing.stem.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.flatten(1).any(1).tolist() == [each == task for each in range(3)]
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in sharing.body.parameters())
+
+
+def test_independent_torsos_start_out_different() -> None:
+    sharing = IndependentSharing(MLP(hidden=[8, 5]), [(4,)] * 2)
+    same = torch.randn(1, 6, 4).expand(2, -1, -1)
+    features = sharing(same)
+    assert not torch.allclose(features[0], features[1])

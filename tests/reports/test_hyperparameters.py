@@ -1,0 +1,188 @@
+"""What a search tells: trials whose metric depends on their values in a known way."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mtrl_cli.reports import html, hyperparameters
+from mtrl_cli.reports.elements import Picture, Section, Table
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+
+pytest.importorskip("optuna")
+
+AXES: dict[str, Choices | Interval] = {
+    "optimizer.lr": Interval(1e-5, 1e-2, log=True),
+    "agent.gamma": Interval(0.9, 0.999),
+    "agent.n_step": Choices(("1", "3", "5")),
+}
+
+
+def make_search(
+    folder: Path,
+    trials: int,
+    value: Callable[[Mapping[str, Any]], float | None],
+    axes: Mapping[str, Choices | Interval] = AXES,
+    states: Mapping[int, str] | None = None,
+) -> Path:
+    """A sweep's folder without runs: what the section reads of it."""
+    search = {"sampler": "tpe", "trials": trials, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
+    launcher = {"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 1}
+    plan = Plan(("env=minatar_pack",), axes, None, search, launcher, (), "minatar_pack", 1000, folder)
+    folder.mkdir()
+    sweep_plan.save(plan, folder, ["mtrl", "sweep"])
+    random = np.random.default_rng(0)
+    for number in range(trials):
+        values: dict[str, Any] = {}
+        for key, axis in axes.items():
+            if isinstance(axis, Choices):
+                values[key] = axis.words[int(random.integers(len(axis.words)))]
+            else:
+                drawn = random.uniform(*map(math.log, (axis.low, axis.high))) if axis.log else random.uniform(axis.low, axis.high)
+                values[key] = math.exp(drawn) if axis.log else float(drawn)
+        write_trial(folder, number, values, value(values), (states or {}).get(number, "completed"))
+    return folder
+
+
+def write_trial(folder: Path, number: int, values: Mapping[str, Any], value: float | None, state: str = "completed") -> None:
+    trial = folder / "trials" / f"{number:04d}"
+    trial.mkdir(parents=True)
+    told = {"format": 1, "number": number, "values": values, "command": f"mtrl train seed={number}", "state": state}
+    (trial / "trial.json").write_text(json.dumps(told | {"value": value, "metric": "eval/score/mean"}))
+
+
+def by_lr(values: Mapping[str, Any]) -> float:
+    """The best step size is 3e-4; nothing else matters."""
+    return 1 - (math.log10(values["optimizer.lr"]) + 3.5) ** 2
+
+
+def table(section: Section, name: str) -> Table:
+    return next(part for part in section.parts if isinstance(part, Table) and part.name == name)
+
+
+def test_the_key_that_decides_is_of_importance(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 60, by_lr))
+    assert section.lines == ["60 completed trials of 60, judged by eval/score/mean."]
+    found = table(section, "importance")
+    assert found.rows[0][0] == "optimizer.lr"
+    shares = [row[1] for row in found.rows]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] > 0.8
+    assert {row[0] for row in found.rows} == set(AXES)
+
+
+def test_the_best_trials_with_their_commands(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 30, by_lr))
+    best = table(section, "best_trials")
+    assert list(best.header) == ["trial", "eval/score/mean", *AXES, "command"]
+    metrics = [row[1] for row in best.rows]
+    assert len(metrics) == hyperparameters.BEST
+    assert metrics == sorted(metrics, reverse=True)
+    number, value, lr, *_ = best.rows[0]
+    assert value == pytest.approx(by_lr({"optimizer.lr": lr}))
+    assert best.rows[0][-1] == f"mtrl train seed={number}"
+
+
+def test_slices_have_a_panel_for_each_key(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 30, by_lr))
+    (picture,) = [part for part in section.parts if isinstance(part, Picture)]
+    drawing = picture.draw()
+    panels = [axes for axes in drawing.axes if axes.get_visible()]
+    assert [axes.get_xlabel() for axes in panels] == list(AXES)
+    assert [axes.get_xscale() for axes in panels] == ["log", "linear", "linear"]
+    assert [label.get_text() for label in panels[2].get_xticklabels()] == ["1", "3", "5"]
+    assert len(panels[0].lines[0].get_xdata()) == 30
+    drawing.savefig(io.BytesIO(), format="png")
+
+
+def test_few_trials_have_no_importance(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", hyperparameters.FEWEST - 1, by_lr))
+    assert any("10 completed trials" in line for line in section.lines)
+    assert [part.name for part in section.parts] == ["slices", "best_trials"]
+
+
+def test_pruned_failed_and_damaged_trials_are_told_or_passed_over(tmp_path: Path) -> None:
+    folder = make_search(tmp_path / "S", 20, by_lr, states={0: "pruned", 1: "pruned", 2: "failed", 3: "running"})
+    (folder / "trials" / "0004" / "trial.json").write_text("{")
+    (folder / "trials" / "0005" / "trial.json").write_text('{"state": "completed", "value": 3, "values": {"optimizer.lr": 99}}')
+    (folder / "trials" / "0006" / "trial.json").write_text('{"state": "completed", "value": NaN, "values": []}')
+    (section,) = hyperparameters.sections(folder)
+    assert section.lines[0] == "13 completed trials of 20, judged by eval/score/mean; 2 pruned and 1 failed."
+
+
+def test_trials_without_a_metric(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 3, lambda _: None))
+    assert "nothing to tell" in section.lines[-1]
+    assert section.parts == ()
+
+
+def test_all_trials_alike(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 12, lambda _: 0.5))
+    assert any("no key is of importance" in line for line in section.lines)
+
+
+def test_a_key_without_variation_is_left_out(tmp_path: Path) -> None:
+    axes = {**AXES, "agent.double": Choices(("true",))}
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 15, by_lr, axes))
+    assert any("left out: agent.double" in line for line in section.lines)
+    assert {row[0] for row in table(section, "importance").rows} == set(AXES)
+
+
+def test_seeds_structures_and_weights_are_no_search(tmp_path: Path) -> None:
+    axes = {"network/sharing": Choices(("hard", "film")), "task_weights": Choices(("uniform", "pcgrad")), "seed": Choices(("0", "1"))}
+    assert hyperparameters.sections(make_search(tmp_path / "S", 8, lambda _: 0.5, axes)) == []
+
+
+def test_a_damaged_plan_is_said(tmp_path: Path) -> None:
+    folder = make_search(tmp_path / "S", 3, by_lr)
+    (folder / "sweep.json").write_text("{}")
+    (section,) = hyperparameters.sections(folder)
+    assert "cannot be read" in section.lines[0]
+
+
+def test_several_sweeps_have_names_of_their_own(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 12, by_lr), "_2")
+    assert {part.name for part in section.parts} == {"importance_2", "slices_2", "best_trials_2"}
+    assert section.title.endswith("S")
+
+
+def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tmp_path: Path) -> None:
+    (section,) = hyperparameters.sections(make_search(tmp_path / "S", 30, by_lr))
+    best = table(section, "best_trials")
+    lr = best.rows[0][2]
+    assert isinstance(lr, float)
+    assert f"| {float(lr):.4g} |" in html.as_markdown(best)
+    assert f",{float(lr)!r}," in html.as_csv(best)
+    picture = next(part for part in section.parts if isinstance(part, Picture))
+    assert f"optimizer.lr={float(lr):.4g}," in picture.text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(1e-5, 1e-2, {"1e-5", "1e-4", "1e-3", "0.01"}), (1e-9, 1.0, {"1e-9", "1e-6", "1e-3", "1"}), (2e-4, 3e-4, None)],
+)
+def test_logarithmic_axes_have_few_plain_ticks_within(low: float, high: float, ticks: set[str] | None, tmp_path: Path) -> None:
+    axes = {"optimizer.lr": Interval(low, high, log=True), "agent.gamma": Interval(0.9, 0.999)}
+    make_search(tmp_path / "S", 12, lambda values: 1.0 + values["agent.gamma"], axes)
+    for number, value in ((0, low), (1, high)):
+        path = tmp_path / "S" / "trials" / f"{number:04d}" / "trial.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"values": told["values"] | {"optimizer.lr": value}}))
+    (section,) = hyperparameters.sections(tmp_path / "S")
+    made = html.render("", [], [section])["slices.svg"].decode()
+    assert "mathdefault" not in made
+    picture = next(part for part in section.parts if isinstance(part, Picture))
+    panel = picture.draw().axes[0]
+    panel.metric.canvas.draw()
+    shown = [label.get_text() for label in panel.get_xticklabels()]
+    assert 2 <= len(shown) <= 5
+    assert ticks is None or set(shown) == ticks
+    assert all(panel.get_xlim()[0] <= place <= panel.get_xlim()[1] for place in panel.get_xticks())

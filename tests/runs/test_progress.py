@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from mtrl_cli.runs import progress
+from mtrl_cli.runs.progress import Display, evaluation_table
+
+TASKS = ["pong", "breakout", "qbert"]
+FIGURES = {
+    "train/return/pong": -20.5,
+    "train/return/breakout": 1234.0,
+    "eval/score/pong": 0.25,
+    "epsilon/pong": 0.05,
+    "perf/steps_per_second": 250.0,
+    "perf/updates_per_second": 12.5,
+    "perf/memory": 3 * 2**30,
+}
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def _rendered(tasks: list[str], width: int, height: int, metrics: dict[str, float]) -> str:
+    shown = Display(tasks, 10_000, 4, out=io.StringIO())
+    shown.console = Console(file=io.StringIO(), width=width, height=height)
+    shown.update(500, metrics, seconds=3700)
+    out = io.StringIO()
+    Console(file=out, width=width, height=height).print(shown.table())
+    return out.getvalue()
+
+
+def test_without_a_terminal_there_is_a_plain_line_now_and_then(clock):
+    out = io.StringIO()
+    with Display(TASKS, 10_000, 4, out=out) as shown:
+        for step in range(0, 1000, 10):
+            clock.now += 0.1
+            shown.update(step, FIGURES, seconds=clock.now)
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) <= 4, "10 seconds, and the last metrics at the end"
+    assert "\x1b" not in out.getvalue()
+    assert lines[-1].startswith("step 990/10,000  pong -20.5  breakout 1,234  250 steps/s  1,000 frames/s  12.5 updates/s")
+    assert "memory 3.0 GiB" in lines[-1]
+
+
+def test_the_time_left_follows_from_the_steps_made_since_it_began(clock):
+    out = io.StringIO()
+    shown = Display(TASKS, 10_000, 4, out=out)
+    shown.update(4000, {}, seconds=0)  # as a resumed run begins
+    clock.now += 60
+    shown.update(5000, {}, seconds=60)
+    assert "ETA 5:00" in out.getvalue().splitlines()[-1]
+
+
+def test_many_tasks_make_a_short_line(clock):
+    tasks = [f"game_{index}" for index in range(57)]
+    shown = Display(tasks, 100, 4, out=io.StringIO())
+    shown.update(1, {f"eval/score/{task}": 0.5 for task in tasks[:40]})
+    assert "mean score 0.50 of 40 tasks" in shown.line()
+    assert len(shown.line()) < 120
+
+
+def test_the_table_shows_what_is_known_of_each_task(clock):
+    text = _rendered(TASKS, 80, 24, FIGURES)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
+    assert rows["pong"] == ["-20.5", "0.250", "0.050"]
+    assert rows["breakout"] == ["1,234", "-", "-"]
+    assert rows["qbert"] == ["-", "-", "-"]
+    assert "step 500/10,000" in text
+
+
+def test_the_score_of_training_is_newer_than_that_of_the_last_evaluation(clock):
+    text = _rendered(["pong"], 80, 24, {"eval/score/pong": 0.25, "train/score/pong": 0.75})
+    assert "0.750" in text
+    assert "0.250" not in text
+
+
+@pytest.mark.parametrize("count", [1, 8, 26, 57])
+@pytest.mark.parametrize(("width", "height"), [(200, 50), (120, 24), (80, 24), (40, 15), (24, 8)])
+def test_the_table_fits_the_terminal(clock, count, width, height):
+    tasks = [f"game_number_{index}" for index in range(count)]
+    text = _rendered(tasks, width, height, FIGURES | {f"train/return/{task}": 1.0 for task in tasks})
+    lines = text.splitlines()
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    shown = len(set(re.findall(r"game_number_\d+", text)))
+    hidden = re.search(r"and (\d+) more tasks", text)
+    assert shown + (int(hidden[1]) if hidden else 0) == count
+    if (width, height) >= (120, 24):
+        assert shown == count
+
+
+def test_a_table_is_drawn_only_for_a_terminal_that_wants_one(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert progress.is_live(Terminal())
+    assert not progress.is_live(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not progress.is_live(Terminal())
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not progress.is_live(Terminal())
+
+
+ON_A_TERMINAL = """
+import sys, time
+from mtrl_cli.display import Display
+with Display(["pong", "breakout"], 1000, 4) as shown:
+    for step in range(0, 1000, 1):
+        shown.update(step, {"train/return/pong": float(step)}, seconds=step)
+        if step == 500:
+            shown.message("checkpoint saved [at] 500")
+            time.sleep(0.5)
+print("the end")
+"""
+
+
+def test_on_a_terminal_the_table_is_drawn_a_few_times_only_and_the_cursor_comes_back():
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    environment.pop("NO_COLOR", None)
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    data = b""
+    while select.select([ours], [], [], 60)[0]:
+        try:
+            piece = os.read(ours, 2**16)
+        except OSError:  # the terminal's other end was closed
+            break
+        if not piece:
+            break
+        data += piece
+    os.close(ours)
+    assert process.wait() == 0
+    text = data.decode()
+    assert "checkpoint saved [at] 500" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert 2 <= text.count("breakout") <= 10, "of 1,000 updates"
+    assert text.rstrip().endswith("the end")
+    assert "999" in text, "the last metrics stay"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run():
+    program = """
+import sys
+from mtrl_cli.runs import progress
+progress.PLAIN_SECONDS = 0
+with progress.Display(["pong"], 1000) as shown:
+    for step in range(5000):
+        shown.update(step, {})
+print("finished", file=sys.stderr)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == "finished\n"
+    assert process.wait() == 0
+    process.stderr.close()
+
+
+RESULT = {
+    "step": 10_000,
+    "tasks": {
+        "pong": {"mean": -20.25, "std": 1.2, "returns": [-21.0, -20.0, -20.0, -20.0], "score": 0.012, "ci": [-21.0, -19.5]},
+        "breakout": {"mean": 1234.5, "std": 0.0, "returns": [1234.5], "score": 40.0, "ci": [1234.5, 1234.5], "cut": 1},
+        "MyEnv-v0": {"mean": 0.5, "std": 0.1, "returns": [0.4, 0.6], "score": None, "ci": [0.4, 0.6]},
+    },
+    "over_tasks": {"mean": 20.0, "median": 20.0, "iqm": 0.5, "min": 0.012, "ci": {"mean": [19.0, 21.0], "iqm": [0.25, 0.75]}},
+}
+
+
+def _printed(result: dict, max_steps: int | None = None) -> str:
+    out = io.StringIO()
+    progress.console(out).print(evaluation_table(result, max_steps))
+    return out.getvalue()
+
+
+def test_the_evaluation_table_says_what_it_counts():
+    text = _printed(RESULT, max_steps=27_000)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert rows["pong"] == ["pong", "-20.2", "1.20", "0.012", "-21", "to", "-19.5", "4"]
+    assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "one episode has no interval"
+    assert rows["MyEnv-v0"][3] == "-", "no reference, no score"
+    assert "no score, since no reference is known: MyEnv-v0\n" in text
+    assert "* games cut by eval.max_steps (27,000 steps), 1 in all" in text
+    assert "iqm 0.500 [0.250, 0.750]" in text.replace("\n", " ")
+
+
+def test_without_cuts_or_scores_there_is_neither_footnote_nor_aggregate():
+    text = _printed({"step": 1, "tasks": {"MyEnv-v0": RESULT["tasks"]["MyEnv-v0"]}, "over_tasks": {}})
+    assert "*" not in text
+    assert "over tasks" not in text

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtrl_cli.errors import UserError
+from mtrl_cli.runs import run_dir
+from mtrl_cli.runs.run_dir import RunFolder
+
+COMMAND = ["mtrl", "train", "env=atari_pack", "env.tasks=[pong, breakout]"]
+
+
+def _run(path: Path) -> RunFolder:
+    folder = RunFolder.create(path)
+    folder.write("config.yaml", "seed: 0\n")
+    folder.begin(command=COMMAND, device="cpu")
+    return folder
+
+
+def test_a_new_and_an_empty_folder_are_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "a" / "b" / "new", tmp_path / "empty"):
+        _run(path).unlock()
+        assert json.loads((path / "run.json").read_text())["status"] == "running"
+
+
+def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"not empty \(it holds thesis.tex\)"):
+        RunFolder.create(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_an_existing_run_is_refused_with_the_command_that_goes_on(tmp_path):
+    _run(tmp_path / "run").unlock()
+    with pytest.raises(UserError, match=f"mtrl resume {tmp_path}/run"):
+        RunFolder.create(tmp_path / "run")
+
+
+def test_what_a_process_killed_in_its_first_moments_leaves_is_taken_again(tmp_path):
+    (tmp_path / ".lock").write_text("1 host\n")
+    (tmp_path / ".writing-1-config.yaml").write_text("se")
+    assert not RunFolder.is_run(tmp_path)
+    _run(tmp_path).unlock()
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/run", "file/a/b", "dangling", "/proc/nothing/run", "/dev/null"])
+def test_a_folder_that_cannot_be_made_is_refused_before_and_at_creation(tmp_path, path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match="run_dir="):
+        RunFolder.create(tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_no_parent_is_left_when_a_folder_cannot_be_made(tmp_path):
+    with pytest.raises(UserError, match="cannot be made"):
+        RunFolder.create(tmp_path / "a" / "b" / ("x" * 300))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unwritable_parent_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match=f"{tmp_path} is not writable"):
+        RunFolder.check_new(tmp_path / "a" / "run")
+
+
+def test_discard_removes_what_was_made_and_only_that(tmp_path):
+    RunFolder.create(tmp_path / "a" / "b").discard()
+    assert os.listdir(tmp_path) == []
+    run = _run(tmp_path / "a" / "b")
+    run.discard()
+    assert (tmp_path / "a" / "b" / "config.yaml").exists()
+
+
+def test_default_names_do_not_collide(tmp_path):
+    made = [RunFolder.create_default("atari_pack", 3, runs=tmp_path / "runs") for _ in range(5)]
+    assert len({folder.path for folder in made}) == 5
+    for folder in made:
+        assert folder.path.parent == tmp_path / "runs" / "atari_pack"
+        assert "_s3" in folder.path.name
+        folder.unlock()
+
+
+def test_a_pack_of_an_odd_name_stays_among_the_runs(tmp_path):
+    folder = RunFolder.create_default("../../etc", 0, runs=tmp_path / "runs")
+    assert folder.path.parent.parent == tmp_path / "runs"
+    folder.unlock()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mtrl_cli.rundir import RunFolder
+folder, _ = RunFolder.open(Path(sys.argv[1]))
+folder.lock()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_and_the_lock_dies_with_it(tmp_path):
+    folder = _run(tmp_path / "run")
+    folder.unlock()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=rf"in use by process {holder.pid} on "):
+        folder.lock()
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder.create(folder.path)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    folder.lock()
+    folder.unlock()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    folder = _run(tmp_path / "run")
+    (there, born), (end, alive) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(alive)
+        os.write(born, b"x")
+        os.read(end, 1)  # until the parent has locked again
+        os._exit(0)
+    os.read(there, 1)
+    folder.unlock()
+    folder.lock()
+    folder.unlock()
+    for handle in (alive, there, born, end):
+        os.close(handle)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, "no file locks"), (errno.ENOSYS, "no file locks"), (errno.EIO, "I/O|Input")])
+def test_a_file_system_without_locks_is_named_and_nothing_is_left(tmp_path, monkeypatch, number, said):
+    def flock(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match=said):
+        RunFolder.create(tmp_path / "run")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    folder = _run(tmp_path / "run")
+    folder.unlock()
+    (folder.path / ".lock").unlink()
+    (folder.path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="cannot be locked"):
+        folder.lock()
+    assert not (tmp_path / "victim").exists()
+    (folder.path / ".lock").unlink()
+    os.mkfifo(folder.path / ".lock")
+    with pytest.raises(UserError, match="cannot be locked"):
+        folder.lock()
+
+
+def test_the_record_tells_how_a_run_began_and_ended(tmp_path):
+    folder = _run(tmp_path / "run")
+    record = folder.read_record()
+    assert record["command"] == "mtrl train env=atari_pack 'env.tasks=[pong, breakout]'"
+    assert record["versions"]["mtrl_cli"]
+    assert record["versions"]["torch"]
+    assert record["device"] == "cpu"
+    assert record["ended"] is None
+    folder.finish("failed", seconds=12.5, error="the loss of pong is not finite")
+    ended = folder.read_record()
+    assert (ended["status"], ended["seconds"], ended["error"]) == ("failed", 12.5, "the loss of pong is not finite")
+    assert ended["ended"] >= ended["started"]
+    folder.unlock()
+
+
+def test_nothing_is_written_through_a_link_out_of_the_run(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "eval").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as refused:
+        folder.write("eval/1.json", "{}")
+    assert "leaves the run" in str(refused.value)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_killed_run_reads_running_and_its_resume_keeps_the_first_command(tmp_path):
+    folder = _run(tmp_path / "run")
+    folder.unlock()  # as the kernel does when it is killed
+    again, _ = RunFolder.open(tmp_path / "run")
+    with again:
+        again.lock()
+        assert again.read_record()["status"] == "running"
+        again.begin(command=["mtrl", "resume", "run"], device="cuda:0")
+        record = again.read_record()
+    assert record["command"].startswith("mtrl train")
+    assert [entry["command"] for entry in record["resumed"]] == ["mtrl resume run"]
+    assert (record["status"], record["device"], record["ended"]) == ("running", "cuda:0", None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "odd"}', '{"status": {"a": 1}}', '{"status": ["running"]}', "[" * 100_000])
+def test_a_damaged_record_gives_one_line(tmp_path, text):
+    folder = _run(tmp_path / "run")
+    folder.record.write_text(text)
+    with pytest.raises(UserError) as caught:
+        folder.begin(command=["x"], device="cpu")
+    assert "run.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    folder.unlock()
+
+
+def test_a_run_killed_before_its_record_was_written_can_go_on(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write("config.yaml", "seed: 0\n")
+    assert folder.read_record() == {}
+    folder.begin(command=["mtrl", "resume", "run"], device="cpu")
+    assert folder.read_record()["status"] == "running"
+    folder.unlock()
+
+
+def test_a_run_and_its_checkpoints_are_found(tmp_path, monkeypatch):
+    _run(tmp_path / "run").unlock()
+    path = tmp_path / "run"
+    for given, which in ((path, None), (path / "checkpoints" / "400", 400), (path / "checkpoints" / "best", "best")):
+        folder, found = RunFolder.open(given)
+        assert (folder.path, found) == (path, which)
+    (path / "checkpoints").mkdir()
+    monkeypatch.chdir(path / "checkpoints")
+    folder, found = RunFolder.open(Path("400"))
+    assert folder.path.samefile(path)
+    assert found == 400
+    folder, found = RunFolder.open(Path(".."))
+    assert found is None
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "strange" / "config.yaml").mkdir(parents=True)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.yaml").symlink_to("/etc/passwd")
+    for name in ("file", "empty", "strange", "linked", "missing", "file/checkpoints/5", "missing/checkpoints/best", "x" * 300):
+        with pytest.raises(UserError) as caught:
+            RunFolder.open(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_revision_is_that_of_the_checkout_or_none(tmp_path):
+    package = tmp_path / "mtrl_cli"
+    package.mkdir()
+    assert run_dir.git_revision(package) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    found = run_dir.git_revision(package)
+    assert found is not None
+    assert len(found["revision"]) == 40
+    assert found["changed"] is False

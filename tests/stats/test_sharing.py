@@ -1,0 +1,121 @@
+"""What one way to share is worth beside another: hand-worked answers, and what holds for any scores."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mtrl_cli.stats.bootstrap import iqm
+from mtrl_cli.stats.sharing import RESAMPLES, Estimate, data_efficiency, gain, nearest_size, over_runs
+
+
+def test_gain_of_hand_made_scores() -> None:
+    ours_SK, theirs_TK = np.array([[0.5, 0.9], [0.7, 0.9]]), np.array([[0.2, 1.0], [0.2, 1.0], [0.2, 0.7]])
+    found = gain(ours_SK, theirs_TK)
+    # Tasks: 0.6 - 0.2 and 0.9 - 0.9. Interquartile means: of .5 .7 .9 .9 the middle two, of .2 .2 .2 .7 1 1 all but one at each end.
+    assert [task.value for task in found.tasks] == pytest.approx([0.4, 0.0])
+    assert found.mean.value == pytest.approx(0.2)
+    assert found.iqm.value == pytest.approx(0.8 - (0.2 + 0.2 + 0.7 + 1.0) / 4)
+    assert found.iqm.value == pytest.approx(iqm(ours_SK) - iqm(theirs_TK))
+
+
+def test_intervals_are_those_of_all_equally_likely_draws() -> None:
+    ours_SK, theirs_TK = np.array([[0.0], [1.0]]), np.array([[0.0], [0.1]])
+    draws = list(itertools.product(itertools.product([0, 1], repeat=2), repeat=2))
+    means = sorted(np.mean([ours_SK[i] for i in a]) - np.mean([theirs_TK[i] for i in b]) for a, b in draws)
+    found = gain(ours_SK, theirs_TK).tasks[0]
+    # Of 16 draws each is more likely than 2.5%, so the interval is from the least to the most.
+    assert (found.low, found.high) == pytest.approx((means[0], means[-1]))
+
+
+def test_runs_are_drawn_whole() -> None:
+    # What one task has more, the other has less: of whole runs the mean never changes.
+    scores_SK = np.array([[0.1, 0.9], [0.9, 0.1], [0.5, 0.5]])
+    found = gain(scores_SK, np.zeros((3, 2)))
+    assert (found.mean.low, found.mean.high) == pytest.approx((0.5, 0.5))
+    low, high = found.tasks[0].low, found.tasks[0].high
+    assert low is not None
+    assert high is not None
+    assert high - low > 0.4
+
+
+def test_one_run_has_no_interval_and_no_sign() -> None:
+    found = gain(np.array([[0.9, 0.8]]), np.array([[0.1, 0.1], [0.2, 0.2]]))
+    assert found.mean == Estimate(pytest.approx(0.7))
+    assert [task.sign for task in found.tasks] == [0, 0]
+
+
+def test_signs_are_told_where_the_interval_excludes_nought() -> None:
+    random = np.random.default_rng(0)
+    noise_SK = 0.01 * random.standard_normal((5, 3))
+    found = gain(noise_SK + np.array([0.5, 0.0, -0.5]), 0.01 * random.standard_normal((5, 3)))
+    assert [found.tasks[0].sign, found.tasks[2].sign] == [1, -1]
+    assert [Estimate(0.0, -0.1, 0.1).sign, Estimate(0.1, 0.0, 0.2).sign, Estimate(1.0).sign] == [0, 0, 0]
+
+
+def test_a_difference_changes_its_sign_with_the_sides() -> None:
+    random = np.random.default_rng(1)
+    ours_SK, theirs_TK = random.random((4, 3)), random.random((4, 3))
+    there, back = gain(ours_SK, theirs_TK), gain(theirs_TK, ours_SK)
+    for one, other in zip((there.mean, there.iqm, *there.tasks), (back.mean, back.iqm, *back.tasks), strict=True):
+        assert one.value == pytest.approx(-other.value)
+        assert one.low is not None
+        assert other.high is not None
+        assert one.low == pytest.approx(-other.high, abs=0.05)
+
+
+def test_intervals_of_normal_scores_cover_the_truth() -> None:
+    # A percentile bootstrap over 20 runs covers a little less than 95%.
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        found = gain(1 + random.standard_normal((20, 1)), random.standard_normal((20, 1))).mean
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= 1 <= found.high
+    assert 0.88 < covered / 200 < 0.99
+
+
+def test_steps_to_the_score_that_the_baseline_ends_with() -> None:
+    theirs = np.array([100.0, 200.0, 400.0]), np.array([[0.0, 0.5, 0.8]])
+    # At 0.8 after a quarter of the way from 100 to 200.
+    ours = np.array([100.0, 200.0, 300.0]), np.array([[0.7, 1.1, 1.2]])
+    assert data_efficiency(ours, theirs).value == pytest.approx(400 / 125)
+    assert data_efficiency(theirs, theirs).value == 1
+    assert data_efficiency((ours[0], ours[1] - 0.9), theirs).value == 0  # never
+    # The baseline itself had that score before, and fell.
+    fallen = np.array([100.0, 200.0, 400.0]), np.array([[0.0, 0.8, 0.4]])
+    assert data_efficiency(ours, fallen).value == pytest.approx(150 / 100)
+
+
+def test_steps_are_those_of_mean_curves() -> None:
+    steps = np.array([0.0, 100.0])
+    ours = steps, np.array([[0.0, 2.0], [0.0, 0.0]])  # alone the second never reaches 1
+    found = data_efficiency(ours, (steps, np.array([[0.0, 1.0], [0.0, 1.0]])))
+    assert found.value == 1
+    assert (found.low, found.high) == (0, 2)
+
+
+def test_draws_depend_on_nothing_but_the_number_of_runs() -> None:
+    seen: list[np.ndarray] = []
+
+    def statistics(ours_BS: np.ndarray, theirs_BT: np.ndarray) -> np.ndarray:
+        seen.append(np.concatenate([ours_BS, theirs_BT], axis=1))
+        return np.column_stack([ours_BS.sum(axis=1) - theirs_BT.sum(axis=1)]).astype(float)
+
+    first = over_runs(statistics, 3, 2)
+    drawn, seen[:] = np.concatenate(seen), []
+    assert over_runs(statistics, 3, 2) == first
+    np.testing.assert_array_equal(np.concatenate(seen), drawn)
+    assert drawn.shape == (1 + RESAMPLES, 5)
+    assert drawn[0].tolist() == [0, 1, 2, 0, 1]
+    assert set(drawn[:, 0]) == {0, 1, 2}
+    assert set(drawn[:, 3]) == {0, 1}
+
+
+def test_nearest_size() -> None:
+    assert nearest_size(1000, [1100, 1049, 960]) == 2
+    assert nearest_size(1000, [1051, 949]) is None
+    assert nearest_size(1000, []) is None

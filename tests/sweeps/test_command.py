@@ -1,0 +1,294 @@
+"""Sweeps through the command line: what becomes of their trials, whoever ends them, and however often."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from mtrl_cli.config.compose import load
+from mtrl_cli.files import file_lock
+from tests.helpers.fake_launcher import STEPS
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = ["launcher._target_=tests.helpers.fake_launcher.FakeLauncher", "trusted_packages=[tests]"]
+QUICK = ["env=classic_pack", f"steps_per_task={STEPS * 10}", "eval.every=10", "agent.learning_starts=50", "device=cpu"]
+REAL = [
+    "env=classic_pack",
+    "env.tasks=[CartPole-v1,Acrobot-v1]",
+    "env.num_envs=4",
+    "steps_per_task=300",
+    "eval.every=100",
+    "eval.episodes=1",
+]
+REAL += ["eval.max_steps=20", "agent.learning_starts=50", "log.diagnostics=0", "device=cpu", "eval.test_episodes=0"]
+
+
+class Commands:
+    """`mtrl` in processes of their own, in one folder; those that are left at the end are killed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
+        """Start it; further keywords are environment variables."""
+        clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mtrl_cli", *map(str, words)],
+            cwd=self.folder,
+            env=clean | {"PYTHONPATH": str(ROOT)} | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._started.append(process)
+        return process
+
+    def __call__(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
+        """Run it to its end, check its exit code, and return what it printed."""
+        return ended(self.start(*words, **environment), code)
+
+    def sweep(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
+        """A sweep in S whose workers only seem to train."""
+        return self("sweep", *QUICK, *FAKE, "run_dir=S", *words, code=code, **environment)
+
+    def close(self) -> None:
+        """Kill what is left."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate(timeout=60)
+
+
+def ended(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    """Wait for a command's end and check its exit code."""
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == code, f"{process.args}: exit code {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
+    return stdout, stderr
+
+
+@pytest.fixture
+def mtrl(tmp_path: Path) -> Iterator[Commands]:
+    commands = Commands(tmp_path)
+    yield commands
+    commands.close()
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def trials(sweep: Path) -> list[dict[str, Any]]:
+    """What trial.json says of each trial."""
+    return [read(path / "trial.json") for path in sorted((sweep / "trials").iterdir())]
+
+
+def until(happened: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait for what is to happen."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def step_of(run: Path) -> int:
+    """How far a worker that only seems to train has come."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(read(run / "saved.json")["step"])
+    return 0
+
+
+def assert_each_once(sweep: Path, count: int) -> None:
+    """That the sweep has just these trials, each completed, and each step done once, but for one that a kill came upon."""
+    assert [path.name for path in sorted((sweep / "trials").iterdir())] == [f"{number:04d}" for number in range(count)]
+    for number, record in enumerate(trials(sweep)):
+        run = sweep / "trials" / f"{number:04d}"
+        assert (record["number"], record["state"], record["why"]) == (number, "completed", None)
+        assert record["value"] == float(record["values"]["seed"])
+        steps = [int(line) for line in (run / "steps.log").read_text().split()]
+        assert sorted(set(steps)) == list(range(1, STEPS + 1))
+        assert steps == sorted(steps), "two workers were at it at the same time"
+    journal = [json.loads(line) for line in (sweep / "journal.log").read_text().splitlines()]
+    assert sum(line["op_code"] == 4 for line in journal) == count, "trials that were made"
+    assert sum(line["op_code"] == 6 and line["state"] == 1 for line in journal) == count, "trials that were told to be completed"
+
+
+# -- real runs --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_a_folder_of_runs_each_the_same_as_its_command_makes(mtrl: Commands, tmp_path: Path) -> None:
+    """Two jobs at a time, in a machine that they share."""
+    stdout, _ = mtrl("sweep", *REAL, "network/sharing=hard,film", "launcher.jobs=2", "run_dir=S")
+    assert "trial 1: completed: network/sharing=film" in stdout
+    assert "mtrl report" in stdout
+    records = trials(tmp_path / "S")
+    assert [record["overrides"] for record in records] == [["network/sharing=hard"], ["network/sharing=film"]]
+    for number, record in enumerate(records):
+        run = tmp_path / "S" / "trials" / f"{number:04d}"
+        assert (record["state"], record["attempts"], record["metric"], record["step"]) == ("completed", 1, "eval/score/mean", 300)
+        assert read(run / "run.json")["status"] == "completed"
+        assert load(run / "config.yaml")["run_dir"] == str(run)
+        assert "is completed" in mtrl("resume", run)[0]
+    words = shlex.split(records[1]["command"])
+    assert words[:2] == ["mtrl", "train"]
+    mtrl(*words[1:], "run_dir=alone")
+    assert (tmp_path / "alone/checkpoints/300/model.safetensors").read_bytes() == (
+        tmp_path / "S/trials/0001/checkpoints/300/model.safetensors"
+    ).read_bytes()
+    stdout, _ = mtrl("resume", "S")
+    assert "2 of 2 completed" in stdout, "a finished sweep is told again"
+
+
+def test_real_runs_go_on_after_kills(mtrl: Commands, tmp_path: Path) -> None:
+    """Killed as soon as a first checkpoint is there, and once more, the sweep ends with its trials."""
+    words = ["sweep", *REAL, "checkpoint.every=20", "seed=0,1", "run_dir=S"]
+    for number in range(2):
+        process = mtrl.start(*words)
+        run = tmp_path / "S" / "trials" / f"{number:04d}"
+        until(lambda run=run: (run / "checkpoints/latest").exists())  # type: ignore[misc]
+        process.kill()
+        process.communicate(timeout=60)
+        until(lambda run=run: file_lock.is_free(run / ".lock"))  # type: ignore[misc]
+    stdout, _ = mtrl(*words)
+    assert "going on in" in stdout
+    for number, record in enumerate(trials(tmp_path / "S")):
+        assert (record["state"], record["step"], record["attempts"]) == ("completed", 300, 1)
+        rows = (tmp_path / f"S/trials/{number:04d}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows if "eval/score/mean" in row] == [100, 200, 300]
+
+
+# -- workers that only seem to train ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_for_good_is_named_and_the_others_go_on(mtrl: Commands, tmp_path: Path) -> None:
+    stdout, stderr = mtrl.sweep("seed=0,1,2", code=1, FAKE_WORKER='{"1": "fail"}')
+    assert "trial 1 failed: nothing good came of it" in stdout
+    assert "1 of 3 trials failed" in stderr
+    assert len(stderr.splitlines()) == 1
+    records = trials(tmp_path / "S")
+    assert [record["state"] for record in records] == ["completed", "failed", "completed"]
+    assert [record["value"] for record in records] == [0.0, None, 2.0]
+    assert records[1]["why"] == "nothing good came of it"
+    mtrl.sweep("seed=0,1,2", code=1)
+    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1, 1, 1], "it is not tried again"
+
+
+def test_a_trial_whose_process_is_killed_is_gone_on_with_and_one_that_always_dies_fails(mtrl: Commands, tmp_path: Path) -> None:
+    stdout, _ = mtrl.sweep("seed=0,1", "sweep.retries=2", code=1, FAKE_WORKER='{"0": "crash_once", "1": "crash"}')
+    once, always = trials(tmp_path / "S")
+    assert (once["state"], once["attempts"]) == ("completed", 2)
+    assert (always["state"], always["attempts"]) == ("failed", 3)
+    assert "killed by SIGKILL" in always["why"]
+    assert "trial 0: its process died (killed by SIGKILL); going on with it" in stdout
+    steps = [int(line) for line in (tmp_path / "S/trials/0000/steps.log").read_text().split()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_what_is_pruned_is_stopped_and_told(mtrl: Commands, tmp_path: Path) -> None:
+    """Halving: the second is worse than the first, and the third better."""
+    scores = {"0": 2.0, "1": 1.0, "2": 3.0}
+    stdout, _ = mtrl.sweep("seed=0,1,2", "sweep.pruner=halving", FAKE_WORKER=json.dumps(scores), FAKE_HOLD='{"1": 2}')
+    assert "trial 1: pruned at step 10" in stdout
+    records = trials(tmp_path / "S")
+    assert [record["state"] for record in records] == ["completed", "pruned", "completed"]
+    assert [record["value"] for record in records] == [2.0, 1.0, 3.0]
+    assert step_of(tmp_path / "S/trials/0001") == 2
+    assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
+
+
+def test_a_search_is_the_same_whether_or_not_it_was_stopped(mtrl: Commands, tmp_path: Path) -> None:
+    words = ["seed=3,4,5,6", "optimizer.lr=tag(log,interval(1e-5,1e-3))", "sweep.trials=4"]
+    mtrl.sweep(*words)
+    alone = [record["values"] for record in trials(tmp_path / "S")]
+    (tmp_path / "S").rename(tmp_path / "alone")
+    process = mtrl.start("sweep", *QUICK, *FAKE, "run_dir=S", *words, FAKE_HOLD='{"1": 3}')
+    until(lambda: step_of(tmp_path / "S/trials/0001") == 3)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = ended(process, 130)
+    assert "goes on where it was with: mtrl resume" in stdout + stderr
+    assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
+    mtrl.sweep(*words)
+    assert [record["values"] for record in trials(tmp_path / "S")] == alone
+    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 4, "to be stopped is no death"
+
+
+def test_two_workers_on_one_sweep_share_its_trials(mtrl: Commands, tmp_path: Path) -> None:
+    words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)"]
+    processes = [mtrl.start(*words, FAKE_HOLD='{"0": 1, "1": 1}') for _ in range(2)]
+    until(lambda: all(step_of(tmp_path / f"S/trials/000{number}") == 1 for number in range(2)))  # one job each: both are at work
+    (tmp_path / "S/go").touch()
+    printed = [ended(each, 0)[0] for each in processes]
+    assert_each_once(tmp_path / "S", 6)
+    assert all("6 of 6 completed" in text for text in printed), "both tell the end"
+
+
+def test_a_worker_that_waits_goes_on_with_what_a_killed_one_has_left(mtrl: Commands, tmp_path: Path) -> None:
+    words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=7,8"]
+    first = mtrl.start(*words, FAKE_WORKER='{"7": "hang"}')
+    until(lambda: step_of(tmp_path / "S/trials/0000") > 0)
+    second = mtrl.start(*words)
+    until(lambda: step_of(tmp_path / "S/trials/0001") == STEPS)
+    first.kill()
+    stdout, _ = ended(second, 0)
+    assert "trial 0: gone on with where it was left" in stdout
+    assert [record["state"] for record in trials(tmp_path / "S")] == ["completed"] * 2
+
+
+def test_another_sweep_in_its_folder_is_refused(mtrl: Commands, tmp_path: Path) -> None:
+    mtrl.sweep("seed=0,1")
+    _, stderr = mtrl.sweep("seed=0,1,2", code=2)
+    assert "other values of seed" in stderr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine").touch()
+    _, stderr = mtrl("sweep", *QUICK, "seed=0,1", "run_dir=other", code=2)
+    assert "not empty" in stderr
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine"]
+
+
+def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
+    url = "postgresql://me:secret@localhost:1/x"
+    stdout, stderr = mtrl.sweep("seed=0,1", f"sweep.storage={url}", code=2)
+    assert "sweep.storage=postgresql://me:***@localhost:1/x" in stderr
+    assert "secret" not in stdout + stderr
+    assert not (tmp_path / "S").exists()
+    mtrl.sweep("seed=0,1", "sweep.storage=sqlite:///trials.db")
+    (tmp_path / "S").rename(tmp_path / "T")
+    _, stderr = mtrl.sweep("seed=0,1,2", "sweep.storage=sqlite:///trials.db", code=2)
+    assert "of another sweep" in stderr
+    assert not (tmp_path / "S").exists()
+
+
+def test_a_sweep_that_is_killed_twenty_times_has_its_trials_each_once(mtrl: Commands, tmp_path: Path) -> None:
+    """At moments that a seed decides on: while it imports, makes its folder, enters, takes, starts, follows and ends trials."""
+    words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)", "launcher.jobs=2"]
+    moments, begun = random.Random(20), time.monotonic()
+    process = mtrl.start(*words, FAKE_SECONDS="0.1")
+    until((tmp_path / "S/sweep.json").exists)
+    to_begin = time.monotonic() - begun
+    for _ in range(19):
+        process.kill()
+        process.communicate(timeout=60)
+        process = mtrl.start(*words, FAKE_SECONDS="0.1")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=to_begin * moments.uniform(0.3, 2.3))
+    process.kill()
+    process.communicate(timeout=60)
+    mtrl(*words)
+    assert_each_once(tmp_path / "S", 6)
+    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 6

@@ -1,0 +1,181 @@
+"""A sweep's folder: made by two processes at a time, or by a stranger who has put links into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from mtrl_cli.errors import RunError, UserError
+from mtrl_cli.files.file_lock import FileLock
+from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.sweeps import command as sweep
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, reached
+from mtrl_cli.sweeps.plan import Plan
+from mtrl_cli.sweeps.trial_run import TrialRun
+from mtrl_cli.sweeps.trial_storage import WORKERS, Taken, TrialStorage
+
+RUN = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=30", "eval.every=10", "agent.learning_starts=10", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def words() -> Plan:
+    return sweep_plan.make([*RUN, "seed=0,1"])
+
+
+@pytest.fixture
+def plan(words: Plan, tmp_path: Path) -> Plan:
+    """Of a sweep in S, which is not there yet."""
+    return sweep_plan.replace(words, run_dir=tmp_path / "S")
+
+
+def enter(plan: Plan) -> TrialStorage:
+    """Make the sweep, or go on with it."""
+    return sweep._open(plan, ["mtrl", "sweep"], 10)[2]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that a folder holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+LINKS = [JOURNAL, "journal.lock", ".lock", "trials", "trials/0000", WORKERS, f"{WORKERS}/book.lock", f"{WORKERS}/0000.lock"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_nothing_is_written_through_a_link_in_a_strangers_sweep(name: str, plan: Plan, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "0000").mkdir(parents=True)
+    (mine / "token").write_text("a secret without a last newline")
+    (mine / "config.yaml").write_text("seed: 1\n")
+    before = contents(mine)
+    enter(plan).close()
+    link = tmp_path / "S" / name
+    is_folder = name in ("trials", "trials/0000", WORKERS)
+    shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(mine if is_folder else mine / "token")
+
+    def go_on() -> None:
+        book = enter(plan)
+        try:
+            while book.take() is not None:
+                pass
+        finally:
+            book.close()
+
+    with pytest.raises((UserError, RunError), match=name):
+        go_on()
+    assert contents(mine) == before
+    assert {path.name for path in mine.iterdir()} == {"0000", "token", "config.yaml"}
+
+
+def test_a_trial_is_not_made_in_a_linked_run(plan: Plan, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / "S/trials").mkdir(parents=True)
+    (tmp_path / "S/trials/0000").symlink_to(mine)
+    with pytest.raises(UserError, match="is a link"):
+        TrialRun(tmp_path / "S", plan, Taken(0, {"seed": "0"}, begun=False)).make()
+    assert list(mine.iterdir()) == []
+
+
+def test_a_link_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / JOURNAL).symlink_to(tmp_path / "token")
+    with pytest.raises(OSError, match="symbolic"):
+        cut_torn_line(tmp_path / JOURNAL)
+    assert (tmp_path / "token").read_text() == "secret"
+
+
+def test_a_process_that_is_overtaken_while_it_looks_goes_on_with_the_others_sweep(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_new = RunFolder.check_new
+
+    def overtaken(path: Path) -> None:
+        monkeypatch.setattr(RunFolder, "check_new", check_new)
+        enter(plan).close()
+        check_new(path)
+
+    monkeypatch.setattr(RunFolder, "check_new", overtaken)
+    book = enter(plan)
+    assert [entry.state for entry in book.entries()] == ["waiting", "waiting"]
+
+
+def test_a_process_that_waited_for_a_folder_which_is_gone_makes_it(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    acquire: Callable[[FileLock], None] = FileLock.acquire
+
+    def late(lock: FileLock) -> None:
+        acquire(lock)
+        if lock.path == tmp_path / "S/.lock":
+            monkeypatch.setattr(FileLock, "acquire", acquire)
+            shutil.rmtree(tmp_path / "S")
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    enter(plan).close()
+    assert (tmp_path / "S/sweep.json").is_file()
+    other = FileLock(tmp_path / "S/.lock")
+    assert other.try_acquire(), "it was let go of"
+
+
+def test_what_could_not_be_made_is_removed_but_for_what_another_process_has_made_by_then(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        (tmp_path / "S/workers").mkdir()
+        raise UserError("of another sweep")
+
+    monkeypatch.setattr(sweep, "Book", refuse)
+    with pytest.raises(UserError, match="of another sweep"):
+        enter(plan)
+    assert not (tmp_path / "S").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:secret@host/x", "postgresql://me:***@host/x"),
+        ("postgresql://me:sec/secret @secret@host/x", "postgresql://me:***@host/x"),
+        ("postgresql://host:5432/x?user=me&password=secret&a=b", "postgresql://host:5432/x?user=me&password=***&a=b"),
+        ("mysql://host/x?PASSWD=secret", "mysql://host/x?PASSWD=***"),
+        ("sqlite:///trials.db", "sqlite:///trials.db"),
+        ("env:NAME", "env:NAME"),
+    ],
+)
+def test_no_password_is_shown(url: str, shown: str, plan: Plan, tmp_path: Path) -> None:
+    assert sweep_plan.without_password(url) == shown
+    (tmp_path / "S").mkdir()
+    sweep_plan.save(sweep_plan.replace(plan, search={**plan.search, "storage": url}), tmp_path / "S", ["mtrl", f"sweep.storage={url}"])
+    written = (tmp_path / "S/sweep.json").read_text()
+    assert "secret" not in written
+    assert shown in written
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:to%2Fsecret@host/x", "mysql://host/x?user=me&password=to%2Fsecret", "sqlite:///x"])
+def test_what_a_driver_says_is_told_without_the_password(url: str) -> None:
+    with pytest.raises(RunError) as told, reached(url):
+        raise OSError(f"no {url}, or to/secret of me is wrong" if "secret" in url else "no file")
+    assert "secret" not in str(told.value)
+
+
+def test_a_storage_may_be_named_in_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = sweep_plan.make([*RUN, "seed=0,1", "sweep.storage=env:TRIALS_URL", f"run_dir={plan.run_dir}"])
+    monkeypatch.delenv("TRIALS_URL", raising=False)
+    with pytest.raises(UserError, match=r"variable TRIALS_URL, which is not set"):
+        enter(named)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TRIALS_URL", "me:secret@host")
+    with pytest.raises(UserError, match=r"which holds none") as told:
+        enter(named)
+    assert "secret" not in str(told.value)
+    monkeypatch.setenv("TRIALS_URL", f"sqlite:///{tmp_path}/secret.db")
+    enter(named).close()
+    assert (tmp_path / "secret.db").is_file()
+    assert not any(b"secret" in content for content in contents(tmp_path / "S").values())
+    with pytest.raises(UserError, match=r"not taken from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
+        sweep_plan.load(tmp_path / "S")
+    assert sweep_plan.load(tmp_path / "S", ["sweep.storage=env:TRIALS_URL"]).search["storage"] == "env:TRIALS_URL"

@@ -1,0 +1,354 @@
+"""What a sweep is to do: made of words, refused where it makes no sense, kept in its folder and found again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtrl_cli.config import compose
+from mtrl_cli.errors import UserError
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps import validation as sweep_validation
+from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+
+BASE = ["env=classic_pack", "steps_per_task=1000", "agent.learning_starts=100"]
+LR = "optimizer.lr=tag(log,interval(1e-5,1e-3))"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
+    monkeypatch.delenv("MTRL_TRUSTED_PACKAGES", raising=False)
+
+
+def make(*words: str) -> Plan:
+    return sweep_plan.make([*BASE, *words])
+
+
+def saved(folder: Path, *words: str) -> Plan:
+    plan = make(*words)
+    sweep_plan.save(plan, folder, ["mtrl", "sweep", *words])
+    return plan
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(UserError) as refused:
+        make(*words)
+    assert str(refused.value).count("\n") < 2
+    return str(refused.value)
+
+
+def test_a_grid_has_every_combination_the_last_key_changing_first() -> None:
+    plan = make("network/sharing=hard,film", "seed=range(3)", "launcher.jobs=2")
+    assert plan.search["sampler"] == "grid"
+    assert plan.points is not None
+    found = [(point["network/sharing"], point["seed"]) for point in plan.points]
+    assert found == [("hard", "0"), ("hard", "1"), ("hard", "2"), ("film", "0"), ("film", "1"), ("film", "2")]
+    assert (plan.trials, plan.env, plan.steps_per_task, plan.launcher["jobs"]) == (6, "classic_pack", 1000, 2)
+    assert plan.words == tuple(BASE)
+    assert plan.overrides(plan.points[3]) == ["network/sharing=film", "seed=0"]
+    assert plan.command(plan.points[3]) == f"mtrl train {' '.join(BASE)} network/sharing=film seed=0"
+
+
+def test_the_first_points_of_a_grid() -> None:
+    plan = make("network/sharing=hard,film", "seed=range(3)", "sweep.trials=4")
+    assert plan.points == make("network/sharing=hard,film", "seed=range(3)").points[:4]  # type: ignore[index]
+    assert plan.trials == 4
+
+
+def test_intervals_are_searched_and_take_the_type_of_their_key() -> None:
+    plan = make(LR, "agent.n_step=interval(1,8)", "agent.gamma=interval(0.9,1)", "agent.double=true,false", "sweep.trials=5")
+    assert (plan.search["sampler"], plan.points, plan.trials) == ("tpe", None, 5)
+    assert plan.axes == {
+        "optimizer.lr": Interval(1e-5, 1e-3, log=True),
+        "agent.n_step": Interval(1, 8, whole=True),
+        "agent.gamma": Interval(0.9, 1.0),
+        "agent.double": Choices(("true", "false")),
+    }
+    assert isinstance(plan.axes["agent.n_step"].low, int)  # type: ignore[union-attr]
+
+
+def test_a_trial_is_the_run_that_mtrl_train_would_make_of_the_same_words(tmp_path: Path) -> None:
+    plan = make(LR, "agent.n_step=interval(1,8)", "env.tasks=[CartPole-v1],[Acrobot-v1,CartPole-v1]", "sweep.trials=5")
+    values = {"optimizer.lr": 1.2345678901234567e-05, "agent.n_step": 7, "env.tasks": "[Acrobot-v1,CartPole-v1]"}
+    composed = plan.configuration(values, tmp_path / "run")
+    words = ["optimizer.lr=1.2345678901234567e-05", "agent.n_step=7", "env.tasks=[Acrobot-v1,CartPole-v1]", f"run_dir={tmp_path / 'run'}"]
+    assert composed == compose.compose_training([*BASE, *words])
+    assert composed["optimizer"]["lr"] == values["optimizer.lr"], "to the last bit"
+    path = tmp_path / "config.yaml"
+    path.write_text(compose.dump(composed))
+    assert compose.load(path) == composed, "its worker reads the same from the folder"
+
+
+def test_a_combination_that_does_not_go_together_is_its_trials_failure(tmp_path: Path) -> None:
+    """Checking all combinations would take a product of time; a sweep's other trials are not to suffer."""
+    plan = make("network/head=dueling,c51", "agent/value_scale=clip,none")
+    with pytest.raises(UserError, match="needs returns of a known range"):
+        plan.configuration({"network/head": "c51", "agent/value_scale": "none"}, tmp_path)
+    assert plan.configuration({"network/head": "c51", "agent/value_scale": "clip"}, tmp_path)["network"]["head"]["_target_"].endswith(
+        "C51Head"
+    )
+
+
+def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = make("seed=1,2", "init_from=a/run")
+    assert plan.configuration({"seed": "1"}, tmp_path / "run")["init_from"] == str(tmp_path / "a/run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is nothing to vary"),
+        (["agent.n_stp=1"], "did you mean agent.n_step?"),
+        (["seed=1,2", "agent.n_stp=1"], "did you mean agent.n_step?"),
+        (["seed=1,2", "sweep.trails=1"], "did you mean sweep.trials?"),
+        (["seed=1,2", "swep.trials=1"], "did you mean sweep.trials?"),
+        (["seed=1,2", "launcher=loca"], "did you mean local?"),
+        (["seed=1,2", "launcher.job=1"], "did you mean launcher.jobs?"),
+        (["seed=1,2", "laucher.jobs=1"], "did you mean launcher.jobs?"),
+        (["seed=1,-2"], "seed=-2: expected a whole number of at least 0"),
+        (["seed=range(-3,9)"], "seed=-3: expected"),
+        (["seed=range(0,5,0.5)"], "seed=0.5: expected a whole number"),
+        (["network/sharing=hard,flm"], "network/sharing=flm: there is no such option; did you mean film?"),
+        (["network/head=dueling,c51"], "with network/head=c51: network/head's C51Head needs returns"),
+        (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr=-1: expected a number above 0"),
+        (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma=1.5: expected"),
+        (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step=0.5: expected a whole number"),
+        (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step takes whole numbers; expected whole ones at both ends"),
+        (["network=interval(1,3)", "sweep.trials=3"], "network=1: there is no such option"),
+        ([LR], "sweep.trials is missing: optimizer.lr is an interval"),
+        (["seed=1,2", "sweep.sampler=random"], "sweep.trials is missing: sweep.sampler=random chooses"),
+        ([LR, "sweep.sampler=grid"], "sweep.sampler=grid has no points in the interval of optimizer.lr"),
+        (["seed=1,2", "sweep.trials=3"], "sweep.trials=3: the grid has 2 points"),
+        (["seed=range(1000)", "agent.n_step=range(1,1000)"], "the grid has 999,000 points"),
+        ([LR, "sweep.trials=1000000"], "expected at most 100,000"),
+        (["seed=1,2", "sweep.sampler=cmaes", "sweep.trials=2"], "two keys with intervals at least"),
+        (["seed=1,2", "sweep.pruner=median", "eval.every=0"], "set eval.every=100, for example"),
+        (["seed=1,2", "sweep.pruner=halving", "eval.every=1000"], "with eval.every=1000 of steps_per_task=1000 there is none"),
+        (["eval.every=100,1000", "sweep.pruner=median"], "with eval.every=1000 of steps_per_task=1000 there is none"),
+        (["seed=1,2", "sweep.metric=eval/score/men"], "sweep.metric=eval/score/men: an evaluation of env=classic_pack has"),
+        (["seed=1,2", "sweep.metric=eval/return/pong"], "an evaluation of env=classic_pack has"),
+        (["seed=1,2", "sweep.storage=somewhere"], "expected an Optuna storage's URL"),
+        (["seed=1,2", "ranks=2"], "torchrun"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_made(words: list[str], message: str) -> None:
+    assert message in refusal(*words)
+
+
+def test_a_pack_without_references_needs_to_be_told_by_what() -> None:
+    words = ["env=gymnasium", "env.tasks=[Blackjack-v1,Taxi-v3]", "seed=1,2"]
+    with pytest.raises(UserError, match=r"name what to go by, such as sweep.metric=eval/return/Blackjack-v1"):
+        sweep_plan.make(words)
+    assert sweep_plan.make([*words, "sweep.metric=eval/return/Taxi-v3"]).trials == 2
+    assert sweep_plan.make(["env=gymnasium", "env.tasks=[Blackjack-v1]", "seed=1,2"]).trials == 2, "a single task's return says it"
+    with pytest.raises(UserError, match=r"has eval/return/Blackjack-v1, eval/return/Taxi-v3$"):
+        sweep_plan.make([*words, "sweep.metric=eval/score/mean"])
+
+
+def test_what_samplers_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = sweep_validation.importlib.util.find_spec
+    monkeypatch.setattr(sweep_validation.importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
+    for sampler, package in (("cmaes", "cmaes"), ("gp", "scipy")):
+        told = refusal(LR, "agent.gamma=interval(0.9,1)", f"sweep.sampler={sampler}", "sweep.trials=3")
+        assert told == f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'"
+
+
+def test_a_sum_of_values_is_composed_and_not_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[Any] = []
+    one = compose.compose_training
+    monkeypatch.setattr(compose, "compose_training", lambda words: composed.append(words) or one(words))
+    make("network/sharing=hard,film,independent", "agent.double=true,false", "seed=range(100)")
+    assert len(composed) == 1 + 2 + 1 + 1, "the first, the others of each, and of a hundred numbers the last"
+
+
+def test_torchrun_around_a_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "start it without torchrun" in refusal("seed=1,2")
+    with pytest.raises(UserError, match="start it without torchrun"):
+        sweep_plan.load(tmp_path)
+
+
+# -- in the sweep's folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
+    grid = saved(tmp_path, "network/sharing=hard,film", "seed=range(3)", "launcher.jobs=2", "sweep.retries=5")
+    found = sweep_plan.load(tmp_path)
+    assert found == sweep_plan.replace(grid, run_dir=tmp_path, search={**grid.search, "trials": 6})
+    assert sweep_plan.check_same(grid, tmp_path) == sweep_plan.replace(grid, search={**grid.search, "trials": 6})
+    (tmp_path / "search").mkdir()
+    search = saved(tmp_path / "search", LR, "agent.n_step=interval(1,8)", "sweep.trials=5")
+    assert sweep_plan.load(tmp_path / "search") == sweep_plan.replace(search, run_dir=tmp_path / "search")
+
+
+def test_a_sweep_over_sources_is_found_again(tmp_path: Path) -> None:
+    plan = saved(tmp_path, "init_from=choice(runs/a,runs/b)", "launcher.jobs=2")
+    assert sweep_plan.load(tmp_path).axes == plan.axes == {"init_from": Choices(("runs/a", "runs/b"))}
+
+
+def test_what_may_change_when_a_sweep_goes_on(tmp_path: Path) -> None:
+    saved(tmp_path, LR, "sweep.trials=5")
+    plan = sweep_plan.load(tmp_path, ["launcher.jobs=3", "sweep.retries=0", "sweep.trials=8"])
+    assert (plan.launcher["jobs"], plan.search["retries"], plan.trials) == (3, 0, 8)
+    sweep_plan.save(plan, tmp_path, ["mtrl", "resume"])
+    assert sweep_plan.load(tmp_path).trials == 8
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["command"].startswith("mtrl sweep"), "the command that made it stays"
+    # The command as it was does not take the further trials away.
+    assert sweep_plan.check_same(make(LR, "sweep.trials=5", "launcher.jobs=2"), tmp_path).trials == 8
+    assert sweep_plan.check_same(make(LR, "sweep.trials=9"), tmp_path).trials == 9
+
+
+def test_a_grid_goes_on_with_further_of_its_points(tmp_path: Path) -> None:
+    saved(tmp_path, "seed=range(5)", "sweep.trials=2")
+    assert sweep_plan.load(tmp_path, ["sweep.trials=4"]).points == tuple({"seed": str(seed)} for seed in range(4))
+    with pytest.raises(UserError, match="the grid has 5 points"):
+        sweep_plan.load(tmp_path, ["sweep.trials=6"])
+    with pytest.raises(UserError, match="can only be raised"):
+        sweep_plan.load(tmp_path, ["sweep.trials=1"])
+
+
+@pytest.mark.parametrize("word", ["seed=3", "seed=1,2", "env=classic_pack", "~launcher", "sweep.sampler=grid", "run_dir=x"])
+def test_what_may_not(tmp_path: Path, word: str) -> None:
+    saved(tmp_path, "seed=1,2")
+    with pytest.raises(UserError, match="a sweep goes on as it was started"):
+        sweep_plan.load(tmp_path, [word])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=1,2", "agent.gamma=0.9"], "holds a sweep with other words for agent.gamma"),
+        (["seed=1,2,3"], "holds a sweep with other values of seed"),
+        (["seed=1,2", "agent.n_step=1,2"], "holds a sweep over seed, in this order"),
+        (["seed=1,2", "sweep.seed=7"], "holds a sweep with another sweep.seed"),
+        (["seed=1,2", "sweep.metric=eval/score/min"], "holds a sweep with another sweep.metric"),
+        (["seed=1,2", "sweep.sampler=random", "sweep.trials=2"], "holds a sweep with another sweep.sampler"),
+    ],
+)
+def test_another_sweep_is_refused_naming_what_differs(tmp_path: Path, words: list[str], message: str) -> None:
+    saved(tmp_path, "seed=1,2")
+    with pytest.raises(UserError) as refused:
+        sweep_plan.check_same(make(*words), tmp_path)
+    assert message in str(refused.value)
+
+
+def test_the_order_of_words_makes_no_other_sweep(tmp_path: Path) -> None:
+    plan = saved(tmp_path, "seed=1,2")
+    assert sweep_plan.check_same(sweep_plan.make(["seed=1,2", *reversed(BASE)]), tmp_path).points == plan.points
+
+
+def test_a_password_is_not_written_down(tmp_path: Path) -> None:
+    url = "postgresql://me:secret@host/sweeps"
+    saved(tmp_path, "seed=1,2", f"sweep.storage={url}")
+    assert "secret" not in (tmp_path / "sweep.json").read_text()
+    with pytest.raises(UserError, match="not taken from a folder"):
+        sweep_plan.load(tmp_path)
+    assert sweep_plan.load(tmp_path, [f"sweep.storage={url}"]).search["storage"] == url
+    assert sweep_plan.check_same(make("seed=1,2", f"sweep.storage={url}"), tmp_path).search["storage"] == url
+    with pytest.raises(UserError, match=r"another sweep.storage"):
+        sweep_plan.check_same(make("seed=1,2"), tmp_path)
+
+
+def test_folders_and_packages_are_taken_from_the_user_alone(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "optimizer").mkdir(parents=True)
+    (tmp_path / "conf" / "optimizer" / "slow.yaml").write_text("# Slow\ndefaults: [adam, _self_]\nweight_decay: 0.5\n")
+    (tmp_path / "sweep").mkdir()
+    place = f"hydra.searchpath=[{tmp_path / 'conf'}]"
+    plan = saved(tmp_path / "sweep", "optimizer=adam,slow", place, "trusted_packages=[mine]")
+    assert plan.configuration({"optimizer": "slow"}, tmp_path)["optimizer"]["weight_decay"] == 0.5
+    assert plan.trusted_packages == ("mine",)
+    with pytest.raises(UserError) as refused:
+        sweep_plan.load(tmp_path / "sweep")
+    assert "hydra.searchpath" in str(refused.value).splitlines()[1], "the command that does it"
+    found = sweep_plan.load(tmp_path / "sweep", [place])
+    assert found.trusted_packages == ()
+    assert found.configuration({"optimizer": "slow"}, tmp_path)["optimizer"]["weight_decay"] == 0.5
+
+
+def damaged(**changes: Any) -> dict[str, Any]:
+    good = {
+        "format": 1,
+        "command": "mtrl sweep",
+        "words": BASE,
+        "axes": {"seed": {"choices": ["1", "2"]}},
+        "points": [{"seed": "1"}, {"seed": "2"}],
+        "search": {"sampler": "grid", "trials": 2, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0},
+        "launcher": {"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 1},
+        "env": "classic_pack",
+        "steps_per_task": 1000,
+    }
+    return {**good, **changes}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (damaged(format=99), "newer version"),
+        (damaged(words="env=classic_pack"), "damaged"),
+        (damaged(words=[1]), "damaged"),
+        (damaged(words=["seed=${oc.env:HOME}"]), "no word of a sweep"),
+        (damaged(words=["trusted_packages=[evil]"]), "not those of one run"),
+        (damaged(words=["run_dir=/tmp/elsewhere"]), "not those of one run"),
+        (damaged(words=["agent.n_step=1,2"]), "not those of one run"),
+        (damaged(axes={}), "does not say what its trials are"),
+        (damaged(axes={"run_dir": {"choices": ["/a", "/b"]}}), "damaged"),
+        (damaged(axes={"trusted_packages": {"choices": ["[a]"]}}), "damaged"),
+        (damaged(axes={"hydra.searchpath": {"choices": ["[/a]"]}}), "damaged"),
+        (damaged(axes={"seed": {"choices": []}}), "damaged"),
+        (damaged(axes={"seed": {"choices": ["${oc.env:HOME}"]}}), "damaged"),
+        (damaged(axes={"seed": {"low": 2, "high": 1, "log": False, "whole": True}}), "damaged"),
+        (damaged(axes={"seed": {"low": "a", "high": "b", "log": False, "whole": True}}), "damaged"),
+        (damaged(axes={"seed": {"choices": ["1"]}, "a\nb": {"choices": ["1"]}}), "damaged"),
+        (damaged(points=None), "damaged"),
+        (damaged(points=[{"seed": "1"}]), "damaged"),
+        (damaged(points=[{"seed": "1"}, {"seed": "3"}]), "damaged"),
+        (damaged(points=[{"seed": "1"}, {"seed": "2", "run_dir": "/a"}]), "damaged"),
+        (damaged(points=[{"seed": "1"}, ["seed"]]), "damaged"),
+        (damaged(search={"sampler": "grid"}), "damaged"),
+        (damaged(search={**damaged()["search"], "trials": 10**9}), "damaged"),
+        (damaged(search={**damaged()["search"], "sampler": "auto"}), "damaged"),
+        (damaged(search={**damaged()["search"], "retries": -1}), "damaged"),
+        (damaged(steps_per_task="many"), "damaged"),
+        (damaged(env=None), "damaged"),
+        (damaged(launcher={}), "damaged"),
+        (damaged(launcher={"_target_": "mtrl_cli.launchers.slurm.SlurmLauncher", "setup": ["rm"]}), "say where to go on"),
+        (damaged(launcher={"_target_": "evil.local.LocalLauncher"}), "say where to go on"),
+    ],
+)
+def test_a_plan_from_a_stranger_is_checked(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    with pytest.raises(UserError) as refused:
+        sweep_plan.load(tmp_path)
+    assert message in str(refused.value)
+    (tmp_path / "sweep.json").write_text(json.dumps(damaged()))
+    assert sweep_plan.load(tmp_path).trials == 2
+
+
+def test_what_is_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no sweep: it has no sweep.json"):
+        sweep_plan.load(tmp_path)
+    (tmp_path / "sweep.json").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="link that leaves"):
+        sweep_plan.load(tmp_path)
+
+
+def test_budgets_of_trials() -> None:
+    plan = sweep_plan.make(["env=classic_pack", "agent.learning_starts=100", "steps_per_task=1000,2e3"])
+    assert plan.steps_per_task == 2000
+    assert [plan.steps(point) for point in plan.points or ()] == [1000, 2000]
+
+
+def test_planning_needs_neither_torch_nor_optuna() -> None:
+    import subprocess
+
+    code = "import sys; from mtrl_cli.sweeps import dry_run, plan, summary; print(*{'torch', 'optuna', 'hydra'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == ""

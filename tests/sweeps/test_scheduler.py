@@ -1,0 +1,151 @@
+"""What a sweep makes of how its workers end: scripted ones, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from mtrl_cli.errors import UserError
+from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
+from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps import scheduler, trial_run
+from mtrl_cli.sweeps.display import TrialRow
+from mtrl_cli.sweeps.scheduler import SweepLoop
+from mtrl_cli.sweeps.trial_storage import TrialStorage
+
+RUN = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=30", "eval.every=10", "agent.learning_starts=10", "device=cpu"]
+Worker = Callable[[Path], End]
+
+
+class Done(Job):
+    """A job that ended as it began."""
+
+    def __init__(self, end: End):
+        self._end = end
+
+    def poll(self) -> End | None:
+        return self._end
+
+    def is_waiting(self) -> bool:
+        return False
+
+    def stop(self) -> None:
+        pass
+
+
+class Scripted(Launcher):
+    """Workers, one after the other, each a function of the run's folder."""
+
+    jobs = 1
+
+    def __init__(self, *workers: Worker):
+        self.workers = list(workers)
+
+    def start(self, run: Path) -> Job:
+        return Done(self.workers.pop(0)(run))
+
+
+class Silent:
+    """Shows nothing."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def update(self, rows: list[TrialRow]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        self.told.append(text)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks follow each other without a pause."""
+    for name in ("POLL_SECONDS", "LOOK_SECONDS", "BOOK_SECONDS"):
+        monkeypatch.setattr(scheduler, name, 0.0)
+
+
+def work(folder: Path, *workers: Worker) -> dict[str, Any]:
+    """Have these work on a sweep of one trial; what trial.json says of it then."""
+    folder.mkdir(exist_ok=True)
+    plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+    launcher, book = Scripted(*workers), TrialStorage(folder, plan, first=10)
+    with StopRequest() as stop:
+        SweepLoop(folder, plan, book, launcher, Silent(), stop).work()
+    assert launcher.workers == []
+    found: dict[str, Any] = json.loads((folder / "trials/0000/trial.json").read_text())
+    return found
+
+
+def complete(run: Path, end: End | None = None) -> End:
+    """A worker that trains to the end."""
+    rows = [{"step": step, "seconds": step / 10, "eval/return/CartPole-v1": float(step)} for step in (10, 20, 30)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "run.json").write_text(json.dumps({"status": "completed", "seconds": 3.0, "error": None}))
+    return end or End(0)
+
+
+@pytest.mark.parametrize("end", [End(None, "Slurm no longer knows the job"), End(None, "killed by SIGSEGV"), End(1), End(2)])
+def test_a_run_that_is_completed_is_whatever_became_of_its_process(end: End, tmp_path: Path) -> None:
+    record = work(tmp_path / "S", lambda run: complete(run, end))
+    assert (record["state"], record["value"], record["attempts"], record["why"]) == ("completed", 30.0, 1, None)
+
+
+def refused(run: Path) -> End:
+    """A worker that finds another at its run, which has let go of it when the sweep looks."""
+    other = RunFolder(run)
+    other.lock()
+    with pytest.raises(UserError) as told:
+        RunFolder(run).lock()
+    other.unlock()
+    (run / OUTPUT).write_text(f"mtrl: error: {told.value}\nsaved at step 10\n")
+    return End(2)
+
+
+def test_a_run_that_another_process_had_for_a_moment_is_gone_on_with(tmp_path: Path) -> None:
+    record = work(tmp_path / "S", refused, complete)
+    assert (record["state"], record["attempts"]) == ("completed", 1)
+
+
+def test_a_worker_that_refuses_its_configuration_fails_for_good(tmp_path: Path) -> None:
+    def wrong(run: Path) -> End:
+        with open(run / OUTPUT, "a") as output:
+            output.write("mtrl: error: agent.n_step=-1: expected a positive number\n")
+        return End(2)
+
+    record = work(tmp_path / "S", refused, wrong)
+    assert (record["state"], record["why"]) == ("failed", "agent.n_step=-1: expected a positive number")
+
+
+def test_all_evaluations_are_read_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_run, "_LARGEST_READ", 100)
+    record = work(tmp_path / "S", complete)
+    assert (record["value"], record["step"], record["seconds"]) == (30.0, 30, 3.0)
+
+
+def test_a_failed_trial_whose_run_was_completed_since_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "S"
+    assert work(folder, lambda run: End(2))["state"] == "failed"
+    complete(folder / "trials/0000")
+    record = work(folder)
+    assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
+
+
+def test_a_trial_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
+    folder, told = tmp_path / "S", Silent()
+    work(folder, complete)
+    shutil.rmtree(folder / "trials/0000")
+    plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+    with StopRequest() as stop:
+        (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), told, stop).work()
+    assert (row.state, row.score) == ("completed", 30.0)
+    assert told.told == ["trial 0: its folder is gone; its metric is kept, and its run is not made again"]

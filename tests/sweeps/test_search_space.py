@@ -1,0 +1,173 @@
+"""The words of `mtrl sweep`: which are of the sweep, which all runs have, and which values the runs differ in."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtrl_cli.config import overrides
+from mtrl_cli.errors import UserError
+from mtrl_cli.sweeps import search_space
+from mtrl_cli.sweeps.search_space import Choices, Interval
+
+
+def axis(word: str) -> Choices | Interval | None:
+    return search_space.axis_of(word)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("hard,film", ("hard", "film")),
+        ("choice(hard,film)", ("hard", "film")),
+        ("choice(film)", ("film",)),
+        (" 1 , 2", ("1", "2")),
+        ("[pong,breakout],[pong]", ("[pong,breakout]", "[pong]")),
+        ("choice([pong,breakout],[pong])", ("[pong,breakout]", "[pong]")),
+        ("null,1", ("null", "1")),
+        ("-1,1e-4,.5", ("-1", "1e-4", ".5")),
+        ("true,False", ("true", "False")),
+        ("'a,b',\"c d\"", ("'a,b'", '"c d"')),
+        ("{a:1,b:2},{}", ("{a:1,b:2}", "{}")),
+        (r"a\,b,c", (r"a\,b", "c")),
+        ("range(3)", ("0", "1", "2")),
+        ("range(5,0,-2)", ("5", "3", "1")),
+        ("range(0,1,0.1)", ("0.0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")),
+        ("range(1,0.5,-0.25)", ("1.0", "0.75")),
+        ("sort(3,1,2)", ("1", "2", "3")),
+        ("sort(range(3),reverse=true)", ("2", "1", "0")),
+        ("int(1.5,2.5)", ("1", "2")),
+        ("str(1,2)", ("'1'", "'2'")),
+        ("bool(1,0)", ("true", "false")),
+    ],
+)
+def test_choices_keep_their_words(value: str, words: tuple[str, ...]) -> None:
+    assert axis(f"key={value}") == Choices(words)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval"),
+    [
+        ("interval(1e-5,1e-3)", Interval(1e-5, 1e-3)),
+        ("tag(log,interval(1e-5,1e-3))", Interval(1e-5, 1e-3, log=True)),
+        ("int(interval(1,8))", Interval(1, 8, whole=True)),
+        ("tag(log,int(interval(1,64)))", Interval(1, 64, log=True, whole=True)),
+        ("int(tag(log,interval(1,64)))", Interval(1, 64, log=True, whole=True)),
+        ("interval(-1,1)", Interval(-1.0, 1.0)),
+    ],
+)
+def test_intervals(value: str, interval: Interval) -> None:
+    assert axis(f"key={value}") == interval
+
+
+@pytest.mark.parametrize("word", ["key=1", "key=[1,2]", "key={a:1}", "key='a,b'", "key=", "~key", "key=a=b", "key=f(1)", "key", "key=a b"])
+def test_one_value_is_no_axis(word: str) -> None:
+    assert axis(word) is None
+
+
+def test_shuffled_choices_are_the_same_in_the_same_order_each_time() -> None:
+    first = axis("seed=shuffle(range(50))")
+    assert isinstance(first, Choices)
+    assert first == axis("seed=shuffle(range(50))")
+    assert sorted(first.words, key=int) == [str(each) for each in range(50)]
+    assert list(first.words) != sorted(first.words, key=int)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("env=glob(*)", "glob is not used here; name the values"),
+        ("seed=range(a)", "cannot be read"),
+        ("seed=range(3", "cannot be read"),
+        ("lr=interval(3)", "cannot be read"),
+        ("seed=range(0,5,0)", "a step that is not 0"),
+        ("seed=range(3,0)", "holds no value"),
+        ("seed=range(1000000)", "holds more than 10,000 values"),
+        ("seed=1,2,1", "holds 1 twice"),
+        ("lr=0.1,1e-1", "holds 0.1 twice"),
+        ("seed=1,1.0", "holds 1 twice"),
+        ("name=a,'a'", "holds a twice"),
+        ("lr=interval(2,1)", "from a number to a larger one"),
+        ("lr=interval(1,1)", "from a number to a larger one"),
+        ("lr=interval(0,inf)", "from a number to a larger one"),
+        ("lr=int(interval(0.1,0.9))", "from a number to a larger one"),
+        ("lr=tag(log,interval(0,1))", "a logarithmic scale has no 0"),
+        ("lr=tag(lin,interval(0,1))", "the tag lin has no meaning here"),
+        ("lr=tag(log,choice(1,2))", "a tag has a meaning for intervals only"),
+        ("seed=1,", "expected values between commas"),
+        ("name=a=b,c", "text with other signs in quotes: name='a=b',c"),
+        ("optimizer@agent=a,b", "a group has one place here"),
+        ("device=cpu,cuda", "cannot differ in device"),
+        ("ranks=1,2", "cannot differ in ranks"),
+        ("trusted_packages=[a],[b]", "cannot differ in trusted_packages"),
+        ("hydra.searchpath=[a],[b]", "cannot differ in hydra.searchpath"),
+        ("sweep.trials=1,2", "of the sweep and not of its runs"),
+        ("launcher=local,slurm", "of the sweep and not of its runs"),
+        ("seed=${oc.env:HOME},2", "interpolation"),
+        ("seed=${oc.env:HOME}", "interpolation"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_a_line(word: str, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        search_space.take_apart([word])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_each_word_goes_where_it_belongs() -> None:
+    words = ["env=classic_pack", "seed=1,2", "sweep.trials=3", "launcher=local", "launcher.jobs=2", "run_dir=a,b", "+agent.n_step=range(2)"]
+    words += ["hydra.searchpath=[/conf]", "trusted_packages=[mine]", "init_from=runs/a,b", "~augmentation", "env.tasks=[a,b]"]
+    apart = search_space.take_apart(words)
+    assert apart.sweep == (
+        "sweep.trials=3",
+        "launcher=local",
+        "launcher.jobs=2",
+        "run_dir=a,b",
+        "hydra.searchpath=[/conf]",
+        "trusted_packages=[mine]",
+    )
+    assert apart.shared == ("env=classic_pack", "hydra.searchpath=[/conf]", "init_from=runs/a,b", "~augmentation", "env.tasks=[a,b]")
+    assert apart.axes == {"seed": Choices(("1", "2")), "agent.n_step": Choices(("0", "1"))}
+    assert list(apart.axes) == ["seed", "agent.n_step"]
+
+
+def test_sources_differ_where_that_is_said() -> None:
+    assert search_space.take_apart(["init_from=choice(a,b)"]).axes == {"init_from": Choices(("a", "b"))}
+
+
+@pytest.mark.parametrize("words", [["seed=1,2", "seed=3"], ["seed=1", "++seed=2"], ["sweep.trials=1", "sweep.trials=1"]])
+def test_a_key_twice_is_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match="is given twice"):
+        search_space.take_apart(words)
+
+
+def test_a_slip_in_a_word_of_the_sweep_is_told() -> None:
+    assert search_space.near_miss(["env=a", "swep.trials=3"]) == "swep.trials: there is no such key; did you mean sweep.trials?"
+    assert search_space.near_miss(["env=a", "sweep.trials=3", "launcher=local", "seed=3"]) is None
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8)
+VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+
+
+def usable(value: object) -> bool:
+    """Not an interpolation, which the grammar takes out of quotes, too; and no sign that no word of a command line can hold."""
+    text = str(value)
+    return "$" not in text and "\x00" not in text
+
+
+@settings(max_examples=150, deadline=None)
+@given(VALUES.filter(usable))
+def test_a_value_is_read_from_its_word_as_it_was(value: object) -> None:
+    read = overrides.parse(f"key={search_space.as_word(value)}").value
+    assert repr(read) == repr(value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(VALUES.filter(usable), min_size=2, max_size=5))
+def test_words_between_commas_are_taken_apart_as_they_were_put_together(values: list[object]) -> None:
+    words = list({repr(each): search_space.as_word(each) for each in values}.values())
+    if len(words) < 2 or {0, 1, -1} & {each for each in values if isinstance(each, int | float)}:
+        return  # a value by itself is no choice; 1 and 1.0 are one value
+    assert axis("key=" + ",".join(words)) == Choices(tuple(words))

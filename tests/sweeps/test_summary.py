@@ -1,0 +1,209 @@
+"""What came out of a sweep, and what `mtrl sweep --dry-run` lists: worked out by hand from made-up trials."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mtrl_cli.config import compose
+from mtrl_cli.errors import UserError
+from mtrl_cli.sweeps import dry_run, summary
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.display import TrialRow
+from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+
+SEARCH = {"sampler": "grid", "trials": None, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
+WORDS = ("env=classic_pack", "env.tasks=[CartPole-v1]")
+
+
+def grid(run_dir: Path | None = None, trusted: tuple[str, ...] = (), **axes: str) -> Plan:
+    """A plan over axes, each given as its words between blanks."""
+    choices = {key.replace("__", "/"): Choices(tuple(words.split())) for key, words in axes.items()}
+    return Plan(
+        words=WORDS,
+        axes=choices,
+        points=sweep_plan.points_of(choices, None),
+        search=SEARCH,
+        launcher={"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 2},
+        trusted_packages=trusted,
+        env="classic_pack",
+        steps_per_task=1000,
+        run_dir=run_dir,
+    )
+
+
+def rows_of(plan: Plan, scores: list[float | None], states: list[str] | None = None) -> list[TrialRow]:
+    assert plan.points is not None
+    states = states or ["completed"] * len(scores)
+    zipped = zip(plan.points, scores, states, strict=True)
+    return [TrialRow(at, tuple(plan.overrides(point)), state, score) for at, (point, score, state) in enumerate(zipped)]
+
+
+def finished(plan: Plan, scores: list[float]) -> list[tuple[Any, float]]:
+    assert plan.points is not None
+    return list(zip(plan.points, scores, strict=True))
+
+
+def test_seeds_are_averaged() -> None:
+    plan = grid(network__sharing="hard film", seed="0 1 2")
+    found = summary.standings(plan, finished(plan, [0.9, 0.1, 0.2, 0.5, 0.5, 0.8]))
+    assert [(each.values, each.mean, each.low, each.high, each.trials) for each in found] == [
+        ({"network/sharing": "film"}, pytest.approx(0.6), 0.5, 0.8, 3),
+        ({"network/sharing": "hard"}, pytest.approx(0.4), 0.1, 0.9, 3),
+    ]
+    best = summary.best(plan, finished(plan, [0.9, 0.1, 0.2, 0.5, 0.5, 0.8]))
+    assert best is not None
+    assert best.command(plan) == "mtrl train env=classic_pack 'env.tasks=[CartPole-v1]' network/sharing=film"
+    assert summary.best(plan, []) is None
+
+
+def test_one_lucky_seed_is_no_better_configuration() -> None:
+    plan = grid(network__sharing="hard film", seed="0 1 2")
+    assert plan.points is not None
+    lucky = [(plan.points[0], 1.0), *[(point, 0.5) for point in plan.points[3:]]]
+    assert [each.values["network/sharing"] for each in summary.standings(plan, lucky)] == ["film", "hard"]
+
+
+def test_the_command_composes_whatever_the_words_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    plan = grid(env__tasks="[CartPole-v1] [Acrobot-v1,CartPole-v1]", seed="1")
+    plan = sweep_plan.replace(plan, words=("env=classic_pack",), axes={"env.tasks": plan.axes["env/tasks"]})
+    best = summary.best(plan, [({"env.tasks": "[Acrobot-v1,CartPole-v1]", "optimizer.lr": 1.25e-05}, 1.0)])
+    assert best is not None
+    words = shlex.split(best.command(plan))
+    assert words[:2] == ["mtrl", "train"]
+    composed = compose.compose_training(words[2:])
+    assert (composed["env"]["tasks"], composed["optimizer"]["lr"]) == (["Acrobot-v1", "CartPole-v1"], 1.25e-05)
+
+
+def said(plan: Plan, rows: list[TrialRow]) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(summary.ending(plan, rows))
+    return out.getvalue()
+
+
+def test_the_end_names_the_best_and_what_failed() -> None:
+    plan = grid(network__sharing="hard film", seed="0 1 2")
+    rows = rows_of(plan, [0.9, 0.1, 0.2, 0.5, 0.5, None], ["completed"] * 4 + ["pruned", "failed"])
+    rows[5] = TrialRow(5, rows[5].overrides, "failed", note="not enough memory [really]")
+    text = said(plan, rows)
+    table = [line.split() for line in text.splitlines()]
+    assert ["0.400", "0.100", "to", "0.900", "3", "network/sharing=hard"] in table
+    assert ["0.500", "0.500", "to", "0.500", "1", "network/sharing=film"] in table
+    assert "failed: 1 of 6 trials (5)" in text
+    assert "  trial 5: network/sharing=film seed=2: not enough memory [really]" in text
+    assert "pruned: 1 of 6 trials (4)" in text
+    command = "mtrl train env=classic_pack 'env.tasks=[CartPole-v1]' network/sharing=hard"
+    assert summary.best_as_command(plan, rows) == f"the best configuration, 0.400 (the mean of 3 seeds):\n{command}"
+
+
+def test_without_seeds_nothing_is_said_of_means() -> None:
+    plan = grid(network__sharing="hard film")
+    assert "mean" not in said(plan, rows_of(plan, [0.9, 0.1])).replace("eval/score/mean", "")
+    assert summary.best_as_command(plan, rows_of(plan, [0.9, 0.1])).startswith("the best configuration, 0.900:\n")
+
+
+def test_a_sweep_of_which_nothing_came_has_no_best() -> None:
+    plan = grid(seed="0 1")
+    rows = rows_of(plan, [None, None], ["failed", "completed"])
+    assert "no best configuration" in summary.best_as_command(plan, rows)
+    assert "completed without a metric: trials 1" in said(plan, rows)
+
+
+def test_numbers_in_a_row_are_told_in_short() -> None:
+    assert summary.in_short([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
+    assert summary.in_short(range(0, 100, 2), most=3) == "0, 2, 4, …"
+
+
+# -- the listing ----------------------------------------------------------------------------------------------------------------
+
+
+def begun(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
+    """Put trials into a sweep's folder, each with what its trial.json says besides its overrides."""
+    sweep_plan.save(plan, folder, ["mtrl", "sweep"])
+    for trial in trials:
+        number, run = trial["number"], folder / "trials" / f"{trial['number']:04d}"
+        run.mkdir(parents=True)
+        overrides = plan.overrides(plan.points[number]) if plan.points is not None else trial["overrides"]
+        record = {"format": 1, "overrides": overrides, "state": "completed", "value": None, "why": None, **trial}
+        seconds = record.pop("seconds", None)
+        (run / "trial.json").write_text(json.dumps(record))
+        if seconds is not None:
+            (run / "run.json").write_text(json.dumps({"seconds": seconds, "status": "completed"}))
+
+
+def test_a_sweep_that_has_not_begun_is_listed(tmp_path: Path) -> None:
+    listed = dry_run.list_sweep(grid(tmp_path / "new", network__sharing="hard film", seed="0 1")).splitlines()
+    assert listed[0].startswith("4 trials, a grid; judged by eval/score/mean")
+    assert listed[-6:] == [
+        "trial  overrides",
+        "0      network/sharing=hard seed=0",
+        "1      network/sharing=hard seed=1",
+        "2      network/sharing=film seed=0",
+        "3      network/sharing=film seed=1",
+        "how long it takes is not known: no trial was worked on yet",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_that_has_begun_tells_how_far_it_is_and_how_long_the_rest_takes(tmp_path: Path) -> None:
+    plan = grid(tmp_path, network__sharing="hard film", seed="0 1")
+    begun(
+        plan,
+        tmp_path,
+        {"number": 0, "value": 0.75, "seconds": 100.0},
+        {"number": 1, "state": "failed", "why": "no memory", "step": 0},
+        {"number": 2, "state": "running", "step": 500, "seconds": 50.0},
+    )
+    listed = dry_run.list_sweep(plan).splitlines()
+    assert [line.split() for line in listed[3:8]] == [
+        ["trial", "state", "score", "time", "overrides"],
+        ["0", "completed", "0.750", "1:40", "network/sharing=hard", "seed=0"],
+        ["1", "failed", "-", "-", "network/sharing=hard", "seed=1"],
+        ["2", "running", "-", "0:50", "network/sharing=film", "seed=0"],
+        ["3", "waiting", "-", "-", "network/sharing=film", "seed=1"],
+    ]
+    # 0.1 s a step; 500 and 1,000 steps are left, two trials at a time.
+    assert listed[8:] == ["trial 1: no memory", "worked on so far: 2 trials, 2:30 in all", "the rest: about 1:15, 2 at a time"]
+
+
+def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
+    axes = {"optimizer.lr": Interval(1e-5, 1e-3, log=True), "agent.n_step": Interval(1, 8, whole=True), "agent": Choices(("dqn", "pqn"))}
+    plan = sweep_plan.replace(grid(tmp_path, seed="0"), axes=axes, points=None, search={**SEARCH, "sampler": "tpe", "trials": 3})
+    listed = dry_run.list_sweep(plan)
+    assert "3 trials, chosen by tpe, seed 0" in listed
+    assert "  optimizer.lr: from 1e-05 to 0.001 (even on a logarithmic scale)\n" in listed
+    assert "  agent.n_step: from 1 to 8 (whole)\n" in listed
+    assert "  agent: one of dqn, pqn\n" in listed
+    begun(plan, tmp_path, {"number": 0, "overrides": ["agent.n_step=3"], "value": 0.5, "seconds": 60.0})
+    listed = dry_run.list_sweep(plan)
+    assert "0      completed  0.500  1:00  agent.n_step=3\n" in listed
+    assert listed.count("(chosen when it begins)") == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"state": "completed"}', '{"state": "evil", "overrides": [], "value": null}', '{"overrides": 3}']
+)
+def test_a_damaged_trial_is_named_and_ends_nothing(tmp_path: Path, content: str) -> None:
+    plan = grid(tmp_path, seed="0 1")
+    begun(plan, tmp_path, {"number": 0, "value": 0.5})
+    (tmp_path / "trials" / "0000" / "trial.json").write_text(content)
+    listed = dry_run.list_sweep(plan)
+    assert "0      unreadable" in listed
+    assert "damaged" in listed
+    assert "1      waiting" in listed
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        dry_run.list_sweep(grid(tmp_path, seed="0 1"))
+    sweep_plan.save(grid(tmp_path, seed="0 1"), tmp_path, ["mtrl"])
+    with pytest.raises(UserError, match="other values of seed"):
+        dry_run.list_sweep(grid(tmp_path, seed="0 1 2"))

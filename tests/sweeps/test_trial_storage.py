@@ -1,0 +1,410 @@
+"""The book of a sweep's trials: each once, whoever dies when; what samplers and pruners are asked; whose a trial is."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from optuna.trial import TrialState
+
+from mtrl_cli.errors import RunError, UserError
+from mtrl_cli.files import file_lock
+from mtrl_cli.sweeps import trial_storage
+from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
+from mtrl_cli.sweeps.plan import Choices, Interval, Plan, Value
+from mtrl_cli.sweeps.trial_storage import Taken, TrialStorage
+from tests.helpers.command import ROOT
+
+SEARCH: dict[str, Any] = {"sampler": "tpe", "trials": 4, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
+AXES: dict[str, Choices | Interval] = {
+    "optimizer.lr": Interval(1e-5, 1e-1, log=True),
+    "agent.n_step": Interval(1, 9, whole=True),
+    "network/sharing": Choices(("hard", "film", "null")),
+}
+GRID: tuple[Mapping[str, Value], ...] = tuple(
+    {"network/sharing": word, "seed": seed} for word in ("hard", "film") for seed in ("0", "1", "2")
+)
+
+
+def plan(axes: Mapping[str, Choices | Interval] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
+    """A plan of four trials, unless told otherwise."""
+    return Plan(
+        words=("env=classic_pack",),
+        axes=axes,
+        points=points,
+        search={**SEARCH, **search},
+        launcher={},
+        trusted_packages=(),
+        env="classic_pack",
+        steps_per_task=900,
+        run_dir=None,
+    )
+
+
+def grid() -> Plan:
+    """A plan of six points."""
+    return plan({"network/sharing": Choices(("hard", "film")), "seed": Choices(("0", "1", "2"))}, GRID, sampler="grid", trials=None)
+
+
+def book(folder: Path, of: Plan, first: int = 100) -> TrialStorage:
+    """A sweep's book; the folder is made."""
+    folder.mkdir(exist_ok=True)
+    return TrialStorage(folder, of, first=first)
+
+
+def metric(values: Mapping[str, Value]) -> float:
+    """Best, 0, at lr=1e-3, n_step=4 and film."""
+    distance = abs(math.log10(float(values["optimizer.lr"])) + 3) + abs(int(values["agent.n_step"]) - 4)
+    return -distance - (values["network/sharing"] != "film")
+
+
+def complete(of: TrialStorage) -> list[Taken]:
+    """Take what there is, and complete it."""
+    taken = []
+    while (each := of.take()) is not None:
+        taken.append(each)
+        of.tell(each.number, "completed", metric(each.values) if "optimizer.lr" in each.values else 1.0)
+    return taken
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
+def test_a_sampler_draws_within_its_axes_and_the_same_again_when_each_trial_is_another_processs(sampler: str, tmp_path: Path) -> None:
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    of = plan(sampler=sampler, trials=13)
+    with_one = complete(book(tmp_path / "one", of))
+    with_many = []
+    for _ in range(13):
+        each = book(tmp_path / "many", of)
+        taken = each.take()
+        assert taken is not None
+        each.tell(taken.number, "completed", metric(taken.values))
+        each.close()
+        with_many.append(taken)
+    assert with_one == with_many
+    assert [each.number for each in with_one] == list(range(13))
+    for each in with_one:
+        assert 1e-5 <= float(each.values["optimizer.lr"]) <= 1e-1
+        assert each.values["agent.n_step"] in range(1, 10)
+        assert each.values["network/sharing"] in ("hard", "film", "null")
+    assert len({each.values["optimizer.lr"] for each in with_one}) == 13
+    other = complete(book(tmp_path / "other", plan(sampler=sampler, trials=2, seed=1)))
+    assert other[0].values != with_one[0].values
+
+
+def test_tpe_learns_from_what_it_is_told(tmp_path: Path) -> None:
+    values = [metric(each.values) for each in complete(book(tmp_path, plan(trials=40)))]
+    assert sum(values[20:]) / 20 > sum(values[:10]) / 10
+
+
+def test_a_grids_trials_are_its_points_in_order(tmp_path: Path) -> None:
+    assert [dict(each.values) for each in complete(book(tmp_path, grid()))] == [dict(point) for point in GRID]
+    assert book(tmp_path, grid()).take() is None
+
+
+def test_more_trials_may_be_asked_for_later(tmp_path: Path) -> None:
+    assert len(complete(book(tmp_path, plan(trials=2)))) == 2
+    assert [each.number for each in complete(book(tmp_path, plan(trials=5)))] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("storage", ["journal", "database"])
+def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: str, tmp_path: Path) -> None:
+    url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
+    few, more = (book(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
+    assert [each.number for each in complete(few)] == [0, 1, 2]
+    assert [entry.state for entry in more.entries()] == ["completed"] * 3 + ["waiting"] * 3
+    assert [each.number for each in complete(more)] == [3, 4, 5]
+    assert len(more.entries()) == 6
+
+
+def test_who_comes_too_late_for_the_last_trial_makes_none_of_its_own(tmp_path: Path) -> None:
+    """Another machine with the same database takes or ends it just after this one has seen it wait."""
+    of = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    late, early = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+    waiting = late._trials(TrialState.WAITING)
+    assert early.take() is not None
+    complete(early)
+    late._trials = lambda *states: waiting if TrialState.WAITING in states else []  # type: ignore[method-assign]
+    assert late.take() is None
+    raised = book(tmp_path / "b" / "S", dataclasses.replace(of, search={**of.search, "trials": 4}))
+    assert [entry.state for entry in raised.entries()] == ["running", "completed", "waiting", "waiting"]
+
+
+def prefixes(journal: bytes) -> list[bytes]:
+    """What a process may have written of a journal by the time it is killed: whole lines, and half a line more."""
+    ends = [0, *(at + 1 for at, byte in enumerate(journal) if byte == 10)]
+    return [journal[:end] for begin, stop in itertools.pairwise(ends) for end in (begin, begin + 1, (begin + stop) // 2, stop)]
+
+
+def test_a_book_that_was_killed_while_it_entered_and_took_has_each_trial_once(tmp_path: Path) -> None:
+    """At every write: making the study, entering trials, taking one, each value that it tries, telling."""
+    (made := book(tmp_path / "made", plan())).take()
+    made.tell(0, "completed", 1.0)
+    made.take()
+    made.close()
+    whole = (tmp_path / "made" / JOURNAL).read_bytes()
+    values = [dict(entry.values) for entry in book(tmp_path / "made", plan()).entries()]
+    for number, journal in enumerate(prefixes(whole)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / JOURNAL).write_bytes(journal)
+        again = book(folder, plan())
+        finished = [entry.number for entry in again.entries() if entry.state == "completed"]
+        taken = complete(again)
+        assert sorted([*finished, *(each.number for each in taken)]) == [0, 1, 2, 3], number
+        assert [entry.state for entry in again.entries()] == ["completed"] * 4
+        assert {each.number for each in taken if each.begun} <= {0, 1}
+        assert dict(again.entries()[0].values) == values[0], "what was stored is kept, and what was not is drawn as it had been"
+        for line in (folder / JOURNAL).read_bytes().splitlines():
+            json.loads(line)
+
+
+def test_a_torn_line_is_cut_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    for whole in (b"", b"a\n", b"a\nbc\n", b"x" * 100 + b"\n"):
+        for torn in (b"", b"{", b"y" * 50):
+            path.write_bytes(whole + torn)
+            cut_torn_line(path, block=7)
+            assert path.read_bytes() == whole
+
+
+def test_a_damaged_journal_is_told_in_a_line(tmp_path: Path) -> None:
+    book(tmp_path, plan()).close()
+    journal = tmp_path / JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0], b"{nonsense}\n", *lines[1:]]))
+    with pytest.raises(RunError, match=r"journal\.log"):
+        book(tmp_path, plan())
+
+
+TAKES = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.sweeps.test_trial_storage import book, grid, plan
+of = book(Path(sys.argv[2]), plan(trials=12))
+print("ready", flush=True)
+sys.stdin.readline()
+while (taken := of.take()) is not None:
+    print(taken.number, flush=True)
+    if "hold" in sys.argv:
+        time.sleep(600)
+    of.tell(taken.number, "completed", 1.0)
+"""
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """A process that takes trials as soon as it is sent a line."""
+    arguments = [sys.executable, "-c", TAKES, str(ROOT), str(folder), *words]
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_take_each_trial_once(tmp_path: Path) -> None:
+    processes = [start(tmp_path) for _ in range(2)]
+    for each in processes:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    for each in processes:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    printed = [each.communicate(timeout=120)[0] for each in processes]
+    assert [each.returncode for each in processes] == [0, 0]
+    assert sorted(int(number) for text in printed for number in text.split()) == list(range(12))
+
+
+def test_a_trial_is_left_alone_while_its_process_lives_and_gone_on_with_when_that_is_killed(tmp_path: Path) -> None:
+    holder = start(tmp_path, "hold")
+    try:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        assert [holder.stdout.readline(), holder.stdout.readline()] == ["ready\n", "0\n"]
+        mine = book(tmp_path, plan(trials=12))
+        taken = mine.take()
+        assert (taken and taken.number, taken and taken.begun) == (1, False)
+        assert [entry.state for entry in mine.entries()][:3] == ["running", "running", "waiting"]
+        values = mine.entries()[0].values
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.communicate(timeout=60)
+    again = mine.take()
+    assert again == Taken(0, dict(values), begun=True)
+
+
+def test_what_is_released_is_taken_again_with_its_reports(tmp_path: Path) -> None:
+    first = book(tmp_path, plan())
+    assert (taken := first.take()) is not None
+    first.report(0, 100, 0.5)
+    first.close()
+    second = book(tmp_path, plan())
+    assert second.take() == Taken(0, taken.values, begun=True)
+    assert not second.is_pruned(0)
+    before = (tmp_path / JOURNAL).read_bytes()
+    second.report(0, 100, 0.5)
+    assert (tmp_path / JOURNAL).read_bytes() == before, "each step is told once"
+
+
+def test_a_forked_child_does_not_hold_its_parents_locks(tmp_path: Path) -> None:
+    lock = file_lock.FileLock(tmp_path / "lock")
+    lock.acquire()
+    assert not file_lock.is_free(tmp_path / "lock")
+    assert not file_lock.FileLock(tmp_path / "lock").try_acquire()
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        lock.release()
+        assert file_lock.is_free(tmp_path / "lock")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert file_lock.is_free(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+# -- pruners ----------------------------------------------------------------------------------------------------------------------
+
+
+def judged(of: TrialStorage, curve: Mapping[int, float]) -> int | None:
+    """Report a trial's evaluations; the step at which it was pruned, or None and it is completed."""
+    taken = of.take()
+    assert taken is not None
+    for step, value in curve.items():
+        if of.report(taken.number, step, value):
+            assert of.is_pruned(taken.number)
+            of.tell(taken.number, "pruned", value)
+            return step
+    of.tell(taken.number, "completed", list(curve.values())[-1])
+    return None
+
+
+def flat(value: float) -> dict[int, float]:
+    """A curve of nine evaluations."""
+    return dict.fromkeys(range(100, 1000, 100), value)
+
+
+def test_the_median_pruner_ends_what_is_below_the_median_once_five_trials_have_ended(tmp_path: Path) -> None:
+    of = book(tmp_path, plan(pruner="median", trials=9))
+    assert [judged(of, flat(value)) for value in (5, 1, 4, 2, 3)] == [None] * 5
+    assert judged(of, flat(2.9)) == 100
+    assert judged(of, {104: 2.9}) == 104
+    assert judged(of, {104: 3.1, 200: 2.9, 304: 2.9, 400: 2.9}) is None, "steps are compared in whole intervals"
+    assert judged(of, flat(9) | {300: 0.0}) is None, "its best so far counts"
+
+
+def test_halving_promotes_the_best_of_a_rung_only(tmp_path: Path) -> None:
+    """Li et al. 2020, reduction 4: rungs at 100 and 400 steps; of fewer than eight, only the best goes on."""
+    of = book(tmp_path, plan(pruner="halving", trials=5))
+    assert judged(of, {50: 0.0} | flat(2.0)) is None, "the first has no rival, and nothing is judged before the first rung"
+    assert judged(of, flat(1.0)) == 100
+    assert judged(of, flat(3.0)) is None
+    assert judged(of, flat(4.0) | {400: 1.0}) == 400
+
+
+def test_hyperband_prunes_at_the_rungs_of_its_brackets(tmp_path: Path) -> None:
+    """Li et al. 2018, reduction 3, from 100 to 900 steps: brackets that begin at 100, 300 and 900."""
+    of = book(tmp_path, plan(pruner="hyperband", trials=40))
+    ends = [judged(of, flat(10.0 - 0.1 * number)) for number in range(40)]
+    assert set(ends) >= {100, 300}
+    assert set(ends) <= {100, 300, 900, None}
+    assert ends[0] is None
+
+
+def test_without_a_pruner_nothing_is_pruned(tmp_path: Path) -> None:
+    of = book(tmp_path, plan(trials=8))
+    assert [judged(of, flat(-value)) for value in range(8)] == [None] * 8
+
+
+# -- other storages ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_database_keeps_the_trials_of_several_sweeps_by_the_names_of_their_folders(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/trials.db"
+    one, two = (book(tmp_path / name, plan(storage=url, trials=2)) for name in ("one", "two"))
+    assert [each.number for each in complete(one)] == [0, 1]
+    assert [entry.state for entry in two.entries()] == ["waiting", "waiting"]
+    one.close()
+    assert [entry.state for entry in book(tmp_path / "one", plan(storage=url, trials=2)).entries()] == ["completed", "completed"]
+    assert not (tmp_path / "one" / JOURNAL).exists()
+
+
+def test_machines_with_one_database_and_folders_of_their_own_share_trials_and_leave_each_others_alone(tmp_path: Path) -> None:
+    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=4)
+    machines = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        machines.append(book(tmp_path / name / "sweep", of))
+    first, second = machines
+    assert (taken := first.take()) is not None
+    first.close()  # as if its process had died
+    assert [each.number for each in complete(second)] == [1, 2, 3]
+    assert [entry.here for entry in second.entries()] == [False, True, True, True]
+    again = book(tmp_path / "a" / "sweep", of)
+    assert again.take() == Taken(0, taken.values, begun=True)
+
+
+def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=1)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(trial: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(first, "_claim", killed)
+    with pytest.raises(Killed):
+        first.take()
+    assert [(entry.state, entry.here) for entry in second.entries()] == [("running", True)], "it is waited for"
+    now = time.monotonic()
+    monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
+    assert second.take() is None, "its process may be about to say so"
+    now += trial_storage.UNCLAIMED_SECONDS + 1
+    assert (taken := second.take()) is not None
+    assert (taken.number, taken.begun) == (0, True)
+    again = book(tmp_path / "a" / "S", of)
+    assert [entry.here for entry in again.entries()] == [False]
+    now += trial_storage.UNCLAIMED_SECONDS + 1
+    assert again.take() is None
+
+
+def test_a_database_that_holds_another_sweep_of_that_name_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/trials.db"
+    book(tmp_path / "sweep", plan(storage=url)).close()
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match="of another sweep"):
+        book(tmp_path / "elsewhere" / "sweep", plan({"seed": Choices(("0", "1"))}, storage=url))
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////no/such/folder/trials.db", "nonsense://me:secret@host/x", "postgresql://me:secret@localhost:1/x"]
+)
+def test_a_storage_that_cannot_be_opened_is_told_in_a_line_without_its_password(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.storage=") as told:
+        open_storage(tmp_path, url)
+    assert "secret" not in str(told.value)
+    assert len(str(told.value).splitlines()) == 1

@@ -1,0 +1,180 @@
+"""Early stopping: where a hand-made curve says, exactly over a resume, and through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtrl_cli.training.early_stopping import EarlyStopping
+from tests.commands.test_train import TINY, rows
+from tests.helpers.command import MtrlHere
+from tests.parallel.test_distributed import Torchrun
+
+
+def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -> int | None:
+    """After which value of a curve it is enough, counted from 0; None if it never is."""
+    stopping = EarlyStopping(metric="eval/score/mean", patience=patience, min_delta=min_delta)
+    for index, value in enumerate(curve):
+        stopping.hear(index, value)
+        if stopping.stopped:
+            return index
+    return None
+
+
+@pytest.mark.parametrize(
+    ("curve", "patience", "min_delta", "index"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], 1, 0.0, None),
+        ([0.1, 0.2, 0.2, 0.4], 1, 0.0, 2),  # as good is not better
+        ([0.1, 0.0, 0.2, 0.1, 0.1, 0.3], 2, 0.0, 4),
+        ([-5.0, -6.0, -4.0, -4.5, -4.2, -4.1], 3, 0.0, 5),
+        ([0.0, 0.25, 0.5, 0.75], 1, 0.5, 1),
+        ([0.0, 0.25, 0.5, 0.75], 2, 0.5, 2),  # 0.5 is not above 0 by more than 0.5
+        ([0.0, 0.25, 0.5, 0.75, 1.0], 3, 0.5, None),  # slow progress adds up: 0.75 is
+        ([0.0, None, 0.0], 2, 0.0, 2),
+        ([None, None, 0.0, math.nan], 2, 0.0, None),  # nothing to improve on before there is anything
+        ([0.0, math.nan, math.nan], 2, 0.0, 2),
+        ([math.nan, 1.0, 2.0, 3.0], 2, 0.0, None),
+    ],
+)
+def test_stops_where_a_curve_by_hand_says(curve: list[float | None], patience: int, min_delta: float, index: int | None) -> None:
+    assert stops_at(curve, patience, min_delta) == index
+
+
+def test_stops_once_the_best_is_as_old_as_its_patience() -> None:
+    """Another way to say it, for any curve, if every improvement counts."""
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        curve = [float(value) for value in random.integers(0, 20, 25)]
+        patience = int(random.integers(1, 8))
+        expected = next((index for index in range(25) if index - int(np.argmax(curve[: index + 1])) >= patience), None)
+        assert stops_at(curve, patience) == expected
+
+
+def test_state_goes_on_where_it_was() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        curve = [float(value) for value in random.normal(size=20)]
+        whole = EarlyStopping(metric="a", patience=6, min_delta=0.2)
+        resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
+        for index, value in enumerate(curve):
+            whole.hear(index, value)
+            state = json.loads(json.dumps(resumed.state_dict()))
+            resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
+            resumed.load_state_dict(state)
+            resumed.hear(index, value)
+            assert (resumed.stopped, resumed.state_dict()) == (whole.stopped, whole.state_dict())
+
+
+def test_without_a_metric_nothing_stops() -> None:
+    stopping = EarlyStopping(metric=None, patience=1, min_delta=0.0)
+    for step in range(5):
+        stopping.hear(step, 0.0)
+    assert not stopping.stopped
+
+
+# -- through the command line ---------------------------------------------------------------------------------------------------
+
+STOPS = [*TINY, "eval.every=200", "early_stopping.metric=eval/score/iqm", "early_stopping.patience=1", "early_stopping.min_delta=10"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that stops after its second evaluation, and what it printed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    done = MtrlHere(folder)("train", *STOPS, "run_dir=run")
+    return folder / "run", done.stdout
+
+
+def bytes_of(run: Path, step: int) -> bytes:
+    return (run / "checkpoints" / str(step) / "model.safetensors").read_bytes()
+
+
+def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped: tuple[Path, str]) -> None:
+    run, printed = stopped
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["200.json", "400.json", "test.json"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "completed"
+    assert record["stopped_early"]["step"] == 400
+    assert "eval/score/iqm" in record["stopped_early"]["reason"]
+    assert record["stopped_early"]["reason"] in printed
+    assert (run / "checkpoints" / "latest").read_text() == "400\n"
+    assert json.loads((run / "eval" / "test.json").read_text())["last"]["step"] == 400
+
+
+def test_resume_says_that_it_is_over_and_trains_on_only_with_a_larger_budget(stopped: tuple[Path, str], here: MtrlHere) -> None:
+    run = Path(shutil.copytree(stopped[0], here.folder / "run"))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (run / "checkpoints").rglob("*"))
+    for words in (["resume", "run"], ["train", *STOPS, "run_dir=run", "--or-resume"]):
+        said = here(*words).stdout
+        assert "stopped early at step 400 of 600" in said
+        assert "steps_per_task=1200" in said
+    assert sorted((path, path.stat().st_mtime_ns) for path in (run / "checkpoints").rglob("*")) == before
+    # A larger budget: patience begins anew, and is at its end with the next evaluation.
+    here("resume", "run", "steps_per_task=1200")
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["stopped_early"]["step"]) == ("completed", 600)
+    assert [row["step"] for row in rows(run) if "test/return/CartPole-v1" in row] == [600]
+
+
+def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes(stopped: tuple[Path, str], here: MtrlHere) -> None:
+    """Killed after the last checkpoint, and killed before it."""
+    run = Path(shutil.copytree(stopped[0], here.folder / "run"))
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"status": "running", "stopped_early": None}))
+    before, test = bytes_of(run, 400), (run / "eval" / "test.json").read_bytes()
+    (run / "eval" / "test.json").unlink()
+    here("resume", "run")
+    assert json.loads((run / "run.json").read_text())["stopped_early"]["step"] == 400
+    assert (run / "eval" / "test.json").read_bytes() == test
+    (run / "checkpoints" / "400" / "COMPLETE").unlink()
+    assert "going back to checkpoint 200" in here("resume", "run").stdout
+    assert json.loads((run / "run.json").read_text())["stopped_early"]["step"] == 400
+    assert bytes_of(run, 400) == before
+    assert (run / "eval" / "test.json").read_bytes() == test
+    told = [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(run)]
+    assert told == [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(stopped[0])]
+
+
+def test_patience_that_lasts_changes_nothing(here: MtrlHere) -> None:
+    here("train", *TINY, "run_dir=plain")
+    here("train", *TINY, "run_dir=patient", "early_stopping.metric=eval/return/CartPole-v1", "early_stopping.patience=3")
+    assert bytes_of(here.folder / "plain", 600) == bytes_of(here.folder / "patient", 600)
+    assert json.loads((here.folder / "patient" / "run.json").read_text())["stopped_early"] is None
+
+
+def test_all_ranks_stop_together(tmp_path: Path) -> None:
+    printed, _ = Torchrun(tmp_path)("train", *STOPS, "run_dir=run", seconds=120)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["stopped_early"]["step"]) == ("completed", 400)
+    assert printed.count("stopped early at step 400") == 1
+    assert json.loads((tmp_path / "run" / "eval" / "test.json").read_text())["last"]["step"] == 400
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["early_stopping.metric=eval/score/iqn"], "eval/score/iqm"),
+        (["early_stopping.metric=eval/return/Pong"], "eval/return/Acrobot-v1"),
+        (["early_stopping.metric=eval/score/mean", "eval.every=0"], "eval.every"),
+        (["early_stopping.metric=eval/score/mean", "early_stopping.patience=0"], "early_stopping.patience"),
+        (["early_stopping.metric=eval/score/mean", "early_stopping.min_delta=-1"], "early_stopping.min_delta"),
+        (["early_stopping.figur=eval/score/mean"], "did you mean early_stopping.metric?"),
+    ],
+)
+def test_what_cannot_be_watched_is_a_line_and_exit_code_2(here: MtrlHere, overrides: list[str], says: str) -> None:
+    refused = here("train", *TINY, *overrides, "run_dir=bad", code=2)
+    assert says in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) <= 2
+    assert list(here.folder.iterdir()) == []
+
+
+def test_tasks_without_reference_have_no_scores_to_watch(here: MtrlHere) -> None:
+    words = ["train", *TINY, "env=gymnasium", "env.tasks=[CartPole-v0]", "run_dir=bad"]
+    refused = here(*words, "early_stopping.metric=eval/score/mean", code=2)
+    assert refused.stderr.strip().endswith("an evaluation of these tasks has eval/return/CartPole-v0")

@@ -1,0 +1,293 @@
+"""Freezing and thawing: whose bytes change, when, and with which state of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mtrl_cli.agents.dqn import DQN
+from mtrl_cli.agents.value_scale import NoValueScale
+from mtrl_cli.augmentation.base import Pipeline
+from mtrl_cli.networks.heads import PlainHead
+from mtrl_cli.networks.lora import add_adapters
+from mtrl_cli.networks.matching import Source, pieces_of, take
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.parts import tagged
+from mtrl_cli.networks.per_task import spectral_layers
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
+from mtrl_cli.task_weights.gradients import AutogradGradients
+from mtrl_cli.task_weights.tape import tape_for
+from mtrl_cli.training.freezing import Freezing, layers_of
+from mtrl_cli.training.learner import Learner
+from mtrl_cli.training.optimizers import Adam
+from tests.helpers.fake_tasks import stream_of, weights_of
+from tests.helpers.recorded_operations import RecordedOperations
+from tests.networks.test_matching import network_of
+from tests.networks.test_sharing import VECTORS, observations
+from tests.training.test_learner import NAMES, SETTINGS, fill, learner_of, parameters
+
+ALL = None
+Optimizers = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizers] = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, 0.01, fused=True),
+    "adam with decay": lambda parameters: torch.optim.Adam(parameters, 0.01, weight_decay=0.1, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 0.01, weight_decay=0.5, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=0.1),
+}
+
+
+def everything(network: MultiTaskNetwork) -> dict[str, list[int] | None]:
+    return dict.fromkeys(network.state_dict(), ALL)
+
+
+def moved(network: MultiTaskNetwork, freezing: Freezing, optimizer: torch.optim.Optimizer, updates: int = 3) -> set[tuple[str | None, str]]:
+    """The pieces whose bytes some updates with random gradients have changed."""
+    tasks = list("abc")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for _ in range(updates):
+        for parameter in network.parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+        freezing.drop_gradients()
+        optimizer.step()
+        freezing.put_back()
+    pieces = pieces_of(network, tasks).items()
+    return {key for key, piece in pieces if not torch.equal(piece.of(network.state_dict()), piece.of(before))}
+
+
+def kinds(network: MultiTaskNetwork, keys: set[tuple[str | None, str]]) -> set[tuple[str | None, str, int | None]]:
+    pieces = pieces_of(network, list("abc"))
+    return {(key[0], pieces[key].kind, pieces[key].layer) for key in keys}
+
+
+STEMS = {(task, "torso", 0) for task in "abc"}
+HEADS = {(task, "heads", None) for task in "abc"}
+BODY = {(None, "torso", 1), (None, "torso", 2)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("freeze", "still"),
+    [
+        ("none", set()),
+        ("torso", STEMS | BODY),
+        ("torso:1", STEMS),
+        ("torso:2", STEMS | {(None, "torso", 1)}),
+        ("all_but_heads", STEMS | BODY),
+    ],
+)
+def test_frozen_parts_keep_their_bytes_and_all_others_move(freeze: str, still: set[Any], name: str) -> None:
+    network = network_of("hard", "abc")
+    freezing = Freezing(network, freeze=freeze)
+    freezing.begin(everything(network))
+    changed = moved(network, freezing, OPTIMIZERS[name](list(network.parameters())))
+    assert kinds(network, changed) == (STEMS | BODY | HEADS) - still
+    assert freezing.number == sum(
+        piece.of(network.state_dict()).numel() for key, piece in pieces_of(network, list("abc")).items() if key not in changed
+    )
+
+
+def test_what_the_structure_adds_is_frozen_by_all_but_heads_alone() -> None:
+    for freeze, moves in (("torso", True), ("all_but_heads", False)):
+        network = network_of("film", "abc")
+        freezing = Freezing(network, freeze=freeze)
+        freezing.begin(everything(network))
+        changed = moved(network, freezing, torch.optim.AdamW(network.parameters()))
+        assert any(kind == "sharing" for _, kind, _ in kinds(network, changed)) == moves
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("sharing", ["hard", "input_adapters", "film", "independent"])
+def test_a_freeze_never_covers_what_is_fresh(sharing: str, name: str) -> None:
+    """Two tasks to three: the stem and head of the new one train, though they lie in the same tensors."""
+    source, network = network_of(sharing, "ab", seed=1), network_of(sharing, "abc", seed=2)
+    found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
+    freezing = Freezing(network, freeze="all_but_heads")
+    freezing.begin(found.rows)
+    optimizer = OPTIMIZERS[name](list(network.parameters()))
+    changed = moved(network, freezing, optimizer)
+    fresh = {
+        (task, kind, layer) for task, kind, layer in ((each.task, each.kind, each.layer) for each in found.outcomes if each.fate == "fresh")
+    }
+    assert kinds(network, changed) == fresh | HEADS
+    assert ("c", "torso", 0) in fresh
+
+
+def test_frozen_rows_of_what_tasks_share_have_no_part_in_gradients_of_tasks() -> None:
+    """PLE keeps tasks' own experts and shared ones in one tensor, of which a source with another task gives some rows."""
+    source, network = network_of("ple", "ab", seed=1), network_of("ple", "bc", seed=2)
+    found = take(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin(found.rows)
+    shared, own = network.shared_parameters(), network.own_parameters()
+    observation = torch.rand(2, 4, 6)
+    trained = freezing.trained_rows(shared)
+    assert trained
+    loss_K = network.outputs(observation)[..., :2].square().mean((1, 2))
+    rows = AutogradGradients(loss_K, shared, own, trained).rows().split([parameter.numel() for parameter in shared], 1)
+    for index, mask in trained.items():
+        row_KP = rows[index].view(2, *shared[index].shape)
+        assert not (row_KP * ~mask).any()
+        assert (row_KP * mask).any()
+
+
+def test_thaws_by_hand() -> None:
+    network = network_of("hard", "abc")
+    assert layers_of(network) == 3
+    freezing = Freezing(network, freeze="torso", unfreeze_at=100, gradual=True)
+    freezing.begin(everything(network))
+    assert freezing.moments == [100, 200, 300]
+    assert [freezing.stage_at(step) for step in (0, 99, 100, 199, 200, 299, 300, 10**9)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [
+        Freezing(network, freeze="torso:2", unfreeze_at=7, gradual=gradual)._thaws.get("sharing.body.0.0.weight") for gradual in (0, 1)
+    ] == [7, 7]
+    assert Freezing(network, freeze="torso:2", unfreeze_at=7, gradual=True)._thaws["sharing.stem.stacked.0:weight"] == 14
+    assert "sharing.body.1.0.weight" not in Freezing(network, freeze="torso:2", unfreeze_at=7)._thaws
+
+
+def test_layers_thaw_from_the_heads_down_to_the_input() -> None:
+    network = network_of("hard", "abc")
+    freezing = Freezing(network, freeze="torso", unfreeze_at=100, gradual=True)
+    freezing.begin(everything(network))
+    optimizer = torch.optim.AdamW(network.parameters())
+    seen = []
+    for stage in range(4):
+        freezing.move_to(stage)
+        seen.append(kinds(network, moved(network, freezing, optimizer)) - HEADS)
+    assert seen == [set(), {(None, "torso", 2)}, BODY, BODY | STEMS]
+    assert freezing.number == 0
+    assert [freezing.what_thawed(stage).partition(";")[0] for stage in (1, 2, 3)] == [
+        f"thawed at step {step}: layer {layer} of the torso" for step, layer in ((100, 3), (200, 2), (300, 1))
+    ]
+
+
+@pytest.mark.parametrize(("freeze", "layers"), [("torso:4", 3), ("torso:9", 3)])
+def test_more_layers_than_there_are_are_refused(freeze: str, layers: int) -> None:
+    with pytest.raises(ValueError, match=f"has {layers} layers"):
+        Freezing(network_of("hard", "ab"), freeze=freeze)
+
+
+def test_state_is_that_of_this_network_or_refused() -> None:
+    network = network_of("input_adapters", "abc")
+    freezing = Freezing(network, freeze="torso", unfreeze_at=5)
+    freezing.begin({"sharing.stem.stacked.0:weight": [0, 2], "sharing.body.0.0.weight": ALL})
+    other = Freezing(network, freeze="torso", unfreeze_at=5)
+    other.load_state_dict(freezing.state_dict())
+    assert other.number == freezing.number == 8 * 4 + 8 * 2 + 8 * 7
+    for wrong in ({"nowhere": ALL}, {"sharing.stem.stacked.0:weight": [3]}):
+        with pytest.raises(ValueError, match="not of this network"):
+            other.load_state_dict({"loaded": wrong, "stage": 0})
+
+
+# -- in the learner -------------------------------------------------------------------------------------------------------------
+
+
+def frozen_learner(weighting: str = "uniform", recorder: Any = None, **keys: Any) -> Learner:
+    """A learner of two tasks with hard sharing, all of it loaded."""
+    torch.manual_seed(0)
+    replay = fill(learner_of()).replay
+    network = MultiTaskNetwork(HardSharing(tagged(MLP(hidden=[8, 6])), [(5,), (3,)]), PlainHead(6, [4, 2]), 1.0)
+    agent = DQN(network, NoValueScale(stream_of(NAMES)), NAMES, lambda function: function, **SETTINGS)
+    optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
+    weights = weights_of(weighting, num_tasks=2)
+    sample = replay.gather(*torch.zeros(2, 2, 2, dtype=torch.int64), torch.ones(2, 2)).observation.flatten(2, 3)
+
+    def tape() -> Any:
+        shared = network.shared_parameters()
+        return tape_for(network, shared, network.own_parameters(), sample) if shared and weights.needs != "losses" else None
+
+    parts = {"tape": tape(), "make_tape": tape, "recorder": recorder, "freezing": Freezing(network, **keys)}
+    return Learner(agent, replay, Pipeline(), weights, optimizer, NAMES, **parts)
+
+
+def changed(learner: Learner, steps: range) -> set[str]:
+    before = parameters(learner)
+    for step in steps:
+        learner.update(step)
+    return {name.rsplit(".", 1)[0] for name, value in parameters(learner).items() if not torch.equal(value, before[name])}
+
+
+HEAD, LAYER, STEM = "head.linear", "sharing.body.0.0", "sharing.stem.stacked"
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "pcgrad", "cagrad", "dwa", "graddrop", "imtl_g"])
+def test_with_every_kind_of_weighting_only_what_is_thawed_moves_recorded_or_not(weighting: str) -> None:
+    learners = [
+        frozen_learner(weighting, recorder, freeze="torso", unfreeze_at=10, gradual=True) for recorder in (None, RecordedOperations)
+    ]
+    for learner in learners:
+        learner.freeze(everything(learner.agent.network))
+        assert changed(learner, range(10)) == {HEAD}
+        assert learner.row()["transfer/frozen"] == (5 + 3) * 8 + 16 + 8 * 6 + 6
+        assert changed(learner, range(10, 20)) == {HEAD, LAYER}
+        assert changed(learner, range(20, 30)) == {HEAD, LAYER, STEM}
+        assert learner.row()["transfer/frozen"] == 0
+        learner.check_finite()
+    eager, recorded = map(parameters, learners)
+    assert all(torch.equal(value, recorded[name]) for name, value in eager.items())
+
+
+def test_what_thaws_begins_with_fresh_moments_also_where_some_rows_were_trained_before() -> None:
+    """A thawed tensor's first step is that of a new optimizer: of the size of the learning rate, which Adam's first is."""
+    learner = frozen_learner(freeze="torso", unfreeze_at=6)
+    rows: dict[str, list[int] | None] = dict.fromkeys(learner.agent.network.state_dict(), ALL)
+    learner.freeze(rows | {name: [1] for name in rows if "stem" in name})
+    stem = learner.agent.network.get_parameter("sharing.stem.stacked.0:weight")
+    before = stem.detach().clone()
+    for step in range(6):
+        learner.update(step)
+    assert torch.equal(stem[1], before[1])
+    assert not torch.equal(stem[0], before[0])
+    assert learner.optimizer.state_dict()
+    learner.update(6)
+    counts = {float(state["step"]) for index, state in learner.optimizer.state_dict().items()}
+    assert counts == {1.0, 7.0}
+    assert not torch.equal(stem[1], before[1])
+
+
+def test_gradients_of_frozen_rows_count_for_nothing_when_gradients_are_clipped() -> None:
+    network = network_of("input_adapters", "ab")
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin({"sharing.stem.stacked.0:weight": [1]})
+    stem = network.get_parameter("sharing.stem.stacked.0:weight")
+    stem.grad = torch.ones_like(stem)
+    freezing.drop_gradients()
+    assert stem.grad[0].all()
+    assert not stem.grad[1].any()
+
+
+def test_adapters_of_low_rank_train_beside_a_frozen_torso() -> None:
+    network = network_of("hard", "abc")
+    add_adapters(network.sharing, 2)
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin(everything(network))
+    changed = kinds(network, moved(network, freezing, torch.optim.AdamW(network.parameters())))
+    assert changed == HEADS | {(task, "adapters", None) for task in "abc"}
+    assert len(VECTORS) == 3
+    assert not network.shared_parameters()
+
+
+@pytest.mark.parametrize("sharing", ["hard", "independent"])
+def test_what_spectral_norm_knows_of_frozen_layers_stays_too(sharing: str) -> None:
+    """Of a stacked layer whose rows are frozen in part, those rows; and known tasks say what they said."""
+    torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
+    source, network = network_of(sharing, "ab", torso, seed=1), network_of(sharing, "abc", torso, seed=2)
+    found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
+    seen = observations([VECTORS[0], VECTORS[1], VECTORS[2]])
+    assert torch.allclose(network(seen)[:2, :, :2], source(seen[:2])[:, :, :2], atol=1e-6)
+    freezing = Freezing(network, freeze="torso")
+    freezing.begin(found.rows)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    changed = moved(network, freezing, torch.optim.AdamW(network.parameters(), 0.1))
+    for layer in spectral_layers(network):
+        layer.power_step()
+    freezing.put_back()
+    vectors = {key: piece for key, piece in pieces_of(network, list("abc")).items() if piece.tensor in before}
+    assert vectors
+    for key, piece in vectors.items():
+        assert torch.equal(piece.of(network.state_dict()), piece.of(before)) == (key[0] != "c"), key
+    changed = {key for key in changed if key not in vectors}
+    assert kinds(network, changed) == {(each.task, each.kind, each.layer) for each in found.outcomes if each.fate == "fresh"} | HEADS

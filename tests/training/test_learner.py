@@ -1,0 +1,442 @@
+"""The learner: when updates are due, what an update does, metrics, losses that are not finite, and going on identically."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mtrl_cli.agents.agent import Agent, Losses
+from mtrl_cli.agents.dqn import DQN
+from mtrl_cli.agents.value_scale import ClipRewards
+from mtrl_cli.augmentation.base import Pipeline
+from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.errors import RunError
+from mtrl_cli.networks.heads import DuelingHead
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
+from mtrl_cli.networks.torsos import MLP, Torso
+from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
+from mtrl_cli.task_weights.base import TaskWeights
+from mtrl_cli.task_weights.gradients import AutogradGradients
+from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.task_weights.tape import TapedGradients, tape_for
+from mtrl_cli.training.learner import Learner
+from mtrl_cli.training.optimizers import Adam
+from tests.helpers.fake_tasks import stream_of, tasks_of, weights_of
+from tests.helpers.replay_reference import random_rows, spec
+
+NAMES = ["pong", "qbert"]
+SPEC = spec(frame_shape=(5,), stack=1)
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "samples_per_step": 2.0,
+    "learning_starts": 0,
+    "gamma": 0.9,
+    "n_step": 3,
+    "double": True,
+    "huber": 1.0,
+    "target_period": 3,
+    "target_tau": 0.0,
+    "epsilon_start": 1.0,
+    "epsilon_end": 0.1,
+    "epsilon_steps": 100,
+    "epsilon_tasks": {},
+    "reward_factors": {},
+}
+
+
+def learner_of(
+    replay_kind: type[Replay] = UniformReplay,
+    sharing: type[Sharing] = HardSharing,
+    weights_seed: int = 0,
+    augmentation: Pipeline | None = None,
+    replay_spec: ReplaySpec = SPEC,
+    optimizer_lr: float = 0.01,
+    torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
+    **settings: Any,
+) -> Learner:
+    """A whole learner: two tasks of 5 and 3 observed numbers, 4 and 2 actions."""
+    torch.manual_seed(weights_seed)
+    network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
+    agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
+    replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
+    optimizer = Adam(list(network.parameters()), lr=optimizer_lr, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
+    return Learner(agent, replay, augmentation or Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Random rows that fit the two tasks' shapes and actions."""
+    out = []
+    for row in islice(random_rows(SPEC, 0), start, start + count):
+        row["frame"] = row["frame"] % 17 / 17 - 0.5
+        row["frame"][1, :, 3:] = 0
+        row["action"] = row["action"] % torch.tensor([[4], [2]])
+        out.append(row)
+    return out
+
+
+def fill(learner: Learner, count: int = 20) -> Learner:
+    for row in rows(count):
+        learner.replay.add(**row)
+    return learner
+
+
+def parameters(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.agent.network.state_dict().items()}
+
+
+# -- when updates are due -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "samples_per_step", "due"),
+    [
+        (32, 8.0, {99: 0, 100: 0, 103: 0, 104: 1, 107: 1, 108: 2, 132: 8, 1100: 250}),
+        (32, 0.5, {100: 0, 163: 0, 164: 1, 228: 2}),  # one update every 64 steps
+        (8, 3.0, {102: 0, 103: 1, 105: 1, 106: 2, 108: 3, 116: 6}),  # every 8/3 steps
+        (2, 5.0, {101: 2, 102: 5, 103: 7}),  # several updates a step
+        (32, 0.1, {419: 0, 420: 1, 740: 2}),
+    ],
+)
+def test_updates_that_are_due_by_hand(batch_size: int, samples_per_step: float, due: dict[int, int]) -> None:
+    learner = fill(learner_of(batch_size=batch_size, samples_per_step=samples_per_step, learning_starts=100))
+    assert {step: learner.updates_due(step) for step in due} == due
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 50])
+def test_however_steps_are_counted_the_same_updates_are_made(stride: int) -> None:
+    learner = fill(learner_of(batch_size=4, samples_per_step=0.7, learning_starts=10))
+    for step in range(0, 211, stride):
+        learner.run_due_updates(step)
+    last = 210 // stride * stride
+    assert learner.updates == int((last - 10) * 0.7 / 4)
+
+
+def test_nothing_is_due_before_there_is_anything_to_sample() -> None:
+    learner = learner_of(batch_size=4, samples_per_step=1.0, learning_starts=0)
+    learner.run_due_updates(100)
+    assert learner.updates == 0
+    fill(learner)
+    learner.run_due_updates(101)
+    assert learner.updates == 25  # what was missed is made up for
+
+
+def test_with_an_empty_replay_it_gathers_anew_and_makes_up_for_nothing() -> None:
+    learner = fill(learner_of(batch_size=4, samples_per_step=1.0, learning_starts=100))
+    learner.run_due_updates(140)
+    assert learner.updates == 10
+    learner.refill_from(200)
+    assert [learner.updates_due(step) for step in (200, 299, 300, 303, 304, 340)] == [10, 10, 10, 10, 11, 20]
+
+
+# -- an update ------------------------------------------------------------------------------------------------------------------
+
+
+class FakeNetwork(nn.Module):
+    """A parameter of each task."""
+
+    def __init__(self, num_tasks: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(num_tasks))
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        return [self.values]
+
+
+class FakeAgent(Agent):
+    """One parameter per task, whose gradients are given; everything else is noted."""
+
+    def __init__(self, losses: list[list[float]], slopes: list[float]):
+        self.network = FakeNetwork(len(slopes))  # type: ignore[assignment]
+        self.parameter = self.network.values
+        self.batch_size, self.samples_per_step, self.learning_starts, self.n_step = 2, 2.0, 0, 3
+        self._losses, self._slopes = losses, torch.tensor(slopes)
+        self.seen: list[Batch] = []
+        self.followed: list[int] = []
+
+    def epsilon(self, step: int) -> Any:
+        raise NotImplementedError
+
+    def losses(self, batch: Batch) -> Losses:
+        self.seen.append(batch)
+        # Of the given value, and of the given slope in the parameter.
+        through = (self.parameter - self.parameter.detach()) * self._slopes
+        loss_KB = torch.tensor(self._losses[len(self.seen) - 1])[:, None] + through[:, None] + torch.tensor([-1.0, 1.0])
+        return Losses(loss_KB, torch.full((2, 2), float(len(self.seen))), torch.tensor([10.0, 20.0]) * len(self.seen))
+
+    def after_update(self, updates: int) -> None:
+        self.followed.append(updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def fake_learner(losses: list[list[float]], slopes: tuple[float, float] = (6.0, 8.0)) -> tuple[Learner, FakeAgent]:
+    agent = FakeAgent(losses, list(slopes))
+    optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
+    learner = Learner(agent, UniformReplay(SPEC, capacity=36), Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    return fill(learner), agent
+
+
+def test_metrics_are_means_since_the_last_row() -> None:
+    """Two updates, losses 1 and 3 of pong and 2 and 10 of qbert; the mean of the tasks' slopes is (3, 4), of norm 5."""
+    learner, agent = fake_learner([[1.0, 2.0], [3.0, 10.0], [7.0, 7.0]])
+    assert learner.row() == {}
+    learner.update(1)
+    learner.update(2)
+    assert agent.followed == [1, 2]
+    assert learner.row() == {
+        "loss/pong": 2.0,
+        "loss/qbert": 6.0,
+        "q/mean/pong": 15.0,
+        "q/mean/qbert": 30.0,
+        "weight/pong": 0.5,
+        "weight/qbert": 0.5,
+        "grad/norm": pytest.approx(5.0),
+    }
+    learner.update(3)
+    assert learner.row()["loss/pong"] == 7.0
+    assert learner.row() == {}
+
+
+def test_a_batch_is_augmented_before_the_agent_sees_it_and_errors_reach_the_replay() -> None:
+    class Brighter(Pipeline):
+        def __call__(self, batch: Batch) -> Batch:
+            batch.observation = batch.observation + 100.0
+            return batch
+
+    told = []
+
+    class Listening(UniformReplay):
+        def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
+            told.append((batch, error_KB))
+
+    agent = FakeAgent([[1.0, 2.0]], [6.0, 8.0])
+    optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
+    learner = fill(Learner(agent, Listening(SPEC, capacity=36), Brighter(), Uniform(tasks_of(NAMES)), optimizer, NAMES))
+    learner.update(1)
+    assert agent.seen[0].action.shape == (2, 2)
+    assert (agent.seen[0].observation > 50).all()
+    assert told[0][0] is agent.seen[0]
+    assert told[0][1].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_with_independent_tasks_the_samples_of_one_move_nothing_of_another(task: int) -> None:
+    """Two learners that differ in one task's rewards end with the same parameters of the other task, bit for bit."""
+
+    def trained(reward: float) -> dict[str, torch.Tensor]:
+        learner = learner_of(sharing=IndependentSharing)
+        learner.optimizer._max_grad_norm = 0.0  # clipping the joint norm would couple the tasks
+        for row in rows(20):
+            row["reward"][task] = reward
+            learner.replay.add(**row)
+        for step in range(10):
+            learner.update(step)
+        return parameters(learner)
+
+    one, other = trained(0.0), trained(1.0)
+    changed = torch.stack([(one[name] != other[name]).flatten(1).any(1) for name in one]).any(0)
+    assert changed.tolist() == [each == task for each in range(2)]
+
+
+def test_padding_stays_zero_while_learning() -> None:
+    learner = fill(learner_of())
+    for step in range(20):
+        learner.update(step)
+    state = parameters(learner)
+    assert not state["sharing.stem.stacked.0:weight"][1, :, 3:].any()
+    assert not state["head.advantage.weight"][1, :, 2:].any()
+    assert not state["head.advantage.bias"][1, :, 2:].any()
+
+
+def test_it_learns_what_actions_are_worth() -> None:
+    """Every episode is one step long; in task 0 action 3 gives 1, in task 1 action 0 does, others nothing."""
+    learner = learner_of(batch_size=32)
+    shape = (2, 3)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        action = torch.randint(8, shape, generator=random) % torch.tensor([[4], [2]])
+        reward = torch.stack([action[0] == 3, action[1] == 0]).float()
+        ends, frame = torch.ones(shape, dtype=torch.bool), torch.zeros(*shape, 5)
+        learner.replay.add(frame, ends, action, reward, ends, ~ends)
+    for step in range(250):
+        learner.update(step)
+    q_KBA = learner.agent.network(torch.zeros(2, 1, 5))[:, 0]
+    assert torch.allclose(q_KBA[0], torch.tensor([0.0, 0.0, 0.0, 1.0]), atol=0.1)
+    assert torch.allclose(q_KBA[1, :2], torch.tensor([1.0, 0.0]), atol=0.1)
+
+
+# -- losses that are not finite ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("task", [0, 1])
+def test_a_loss_that_is_not_finite_is_told_with_its_task_and_first_step(task: int, value: float) -> None:
+    bad = [1.0, 1.0]
+    bad[task] = value
+    learner, _ = fake_learner([[1.0, 1.0], bad, [1.0, 1.0], [value, value]])
+    learner.update(10)
+    learner.check_finite()
+    for step in (20, 30, 40):
+        learner.update(step)
+    with pytest.raises(RunError) as told:
+        learner.check_finite()
+    assert f"task {NAMES[task]} " in str(told.value)
+    assert "step 20" in str(told.value)
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_the_task_that_began_is_named_also_where_one_step_makes_many_updates(task: int) -> None:
+    """A loss that is not finite ruins the shared parameters, and with the next update every task's loss."""
+    learner = learner_of()
+    for row in rows(20):
+        row["reward"][task] = torch.nan
+        learner.replay.add(**row)
+    for _ in range(3):
+        learner.update(64)
+    with pytest.raises(RunError) as told:
+        learner.check_finite()
+    assert f"task {NAMES[task]} " in str(told.value)
+    assert "step 64" in str(told.value)
+
+
+def test_a_gradient_that_is_not_finite_is_told_though_every_loss_is() -> None:
+    """The step of the optimizer has ruined the parameters, and no later loss may come before they are saved."""
+    learner, _ = fake_learner([[1.0, 2.0]], slopes=(1.0, float("inf")))
+    learner.update(7)
+    with pytest.raises(RunError) as told:
+        learner.check_finite()
+    assert f"task {NAMES[1]} or its gradient" in str(told.value)
+    assert "step 7" in str(told.value)
+
+
+# -- state ----------------------------------------------------------------------------------------------------------------------
+
+
+def saved(learner: Learner) -> dict[str, Any]:
+    """Its parts' states, through the form in which they are written."""
+    state = {
+        "model": learner.agent.network.state_dict(),
+        "agent": learner.agent.state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "learner": learner.state_dict(),
+        "replay": learner.replay.state_dict(),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    tree = take_apart(state, tensors)
+    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+def restored(learner: Learner, state: dict[str, Any], rows_of: Replay) -> Learner:
+    oldest = max(0, rows_of.rows - rows_of.capacity_rows)
+    learner.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
+    learner.agent.network.load_state_dict(state["model"])
+    learner.agent.load_state_dict(state["agent"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.load_state_dict(state["learner"])
+    learner.replay.load_state_dict(state["replay"], rows_restored=True)
+    return learner
+
+
+@pytest.mark.parametrize("before", [0, 1, 7])
+@pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
+@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
+def test_training_goes_on_bit_for_bit_from_its_state(replay_kind: type[Replay], sharing: type[Sharing], before: int) -> None:
+    alone = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
+    for step in range(before):
+        alone.update(step)
+    fresh = learner_of(replay_kind, sharing, weights_seed=1, target_period=0, target_tau=0.1)
+    resumed = restored(fresh, saved(alone), alone.replay)
+    for learner in (alone, resumed):
+        for step, row in enumerate(rows(10, start=20)):
+            learner.replay.add(**row)
+            learner.update(before + step)
+    for name, tensor in parameters(alone).items():
+        assert torch.equal(tensor, resumed.agent.network.state_dict()[name]), name
+    assert alone.updates == resumed.updates == before + 10
+    assert alone.row() == resumed.row()
+
+
+def test_due_updates_are_part_of_the_state() -> None:
+    alone = fill(learner_of(learning_starts=10))
+    alone.run_due_updates(20)
+    alone.refill_from(30)
+    resumed = restored(learner_of(learning_starts=10), saved(alone), alone.replay)
+    assert [resumed.updates_due(step) for step in range(20, 80)] == [alone.updates_due(step) for step in range(20, 80)]
+
+
+@pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
+@pytest.mark.parametrize("filled", [False, True])
+def test_warming_up_leaves_no_trace(replay_kind: type[Replay], filled: bool) -> None:
+    plain, warmed = learner_of(replay_kind), learner_of(replay_kind)
+    if filled:
+        fill(plain)
+        fill(warmed)
+    warmed.warm_up()
+    assert all(parameter.grad is None for parameter in warmed.optimizer.parameters)
+    if not filled:
+        fill(plain)
+        fill(warmed)
+    assert warmed.row() == {}
+    for learner in (plain, warmed):
+        for step in range(5):
+            learner.update(step)
+        learner.check_finite()
+    for name, tensor in parameters(plain).items():
+        assert torch.equal(tensor, warmed.agent.network.state_dict()[name]), name
+    assert plain.row() == warmed.row()
+
+
+# -- gradients of tasks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mgda", "pcgrad", "graddrop", "gradnorm"])
+def test_with_a_tape_it_learns_what_it_learns_without(name: str) -> None:
+    """The same weighting on the same batches, by one backward pass and by one for each task: the same parameters to rounding."""
+    networks, gradients = [], set()
+    for taped in (True, False):
+        learner = fill(learner_of(optimizer_lr=0.001))
+        network = learner.agent.network
+        shared, own = network.shared_parameters(), network.own_parameters()
+        observation = learner.replay.sample(2, 0).observation.flatten(2, 3)
+        learner._tape = tape_for(network, shared, own, observation) if taped else None
+        learner.task_weights = weights_of(name, num_tasks=2)
+        for step in range(10):
+            learner.update(step)
+        gradients.add(type(learner._differentiate(learner.replay.sample(4, 0))[1]))
+        networks.append(network)
+    assert gradients == {TapedGradients, AutogradGradients}
+    for (parameter, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), parameter
+
+
+class Forgetful(TaskWeights):
+    """Does a part of its work."""
+
+    def __init__(self, part: str):
+        super().__init__(tasks_of(NAMES))
+        self._part = part
+
+    def backward(self, gradients: Any) -> Any:
+        if self._part != "gradient":
+            gradients.weigh(torch.tensor([0.5, 0.5]))
+        return {"gradient": torch.tensor([0.5, 0.5]), "weights": None, "all weights": torch.ones(())}[self._part]
+
+
+@pytest.mark.parametrize("part", ["gradient", "weights", "all weights"])
+def test_a_weighting_that_leaves_out_a_part_of_its_work_is_told_so(part: str) -> None:
+    learner = fill(learner_of())
+    learner.task_weights = Forgetful(part)
+    with pytest.raises(RunError, match=r"Forgetful.backward (gave no gradient|returned no weights)"):
+        learner.update(0)

@@ -1,0 +1,208 @@
+"""Resets of the network: what they change and what they leave, and that a run with them resumes exactly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mtrl_cli.agents.value_scale import PopArt
+from mtrl_cli.networks.heads import DuelingHead
+from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.parts import tagged
+from mtrl_cli.networks.sharing import HardSharing
+from mtrl_cli.networks.torsos import MLP
+from mtrl_cli.training.resets import Resets
+from tests.e2e.test_resume import CLASSIC, learning_rows, model
+from tests.helpers.command import MtrlHere
+from tests.helpers.fake_tasks import stream_of
+from tests.networks.test_sharing import STRUCTURES, structure
+from tests.training.test_learner import NAMES, fill, learner_of, parameters
+
+
+def fresh(number: int) -> MultiTaskNetwork:
+    """New parameters for the networks of `learner_of`."""
+    torch.manual_seed(1000 + number)
+    return MultiTaskNetwork(HardSharing(MLP(hidden=[8, 6]), [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
+
+
+def resets_of(make: Callable[[int], MultiTaskNetwork] = fresh, **settings: Any) -> Resets:
+    plain: dict[str, Any] = {"every": 10, "shrink": 0.25, "parts": ["torso", "sharing", "heads"], "last_step": 1e9}
+    return Resets(fresh=make, **(plain | settings))
+
+
+def learned(**settings: Any) -> Any:
+    """A learner after some updates, and its target network behind it; its torso tells its layers."""
+    learner = fill(learner_of(target_period=100, **settings))
+    learner.agent.network.sharing = HardSharing(tagged(MLP(hidden=[8, 6])), [(5,), (3,)])
+    other = learner_of(target_period=100, **settings)
+    learner.agent.network.load_state_dict(other.agent.network.state_dict())
+    learner.agent.target_network = copy.deepcopy(learner.agent.network).requires_grad_(False)
+    learner.optimizer = type(learner.optimizer)(
+        list(learner.agent.network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0
+    )
+    for step in range(5):
+        learner.update(step)
+    return learner
+
+
+def test_each_parameter_keeps_a_share_the_rest_is_new_and_the_target_takes_it() -> None:
+    learner, resets = learned(), resets_of()
+    resets.make_what_is_due(9, learner.agent, learner.optimizer)  # nothing was learned before it
+    before = parameters(learner)
+    resets.make_what_is_due(12, learner.agent, learner.optimizer)
+    new = fresh(1).state_dict()
+    target = learner.agent.target_network.state_dict()
+    for name, value in parameters(learner).items():
+        assert torch.allclose(value, 0.25 * before[name] + 0.75 * new[name], atol=1e-6), name
+        assert torch.equal(target[name], value)
+    for state in learner.optimizer.state_dict().values():
+        assert all(not value.any() for value in state.values())
+    assert resets.made == 1
+
+
+def test_parts_that_are_not_named_and_frozen_parameters_stay_and_so_do_their_moments() -> None:
+    learner, resets = learned(), resets_of(parts=["torso"], shrink=0.0)
+    learner.agent.network.sharing.body[0][0].weight.requires_grad_(False)
+    resets.make_what_is_due(0, learner.agent, learner.optimizer)
+    before, target = parameters(learner), copy.deepcopy(learner.agent.target_network.state_dict())
+    resets.make_what_is_due(10, learner.agent, learner.optimizer)
+    new, states = fresh(1).state_dict(), learner.optimizer.state_dict()
+    for index, (name, value) in enumerate(parameters(learner).items()):
+        is_reset = name.startswith("sharing") and name != "sharing.body.0.0.weight"
+        assert torch.equal(value, new[name] if is_reset else before[name]), name
+        assert torch.equal(learner.agent.target_network.state_dict()[name], value if is_reset else target[name])
+        assert bool(states[str(index)]["exp_avg_sq"].any()) != is_reset
+
+
+def test_they_come_at_the_first_update_beyond_each_multiple_and_none_after_the_last_step() -> None:
+    learner, asked = learned(), []
+
+    def make(number: int) -> MultiTaskNetwork:
+        asked.append(number)
+        return fresh(number)
+
+    resets = resets_of(make, last_step=60.0)
+    for step in (25, 29, 30, 31, 39, 52, 58, 65, 66, 70, 90):
+        resets.make_what_is_due(step, learner.agent, learner.optimizer)
+    assert asked == [3, 5, 6]  # 30, 50 (which passes 40 as well) and 60; none at 25, the first update, and none from 70
+    assert resets.made == 3
+
+
+def test_one_that_was_saved_goes_on_where_it_was() -> None:
+    learner, resets, twin = learned(), resets_of(), resets_of()
+    resets.make_what_is_due(9, learner.agent, learner.optimizer)
+    twin.load_state_dict(resets.state_dict())
+    twin.make_what_is_due(10, learner.agent, learner.optimizer)
+    assert twin.made == 1
+    untouched = resets_of()
+    untouched.load_state_dict(resets_of().state_dict())
+    untouched.make_what_is_due(10, learner.agent, learner.optimizer)
+    assert untouched.made == 0
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_of_every_structure_all_is_new_after_a_whole_reset(name: str) -> None:
+    """Padding included, which stays zero, and layers of spectral norm one know their new norm."""
+
+    def make(number: int) -> MultiTaskNetwork:
+        torso = tagged(MLP(hidden=[8, 6, 5], layer_norm=True, spectral_norm=name != "paco"))
+        sharing = structure(name, torso, [(5,), (3,)], seed=number)
+        return MultiTaskNetwork(sharing, DuelingHead(sharing.num_features, [4, 2]), 1.0)
+
+    learner, resets = learned(), resets_of(make, shrink=0.0)
+    learner.agent.network = make(7)
+    learner.agent.target_network = copy.deepcopy(learner.agent.network).requires_grad_(False)
+    learner.agent._target_spectral_layers = []
+    resets.make_what_is_due(0, learner.agent, learner.optimizer)
+    resets.make_what_is_due(10, learner.agent, learner.optimizer)
+    new = dict(make(1).named_parameters())
+    for path, parameter in learner.agent.network.named_parameters():
+        assert torch.equal(parameter, new[path]), path
+    for path, value in learner.agent.network.state_dict().items():
+        if path.endswith(("left", "right")):
+            assert torch.allclose(value.abs(), make(1).state_dict()[path].abs(), atol=0.2), path
+
+
+def test_learning_goes_on_with_popart() -> None:
+    learner = learned()
+    learner.agent._view.scale = PopArt(stream_of(NAMES, num_envs=3))
+    learner._resets = resets_of(shrink=0.0)
+    for step in range(5, 40):
+        learner.update(step)
+    learner.check_finite()
+    assert learner.row()["resets"] == 3
+    assert all(value.isfinite().all() for value in parameters(learner).values())
+
+
+# -- through the command line -------------------------------------------------------------------------------------------------
+
+PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
+SHORT = ["steps_per_task=800", "checkpoint.every=320", "eval.every=0", "eval.episodes=1", "compile=false"]
+CASES = {
+    "adamw": ["optimizer=adamw", "optimizer.schedule=cosine", "optimizer.warm_up=650", "optimizer.factors.torso=0.1"],
+    "rmsprop": ["optimizer=rmsprop", "network.spectral_norm=true", "network/sharing=independent", "agent.target_tau=0.01"],
+    "sgd": ["optimizer=sgd", "network.dropout=0.2", "network/sharing=mmoe", "network.sharing.experts=2", "task_weights=pcgrad"],
+    "tape": ["network.dropout=0.3", "task_weights=pcgrad", "replay=prioritized", "resets.every=350", "resets.parts=[torso]"],
+    "resets": ["network.dropout=0.1", "network.spectral_norm=true", "resets.every=350", "resets.shrink=0.3", "resets.until=1"],
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, "pqn"])
+def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case: str, here: MtrlHere) -> None:
+    """The newest checkpoint is damaged, so the last 160 steps are made again, from a state that was loaded."""
+    words = [*CLASSIC, *CASES[case]] if case in CASES else [*PQN, *CASES["resets"]]
+    here("train", *words, *SHORT, "run_dir=run")
+    run = here.folder / "run"
+    before, rows = model(run), learning_rows(run)
+    newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    torch.manual_seed(99)  # what torch's own generator was left at is not what it is when a command begins
+    assert "going back to checkpoint" in here("resume", "run").stdout
+    assert model(run) == before
+    assert learning_rows(run) == rows
+    if "resets.every=350" in words:
+        assert max(row.get("resets", 0) for row in rows) == (2 if "resets.until=1" in words else 1)
+    if case == "rmsprop":  # the vectors of its normalised layers are in the model
+        here("eval", "run", "eval.max_steps=10")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["resets.every=700"], "resets.until=0.8"),
+        (["resets.every=100", "resets.shrink=1"], "resets.shrink=1"),
+        (["resets.every=100", "resets.parts=[]"], "resets.parts=[]"),
+        (["resets.parts=[trunk]"], "torso or sharing or heads"),
+        (["optimizer.factors.trunk=0.1"], "torso or sharing or heads"),
+        (["optimizer.warm_up=900"], "steps_per_task=800"),
+        (["optimizer.schedule=cosine", "optimizer.lr_final=1"], "optimizer.lr_final=0"),
+        (["optimizer=sgd", "optimizer.eps=1e-5"], "optimizer.eps"),
+        (["optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=true"], "optimizer.momentum"),
+        (["network.dropout=1"], "a share from 0 to 0.9"),
+        (["network.dropout=0.1", "task_weights=famo"], "FAMO"),
+        (["network.spectral_norm=true", "network/sharing=paco"], "network/sharing=paco"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(words: list[str], told: str, here: MtrlHere) -> None:
+    refused = here("train", *CLASSIC, *SHORT, *words, "run_dir=run", code=2)
+    assert told in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) <= 2
+    assert not (here.folder / "run").exists()
+
+
+def test_run_folders_from_before_there_were_these_keys_go_on(here: MtrlHere) -> None:
+    """Their lr_final alone means a straight line."""
+    here("train", *CLASSIC, *SHORT, "steps_per_task=480", "run_dir=run")
+    config = here.folder / "run" / "config.yaml"
+    new = ("dropout", "spectral_norm", "schedule", "warm_up", "factors")
+    lines = [line for line in config.read_text().splitlines() if not line.strip().startswith(new)]
+    start = lines.index("resets:")
+    stop = next((index for index in range(start + 1, len(lines)) if not lines[index].startswith((" ", "-"))), len(lines))
+    config.write_text("\n".join([*lines[:start], *lines[stop:]]) + "\n")
+    here("resume", "run", "steps_per_task=640")
+    saved = config.read_text()
+    assert "resets" not in saved or "every: 0" in saved
