@@ -9,13 +9,15 @@ import csv
 import html
 import importlib.util
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from mtrl_cli.errors import UserError
-from mtrl_cli.reports.elements import Cell, GivenNumber, Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Cell, GivenNumber, Picture, Section, Table
+from mtrl_cli.stats.bootstrap import Estimate
 
 MOST_ROWS = 1000
 """Of a table on the page; its CSV has all."""
@@ -182,39 +184,41 @@ def _kind(number: bool) -> str:
     return ' class="number"' if number else ""
 
 
-def _cell(cell: Cell | Interval, column: int, number: bool, code: bool) -> str:
+def _cell(cell: Cell, column: int, number: bool, code: bool) -> str:
     if column == 0:
         return f'<th scope="row">{_text(_words(cell))}</th>'
-    if isinstance(cell, Interval):
-        ends = "" if cell.low is None and cell.high is None else f' <span class="interval">({_ends(cell)})</span>'
+    if isinstance(cell, Estimate):
+        ends = "" if cell.low is None else f' <span class="interval">({_ends(cell)})</span>'
         return f'<td class="number">{_words(cell.value)}{ends}</td>'
     text = _text(_words(cell))
     kind = "number" if number else "text long" if len(text) > 30 else "text"
     return f'<td class="{kind}">{f"<code>{text}</code>" if code and text else text}</td>'
 
 
-def _words(cell: Cell | Interval) -> str:
+def _words(cell: Cell) -> str:
     """A cell for people: numbers rounded, with the interval in brackets."""
-    if isinstance(cell, Interval):
-        return _words(cell.value) + ("" if cell.low is None and cell.high is None else f" ({_ends(cell)})")
+    if isinstance(cell, Estimate):
+        return _words(cell.value) + ("" if cell.low is None else f" ({_ends(cell)})")
     if cell is None or isinstance(cell, str):
         return cell or ""
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, GivenNumber):
         return f"{cell:.4g}"
+    if math.isinf(cell):
+        return "never"
     digits = 0 if abs(cell) >= 1000 else 1 if abs(cell) >= 100 else 2 if abs(cell) >= 10 else 3
     text = f"{cell:,.{digits}f}"
     return text if text.strip("-0.") else text.lstrip("-")
 
 
-def _ends(cell: Interval) -> str:
-    return " to ".join("never" if end is None else _words(end) for end in (cell.low, cell.high))
+def _ends(cell: Estimate) -> str:
+    return f"{_words(cell.low)} to {_words(cell.high)}"
 
 
 def as_csv(table: Table) -> str:
     """A table with its numbers in full; a column that holds an interval is three: the value, `… low`, `… high`."""
-    wide = [any(isinstance(row[column], Interval) for row in table.rows) for column in range(len(table.header))]
+    wide = [any(isinstance(row[column], Estimate) for row in table.rows) for column in range(len(table.header))]
     header = [
         name for own, is_wide in zip(table.header, wide, strict=True) for name in ([own, f"{own} low", f"{own} high"] if is_wide else [own])
     ]
@@ -224,7 +228,7 @@ def as_csv(table: Table) -> str:
     for row in table.rows:
         cells: list[Cell] = []
         for cell, is_wide in zip(row, wide, strict=True):
-            if isinstance(cell, Interval):
+            if isinstance(cell, Estimate):
                 cells += [cell.value, cell.low, cell.high]
             else:
                 cells += [_harmless(cell), None, None] if is_wide else [_harmless(cell)]

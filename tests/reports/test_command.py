@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from mtrl_cli.errors import UserError
 from mtrl_cli.reports import command as procedure
 from mtrl_cli.reports import html
-from mtrl_cli.reports.elements import Interval, Section, Table
+from mtrl_cli.reports.elements import Section, Table
+from mtrl_cli.stats.bootstrap import Estimate
 from tests.helpers.fake_runs import make_run, make_sweep
 
 pytest.importorskip("matplotlib")
@@ -219,14 +221,14 @@ def test_a_completed_run_whose_metrics_end_early_is_named(tmp_path: Path) -> Non
 
 # -- how tables are written -----------------------------------------------------------------------------------------------------
 
-ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]
+ROWS = [["=1+1|<b>", Estimate(0.12345, 0.1, math.inf), 1234], ["-", None, None]]
 TABLE = Table("t", "A | title", ["name", "score", "=count"], ROWS)
 
 
 def test_csv_has_numbers_in_full_and_no_formula() -> None:
     assert list(csv.reader(html.as_csv(TABLE).splitlines())) == [
         ["name", "score", "score low", "score high", "'=count"],
-        ["'=1+1|<b>", "0.12345", "0.1", "", "1234"],
+        ["'=1+1|<b>", "0.12345", "0.1", "inf", "1234"],
         ["-", "", "", "", ""],
     ]
 
