@@ -115,7 +115,7 @@ def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: 
     for number, group in enumerate(loop.groups):
         for part, method in ((group.pack, "send"), (group.pack, "recv"), (group, "choose")):
             noted(part, method, f"{method}{number}")
-    noted(loop.learner, "learn_what_is_due", "learn")
+    noted(loop.learner, "run_due_updates", "learn")
     noted(loop.replay, "add", "add")
     run(loop, 2)
     assert " ".join(calls) == f"{order} {order}"
