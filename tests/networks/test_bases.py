@@ -9,7 +9,7 @@ from torch import nn
 from mtrl_cli.networks.bases import PaCo
 from mtrl_cli.networks.torsos import MLP, Torso
 from tests.helpers.experts import CASES, Shapes, read_by_experts
-from tests.helpers.structures import VECTORS, observations
+from tests.helpers.structures import VECTORS, counts, observations
 
 
 def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCo:
@@ -41,8 +41,8 @@ def test_a_tasks_torso_has_the_mixture_of_the_basis_as_parameters(torso: Torso, 
 
 def test_pacos_parameters() -> None:
     torso = MLP(hidden=[8, 6])
-    assert PaCo(torso, [(4,)] * 3, bases=2).parameter_counts() == (2 * (5 * 8 + 9 * 6), [2] * 3)
-    assert PaCo(torso, VECTORS, bases=2).parameter_counts() == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
+    assert counts(PaCo(torso, [(4,)] * 3, bases=2)) == (2 * (5 * 8 + 9 * 6), [2] * 3)
+    assert counts(PaCo(torso, VECTORS, bases=2)) == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,7 +10,7 @@ from mtrl_cli.networks.columns import MTAN, CrossStitch
 from mtrl_cli.networks.per_task import PerTask, Stacked
 from mtrl_cli.networks.sharing import IndependentSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, Loose, alone, observations, stem_of_task
+from tests.helpers.structures import IMAGES, VECTORS, UngroupedTorso, counts, observations, stem_of_task, unstacked
 
 Shapes = list[tuple[int, ...]]
 CASES = [
@@ -18,7 +18,7 @@ CASES = [
     (MLP(hidden=[8, 7, 5], layer_norm=True), [(4,)] * 3),
     (MinAtarCNN(channels=3, features=5), IMAGES),
     (ImpalaCNN(features=5), [(4, 9, 9)] * 3),
-    (Loose(), [(4,)] * 3),
+    (UngroupedTorso(), [(4,)] * 3),
 ]
 
 # -- cross-stitch ---------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def layers_of_columns(sharing: CrossStitch, torso: Torso, shapes: Shapes) -> lis
     columns = []
     for column in range(len(shapes)):
         layers = [*([torso.stem(shapes[0])] if alike else []), *blocks_of(torso.body(shapes[0]))]
-        columns.append([alone(layer, stacked, column) for layer, stacked in zip(layers, stacks(sharing), strict=True)])
+        columns.append([unstacked(layer, stacked, column) for layer, stacked in zip(layers, stacks(sharing), strict=True)])
     return [list(layer) for layer in zip(*columns, strict=True)]
 
 
@@ -89,10 +89,10 @@ def test_mixing_starts_near_the_identity_and_adds_up_to_one(self_weight: float) 
 def test_columns_and_mixing_are_counted() -> None:
     """K torsos and a K x K matrix after each block but the last, of which each task has a row."""
     torso = 4 * 8 + 8 + 8 * 7 + 7 + 7 * 5 + 5
-    assert CrossStitch(MLP(hidden=[8, 7, 5]), [(4,)] * 3).parameter_counts() == (3 * torso + 2 * 9, [3] * 3)
+    assert counts(CrossStitch(MLP(hidden=[8, 7, 5]), [(4,)] * 3)) == (3 * torso + 2 * 9, [3] * 3)
     body = 8 * 7 + 7 + 7 * 5 + 5
-    assert CrossStitch(MLP(hidden=[8, 7, 5]), VECTORS).parameter_counts() == (3 * body + 9, [40 + 3, 56 + 3, 24 + 3])
-    assert CrossStitch(MLP(hidden=[8]), VECTORS).parameter_counts() == (0, [40, 56, 24])
+    assert counts(CrossStitch(MLP(hidden=[8, 7, 5]), VECTORS)) == (3 * body + 9, [40 + 3, 56 + 3, 24 + 3])
+    assert counts(CrossStitch(MLP(hidden=[8]), VECTORS)) == (0, [40, 56, 24])
 
 
 # -- MTAN -----------------------------------------------------------------------------------------------------------------------
@@ -140,9 +140,9 @@ def test_masks_and_bridges_are_counted() -> None:
     """Shared: a torso and its body once more. Of each task: two layers of a block's width, from its channels, after the stem twice them."""
     body = 8 * 7 + 7 + 7 * 5 + 5
     masks = (8 * 8 + 8) * 2 + (14 * 7 + 7) + (7 * 7 + 7) + (10 * 5 + 5) + (5 * 5 + 5)
-    assert MTAN(MLP(hidden=[8, 7, 5]), [(4,)] * 2).parameter_counts() == (4 * 8 + 8 + 2 * body, [masks] * 2)
-    assert MTAN(MLP(hidden=[8, 7, 5]), VECTORS).parameter_counts() == (2 * body, [40 + masks, 56 + masks, 24 + masks])
+    assert counts(MTAN(MLP(hidden=[8, 7, 5]), [(4,)] * 2)) == (4 * 8 + 8 + 2 * body, [masks] * 2)
+    assert counts(MTAN(MLP(hidden=[8, 7, 5]), VECTORS)) == (2 * body, [40 + masks, 56 + masks, 24 + masks])
     # MinAtar: 3 channels of 8 x 8, then 5 features.
     body = 3 * 8 * 8 * 5 + 5
     masks = (3 * 3 + 3) * 2 + (10 * 5 + 5) + (5 * 5 + 5)
-    assert MTAN(MinAtarCNN(channels=3, features=5), IMAGES[:1] * 2).parameter_counts() == (4 * 9 * 3 + 3 + 2 * body, [masks] * 2)
+    assert counts(MTAN(MinAtarCNN(channels=3, features=5), IMAGES[:1] * 2)) == (4 * 9 * 3 + 3 + 2 * body, [masks] * 2)

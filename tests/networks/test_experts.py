@@ -17,7 +17,7 @@ from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.soft_moe import SoftMoE
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
 from tests.helpers.experts import CASES, SAME, SAME_IMAGES, Shapes, read_by_experts, row
-from tests.helpers.structures import VECTORS, observations
+from tests.helpers.structures import VECTORS, counts, observations
 
 KINDS = [MMoE, PLE, MOORE, CARE, SoftMoE, PaCo]
 OF_EVERY_KIND = list(itertools.product(KINDS, CASES))
@@ -74,42 +74,42 @@ OWN_STEMS = [5 * 8, 7 * 8, 3 * 8]
 
 def test_mmoes_parameters() -> None:
     torso, gate = MLP(hidden=[8, 6]), 9 * 2
-    assert MMoE(torso, SAME, experts=2).parameter_counts() == (STEM + 2 * BODY, [gate] * 3)
-    assert MMoE(torso, VECTORS, experts=2).parameter_counts() == (2 * BODY, [stem + gate for stem in OWN_STEMS])
-    assert MMoE(MLP(hidden=[6]), SAME, experts=2).parameter_counts() == (2 * 5 * 6, [5 * 2] * 3)
+    assert counts(MMoE(torso, SAME, experts=2)) == (STEM + 2 * BODY, [gate] * 3)
+    assert counts(MMoE(torso, VECTORS, experts=2)) == (2 * BODY, [stem + gate for stem in OWN_STEMS])
+    assert counts(MMoE(MLP(hidden=[6]), SAME, experts=2)) == (2 * 5 * 6, [5 * 2] * 3)
 
 
 def test_ples_parameters() -> None:
     torso = MLP(hidden=[8, 6])
     # Below: 3 tasks' 2 experts and a shared one, and its gate; above: a shared one. A task: its experts above, and two gates over 3.
-    assert PLE(torso, SAME, task_experts=2).parameter_counts() == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
+    assert counts(PLE(torso, SAME, task_experts=2)) == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
     # Only one level: the stems are the tasks'.
-    assert PLE(torso, VECTORS, shared_experts=2).parameter_counts() == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
+    assert counts(PLE(torso, VECTORS, shared_experts=2)) == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
     # Two levels of bodies: 8 to 7 and 7 to 6.
     deeper = PLE(MLP(hidden=[8, 7, 6]), VECTORS)
-    assert deeper.parameter_counts() == (4 * 9 * 7 + 9 * 4 + 8 * 6, [stem + 9 * 2 + 8 * 6 + 8 * 2 for stem in OWN_STEMS])
+    assert counts(deeper) == (4 * 9 * 7 + 9 * 4 + 8 * 6, [stem + 9 * 2 + 8 * 6 + 8 * 2 for stem in OWN_STEMS])
 
 
 def test_moores_parameters() -> None:
     torso = MLP(hidden=[8, 6])
-    assert MOORE(torso, SAME, experts=3).parameter_counts() == (3 * (STEM + BODY), [3] * 3)
-    assert MOORE(torso, VECTORS, experts=3).parameter_counts() == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
+    assert counts(MOORE(torso, SAME, experts=3)) == (3 * (STEM + BODY), [3] * 3)
+    assert counts(MOORE(torso, VECTORS, experts=3)) == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
 
 
 def test_cares_parameters() -> None:
     sharing = CARE(MLP(hidden=[8, 6]), SAME, experts=2, context=7)
     # Three layers of the context, two of the attention and its output.
-    assert sharing.parameter_counts() == (2 * (STEM + BODY) + 3 * 8 * 7 + 2 * 8 * 7 + 8 * 2, [7] * 3)
+    assert counts(sharing) == (2 * (STEM + BODY) + 3 * 8 * 7 + 2 * 8 * 7 + 8 * 2, [7] * 3)
     assert sharing.num_features == 6 + 7
 
 
 def test_soft_moes_parameters() -> None:
     vector = SoftMoE(MLP(hidden=[8, 6]), SAME, experts=2)
-    assert vector.parameter_counts() == (STEM + 2 * BODY + 8 * 2, [0] * 3)
+    assert counts(vector) == (STEM + 2 * BODY + 8 * 2, [0] * 3)
     assert vector.num_features == 6
     # Images of 10x10 have 64 tokens of 3 channels after the convolution: 13 slots for each of 5 experts.
     image = SoftMoE(MinAtarCNN(channels=3, features=6), SAME_IMAGES, experts=5)
-    assert image.parameter_counts() == ((4 * 9 + 1) * 3 + 5 * (4 * 6 + 7 * 3) + 3 * 5 * 13, [0] * 3)
+    assert counts(image) == ((4 * 9 + 1) * 3 + 5 * (4 * 6 + 7 * 3) + 3 * 5 * 13, [0] * 3)
     assert image.num_features == 64 * 3
 
 
@@ -314,5 +314,5 @@ def test_moores_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: S
 
 
 def test_more_experts_than_features_cannot_be_orthogonal() -> None:
-    with pytest.raises(ValueError, match=r"network\.sharing\.experts=7.*6 features"):
+    with pytest.raises(ValueError, match=r"network\.sharing\.experts must be at most the number of features, 6, got 7"):
         MOORE(MLP(hidden=[8, 6]), SAME, experts=7)

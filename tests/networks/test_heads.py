@@ -9,7 +9,7 @@ import torch
 
 from mtrl_cli.agents.targets import of_action
 from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
-from mtrl_cli.networks.per_task import TaskLinear
+from mtrl_cli.networks.per_task import TaskLinear, parameter_counts
 
 HEADS = [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead]
 ACTIONS = [3, 1, 5, 2]
@@ -68,9 +68,9 @@ def test_dueling_by_hand() -> None:
 def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type[Head]) -> None:
     state_value = 8 if kind is DuelingHead else 0
     each = {C51Head: 51, HLGaussHead: 101, QuantileHead: 51}.get(kind, 1)
-    assert kind(7, ACTIONS).parameter_counts() == [8 * number * each + state_value for number in ACTIONS]
+    assert parameter_counts(kind(7, ACTIONS), len(ACTIONS))[1] == [8 * number * each + state_value for number in ACTIONS]
     same = kind(7, [4, 4])
-    assert sum(same.parameter_counts()) == sum(parameter.numel() for parameter in same.parameters())
+    assert sum(parameter_counts(same, 2)[1]) == sum(parameter.numel() for parameter in same.parameters())
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -122,7 +122,7 @@ def test_a_layer_starts_as_torchs_does() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
-    """Six states, a fixed return in each, no next state: what the head says of the action taken becomes its return."""
+    """Six states, a fixed return in each, no next state: what the head message of the action taken becomes its return."""
     torch.manual_seed(0)
     head, states = kind(6, ACTIONS), torch.eye(6).expand(4, 6, 6)
     action = torch.tensor([[number * b // 6 for b in range(6)] for number in ACTIONS])
@@ -141,7 +141,7 @@ def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[Head]) -> None:
+def test_a_head_that_message_what_its_target_message_has_nothing_to_learn(kind: type[Head]) -> None:
     """No reward and no discount: the target is what is said of the next state, and that is what is said of this one."""
     torch.manual_seed(0)
     head = kind(7, [2])
@@ -149,7 +149,7 @@ def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[H
     if kind is QuantileHead:
         outputs = outputs.sort(-1).values
     if kind is HLGaussHead:  # its target is a Gaussian, whatever distribution the next state has
-        outputs = -((head.centre_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
+        outputs = -((head.value_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
     now = outputs.clone().requires_grad_()
     head.loss(now, outputs, torch.zeros(1, 6), torch.ones(1, 6), 0.0).sum().backward()
     assert now.grad is not None
@@ -185,14 +185,14 @@ def test_values_of_a_bounded_head_lie_within_its_ends_and_cannot_be_rescaled(kin
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys", "says"),
+    ("kind", "keys", "message"),
     [
-        (C51Head, {"atoms": 1}, r"network\.head\.atoms=1"),
-        (HLGaussHead, {"bins": 1}, r"network\.head\.bins=1"),
-        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min=2 is not below network\.head\.v_max=2"),
-        (HLGaussHead, {"v_min": 20.0}, r"v_min=20 is not below network\.head\.v_max=10"),
+        (C51Head, {"atoms": 1}, r"network\.head\.atoms must be at least 2, got 1"),
+        (HLGaussHead, {"bins": 1}, r"network\.head\.bins must be at least 2, got 1"),
+        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min must be below network\.head\.v_max, got 2 and 2"),
+        (HLGaussHead, {"v_min": 20.0}, r"v_min must be below network\.head\.v_max, got 20 and 10"),
     ],
 )
-def test_a_support_that_is_none_is_refused(kind: type[Head], keys: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_empty_support_is_refused(kind: type[Head], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         kind(7, ACTIONS, **keys)

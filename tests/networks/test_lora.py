@@ -12,7 +12,7 @@ from mtrl_cli.networks.lora import LowRank, add_adapters
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.per_task import parameter_counts
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, NatureCNN, Torso
-from tests.helpers.structures import STRUCTURES, VECTORS, observations, structure
+from tests.helpers.structures import STRUCTURES, VECTORS, counts, observations, structure
 
 ONCE = ["film", "hard", "input_adapters", "mtan", "soft_modular", "task_embedding"]
 """Structures that run one torso for all tasks' samples."""
@@ -26,11 +26,11 @@ def test_a_structure_starts_unchanged_or_is_refused(name: str) -> None:
         with pytest.raises(ValueError, match="needs a torso that all tasks share"):
             add_adapters(sharing, 2)
         return
-    shared, own = sharing.parameter_counts()
+    shared, own = counts(sharing)
     add_adapters(sharing, 2)
     assert torch.equal(sharing(observations(VECTORS)), before)
     assert set(plain) < set(sharing.state_dict())
-    assert sharing.parameter_counts() == (shared, [each + 2 * (8 + 7) + 2 * (7 + 5) for each in own])
+    assert counts(sharing) == (shared, [each + 2 * (8 + 7) + 2 * (7 + 5) for each in own])
 
 
 def test_a_linear_layer_gets_each_tasks_product_of_two_matrices() -> None:
@@ -75,5 +75,5 @@ def test_every_convolution_and_linear_layer_of_a_torso_is_adapted_for_each_task_
 
 
 def test_a_torso_of_each_tasks_own_layer_has_nothing_to_adapt() -> None:
-    with pytest.raises(ValueError, match="finds no layer"):
+    with pytest.raises(ValueError, match="needs a shared layer in the torso, got none"):
         add_adapters(structure("hard", tagged(MLP(hidden=[8])), VECTORS), 2)

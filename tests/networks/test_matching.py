@@ -22,7 +22,7 @@ def taken(source: MultiTaskNetwork, theirs: str, network: MultiTaskNetwork, mine
 
 
 def fates(found: Taken) -> dict[tuple[str | None, str, int | None], str]:
-    return {(each.task, each.kind, each.layer): each.fate for each in found.outcomes}
+    return {(each.task, each.kind, each.layer): each.status for each in found.outcomes}
 
 
 def tensor(network: MultiTaskNetwork, tasks: str, task: str | None, name: str) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_every_parameter_is_in_one_piece_and_padding_in_none(sharing: str, torso
 def test_between_networks_of_the_same_tasks_everything_is_taken(sharing: str, torso: Torso) -> None:
     source, network = network_of(sharing, "abc", torso, 1), network_of(sharing, "abc", torso, 2)
     found = taken(source, "abc", network, "abc")
-    assert {each.fate for each in found.outcomes} == {"loaded"}
+    assert {each.status for each in found.outcomes} == {"loaded"}
     assert set(found.rows.values()) == {None}
     seen = observations([(IMAGE if torso is CNN else VECTOR)[task] for task in "abc"])
     assert torch.equal(source(seen), network(seen))
@@ -108,7 +108,7 @@ def test_a_head_is_kept_whole_or_not_at_all() -> None:
     assert found.heads == ["b"]
     assert torch.equal(network.head.state_dict()["value.bias"][0], before[0])
     assert torch.equal(network.head.state_dict()["value.bias"][1], source.head.state_dict()["value.bias"][1])
-    assert next(each.why for each in found.outcomes if each.task == "a" and each.kind == "heads") == "other actions or head"
+    assert next(each.reason for each in found.outcomes if each.task == "a" and each.kind == "heads") == "different actions or head"
 
 
 def test_a_layer_of_which_one_tensor_does_not_fit_is_fresh_as_a_whole() -> None:
@@ -122,7 +122,7 @@ def test_a_layer_of_which_one_tensor_does_not_fit_is_fresh_as_a_whole() -> None:
         "sharing.stem.0.bias",
     ]
     assert "sharing.stem.0.bias" not in found.rows
-    assert "other shape: 3x7x3x3, in the source 3x4x3x3" in [each.why for each in found.outcomes]
+    assert "shape 3x7x3x3, in the source 3x4x3x3" in [each.reason for each in found.outcomes]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_layer_of_which_one_tensor_does_not_fit_is_fresh_as_a_whole() -> None:
 def test_other_structures_that_keep_the_torsos_layers_take_them(there: str, here: str) -> None:
     source, network = network_of(there, "ab", seed=1), network_of(here, "ab", seed=2)
     found = taken(source, "ab", network, "ab")
-    assert all(each.fate == "loaded" for each in found.outcomes if each.kind == "torso" and each.fate != "left")
+    assert all(each.status == "loaded" for each in found.outcomes if each.kind == "torso" and each.status != "left")
     task = "a" if here == "independent" else None
     first = "sharing.body.0.0.weight"
     assert torch.equal(tensor(network, "ab", task, first), tensor(source, "ab", None, first))
@@ -150,7 +150,7 @@ def test_singular_vectors_go_with_the_weight_that_they_are_of_also_where_layers_
 
 def test_experts_are_nothing_to_one_torso() -> None:
     found = taken(network_of("mmoe", "ab", CNN, 1), "ab", network_of("independent", "cd", CNN, 2), "cd")
-    assert {each.fate for each in found.outcomes if each.kind == "torso" and each.layer} == {"fresh", "left"}
+    assert {each.status for each in found.outcomes if each.kind == "torso" and each.layer} == {"fresh", "left"}
 
 
 def test_adapters_of_low_rank_go_by_task_and_the_layers_keep_their_names() -> None:

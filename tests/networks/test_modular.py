@@ -8,7 +8,7 @@ from torch import nn
 
 from mtrl_cli.networks.modular import SoftModularization
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, observations, stem_of_task
+from tests.helpers.structures import IMAGES, VECTORS, counts, observations, stem_of_task
 
 Shapes = list[tuple[int, ...]]
 
@@ -91,12 +91,12 @@ def test_modules_and_routing_are_counted() -> None:
     modules = 3 * (5 * 4 + 4) + 3 * (4 * 4 + 4)
     routing = (5 * 7 + 7) + (7 * 7 + 7) + (7 * 9 + 9) + (9 * 7 + 7) + (7 * 3 + 3)
     sharing = modular(MLP(hidden=[8, 5]), VECTORS, 2, 3)
-    assert sharing.parameter_counts() == (body + modules + routing, [40 + 5, 56 + 5, 24 + 5])
+    assert counts(sharing) == (body + modules + routing, [40 + 5, 56 + 5, 24 + 5])
     assert sharing.num_features == 4
     third = 3 * (4 * 4 + 4) + (18 * 7 + 7) + (7 * 9 + 9)
-    assert modular(MLP(hidden=[8, 5]), VECTORS, 3, 3).parameter_counts()[0] == body + modules + routing + third
+    assert counts(modular(MLP(hidden=[8, 5]), VECTORS, 3, 3))[0] == body + modules + routing + third
 
 
 def test_one_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"network\.sharing\.num_layers=1: expected at least 2"):
+    with pytest.raises(ValueError, match=r"network\.sharing\.num_layers must be at least 2, got 1"):
         modular(MLP(hidden=[8, 5]), VECTORS, 1, 2)

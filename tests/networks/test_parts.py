@@ -14,7 +14,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import Part, parts_of, tagged
 from mtrl_cli.networks.sharing import HardSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import STRUCTURES, Loose, structure
+from tests.helpers.structures import STRUCTURES, UngroupedTorso, structure
 
 Shapes = list[tuple[int, ...]]
 CASES: list[tuple[Torso, Shapes]] = [
@@ -23,7 +23,7 @@ CASES: list[tuple[Torso, Shapes]] = [
     (MinAtarCNN(channels=3, features=5, layer_norm=True), [(4, 10, 10), (7, 10, 10), (6, 10, 10)]),
     (NatureCNN(width=0.1, features=6), [(4, 84, 84)] * 2),
     (ImpalaCNN(width=0.2, features=6), [(4, 24, 24)] * 2),
-    (Loose(), [(4,), (6,)]),
+    (UngroupedTorso(), [(4,), (6,)]),
 ]
 OWN = {"mtan": ("sharing.bridges.",), "soft_moe": ("sharing.experts.",)}
 """What is made like a layer of the torso and is none, or stands in its place and is newly initialised."""
@@ -67,7 +67,7 @@ def painted_layers(parameter: torch.Tensor) -> set[int]:
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_every_parameter_bears_the_paint_of_its_layer_and_of_no_other(name: str, torso: Torso, shapes: Shapes) -> None:
-    if name == "soft_moe" and len(shapes[0]) > 1 and isinstance(torso, Loose):
+    if name == "soft_moe" and len(shapes[0]) > 1 and isinstance(torso, UngroupedTorso):
         pytest.skip("refused")
     network = painted(name, torso, shapes)
     parts = parts_of(network)

@@ -11,7 +11,7 @@ from torch import nn
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, Loose, observations, structure
+from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, UngroupedTorso, counts, observations, structure
 
 CASES = [
     (MLP(hidden=[8, 5]), VECTORS),
@@ -29,8 +29,8 @@ EVERY_TORSO = [
     (MLP(hidden=[8]), [(4,)] * 3),
     (MinAtarCNN(channels=3, features=8), IMAGES),
     (MinAtarCNN(channels=3, features=8, layer_norm=True), [(4, 10, 10)] * 3),
-    (Loose(), VECTORS),
-    (Loose(), [(4,)] * 3),
+    (UngroupedTorso(), VECTORS),
+    (UngroupedTorso(), [(4,)] * 3),
     (ImpalaCNN(features=5), [(4, 9, 9), (2, 9, 9), (3, 9, 9)]),
     (NatureCNN(features=5, width=0.1), [(4, 36, 36)] * 3),
 ]
@@ -105,7 +105,7 @@ def test_padding_stays_zero_while_training(weight_decay: float) -> None:
 def test_one_input_goes_through_all_stacked_modules(number: int) -> None:
     modules = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(number)]
     stacked, x = Stacked(modules), torch.randn(5, 3)
-    out = stacked.of_one(x)
+    out = stacked.broadcast(x)
     assert torch.allclose(out, torch.stack([module(x) for module in modules]), atol=1e-6)
     assert torch.allclose(stacked(x.expand(number, -1, -1)), out, atol=1e-6)
 
@@ -208,13 +208,13 @@ def test_what_a_task_owns_only_it_moves_and_the_rest_is_moved_by_several(name: s
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
 def test_counts_are_those_of_all_parameters_but_padding(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing = structure(name, torso, shapes)
-    shared, own = sharing.parameter_counts()
+    shared, own = counts(sharing)
     longest = [max(shapes)] * 3
     padded = structure(name, torso, longest)
     # Only a stem knows a shape: where each task has one, padding is what it lacks of the widest stem.
     padding = sum(count(torso.stem(longest[0])) - count(torso.stem(shape)) for shape in shapes)
     assert shared + sum(own) == count(sharing) - padding
-    padded_shared, padded_own = padded.parameter_counts()
+    padded_shared, padded_own = counts(padded)
     assert padded_shared + sum(padded_own) == count(padded)
     assert len(set(padded_own)) == 1
 
@@ -285,14 +285,14 @@ def test_tasks_of_one_shape_share_the_whole_torso() -> None:
     alone = nn.Sequential(sharing.stem, sharing.body)
     for task in range(3):
         assert torch.allclose(sharing(observation)[task], alone(observation[task]), atol=1e-6)
-    assert sharing.parameter_counts() == (5 * 8 + 9 * 5, [0, 0, 0])
+    assert counts(sharing) == (5 * 8 + 9 * 5, [0, 0, 0])
 
 
 def test_tasks_of_different_shapes_share_all_but_the_stem() -> None:
     torso = MLP(hidden=[8, 5])
     sharing = HardSharing(torso, VECTORS)
     observation = observations(VECTORS)
-    assert sharing.parameter_counts() == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
+    assert counts(sharing) == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
     stemmed = sharing.stem(observation)
     for task in range(3):
         assert torch.allclose(sharing(observation)[task], sharing.body(stemmed[task]), atol=1e-6)
@@ -301,12 +301,12 @@ def test_tasks_of_different_shapes_share_all_but_the_stem() -> None:
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_independent_tasks_have_the_parameters_of_torsos_built_alone(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     alone = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
-    assert IndependentSharing(torso, shapes).parameter_counts() == (0, alone)
+    assert counts(IndependentSharing(torso, shapes)) == (0, alone)
 
 
 @pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])
 def test_natures_parameters_are_counted(kind: type[Sharing]) -> None:
-    shared, own = kind(NatureCNN(), [(4, 84, 84)] * 2).parameter_counts()
+    shared, own = counts(kind(NatureCNN(), [(4, 84, 84)] * 2))
     assert (shared, own) == ((1_684_128, [0, 0]) if kind is HardSharing else (0, [1_684_128] * 2))
 
 
