@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtrl_cli.augmentation.base import Augmentation, Observations, Pipeline
+from mtrl_cli.augmentation.base import Augmentation, ObservationSpec, Pipeline
 from mtrl_cli.augmentation.geometry import Crop, Rotate, Scale, Shift, auto_pad, looked_up, padded_windows, shifted, turned
 from mtrl_cli.augmentation.mirror import Flip
 from mtrl_cli.augmentation.pixels import NOISE_TABLE, Blur, Cutout, Intensity, Noise, blurred, brightened, cut_out, with_noise
@@ -17,7 +17,7 @@ from mtrl_cli.replay.buffers import Batch
 from tests.helpers.recorded_operations import RecordedOperations
 
 ATARI, TINY, VECTOR = (1, 40, 36), (6, 10, 10), (5,)
-MAKE: dict[str, Callable[[Observations], Augmentation]] = {
+MAKE: dict[str, Callable[[ObservationSpec], Augmentation]] = {
     "shift": lambda seen: Shift(seen, pad=3),
     "crop": lambda seen: Crop(seen, share=0.8),
     "rotate": lambda seen: Rotate(seen, degrees=20.0),
@@ -28,7 +28,7 @@ MAKE: dict[str, Callable[[Observations], Augmentation]] = {
     "intensity": lambda seen: Intensity(seen, scale=0.3),
     "blur": lambda seen: Blur(seen, low=0.1, high=1.5),
 }
-WEAKEST: dict[str, Callable[[Observations], Augmentation]] = {
+WEAKEST: dict[str, Callable[[ObservationSpec], Augmentation]] = {
     "shift": lambda seen: Shift(seen, pad=0),
     "crop": lambda seen: Crop(seen, share=1.0),
     "rotate": lambda seen: Rotate(seen, degrees=0.0),
@@ -42,7 +42,7 @@ WEAKEST: dict[str, Callable[[Observations], Augmentation]] = {
 EVERY = pytest.mark.parametrize("name", MAKE)
 
 
-def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> Observations:
+def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> ObservationSpec:
     """Two tasks, of which the second has fewer channels where there are several."""
     values: dict[str, Any] = {
         "kind": "vector" if len(shape) == 1 else "image",
@@ -55,7 +55,7 @@ def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> Observations:
         "device": torch.device("cpu"),
         "seed": 7,
     }
-    return Observations(**values | changes)
+    return ObservationSpec(**values | changes)
 
 
 def observations(shape: tuple[int, ...] = ATARI, samples: int = 16, stack: int = 4, seed: int = 0) -> torch.Tensor:
@@ -160,7 +160,7 @@ def test_recorded_it_draws_what_it_would_have_drawn(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in ("noise", "scale")])
 def test_vectors_are_refused_in_a_line_that_says_what_is_for_them(name: str) -> None:
-    with pytest.raises(ValueError, match="changes images, and this pack's are vectors; for these there are noise and scale"):
+    with pytest.raises(ValueError, match="supports images, but observations are vectors: use noise or scale"):
         MAKE[name](seen(VECTOR))
 
 
@@ -206,7 +206,7 @@ def test_every_shift_up_to_the_pad_is_drawn_and_none_beyond() -> None:
 
 
 def test_a_pad_that_leaves_nothing_of_a_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="pad=36"):
+    with pytest.raises(ValueError, match="pad must be below the image size, 36, got 36"):
         Shift(seen(), pad=36)
 
 
@@ -337,9 +337,10 @@ def test_blurs_are_kornias() -> None:
 
 def test_flips_are_kornias() -> None:
     kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
-    images = observations(samples=3)
-    flipped = Flip(seen(), probability=1.0).augment(images)
-    assert torch.equal(flipped, kornia.geometry.transform.hflip(images))
+    given = batch(samples=3)
+    flipped = Flip(seen(), probability=1.0)(given)
+    assert torch.equal(flipped.observation, kornia.geometry.transform.hflip(given.observation))
+    assert torch.equal(flipped.next_observation, kornia.geometry.transform.hflip(given.next_observation))
 
 
 # -- several ------------------------------------------------------------------------------------------------------------------

@@ -255,7 +255,7 @@ def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
     recent = loop.statistics.recent()
     assert len(recent) == len(GAMES)
     gap_K = [1 - min(1.0, max(0.0, recent[name] / (10.0 * (k + 1)))) for k, name in enumerate(GAMES)]
-    assert weights.state_dict()["heard"].tolist() == pytest.approx(gap_K)
+    assert weights.state_dict()["newest_K"].tolist() == pytest.approx(gap_K)
     assert max(gap_K) > min(gap_K)
 
 
@@ -284,7 +284,7 @@ def test_score_gap_refuses_a_task_without_a_reference(random: float | None, refe
 def test_static_weights_are_by_name() -> None:
     weights = weights_of("static", weights={"t1": 4.0, "t2": 0.0})
     assert weights.backward(random_gradients(0)).tolist() == pytest.approx([0.2, 0.8, 0.0])
-    for wrong, word in (({"t9": 1.0}, "t9"), (dict.fromkeys(tasks_of(["t0", "t1", "t2"]).names, 0.0), "every task 0")):
+    for wrong, word in (({"t9": 1.0}, "t9"), (dict.fromkeys(tasks_of(["t0", "t1", "t2"]).names, 0.0), "must be above 0 for at least one task, got 0 for all")):
         with pytest.raises(ValueError, match=word):
             weights_of("static", weights=wrong)
 
