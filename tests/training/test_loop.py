@@ -13,7 +13,7 @@ from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
 from mtrl_cli.augmentation.base import Pipeline
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.networks.heads import DuelingHead
 from mtrl_cli.networks.network import MultiTaskNetwork
@@ -243,8 +243,8 @@ def saved(loop: Loop) -> dict[str, Any]:
         "loop": loop.state_dict(),
     }
     tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(state, tensors)
-    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+    tree = flatten(state, tensors)
+    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
