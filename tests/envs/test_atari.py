@@ -68,7 +68,7 @@ def test_a_state_taken_after_several_games_brings_them_back_to_the_last_pixel(
 
 
 def test_games_that_begin_without_a_seed_do_not_repeat_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atari, "MOST_FRAMES", 200)
+    monkeypatch.setattr(atari, "MAX_FRAMES", 200)
     played = make("breakout")
     played.reset()
     actions = np.random.default_rng(0).integers(0, 4, 50)
@@ -127,7 +127,7 @@ def play_one(played: VectorTasks, action: int) -> Step:
 
 
 def test_a_game_is_cut_off_by_frames_and_that_is_no_termination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atari, "MOST_FRAMES", 40)
+    monkeypatch.setattr(atari, "MAX_FRAMES", 40)
     steps = whole_game(make("pong", protocol="nature"), 0)
     assert len(steps) == 10
     assert steps[-1].truncated.item()
