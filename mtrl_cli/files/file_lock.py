@@ -33,7 +33,7 @@ class FileLock:
         self._lock(fcntl.LOCK_EX)
 
     def try_acquire(self) -> bool:
-        """Take the lock unless another process holds it. Returns whether the lock was taken. Raises RunError if the file cannot be locked."""
+        """Take the lock unless another process holds it. Returns whether it was taken. Raises RunError if the file cannot be locked."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _lock(self, operation: int) -> bool:

@@ -153,7 +153,7 @@ class RunFolder:
         self._made.clear()
 
     def lock(self) -> None:
-        """Lock the run for this process. Raises UserError if another process, which the message names, holds it, or if it cannot be locked."""
+        """Lock the run for this process. Raises UserError if the run cannot be locked, naming the process that holds it."""
         lock = FileLock(self.path / ".lock")
         try:
             if not lock.try_acquire():
