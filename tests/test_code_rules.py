@@ -115,3 +115,13 @@ def test_files_and_functions_are_short() -> None:
 @pytest.mark.parametrize("folder", sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()))
 def test_tests_mirror_the_package(folder: str) -> None:
     assert list((TESTS / folder).glob("test_*.py")), f"tests/{folder} holds the tests of mtrl_cli/{folder}"
+
+
+def test_no_test_module_imports_another() -> None:
+    found = [
+        f"{path.relative_to(TESTS)}: {name}"
+        for path in sorted(TESTS.rglob("*.py"))
+        for name in imported(path)
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+    assert found == [], "shared test code belongs in tests/helpers"
