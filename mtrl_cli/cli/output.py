@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.parallel import torchrun
 
 OTHERS_SECONDS = 10.0
@@ -27,8 +27,7 @@ def tell_error(message: str, code: int, is_ours: bool = False) -> int:
     """One or two plain lines on stderr; returns the exit code. What a stranger's file put into them cannot steer the terminal."""
     if not is_first() and not is_ours:
         time.sleep(OTHERS_SECONDS)
-    plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
-    print(f"mtrl: error: {plain}", file=sys.stderr)
+    print(f"mtrl: error: {printable(message)}", file=sys.stderr)
     return code
 
 

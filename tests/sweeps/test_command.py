@@ -195,7 +195,7 @@ def test_a_trial_whose_process_is_killed_is_gone_on_with_and_one_that_always_die
     assert (once["state"], once["attempts"]) == ("completed", 2)
     assert (always["state"], always["attempts"]) == ("failed", 3)
     assert "killed by SIGKILL" in always["why"]
-    assert "trial 0: its process died (killed by SIGKILL); going on with it" in stdout
+    assert "trial 0: its process died (killed by SIGKILL); resuming it" in stdout
     steps = [int(line) for line in (tmp_path / "S/trials/0000/steps.log").read_text().split()]
     assert steps == list(range(1, STEPS + 1))
 
@@ -246,7 +246,7 @@ def test_a_worker_that_waits_goes_on_with_what_a_killed_one_has_left(mtrl: Comma
     until(lambda: step_of(tmp_path / "S/trials/0001") == STEPS)
     first.kill()
     stdout, _ = ended(second, 0)
-    assert "trial 0: gone on with where it was left" in stdout
+    assert "trial 0: resumed" in stdout
     assert [record["state"] for record in trials(tmp_path / "S")] == ["completed"] * 2
 
 
