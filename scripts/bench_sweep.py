@@ -75,7 +75,7 @@ def finished(count: int) -> dict[str, float]:
             run.path.mkdir(parents=True)
             run.write(state="completed", value=float(taken.number % 7), step=400, seconds=1.0)
             atomic.replace(run.path / "run.json", atomic.to_json({"status": "completed", "seconds": 1.0}).encode())
-            book.tell(taken.number, "completed", run.record["value"])
+            book.finish(taken.number, "completed", run.record.value)
         return {f"resume_of_{count}_finished": seconds(["resume", str(folder)], Path(name))}
 
 
