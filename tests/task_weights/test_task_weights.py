@@ -1,4 +1,4 @@
-"""Every task weighting: one scale, degenerate input, randomness of its own, state, and what a run is refused for."""
+"""Properties of every task weighting: scale, degenerate input, randomness, state, refused configurations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.learners import NAMES, fill, learner_of, parameters, restored
 from tests.helpers.loops import NAMES as GAMES
 from tests.helpers.loops import loop_of, run
 
-# Metrics at which a few updates show what thousands would.
+# Options with which a few updates have the effect of thousands.
 QUICK: dict[str, dict[str, Any]] = {
     "static": {"weights": {"t1": 3.0}},
     "uncertainty": {"lr": 0.5},
@@ -32,14 +32,14 @@ SOLVERS = ["cagrad", "fairgrad", "nash_mtl", "upgrad"]
 
 
 def random_gradients(number: int, num_tasks: int = 3) -> GivenGradients:
-    """Rows that conflict here and there, of different lengths, and losses."""
+    """Rows of different norms with some conflicts, and losses."""
     generator = torch.Generator().manual_seed(number)
     rows_KP = torch.randn(num_tasks, 5, generator=generator) * torch.arange(1, num_tasks + 1)[:, None]
     return GivenGradients(rows_KP, torch.rand(num_tasks, generator=generator) + 0.1)
 
 
 def updates(weights: TaskWeights, numbers: range) -> list[torch.Tensor]:
-    """What a number of updates gave: each the gradient and the weights, one after the other."""
+    """Gradient and weights of each update, concatenated."""
     given = []
     for number in numbers:
         gradients = random_gradients(number, len(weights.tasks))
@@ -58,7 +58,7 @@ def updates(weights: TaskWeights, numbers: range) -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
 def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
-    """Whatever the method, changing it does not change the step size; also after a while."""
+    """Changing the method does not change the step size, also after several updates."""
     weights = weights_of(name, num_tasks)
     row_P = torch.tensor([3.0, -1.0, 0.5, 2.0]) / 7
     for update in range(30):
@@ -72,7 +72,7 @@ def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_what_a_method_asks_for_is_what_it_says_it_needs(name: str) -> None:
+def test_method_uses_only_the_gradients_that_it_declares(name: str) -> None:
     weights = weights_of(name)
     assert weights.needs in ("losses", "gram", "rows")
     gradients = random_gradients(0)
@@ -83,7 +83,7 @@ def test_what_a_method_asks_for_is_what_it_says_it_needs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if name != "uniform"])
-def test_gradients_are_other_than_those_of_uniform_weights(name: str) -> None:
+def test_gradients_differ_from_uniform_weights(name: str) -> None:
     given = updates(weights_of(name, **QUICK.get(name, {})), range(6))[-1]
     plain = updates(weights_of("uniform"), range(6))[-1]
     assert (given[:5] - plain[:5]).abs().max() > 0.01
@@ -91,7 +91,7 @@ def test_gradients_are_other_than_those_of_uniform_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_LOSSES)
-def test_weights_from_losses_sum_to_one_and_are_not_negative(name: str) -> None:
+def test_loss_weights_sum_to_one_and_are_not_negative(name: str) -> None:
     for given in updates(weights_of(name, **QUICK.get(name, {})), range(20)):
         assert given[5:].sum() == pytest.approx(1, abs=1e-5)
         assert (given[5:] >= 0).all()
@@ -127,12 +127,12 @@ def test_degenerate_gradients_give_finite_weights(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram" and name != "gradnorm"])
-def test_where_there_is_no_gradient_and_so_no_answer_weights_are_uniform(name: str) -> None:
+def test_zero_gradients_give_uniform_weights(name: str) -> None:
     assert weights_of(name).backward(GivenGradients(torch.zeros(3, 4))).tolist() == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram"])
-def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name: str) -> None:
+def test_non_finite_gradient_is_visible_and_not_kept_in_state(name: str) -> None:
     weights = weights_of(name)
     gradients = GivenGradients(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, -1.0]]))
     weights.backward(gradients)
@@ -144,9 +144,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
 
 @pytest.mark.parametrize("error", [SolverError("no"), QPError("no"), ValueError("no"), torch.linalg.LinAlgError("no")])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
-    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_solver_failure_gives_uniform_weights_for_one_update(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, plain = (weights_of(name, **{"nash_mtl": {"every": 1}}.get(name, {})) for _ in range(2))
 
     def fail(*arguments: Any) -> torch.Tensor:
@@ -160,8 +158,8 @@ def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram"])
-def test_the_common_scale_of_gradients_changes_no_weight(name: str, scale: float) -> None:
-    """Small constants that libraries add to matrices would change them where losses are small."""
+def test_weights_do_not_depend_on_the_common_gradient_scale(name: str, scale: float) -> None:
+    """Small constants that libraries add to matrices would matter for small losses."""
     gradients = random_gradients(4)
     scaled = GivenGradients(gradients.rows_KP * scale, gradients.loss_K)
     torch.testing.assert_close(weights_of(name).backward(scaled), weights_of(name).backward(gradients), rtol=1e-3, atol=1e-4)
@@ -171,8 +169,8 @@ def test_the_common_scale_of_gradients_changes_no_weight(name: str, scale: float
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_randomness_is_its_own(name: str) -> None:
-    """Neither takes from torch's own generator nor depends on it; another seed of the run gives other draws."""
+def test_draws_are_separate_from_torchs_default_generator(name: str) -> None:
+    """Draws neither change nor depend on torch's default generator. Another seed gives other draws."""
     given = []
     for outside, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(outside)
@@ -188,7 +186,7 @@ def test_randomness_is_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 7])
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_a_fresh_weighting_goes_on_bit_for_bit_from_a_state(name: str, before: int) -> None:
+def test_restored_weighting_continues_bit_for_bit(name: str, before: int) -> None:
     alone, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
     updates(alone, range(before))
     tensors: dict[str, torch.Tensor] = {}
@@ -199,8 +197,8 @@ def test_a_fresh_weighting_goes_on_bit_for_bit_from_a_state(name: str, before: i
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
-    """In a learner, with a real network: two tasks with shared parameters and their own."""
+def test_training_with_restored_weighting_continues_bit_for_bit(name: str) -> None:
+    """In a learner with a network of two tasks, with shared and own parameters."""
 
     def learner(weights_seed: int) -> Any:
         made = learner_of(weights_seed=weights_seed)
@@ -227,17 +225,17 @@ def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
 
 
 def test_score_gap_by_hand() -> None:
-    """References are 10, 20 and 30, random play is 0."""
+    """Reference scores are 10, 20 and 30; random play scores 0."""
     weights = weights_of("score_gap", temperature=0.5, half_life=1)
-    weights.hear_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (cut), and never heard
-    gap_K = torch.tensor([0.75, 0.5, 1.0])  # half the way from 1 to 0.5, 0 and 1
+    weights.hear_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (clipped), and missing
+    gap_K = torch.tensor([0.75, 0.5, 1.0])  # half of the way from 1 to 0.5, 0 and 1
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
     weights.hear_scores({"t0": -4.0, "t1": 20.0, "t2": 30.0})
     gap_K = torch.tensor([0.875, 0.25, 0.5])
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
 
 
-def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
+def test_score_gap_does_not_depend_on_how_often_scores_arrive() -> None:
     once, often = weights_of("score_gap", half_life=3), weights_of("score_gap", half_life=3)
     for update in range(6):
         for weights in [once] if update else [once, often]:
@@ -247,7 +245,7 @@ def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
         assert torch.equal(once.backward(random_gradients(update)), often.backward(random_gradients(update)))
 
 
-def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
+def test_loop_passes_training_scores_to_score_gap() -> None:
     loop = loop_of()
     weights = loop.learner.task_weights = ScoreGap(tasks_of(GAMES), temperature=0.5, half_life=1)
     loop.begin()
@@ -281,7 +279,7 @@ def test_score_gap_refuses_a_task_without_a_reference(random: float | None, refe
     assert "\n" not in str(told.value)
 
 
-def test_static_weights_are_by_name() -> None:
+def test_static_weights_are_set_by_task_name() -> None:
     weights = weights_of("static", weights={"t1": 4.0, "t2": 0.0})
     assert weights.backward(random_gradients(0)).tolist() == pytest.approx([0.2, 0.8, 0.0])
     for wrong, word in (
@@ -292,13 +290,13 @@ def test_static_weights_are_by_name() -> None:
             weights_of("static", weights=wrong)
 
 
-# -- what a run is refused for, and told -----------------------------------------------------------------------------------------
+# -- refused configurations, and messages -----------------------------------------------------------------------------------------
 
 TINY = ["env=classic_pack", "steps_per_task=64", "agent.learning_starts=16", "network.hidden=[8]", "eval.episodes=1", "eval.max_steps=5"]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_missing_solver_is_told_before_anything_is_made(name: str, here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda package: None)
     done = here("train", *TINY, f"task_weights={name}", "run_dir=run", code=2)
     assert done.stderr.splitlines()[-1].endswith(
@@ -316,14 +314,14 @@ def test_a_missing_solver_is_told_before_anything_is_made(name: str, here: MtrlH
         (["task_weights=nash_mtl", "task_weights.every=0"], "task_weights.every=0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_made(words: list[str], told: str, here: MtrlHere) -> None:
+def test_invalid_configuration_is_refused_before_the_run_folder_exists(words: list[str], told: str, here: MtrlHere) -> None:
     done = here("train", *TINY, *words, "run_dir=run", code=2)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not (here.folder / "run").exists()
 
 
-def test_a_gradient_method_with_nothing_shared_equals_uniform_and_says_so(here: MtrlHere) -> None:
+def test_gradient_method_without_shared_parameters_equals_uniform_with_a_note(here: MtrlHere) -> None:
     independent = [*TINY, "network/sharing=independent"]
     done = here("train", *independent, "task_weights=gradvac", "run_dir=gradvac")
     assert (done.stdout + done.stderr).count("the tasks share no parameters, so GradVac equals uniform") == 1
