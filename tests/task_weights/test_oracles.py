@@ -57,8 +57,7 @@ class Case:
         """The gradients of shared and own parameters, each flattened."""
         self.network.zero_grad()
         weights.backward(AutogradGradients(self.loss_K(), self.shared, self.own))
-        return tuple(torch.cat([each.grad.flatten() for each in group if each.grad is not None]) for group in (self.shared, self.own))  #
-        type: ignore[return-value]
+        return tuple(torch.cat([each.grad.flatten() for each in group if each.grad is not None]) for group in (self.shared, self.own))  # type: ignore[return-value]
 
 
 def normalised_nash(J: torch.Tensor) -> torch.Tensor:
