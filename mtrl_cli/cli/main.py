@@ -168,37 +168,38 @@ def sweep(
     run(plan, command=_command())
 
 
+StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with their progress where the study has begun.")]
+
+
 @app.command()
-def transfer(run: Run, overrides: Overrides = None) -> None:
-    """Use a run's network again for other tasks, and show by how much it pays.
+def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+    """Fine-tune a run's network on other tasks and compare with training from scratch.
 
     \b
-    Over some seeds it evaluates the network on the new tasks as it is, trains on from it, and trains the same budget from scratch. Takes
-    what mtrl train takes, and seeds=3. The network is the source's unless network=, network/sharing= or network/head= is given;
-    transfer.* is for the runs that begin with it. Started again with the same words and run_dir, it goes on where it was.
+    A study: a sweep of fine-tuned runs and runs from scratch over seeds, then the report, with zero-shot scores, jump-start, steps to the
+    final score of training from scratch and area ratio. Takes what mtrl sweep takes (launcher=, run_dir=), and seeds=3. The network is the
+    source's unless network=, network/sharing= or network/head= is given; transfer.* applies to the fine-tuned runs. If it is stopped, the
+    same command resumes.
 
     \b
     Examples:
       mtrl transfer runs/mine env=minatar_pack 'env.tasks=[asterix,seaquest]'
       mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=torso seeds=5 run_dir=runs/transfer/mine
+      mtrl transfer runs/mine env=minatar_pack transfer.freeze=none,torso launcher.jobs=2 --dry-run
     """
+    from mtrl_cli.studies import transfer as transfer_study
 
-    from mtrl_cli.studies.transfer import transfer as study
-
-    study(run, overrides or [], command=_command())
+    _study(transfer_study.make(run, overrides or []), dry_run)
 
 
 @studies.command("sharing")
-def study_sharing(
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, and how far it is where it has begun.")] = False,
-) -> None:
-    """Tell what sharing a network is worth: every sharing structure at the same size, over seeds, then the report.
+def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+    """Compare sharing architectures at equal parameter count, over seeds, then write the report.
 
     \b
-    Beside them, networks that share nothing: of the same size in all, and a full one for each task. Takes what mtrl sweep takes (launcher=,
-    run_dir=, further values to compare with each structure), seeds=3, network/sharing=NAME,NAME for some structures only, and
-    network.parameters=N; else N is what hard sharing has. Stopped, the same command goes on where it was.
+    The baselines are independent networks: of the same total size, and one full network per task. Takes what mtrl sweep takes (launcher=,
+    run_dir=, several values of other keys to compare each structure with), seeds=3, network/sharing=NAME,NAME for some structures only, and
+    network.parameters=N; the default is the parameter count of hard sharing. If it is stopped, the same command resumes.
 
     \b
     Examples:
@@ -208,13 +209,16 @@ def study_sharing(
     """
     from mtrl_cli.studies import sharing as sharing_study
 
-    made = sharing_study.make(overrides or [])
-    if dry_run:
-        from mtrl_cli.sweeps import dry_run as sweep_listing
+    _study(sharing_study.make(overrides or []), dry_run)
 
-        show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
-        return
-    sharing_study.run(made, command=_command())
+
+def _study(study: Any, dry_run: bool) -> None:
+    from mtrl_cli.studies import engine
+
+    if dry_run:
+        show(study.listing())
+    else:
+        engine.run(study, command=_command())
 
 
 @app.command()

@@ -24,8 +24,6 @@ def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[st
     say(f"run folder   {folder.path}")
     say(f"look at it   tensorboard --logdir {quoted}")
     say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
-    if command[1:2] == ["transfer"]:  # a study compares runs of one budget
-        return
     more = f" steps_per_task={2 * config['steps_per_task']}{also}"
     say(f"train on     {resume_command(folder, ranks, more)}")
     if ranks == 1 and (full := _full_run(command)):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtrl_cli.reports import grouping, run_data, sharing_comparison, sharing_plots
+from mtrl_cli.reports import comparison, grouping, run_data, sharing_plots
 from mtrl_cli.reports import sharing as report_sharing
 from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.stats.bootstrap import Estimate
@@ -139,11 +139,11 @@ def test_what_is_inside(tmp_path: Path) -> None:
 
 
 def test_conflict_of_runs_that_were_looked_at_at_other_steps(study: Path) -> None:
-    (setting,) = sharing_comparison.settings(grouping.grouped(run_data.read([study])), "network/sharing", sizes=True)
-    way = setting.ways[1]
+    (ablation,) = comparison.ablations(grouping.grouped(run_data.read([study])), "network/sharing", sizes=True)
+    variant = ablation.variants[1]
     own = [((0, 0.0), (10, 1.0), (20, 0.0)), ((5, 0.2), (15, 0.4))]
-    runs = tuple(replace(run, metrics={"grad/conflict": points}) for run, points in zip(way.runs, own, strict=False))
-    steps, shares = sharing_plots.conflict_over_training(replace(way, runs=runs))
+    runs = tuple(replace(run, metrics={"grad/conflict": points}) for run, points in zip(variant.runs, own, strict=False))
+    steps, shares = sharing_plots.conflict_over_training(replace(variant, runs=runs))
     np.testing.assert_array_equal(steps, [5, 10, 15])
     np.testing.assert_allclose(shares, [(0.5 + 0.2) / 2, (1.0 + 0.3) / 2, (0.5 + 0.4) / 2])
 
@@ -154,8 +154,8 @@ def test_routings_are_tables_of_tasks_by_choices(tmp_path: Path) -> None:
     }
     make_study(tmp_path / "S", REACH, extra=shares | {"routing/layer1/stranger/0": 1.0})
     groups = grouping.grouped(run_data.read([tmp_path]))
-    (setting,) = sharing_comparison.settings(groups, "network/sharing", sizes=True)
-    (found,) = sharing_comparison.routings(setting, setting.ways[1]).items()
+    (ablation,) = comparison.ablations(groups, "network/sharing", sizes=True)
+    (found,) = comparison.routings(ablation, ablation.variants[1]).items()
     assert found[0] == "layer1/module0"
     np.testing.assert_allclose(found[1], [[(row + 1) / 100, (row + 1) / 50] for row in range(len(TASKS))])
 
