@@ -20,7 +20,7 @@ from mtrl_cli.reports import transfer as report_transfer
 from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
 from mtrl_cli.reports.run_data import Group, Run
-from mtrl_cli.runs.progress import say
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps.plan import without_password
 
 RECORD = "report.json"
@@ -236,10 +236,10 @@ def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier
 def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group]) -> None:
     states = Counter(run.status for run in runs)
     told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
-    say(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
+    print_line(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
     for arena in report_scores.arenas(groups):
         for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
-            say(
+            print_line(
                 f"  {place}. {entry.label}: {entry.aggregates['iqm'].value:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})"
             )
-    say(f"report       {run_data.short(folder / 'index.html')}")
+    print_line(f"report       {run_data.short(folder / 'index.html')}")

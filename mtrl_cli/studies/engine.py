@@ -11,7 +11,7 @@ from typing import Any
 
 from mtrl_cli.errors import RunError, Stopped, UserError, show
 from mtrl_cli.reports import command as report
-from mtrl_cli.runs.progress import say
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import dry_run
 from mtrl_cli.sweeps import plan as sweep_plan
@@ -44,7 +44,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
         Stopped: by a signal, after saving; the same command resumes.
     """
     for line in study.lines:
-        say(line)
+        print_line(line)
     folder = study.plan.run_dir
     assert folder is not None
     failed = None
@@ -53,7 +53,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     except RunError as error:
         failed = error
     except Stopped:
-        say("or with the same command, which also writes the report")
+        print_line("or with the same command, which also writes the report")
         raise
     report.report([folder.expanduser()], None, command)
     if failed is not None:

@@ -16,8 +16,8 @@ from mtrl_cli.commands import warm_start
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.reports import grouping, html
-from mtrl_cli.runs.progress import say
 from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.studies import engine
 from mtrl_cli.studies.engine import Study, key_of
 from mtrl_cli.sweeps import plan as sweep_plan
@@ -111,7 +111,7 @@ def _checkpoint(source: RunFolder, which: int | str, split: Words, folder: str) 
         path = str(axis.words[0]).strip("'") if isinstance(axis, Choices) else ""
         if warm_start.is_of(Path(path), checkpoints / which):
             return path
-    step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=say)  # type: ignore[arg-type]
+    step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=print_line)  # type: ignore[arg-type]
     return str(checkpoints / str(step))
 
 
