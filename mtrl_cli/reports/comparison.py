@@ -212,11 +212,13 @@ def curves(runs: Sequence[Run], tasks: Sequence[str], *, is_scored: bool) -> tup
 
     Returns None where the runs have no evaluation in common, or there is no task.
     """
+    if not tasks:
+        return None
     by_step = []
     for run in runs:
         results = {each.step: each.scores if is_scored else each.returns for each in run.evaluations}
         by_step.append({step: float(np.mean([own[task] for task in tasks])) for step, own in results.items() if set(tasks) <= own.keys()})
-    steps = sorted(set.intersection(*(set(own) for own in by_step))) if by_step and tasks else []
+    steps = sorted(set.intersection(*(set(own) for own in by_step))) if by_step else []
     return (np.array(steps, float), np.array([[own[step] for step in steps] for own in by_step])) if steps else None
 
 

@@ -85,6 +85,7 @@ def _template() -> Template:
     )
     environment.filters |= {"cell_text": cell_text, "bounds_text": _bounds_text, "number_columns": _number_columns}
     environment.tests |= {"interval": lambda cell: isinstance(cell, Estimate), "bounded": _is_bounded}
+    environment.tests |= {"picture": lambda part: isinstance(part, Picture)}
     return environment.get_template("page.html.jinja")
 
 

@@ -20,7 +20,7 @@ MAX_ABLATIONS = 6
 TITLE, WEIGHTS_TITLE = "Sharing compared with independent networks", "Task weights compared with uniform weights"
 ADVICE = "mtrl study sharing env=… trains all structures and independent networks at one size"
 INTERVALS = (
-    "In brackets: 95% bootstrap intervals of differences. Runs are resampled whole, within each configuration: the tasks of a run share one "
+    "In brackets: 95% bootstrap intervals of differences. Runs are resampled whole within each configuration: the tasks of a run share one "
     "network, and runs of equal seeds are no pairs."
 )
 EFFICIENCY = "Times fewer steps: the baseline's steps to its own final score over the structure's steps to that score; 0: not reached."
