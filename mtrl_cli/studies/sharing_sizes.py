@@ -72,7 +72,9 @@ def _count(words: list[str], structures: list[str], parameters: list[str]) -> di
 
     full = total(f"network/sharing={BASELINE}")
     counts = parameters or [str(total(f"network/sharing={REFERENCE}"))]
-    sizes = {each: {count: total_or_reason(f"network/sharing={each}", f"network.parameters={count}") for count in counts} for each in structures}
+    sizes = {
+        each: {count: total_or_reason(f"network/sharing={each}", f"network.parameters={count}") for count in counts} for each in structures
+    }
     return {"parameters": counts, "sizes": sizes, "full": full}
 
 
