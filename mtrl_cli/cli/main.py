@@ -69,6 +69,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
+StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with their progress where the study has begun.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -176,9 +177,6 @@ def sweep(
     run(plan, command=_command())
 
 
-StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with their progress where the study has begun.")]
-
-
 @app.command()
 def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
     """Measure transfer from a trained run to other tasks.
@@ -225,10 +223,7 @@ def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> 
 def _study(study: Any, dry_run: bool) -> None:
     from mtrl_cli.studies import engine
 
-    if dry_run:
-        print_result(study.listing())
-    else:
-        engine.run(study, command=_command())
+    print_result(study.listing()) if dry_run else engine.run(study, command=_command())
 
 
 @app.command()
