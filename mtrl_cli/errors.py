@@ -48,3 +48,8 @@ def show(value: Any) -> str:
     if not re.fullmatch(r"[\w./:,@+\[\]{} '-]+", text):
         text = repr(text)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def printable(text: str) -> str:
+    """Replace characters that could control the terminal, except line ends. Files of a run may come from a stranger."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tuning on other tasks, compared with training from scratch: MinAtar with three games as the source and the other two as targets;
-# CartPole and Acrobot as the source and MountainCar as the target. Three seeds each, 100 test episodes per task.
-# Usage: scripts/reproduce_transfer.sh [folder]      (if interrupted, the same command resumes; the reports are in folder/*/report)
-# MINATAR_STEPS, CLASSIC_STEPS: steps per task, of sources and targets. SEEDS: runs of each kind. PACKS: classic, minatar. JOBS: runs at a time.
+# Transfer to other tasks, compared with training from scratch: MinAtar with three source games and the other two as targets; CartPole and
+# Acrobot as sources and MountainCar as target. Three seeds each, 100 test episodes per task.
+# Usage: scripts/reproduce_transfer.sh [folder]      (repeat the command to resume; the reports are in folder/*/report)
+# MINATAR_STEPS, CLASSIC_STEPS: steps per task, for sources and targets. SEEDS: number of seeds. PACKS: classic, minatar.
+# JOBS: runs at a time.
 set -euo pipefail
 folder=${1:-runs/reproduce_transfer}
 
@@ -16,8 +17,8 @@ for pack in ${PACKS:-classic minatar}; do
   if [ "$pack" = classic ]; then
     study classic CartPole-v1,Acrobot-v1 MountainCar-v0 env=classic_pack "steps_per_task=${CLASSIC_STEPS:-100000}"
   else
-    # The targets are the two games that can be learned within the budget; samples per step and updates as in reproduce_minatar.sh.
-    # MINATAR=hard: Asterix and Seaquest, which take longer, as targets.
+    # The targets are the two games that can be learned within this budget. Samples per step and updates as in reproduce_minatar.sh.
+    # MINATAR=hard: the targets are Asterix and Seaquest, which take longer.
     source=asterix,seaquest,space_invaders target=breakout,freeway
     if [ "${MINATAR:-easy}" = hard ]; then source=breakout,freeway,space_invaders target=asterix,seaquest; fi
     study "minatar_${MINATAR:-easy}" "$source" "$target" env=minatar_pack "steps_per_task=${MINATAR_STEPS:-200000}" \
