@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtrl_cli.errors import UserError, printable, printable
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.parallel import torchrun
 
 ERROR_DELAY_SECONDS = 10.0
