@@ -18,31 +18,31 @@ from tests.helpers.recorded_operations import RecordedOperations
 
 ATARI, TINY, VECTOR = (1, 40, 36), (6, 10, 10), (5,)
 MAKE: dict[str, Callable[[ObservationSpec], Augmentation]] = {
-    "shift": lambda seen: Shift(seen, pad=3),
-    "crop": lambda seen: Crop(seen, share=0.8),
-    "rotate": lambda seen: Rotate(seen, degrees=20.0),
-    "scale": lambda seen: Scale(seen, low=0.7, high=1.4),
-    "flip": lambda seen: Flip(seen, probability=0.5),
-    "cutout": lambda seen: Cutout(seen, least=0.2, most=0.5),
-    "noise": lambda seen: Noise(seen, std=0.1),
-    "intensity": lambda seen: Intensity(seen, scale=0.3),
-    "blur": lambda seen: Blur(seen, low=0.1, high=1.5),
+    "shift": lambda spec: Shift(spec, pad=3),
+    "crop": lambda spec: Crop(spec, share=0.8),
+    "rotate": lambda spec: Rotate(spec, degrees=20.0),
+    "scale": lambda spec: Scale(spec, low=0.7, high=1.4),
+    "flip": lambda spec: Flip(spec, probability=0.5),
+    "cutout": lambda spec: Cutout(spec, least=0.2, most=0.5),
+    "noise": lambda spec: Noise(spec, std=0.1),
+    "intensity": lambda spec: Intensity(spec, scale=0.3),
+    "blur": lambda spec: Blur(spec, low=0.1, high=1.5),
 }
 WEAKEST: dict[str, Callable[[ObservationSpec], Augmentation]] = {
-    "shift": lambda seen: Shift(seen, pad=0),
-    "crop": lambda seen: Crop(seen, share=1.0),
-    "rotate": lambda seen: Rotate(seen, degrees=0.0),
-    "scale": lambda seen: Scale(seen, low=1.0, high=1.0),
-    "flip": lambda seen: Flip(seen, probability=0.0),
-    "cutout": lambda seen: Cutout(seen, least=0.0, most=0.0),
-    "noise": lambda seen: Noise(seen, std=0.0),
-    "intensity": lambda seen: Intensity(seen, scale=0.0),
-    "blur": lambda seen: Blur(seen, low=0.0, high=0.0),
+    "shift": lambda spec: Shift(spec, pad=0),
+    "crop": lambda spec: Crop(spec, share=1.0),
+    "rotate": lambda spec: Rotate(spec, degrees=0.0),
+    "scale": lambda spec: Scale(spec, low=1.0, high=1.0),
+    "flip": lambda spec: Flip(spec, probability=0.0),
+    "cutout": lambda spec: Cutout(spec, least=0.0, most=0.0),
+    "noise": lambda spec: Noise(spec, std=0.0),
+    "intensity": lambda spec: Intensity(spec, scale=0.0),
+    "blur": lambda spec: Blur(spec, low=0.0, high=0.0),
 }
 EVERY = pytest.mark.parametrize("name", MAKE)
 
 
-def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> ObservationSpec:
+def spec(shape: tuple[int, ...] = ATARI, **changes: Any) -> ObservationSpec:
     """Two tasks; the second has fewer channels if there are several."""
     values: dict[str, Any] = {
         "kind": "vector" if len(shape) == 1 else "image",
@@ -91,7 +91,7 @@ def batch(shape: tuple[int, ...] = ATARI, samples: int = 16, stack: int = 4) -> 
 @pytest.mark.parametrize("shape", [ATARI, TINY])
 def test_zero_strength_changes_nothing(name: str, shape: tuple[int, ...]) -> None:
     given = batch(shape)
-    result = WEAKEST[name](seen(shape))(given)
+    result = WEAKEST[name](spec(shape))(given)
     assert torch.equal(result.observation.to(torch.uint8), given.observation)
     assert torch.equal(result.next_observation.to(torch.uint8), given.next_observation)
     assert torch.equal(result.action, given.action)
@@ -102,7 +102,7 @@ def test_one_draw_per_sample_for_all_frames_of_its_stack(name: str) -> None:
     given = batch()
     same = observations(samples=1, stack=1).expand(-1, 16, 4, -1, -1, -1)
     given.observation, given.next_observation = same.clone(), same.clone()
-    result = MAKE[name](seen())(given)
+    result = MAKE[name](spec())(given)
     for changed in (result.observation, result.next_observation):
         assert changed.shape == same.shape
         assert changed.dtype == torch.uint8
@@ -115,24 +115,24 @@ def test_one_draw_per_sample_for_all_frames_of_its_stack(name: str) -> None:
 
 @EVERY
 def test_restored_state_repeats_the_draws(name: str) -> None:
-    augmentation = MAKE[name](seen())
+    augmentation = MAKE[name](spec())
     state = augmentation.state_dict()
     first, second = augmentation(batch()), augmentation(batch())
     assert not torch.equal(first.observation, second.observation)
-    again = MAKE[name](seen(seed=8))
+    again = MAKE[name](spec(seed=8))
     again.load_state_dict(state)
     if name != "noise":  # its table depends on the seed
         assert torch.equal(again(batch()).observation, first.observation)
     augmentation.load_state_dict(state)
     assert torch.equal(augmentation(batch()).next_observation, first.next_observation)
-    other = MAKE[name](seen(seed=9))(batch())
+    other = MAKE[name](spec(seed=9))(batch())
     assert not torch.equal(other.observation, first.observation)
 
 
 @EVERY
 def test_padding_stays_zero(name: str) -> None:
     given = batch(TINY, stack=1)
-    result = MAKE[name](seen(TINY))(given)
+    result = MAKE[name](spec(TINY))(given)
     assert not result.observation[1, :, :, 4:].any()
     assert not result.next_observation[1, :, :, 4:].any()
     assert (result.observation != given.observation).any()
@@ -144,7 +144,7 @@ def test_recorded_calls_draw_the_same_as_eager_calls(name: str) -> None:
     """As in a CUDA graph: no synchronization, and no Python number changes between calls."""
     results = []
     for recorded in (False, True):
-        augmentation, given = MAKE[name](seen()), batch(samples=4)
+        augmentation, given = MAKE[name](spec()), batch(samples=4)
         assert augmentation.capturable
         assert cuda_graphs.generators_of(augmentation) == [augmentation._generator]
 
@@ -161,14 +161,14 @@ def test_recorded_calls_draw_the_same_as_eager_calls(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in ("noise", "scale")])
 def test_image_augmentation_refuses_vectors_and_names_alternatives(name: str) -> None:
     with pytest.raises(ValueError, match="supports images, but observations are vectors: use noise or scale"):
-        MAKE[name](seen(VECTOR))
+        MAKE[name](spec(VECTOR))
 
 
 def test_rollout_samples_are_augmented_once() -> None:
     given = batch()
     given.next_observation = given.observation
     for name in MAKE:
-        result = MAKE[name](seen())(given)
+        result = MAKE[name](spec())(given)
         assert result.next_observation is result.observation
 
 
@@ -201,13 +201,13 @@ def test_windows_equal_crops_of_padded_images(dtype: torch.dtype) -> None:
 def test_shift_draws_every_offset_up_to_the_pad() -> None:
     place = torch.arange(40)[:, None] * 100 + torch.arange(36)
     observation = place.float().expand(2, 400, 1, 1, 40, 36)
-    middle = Shift(seen(), pad=2).augment(observation)[..., 20, 18].flatten()
+    middle = Shift(spec(), pad=2).augment(observation)[..., 20, 18].flatten()
     assert sorted(set(middle.tolist())) == sorted({float((20 + y) * 100 + 18 + x) for y in range(-2, 3) for x in range(-2, 3)})
 
 
 def test_pad_of_the_image_size_is_refused() -> None:
     with pytest.raises(ValueError, match="pad must be below the image size, 36, got 36"):
-        Shift(seen(), pad=36)
+        Shift(spec(), pad=36)
 
 
 @pytest.mark.parametrize(("shape", "pad"), [((1, 84, 84), 4), ((10, 10, 10), 1), ((3, 64, 96), 3), ((1, 5, 5), 1)])
@@ -217,7 +217,7 @@ def test_auto_pad_follows_the_image_size(shape: tuple[int, ...], pad: int) -> No
 
 def test_crop_equals_torch_nearest_interpolation_of_a_window() -> None:
     observation = observations(samples=200, stack=2)
-    changed = Crop(seen(), share=0.75).augment(observation)
+    changed = Crop(spec(), share=0.75).augment(observation)
     for before, after in zip(observation.flatten(0, 1)[::40], changed.flatten(0, 1)[::40], strict=True):
         windows = before[:, 0].float().unfold(1, 30, 1).unfold(2, 27, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
         enlarged = torch.nn.functional.interpolate(windows, (40, 36), mode="nearest-exact").to(torch.uint8)
@@ -246,7 +246,7 @@ def test_cut_out_by_hand() -> None:
 
 def test_cutout_boxes_stay_inside_and_reach_all_sizes() -> None:
     ones = torch.full((2, 300, 1, *ATARI), 9, dtype=torch.uint8)
-    black = (Cutout(seen(), least=0.25, most=0.5).augment(ones) == 0).flatten(0, 3)
+    black = (Cutout(spec(), least=0.25, most=0.5).augment(ones) == 0).flatten(0, 3)
     heights, widths = black.any(2).sum(1), black.any(1).sum(1)
     assert (black.flatten(1).sum(1) == heights * widths).all()
     assert (heights.min(), heights.max(), widths.min(), widths.max()) == (10, 20, 9, 18)
@@ -255,20 +255,20 @@ def test_cutout_boxes_stay_inside_and_reach_all_sizes() -> None:
 
 def test_noise_is_gaussian_rounded_and_clipped() -> None:
     grey = torch.full((2, 50, 4, *ATARI), 128, dtype=torch.uint8)
-    change = Noise(seen(), std=0.04).augment(grey).float()[:, :, 0] - 128
+    change = Noise(spec(), std=0.04).augment(grey).float()[:, :, 0] - 128
     assert change.mean().abs() < 0.1
     assert change.std() == pytest.approx(0.04 * 255, rel=0.02)
     within = (change.abs() <= 0.04 * 255 + 0.5).float().mean()  # bytes up to 10
     assert within == pytest.approx(torch.erf(torch.tensor(10.5 / 10.2 / 2**0.5)).item(), abs=0.01)
     ends = with_noise(torch.tensor([0, 250], dtype=torch.uint8), torch.tensor([-3, 9], dtype=torch.int16), 255)
     assert ends.tolist() == [0, 255]
-    table = Noise(seen(), std=0.04)._float_table[:NOISE_TABLE]
+    table = Noise(spec(), std=0.04)._float_table[:NOISE_TABLE]
     assert (table[1:] * table[:-1]).mean().abs() < 0.005 * table.square().mean()
 
 
 def test_vector_noise_is_in_units_of_components_and_spares_padding() -> None:
     given = observations(VECTOR, samples=2000, stack=1)
-    change = Noise(seen(VECTOR), std=0.5).augment(given) - given
+    change = Noise(spec(VECTOR), std=0.5).augment(given) - given
     assert not change[1, :, :, 3:].any()
     assert change[0].std() == pytest.approx(0.5, rel=0.05)
     assert change[0].mean(0).abs().max() < 0.06
@@ -276,7 +276,7 @@ def test_vector_noise_is_in_units_of_components_and_spares_padding() -> None:
 
 def test_vector_scale_is_one_factor_per_sample() -> None:
     given = observations(VECTOR, samples=500, stack=1) + 0.1
-    factors = Scale(seen(VECTOR), low=0.5, high=2.0).augment(given) / given
+    factors = Scale(spec(VECTOR), low=0.5, high=2.0).augment(given) / given
     assert torch.allclose(factors, factors[..., :1].expand_as(factors))
     assert 0.5 <= factors.min() < 0.52
     assert 1.95 < factors.max() <= 2.0
@@ -290,7 +290,7 @@ def test_brightness_by_hand() -> None:
 
 def test_intensity_factors_are_clipped_at_two_standard_deviations() -> None:
     ones = torch.ones((2, 2000, 1, *TINY))
-    factors = Intensity(seen(TINY), scale=0.1).augment(ones)[:, :, 0, 0, 0, 0]
+    factors = Intensity(spec(TINY), scale=0.1).augment(ones)[:, :, 0, 0, 0, 0]
     assert factors.min() == pytest.approx(0.8)
     assert factors.max() == pytest.approx(1.2)
     assert factors.mean() == pytest.approx(1.0, abs=0.01)
@@ -338,7 +338,7 @@ def test_blur_agrees_with_kornia() -> None:
 def test_flip_agrees_with_kornia() -> None:
     kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
     given = batch(samples=3)
-    flipped = Flip(seen(), probability=1.0)(given)
+    flipped = Flip(spec(), probability=1.0)(given)
     assert torch.equal(flipped.observation, kornia.geometry.transform.hflip(given.observation))
     assert torch.equal(flipped.next_observation, kornia.geometry.transform.hflip(given.next_observation))
 
@@ -352,9 +352,9 @@ def test_pipeline_applies_augmentations_in_order() -> None:
     Each augmentation has its own draws, as if it were the only one.
     """
     given = batch()
-    alone = {name: MAKE[name](seen()) for name in ("cutout", "rotate")}
-    expected = alone["rotate"](alone["cutout"](given))
-    orders = [Pipeline({name: MAKE[name](seen()) for name in names}) for names in (["cutout", "rotate"], ["rotate", "cutout"])]
+    separate = {name: MAKE[name](spec()) for name in ("cutout", "rotate")}
+    expected = separate["rotate"](separate["cutout"](given))
+    orders = [Pipeline({name: MAKE[name](spec()) for name in names}) for names in (["cutout", "rotate"], ["rotate", "cutout"])]
     results = [order(given) for order in orders]
     assert torch.equal(results[0].observation, expected.observation)
     assert not torch.equal(results[1].observation, expected.observation)
@@ -367,7 +367,7 @@ def test_empty_pipeline_returns_the_same_batch() -> None:
 
 def test_several_draws_are_stored_draw_after_draw() -> None:
     given = batch()
-    made = Pipeline({"shift": Shift(seen(), pad=0)}, loss_draws=3, target_draws=2)(given)
+    made = Pipeline({"shift": Shift(spec(), pad=0)}, loss_draws=3, target_draws=2)(given)
     assert torch.equal(made.observation.unflatten(1, (3, 16)), given.observation[:, None].expand(-1, 3, *(-1,) * 5))
     assert torch.equal(made.next_observation.unflatten(1, (2, 16)), given.next_observation[:, None].expand(-1, 2, *(-1,) * 5))
     assert torch.equal(made.action, given.action.repeat(1, 3))

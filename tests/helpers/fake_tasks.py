@@ -38,23 +38,23 @@ class GivenGradients(TaskGradients):
 
     Attributes:
         result_P: gradient added to the parameters.
-        asked: names of the methods called, in order.
+        calls: names of the methods called, in order.
     """
 
     def __init__(self, rows_KP: torch.Tensor, loss_K: torch.Tensor | None = None):
         self.rows_KP, self.loss_K = rows_KP, torch.ones(len(rows_KP)) if loss_K is None else loss_K
         self.result_P = torch.zeros_like(rows_KP[0])
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     def weigh(self, weight_K: torch.Tensor) -> None:
         self._give("weigh", weight_K @ self.rows_KP)
 
     def gram(self) -> torch.Tensor:
-        self.asked.append("gram")
+        self.calls.append("gram")
         return self.rows_KP @ self.rows_KP.T
 
     def rows(self) -> torch.Tensor:
-        self.asked.append("rows")
+        self.calls.append("rows")
         return self.rows_KP
 
     def combine(self, weight_K: torch.Tensor) -> None:
@@ -64,8 +64,8 @@ class GivenGradients(TaskGradients):
         self._give("replace", gradient_P)
 
     def _give(self, how: str, gradient_P: torch.Tensor) -> None:
-        assert not {"weigh", "combine", "replace"} & set(self.asked), "called once"
-        self.asked.append(how)
+        assert not {"weigh", "combine", "replace"} & set(self.calls), "called once"
+        self.calls.append(how)
         self.result_P = gradient_P
 
 

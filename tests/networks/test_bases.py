@@ -29,14 +29,14 @@ def test_paco_torso_has_mixed_parameters(torso: Torso, shapes: Shapes) -> None:
     same = len(set(shapes)) == 1
     names = sorted(sharing.basis.stacked)
     for task in range(len(shapes)):
-        alone = nn.Sequential(*([torso.stem(shapes[0])] if same else []), *torso.body(shapes[0]))
+        single = nn.Sequential(*([torso.stem(shapes[0])] if same else []), *torso.body(shapes[0]))
         with torch.no_grad():
-            for name, stacked in zip(sorted(name for name, _ in alone.named_parameters()), names, strict=True):
+            for name, stacked in zip(sorted(name for name, _ in single.named_parameters()), names, strict=True):
                 sets, weights = sharing.basis.stacked[stacked], sharing.weights.vectors[task]
-                alone.get_parameter(name).copy_(sum(weights[each] * sets[each] for each in range(4)))
+                single.get_parameter(name).copy_(sum(weights[each] * sets[each] for each in range(4)))
         for sample in range(4):
             x = read_by_experts(sharing, torso, shapes, task, observation[task, sample : sample + 1])
-            assert torch.allclose(features[task, sample], alone(x)[0], atol=1e-4)
+            assert torch.allclose(features[task, sample], single(x)[0], atol=1e-4)
 
 
 def test_paco_parameter_counts() -> None:

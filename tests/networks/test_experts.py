@@ -49,13 +49,13 @@ def test_samples_do_not_affect_each_other(kind: type[Sharing], case: tuple[Torso
 def test_single_task_network_gives_the_same_features(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
     """A network of one task with the parameters of a network of several tasks."""
     torso, shapes = case
-    sharing, alone, observation = kind(torso, shapes), kind(torso, shapes[:1]), observations(shapes)
+    sharing, single, observation = kind(torso, shapes), kind(torso, shapes[:1]), observations(shapes)
     if kind is PLE:  # which has fewer experts for fewer tasks
-        assert alone(observation[:1]).shape == (1, 4, sharing.num_features)
+        assert single(observation[:1]).shape == (1, 4, sharing.num_features)
         return
     owned = {f"{path}.{name}" for path, module in sharing.named_modules() if isinstance(module, TaskOwned) for name in module.state_dict()}
-    alone.load_state_dict({name: tensor[:1] if name in owned else tensor for name, tensor in sharing.state_dict().items()})
-    assert torch.allclose(alone(observation[:1]), sharing(observation)[:1], atol=1e-5)
+    single.load_state_dict({name: tensor[:1] if name in owned else tensor for name, tensor in sharing.state_dict().items()})
+    assert torch.allclose(single(observation[:1]), sharing(observation)[:1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [MMoE, MOORE, CARE, SoftMoE, PaCo])

@@ -21,7 +21,7 @@ def taken(source: MultiTaskNetwork, theirs: str, network: MultiTaskNetwork, mine
     return take(Source(source, list(theirs), known, known if heads is None else heads), network, list(mine))
 
 
-def fates(found: Taken) -> dict[tuple[str | None, str, int | None], str]:
+def statuses(found: Taken) -> dict[tuple[str | None, str, int | None], str]:
     return {(each.task, each.kind, each.layer): each.status for each in found.outcomes}
 
 
@@ -33,11 +33,11 @@ def tensor(network: MultiTaskNetwork, tasks: str, task: str | None, name: str) -
 @pytest.mark.parametrize("torso", [MLP_TORSO, CNN], ids=["vectors", "images"])
 def test_pieces_cover_every_parameter_once_without_padding(sharing: str, torso: Torso) -> None:
     network = network_of(sharing, "abc", torso)
-    seen = {name: torch.zeros(value.shape) for name, value in network.state_dict().items()}
+    observation = {name: torch.zeros(value.shape) for name, value in network.state_dict().items()}
     for piece in pieces_of(network, list("abc")).values():
-        piece.of(seen).add_(1)
-    assert max(float(times.max()) for times in seen.values()) == 1
-    assert sum(int(times.sum()) for times in seen.values()) == network.parameter_counts().total
+        piece.of(observation).add_(1)
+    assert max(float(times.max()) for times in observation.values()) == 1
+    assert sum(int(times.sum()) for times in observation.values()) == network.parameter_counts().total
 
 
 @pytest.mark.parametrize("sharing", STRUCTURES)
@@ -47,8 +47,8 @@ def test_same_tasks_load_everything(sharing: str, torso: Torso) -> None:
     found = taken(source, "abc", network, "abc")
     assert {each.status for each in found.outcomes} == {"loaded"}
     assert set(found.rows.values()) == {None}
-    seen = observations([(IMAGE if torso is CNN else VECTOR)[task] for task in "abc"])
-    assert torch.equal(source(seen), network(seen))
+    observation = observations([(IMAGE if torso is CNN else VECTOR)[task] for task in "abc"])
+    assert torch.equal(source(observation), network(observation))
 
 
 @pytest.mark.parametrize("sharing", [name for name in STRUCTURES if name not in ("cross_stitch", "ple")])
@@ -57,23 +57,23 @@ def test_known_tasks_keep_their_values_among_other_tasks(sharing: str) -> None:
     source, network = network_of(sharing, "ab", seed=1), network_of(sharing, "bca", seed=2)
     before = network(observations([VECTOR[task] for task in "bca"]))
     found = taken(source, "ab", network, "bca")
-    assert {fates(found)[task, "heads", None] for task in "ab"} == {"loaded"}
-    assert fates(found)["c", "heads", None] == "fresh"
-    seen = observations([VECTOR[task] for task in "bca"])
+    assert {statuses(found)[task, "heads", None] for task in "ab"} == {"loaded"}
+    assert statuses(found)["c", "heads", None] == "fresh"
+    observation = observations([VECTOR[task] for task in "bca"])
     swapped = torch.zeros(2, 4, 6)
-    swapped[0, :, :4], swapped[1] = seen[2, :, :4], seen[0]
-    said, expected = network(seen), source(swapped)
+    swapped[0, :, :4], swapped[1] = observation[2, :, :4], observation[0]
+    values, expected = network(observation), source(swapped)
     for here, there, task in ((2, 0, "a"), (0, 1, "b")):
-        mine, theirs = said[here, :, : ACTIONS[task]], expected[there, :, : ACTIONS[task]]
+        mine, theirs = values[here, :, : ACTIONS[task]], expected[there, :, : ACTIONS[task]]
         assert torch.allclose(mine, theirs, atol=1e-6), task
-        assert not torch.equal(before[here], said[here])
+        assert not torch.equal(before[here], values[here])
 
 
 def test_new_task_loads_only_the_shared_body() -> None:
     source, network = network_of("hard", "abc", seed=1), network_of("hard", "d", seed=2)
     fresh = tensor(network, "d", None, "sharing.stem.0.weight").clone()
     found = taken(source, "abc", network, "d")
-    of = fates(found)
+    of = statuses(found)
     assert of[None, "torso", 1] == of[None, "torso", 2] == "loaded"
     assert of[None, "torso", 0] == of["d", "heads", None] == "fresh"
     assert [of[task, kind, layer] for task in "abc" for kind, layer in (("torso", 0), ("heads", None))] == ["left"] * 6
@@ -90,7 +90,7 @@ def test_shared_stem_and_per_task_stems_load_into_each_other() -> None:
         network_of(*each) for each in (("input_adapters", "bc", CNN, 3), *(("hard", t, CNN, 4) for t in ("c", "d", "bc")))
     )
     for network, tasks, fate in ((only, "c", "loaded"), (other, "d", "fresh"), (two, "bc", "fresh")):
-        assert fates(taken(own, "bc", network, tasks))[None, "torso", 0] == fate
+        assert statuses(taken(own, "bc", network, tasks))[None, "torso", 0] == fate
     assert torch.equal(tensor(only, "c", None, "sharing.stem.0.weight"), tensor(own, "bc", "c", "sharing.stem.0.weight"))
 
 
@@ -162,6 +162,6 @@ def test_adapters_are_matched_by_task() -> None:
     with torch.no_grad():
         source.get_parameter("sharing.body.0.0.adapter.up").normal_()
     found = taken(source, "ab", network, "ca")
-    assert fates(found)["a", "adapters", None] == "loaded"
+    assert statuses(found)["a", "adapters", None] == "loaded"
     assert torch.equal(tensor(network, "ca", "a", "sharing.body.0.0.adapter.up"), tensor(source, "ab", "a", "sharing.body.0.0.adapter.up"))
     assert not tensor(network, "ca", "c", "sharing.body.0.0.adapter.up").any()

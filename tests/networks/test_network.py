@@ -93,11 +93,11 @@ def test_padding_is_not_counted(head: type[Head], seed: int) -> None:
     """Against single-task networks, which have no padding: independent tasks have the same counts, hard sharing has one body."""
     shapes, actions = random_pack(seed)
     single = [network_of(IndependentSharing, head, [shape], [number]) for shape, number in zip(shapes, actions, strict=True)]
-    alone = [sum(parameter.numel() for parameter in network.parameters()) for network in single]
+    separate = [sum(parameter.numel() for parameter in network.parameters()) for network in single]
     independent = network_of(IndependentSharing, head, shapes, actions).parameter_counts()
-    assert (independent.shared, independent.per_task) == (0, alone)
+    assert (independent.shared, independent.per_task) == (0, separate)
     hard = network_of(HardSharing, head, shapes, actions).parameter_counts()
-    assert [hard.shared + own for own in hard.per_task] == alone
+    assert [hard.shared + own for own in hard.per_task] == separate
     assert hard.total == hard.shared + sum(hard.per_task)
 
 

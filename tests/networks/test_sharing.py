@@ -282,9 +282,9 @@ def test_hard_sharing_of_one_shape_shares_the_whole_torso() -> None:
     torso = MLP(hidden=[8, 5])
     sharing = HardSharing(torso, [(4,)] * 3)
     observation = observations([(4,)] * 3)
-    alone = nn.Sequential(sharing.stem, sharing.body)
+    reference = nn.Sequential(sharing.stem, sharing.body)
     for task in range(3):
-        assert torch.allclose(sharing(observation)[task], alone(observation[task]), atol=1e-6)
+        assert torch.allclose(sharing(observation)[task], reference(observation[task]), atol=1e-6)
     assert counts(sharing) == (5 * 8 + 9 * 5, [0, 0, 0])
 
 
@@ -300,8 +300,8 @@ def test_hard_sharing_of_different_shapes_shares_the_body() -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 def test_independent_counts_equal_separate_torsos(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
-    alone = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
-    assert counts(IndependentSharing(torso, shapes)) == (0, alone)
+    separate = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
+    assert counts(IndependentSharing(torso, shapes)) == (0, separate)
 
 
 @pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])

@@ -77,9 +77,9 @@ def test_method_uses_only_the_gradients_that_it_declares(name: str) -> None:
     assert weights.needs in ("losses", "gram", "rows")
     gradients = random_gradients(0)
     weights.backward(gradients)
-    assert set(gradients.asked) & {"gram", "rows"} == ({weights.needs} - {"losses"})
+    assert set(gradients.calls) & {"gram", "rows"} == ({weights.needs} - {"losses"})
     how = "weigh" if name in (*BY_LOSSES, "uniform") else "replace" if weights.needs == "rows" else "combine"
-    assert gradients.asked[-1] == how
+    assert gradients.calls[-1] == how
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if name != "uniform"])
@@ -187,12 +187,12 @@ def test_draws_are_separate_from_torchs_default_generator(name: str) -> None:
 @pytest.mark.parametrize("before", [0, 1, 7])
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
 def test_restored_weighting_continues_bit_for_bit(name: str, before: int) -> None:
-    alone, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
-    updates(alone, range(before))
+    uninterrupted, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
+    updates(uninterrupted, range(before))
     tensors: dict[str, torch.Tensor] = {}
-    tree = flatten(alone.state_dict(), tensors)
+    tree = flatten(uninterrupted.state_dict(), tensors)
     fresh.load_state_dict(unflatten(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
-    for mine, theirs in zip(updates(alone, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
+    for mine, theirs in zip(updates(uninterrupted, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -205,18 +205,18 @@ def test_training_with_restored_weighting_continues_bit_for_bit(name: str) -> No
         made.task_weights = weights_of(name, 2, **{**QUICK, "static": {"weights": {"t0": 3.0}}}.get(name, {}))
         return made
 
-    alone = fill(learner(0))
+    uninterrupted = fill(learner(0))
     for step in range(5):
-        alone.update(step)
-    resumed = restored(learner(1), saved(alone), alone.replay)
-    for each in (alone, resumed):
+        uninterrupted.update(step)
+    resumed = restored(learner(1), saved(uninterrupted), uninterrupted.replay)
+    for each in (uninterrupted, resumed):
         for step, row in enumerate(rows(4, start=20)):
             each.replay.add(**row)
             each.update(5 + step)
         each.check_finite()
-    for key, tensor in parameters(alone).items():
+    for key, tensor in parameters(uninterrupted).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[key]), key
-    metrics = alone.row()
+    metrics = uninterrupted.row()
     assert metrics == resumed.row()
     assert all(f"weight/{task}" in metrics for task in NAMES)
 
@@ -273,10 +273,10 @@ def test_score_gap_is_bounded_and_uniform_at_both_ends() -> None:
 @pytest.mark.parametrize(("random", "reference"), [(None, 1.0), (0.0, None), (1.0, 1.0)])
 def test_score_gap_refuses_a_task_without_a_reference(random: float | None, reference: float | None) -> None:
     tasks = Tasks(("known", "unknown"), (0.0, random), (1.0, reference), 0, torch.device("cpu"))
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         ScoreGap(tasks, temperature=1.0, half_life=1)
-    assert "unknown" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "unknown" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_static_weights_are_set_by_task_name() -> None:
@@ -306,7 +306,7 @@ def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["task_weights=score_gap", "env=gymnasium", "env.tasks=[CartPole-v1,CartPole-v0]"], "CartPole-v0"),
         (["task_weights=static", "task_weights.weights={Pong: 2}"], "Pong"),
@@ -314,9 +314,9 @@ def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here
         (["task_weights=nash_mtl", "task_weights.every=0"], "task_weights.every=0"),
     ],
 )
-def test_invalid_configuration_is_refused_before_the_run_folder_exists(words: list[str], told: str, here: MtrlHere) -> None:
+def test_invalid_configuration_is_refused_before_the_run_folder_exists(words: list[str], message: str, here: MtrlHere) -> None:
     done = here("train", *TINY, *words, "run_dir=run", code=2)
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (here.folder / "run").exists()
 
