@@ -51,5 +51,5 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace characters that could control the terminal, except line ends. Files of a run may come from a stranger."""
+    """Replace characters that could control the terminal, except line ends. Files of a run may be untrusted."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
