@@ -48,7 +48,7 @@ def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False
                         warm_start.find_source(config)  # before the work of building anything
                 config, run, loop = _prepared(config, ranks)
                 config = _initialised(config, run, ranks)
-                loop.begin()
+                loop.reset()
                 folder = _make_folder(run_dir, run, ranks)
             with folder:
                 folder.write("config.yaml", compose.dump(config | {"run_dir": str(folder.path)}))
@@ -122,7 +122,7 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
             training = Trainer(folder, config, run, loop, store, stop, command, ranks)
             if state is None:
                 config = _initialised(config, run, ranks)
-                loop.begin()
+                loop.reset()
             else:
                 with ranks.together():
                     training.restore(step, state)

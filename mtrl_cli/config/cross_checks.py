@@ -185,5 +185,3 @@ def _check_transfer(config: Mapping[str, Any]) -> None:
             f"transfer.unfreeze_at={thaw} is beyond steps_per_task={config['steps_per_task']}: nothing would ever thaw; "
             "lower the one or raise the other (both are steps per task), or leave unfreeze_at out"
         )
-    if keys["gradual"] and thaw is None:
-        raise UserError("transfer.gradual=true, and nothing ever thaws: give transfer.unfreeze_at=STEPS")

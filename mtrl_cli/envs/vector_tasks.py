@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -21,21 +21,25 @@ from mtrl_cli.envs.action_log import ActionLog
 from mtrl_cli.envs.pack import UNSEEDED, Pack, VectorTask
 from mtrl_cli.errors import RunError, UserError
 
+ArrayT = TypeVar("ArrayT")
+
 
 @dataclass
-class Step:
-    """What came of one action in each of K x N environments; rows of tasks that were not stepped are zero.
+class Step(Generic[ArrayT]):
+    """Results of one action in each of K x N environments, as numpy arrays or tensors; zeros for tasks that were not stepped.
 
-    observation `[K, N, *padded]`: what to act on next; where an episode is done, the first of the new one. It stays as it is until the next
-    `recv` has returned. reward float32 `[K, N]`: the game's own, never clipped. terminated, truncated, done: bool `[K, N]`, see
-    `VectorTask.recv`.
+    Attributes:
+        observation: `[K, N, *padded]`, the next observation; the first of the next episode where an episode ended. It is not overwritten
+            before the next `recv` returns.
+        reward: float32 `[K, N]`, unclipped.
+        terminated, truncated, done: bool `[K, N]`, see `VectorTask.recv`.
     """
 
-    observation: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    done: np.ndarray
+    observation: ArrayT
+    reward: ArrayT
+    terminated: ArrayT
+    truncated: ArrayT
+    done: ArrayT
 
 
 class VectorTasks:
@@ -129,7 +133,7 @@ class VectorTasks:
         for task in np.flatnonzero(active):
             self._vectors[task].send(np.ascontiguousarray(actions[task], np.int64))
 
-    def recv(self) -> Step:
+    def recv(self) -> Step[np.ndarray]:
         """Wait for the step that `send` began; restart the environments that are done."""
         active = self._in_flight
         assert active is not None, "recv was called without send"

@@ -32,7 +32,7 @@ class NullDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
         """Take the newest metrics."""
 
     def message(self, text: str) -> None:
@@ -86,7 +86,8 @@ class Display(NullDisplay):
         self._metrics: dict[str, float] = {}
         self._step = 0
         self._seconds: float | None = None
-        self._began: tuple[float, int] | None = None  # when and at which step the first update came
+        self._began: tuple[float, int] | None = None  # time and step of the first update
+        self._measured = (0.0, 0)  # time and step of the last update that the speed is measured to
         self._shown = -float("inf")
         self._shown_step = -1
         self._guarded = Guard(self.out)
@@ -107,11 +108,12 @@ class Display(NullDisplay):
         elif self._began is not None and self._shown_step != self._step:
             self._show()
 
-    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
         """Take the newest metrics, by their names in metrics.jsonl; those not given keep their last value. Shown when it is time.
 
         `seconds` is the run's time so far over all resumes. `train/score/<task>`, the normalised return of training, is shown in
-        preference to the last evaluation's `eval/score/<task>`.
+        preference to the last evaluation's `eval/score/<task>`. The estimated time of arrival (ETA) uses steps with `is_measured` only,
+        so that bursts of updates do not affect it.
         """
         now = time.monotonic()
         self._step = step
@@ -119,6 +121,8 @@ class Display(NullDisplay):
         self._metrics.update(metrics)
         if self._began is None:
             self._began = (now, step)
+        if is_measured:
+            self._measured = (now, step)
         if now - self._shown >= (LIVE_SECONDS if self.is_live else PLAIN_SECONDS):
             self._shown = now
             self._show()
@@ -215,10 +219,11 @@ class Display(NullDisplay):
         if self._seconds is not None:
             parts.append(f"time {duration(self._seconds)}")
         if self._began is not None:
-            began, first = self._began
-            elapsed, made = time.monotonic() - began, self._step - first
+            (began, first), (now, step) = self._began, self._measured
+            elapsed, made = now - began, step - first
             if made > 0 and elapsed > 1:
-                parts.append(f"ETA {duration(max(0, self.total_steps - self._step) / made * elapsed)}")
+                left = max(0, self.total_steps - step) / made * elapsed - (time.monotonic() - now)
+                parts.append(f"ETA {duration(max(0.0, left))}")
         if "perf/memory" in self._metrics:
             parts.append(f"memory {self._metrics['perf/memory'] / 2**30:.1f} GiB")
         return parts
