@@ -93,8 +93,8 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
         return
     if parts and length * num_envs % parts:
         raise UserError(
-            f"agent.minibatches={parts} cannot cut a rollout into equal parts: it has agent.rollout_length={length} times "
-            f"env.num_envs={num_envs} steps, {length * num_envs}; expected a number that divides them"
+            f"agent.minibatches={parts} cannot divide a rollout into equal parts: agent.rollout_length={length} times "
+            f"env.num_envs={num_envs} is {length * num_envs}; expected a divisor of {length * num_envs}"
         )
     if (length + 1) * num_envs > config["steps_per_task"]:
         raise UserError(

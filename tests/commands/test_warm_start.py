@@ -273,7 +273,7 @@ def test_killed_before_at_or_after_a_thaw_a_run_ends_with_the_same_bytes(here: M
     if step == 0:
         shutil.rmtree(run / "checkpoints")
     said = here("resume", "run").stdout
-    assert ("starting it anew" if step == 0 else f"going on from step {step}") in said
+    assert ("starting it anew" if step == 0 else f"resuming from step {step}") in said
     assert ("thawed at step 100" in said) == (step <= 100)
     assert bytes_of(run) == bytes_of(thawed)
     assert rows(run) == rows(thawed)
@@ -348,7 +348,7 @@ def test_training_goes_on_with_the_sources_replay(here: MtrlHere, sources: Path,
     before = [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
     for step in (200, 180, 160):
         shutil.rmtree(run / "checkpoints" / str(step))
-    assert "going on from step 140" in here("resume", "run").stdout
+    assert "resuming from step 140" in here("resume", "run").stdout
     assert [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")] == before
 
 

@@ -230,7 +230,7 @@ def test_a_sweep_whose_job_is_preempted_and_whose_process_is_killed_has_each_tri
     assert [(record["state"], record["attempts"]) for record in records(folder)] == [("completed", 1)] * 3
     assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
     assert "Restarts=1" in slurm_says("scontrol", "show", "job", handle)
-    begun_anew = [path.parent.name for path in folder.glob("trials/*/output.txt") if "going on from step" not in path.read_text()]
+    begun_anew = [path.parent.name for path in folder.glob("trials/*/output.txt") if "resuming from step" not in path.read_text()]
     assert "0000" not in begun_anew, "the requeued job began anew"
 
     plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)

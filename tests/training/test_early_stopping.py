@@ -20,7 +20,7 @@ def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -
     """After which value of a curve it is enough, counted from 0; None if it never is."""
     stopping = EarlyStopping(metric="eval/score/mean", patience=patience, min_delta=min_delta)
     for index, value in enumerate(curve):
-        stopping.hear(index, value)
+        stopping.update(index, value)
         if stopping.stopped:
             return index
     return None
@@ -63,18 +63,18 @@ def test_state_goes_on_where_it_was() -> None:
         whole = EarlyStopping(metric="a", patience=6, min_delta=0.2)
         resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
         for index, value in enumerate(curve):
-            whole.hear(index, value)
+            whole.update(index, value)
             state = json.loads(json.dumps(resumed.state_dict()))
             resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
             resumed.load_state_dict(state)
-            resumed.hear(index, value)
+            resumed.update(index, value)
             assert (resumed.stopped, resumed.state_dict()) == (whole.stopped, whole.state_dict())
 
 
 def test_without_a_metric_nothing_stops() -> None:
     stopping = EarlyStopping(metric=None, patience=1, min_delta=0.0)
     for step in range(5):
-        stopping.hear(step, 0.0)
+        stopping.update(step, 0.0)
     assert not stopping.stopped
 
 
