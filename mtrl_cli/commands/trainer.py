@@ -20,9 +20,10 @@ from mtrl_cli.files import atomic
 from mtrl_cli.machine import hardware
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.runs.metrics_logger import Logger, NullLogger
-from mtrl_cli.runs.progress import Display, NullDisplay, evaluation_table, say
+from mtrl_cli.runs.progress import Display, NullDisplay, evaluation_table
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training import evaluator, throughput
 from mtrl_cli.training.every import Every
 from mtrl_cli.training.loop import Loop
@@ -62,7 +63,7 @@ class Trainer:
         self.command = command
         self.ranks = ranks
         self.logger: NullLogger
-        self.display: NullDisplay
+        self.display: Display | NullDisplay
         self.resumed_at: int | None = None
         intervals = run.intervals
         self.evaluations = Every(intervals.evaluate, last=-1 if intervals.evaluate_at_start else 0)
@@ -111,7 +112,9 @@ class Trainer:
             raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
         self.resumed_at = self.checkpoints.last = self.diagnoses.last = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
-        say(f"resuming from step {step:,}" + ("" if rows_restored else " with an empty replay: learning continues once it is filled again"))
+        print_line(
+            f"resuming from step {step:,}" + ("" if rows_restored else " with an empty replay: learning continues once it is filled again")
+        )
 
     def _restore_early_stopping(self, progress: dict[str, Any]) -> None:
         early_stopping = self.run.early_stopping
@@ -151,7 +154,7 @@ class Trainer:
         except Stopped as stopped:
             stopped.told = True
             self.folder.finish("stopped", seconds=self.seconds)
-            say(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
+            print_line(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
@@ -168,7 +171,7 @@ class Trainer:
         finally:
             self.loop.close()
 
-    def _make_display(self) -> NullDisplay:
+    def _make_display(self) -> Display | NullDisplay:
         tasks = [task.name for task in self.run.pack.tasks]
         return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
 

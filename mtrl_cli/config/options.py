@@ -12,6 +12,8 @@ import yaml
 
 from mtrl_cli.errors import UserError
 
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML built without libyaml has only the slow one
+
 TASKS_OF_ANY_NAME: None = None
 
 NAMES_ON_DISK = {"mtrl_cli.envs.atari.AtariPack": ("ale_py", "roms", "*.bin")}
@@ -89,7 +91,7 @@ def description(file: Path) -> str:
 def read_yaml(file: Path) -> dict[str, Any]:
     """One file of the configuration as it stands, with nothing merged or interpolated."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):

@@ -50,7 +50,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_configuration_and_data_file(wheel: Path, root: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configuration = {f"mtrl_cli/{path.relative_to(root)}" for path in (root / "conf").rglob("*.yaml")}
-    data = {str(path.relative_to(root)) for path in (root / "mtrl_cli").rglob("*.csv")}
+    data = {str(path.relative_to(root)) for path in [*(root / "mtrl_cli").rglob("*.csv"), *(root / "mtrl_cli").rglob("*.jinja")]}
     code = {str(path.relative_to(root)) for path in (root / "mtrl_cli").rglob("*.py")}
     assert configuration
     assert data
@@ -61,7 +61,7 @@ def test_wheel_holds_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     strange = [name for name in names if not (name.startswith("mtrl_cli/") or ".dist-info/" in name)]
     assert strange == []
-    assert {Path(name).suffix for name in names if name.startswith("mtrl_cli/")} <= {".py", ".yaml", ".csv"}
+    assert {Path(name).suffix for name in names if name.startswith("mtrl_cli/")} <= {".py", ".yaml", ".csv", ".jinja"}
 
 
 def test_installed_package_is_the_wheels(installed: Path, tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ import pytest
 
 from mtrl_cli.errors import UserError
 from mtrl_cli.reports import command as procedure
-from mtrl_cli.reports import html
-from mtrl_cli.reports.elements import Interval, Section, Table
 from tests.helpers.fake_runs import make_run, make_sweep
 
 pytest.importorskip("matplotlib")
@@ -215,31 +213,3 @@ def test_a_completed_run_whose_metrics_end_early_is_named(tmp_path: Path) -> Non
     (run / "metrics.jsonl").write_text(lines[0])
     report(run)
     assert "its metrics end at step 0 of 100,000" in (run / "report" / "runs.csv").read_text()
-
-
-# -- how tables are written -----------------------------------------------------------------------------------------------------
-
-ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]
-TABLE = Table("t", "A | title", ["name", "score", "=count"], ROWS)
-
-
-def test_csv_has_numbers_in_full_and_no_formula() -> None:
-    assert list(csv.reader(html.as_csv(TABLE).splitlines())) == [
-        ["name", "score", "score low", "score high", "'=count"],
-        ["'=1+1|<b>", "0.12345", "0.1", "", "1234"],
-        ["-", "", "", "", ""],
-    ]
-
-
-def test_markdown_and_page_round_and_escape() -> None:
-    lines = html.as_markdown(TABLE).splitlines()
-    assert lines[4] == r"| =1+1\|\<b\> | 0.123 (0.100 to never) | 1,234 |"
-    page = html.render("<title>", ["a & b"], [Section("one", "One", [], [TABLE])])["index.html"].decode()
-    assert "=1+1|&lt;b&gt;" in page
-    assert "<title>&lt;title&gt;</title>" in page
-    assert "<p>a &amp; b</p>" in page
-
-
-def test_two_parts_of_one_name_are_a_mistake() -> None:
-    with pytest.raises(ValueError):
-        html.render("", [], [Section("one", "One", [], [TABLE, TABLE])])

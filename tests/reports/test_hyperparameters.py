@@ -181,7 +181,7 @@ def test_logarithmic_axes_have_few_plain_ticks_within(low: float, high: float, t
     assert "mathdefault" not in made
     picture = next(part for part in section.parts if isinstance(part, Picture))
     panel = picture.draw().axes[0]
-    panel.metric.canvas.draw()
+    panel.figure.canvas.draw()
     shown = [label.get_text() for label in panel.get_xticklabels()]
     assert 2 <= len(shown) <= 5
     assert ticks is None or set(shown) == ticks

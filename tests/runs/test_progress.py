@@ -11,7 +11,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from mtrl_cli.runs import progress
+from mtrl_cli.runs import progress, terminal
 from mtrl_cli.runs.progress import Display, evaluation_table
 
 TASKS = ["pong", "breakout", "qbert"]
@@ -70,6 +70,22 @@ def test_the_time_left_follows_from_the_steps_made_since_it_began(clock):
     assert "ETA 5:00" in out.getvalue().splitlines()[-1]
 
 
+def test_eta_does_not_jump_with_bursts_of_updates(clock):
+    """Rollouts of 10 ticks of 1 s and a burst of 20 s: the end of 100 rollouts is expected 3,000 s after the start all along."""
+    shown = Display(TASKS, 1000, 4, out=io.StringIO())
+    shown.update(0, {}, seconds=0)
+    start, ends = clock.now, []
+    for step in range(1, 201):
+        is_burst = step % 10 == 0
+        clock.now += 21 if is_burst else 1
+        shown.update(step, {}, seconds=clock.now, is_measured=is_burst)
+        if step >= 10:
+            eta = next(part for part in shown.line().split("  ") if part.startswith("ETA"))
+            seconds = sum(60**place * int(part) for place, part in enumerate(reversed(eta.split()[1].split(":"))))
+            ends.append(clock.now - start + seconds)
+    assert min(ends) == max(ends) == 3000
+
+
 def test_many_tasks_make_a_short_line(clock):
     tasks = [f"game_{index}" for index in range(57)]
     shown = Display(tasks, 100, 4, out=io.StringIO())
@@ -115,18 +131,18 @@ def test_a_table_is_drawn_only_for_a_terminal_that_wants_one(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert progress.is_live(Terminal())
-    assert not progress.is_live(io.StringIO())
+    assert terminal.is_live(Terminal())
+    assert not terminal.is_live(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not progress.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert not progress.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
 
 
 ON_A_TERMINAL = """
 import sys, time
-from mtrl_cli.display import Display
+from mtrl_cli.runs.progress import Display
 with Display(["pong", "breakout"], 1000, 4) as shown:
     for step in range(0, 1000, 1):
         shown.update(step, {"train/return/pong": float(step)}, seconds=step)
@@ -166,7 +182,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
     program = """
 import sys
 from mtrl_cli.runs import progress
-progress.PLAIN_SECONDS = 0
+progress.Display.plain_seconds = 0
 with progress.Display(["pong"], 1000) as shown:
     for step in range(5000):
         shown.update(step, {})
@@ -195,7 +211,7 @@ RESULT = {
 
 def _printed(result: dict, max_steps: int | None = None) -> str:
     out = io.StringIO()
-    progress.console(out).print(evaluation_table(result, max_steps))
+    terminal.console(out).print(evaluation_table(result, max_steps))
     return out.getvalue()
 
 
@@ -206,7 +222,7 @@ def test_the_evaluation_table_says_what_it_counts():
     assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "one episode has no interval"
     assert rows["MyEnv-v0"][3] == "-", "no reference, no score"
     assert "no score, since no reference is known: MyEnv-v0\n" in text
-    assert "* games cut by eval.max_steps (27,000 steps), 1 in all" in text
+    assert "* 1 episodes cut by eval.max_steps (27,000 steps)" in text
     assert "iqm 0.500 [0.250, 0.750]" in text.replace("\n", " ")
 
 

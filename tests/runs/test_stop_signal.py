@@ -68,7 +68,7 @@ def test_another_thread_gets_no_handlers_and_no_error():
 def test_a_second_signal_a_second_later_ends_the_process_at_once():
     program = """
 import os, signal, time
-from mtrl_cli.signals import StopRequest
+from mtrl_cli.runs.stop_signal import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # of a key that was held down
@@ -88,7 +88,7 @@ with StopRequest() as stop:
 def test_who_is_saving_already_is_not_asked_again_when_its_parent_dies(is_asked, expected, monkeypatch):
     sent = []
     monkeypatch.setattr(parent_watchdog, "_is_stopping", False)
-    monkeypatch.setattr(parent_watchdog, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(parent_watchdog, "SAVING_SECONDS", 0)
     with StopRequest():
         if is_asked:
             signal.raise_signal(signal.SIGTERM)

@@ -10,15 +10,15 @@ import torch
 from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weights_of
+from tests.helpers.learners import NAMES, fill, learner_of, parameters, restored, rows, saved
+from tests.helpers.loops import NAMES as GAMES
+from tests.helpers.loops import loop_of, run
 from tests.helpers.replay_reference import transition
-from tests.training.test_learner import NAMES, fill, learner_of, parameters, restored, rows, saved
-from tests.training.test_loop import NAMES as GAMES
-from tests.training.test_loop import loop_of, run
 
 # Metrics at which a few updates show what thousands would.
 QUICK: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
     weights.backward(gradients)
     assert not torch.isfinite(gradients.result_P).all(), "the learner tells of it"
     tensors: dict[str, torch.Tensor] = {}
-    take_apart(weights.state_dict(), tensors)
+    flatten(weights.state_dict(), tensors)
     assert all(torch.isfinite(tensor.double()).all() for tensor in tensors.values())
 
 
@@ -193,8 +193,8 @@ def test_a_fresh_weighting_goes_on_bit_for_bit_from_a_state(name: str, before: i
     alone, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
     updates(alone, range(before))
     tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(alone.state_dict(), tensors)
-    fresh.load_state_dict(put_together(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
+    tree = flatten(alone.state_dict(), tensors)
+    fresh.load_state_dict(unflatten(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
     for mine, theirs in zip(updates(alone, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.checkpoints.state_tree import take_apart
+from mtrl_cli.checkpoints.state_tree import flatten
 from mtrl_cli.networks.heads import PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import PerTask
@@ -33,11 +33,10 @@ from mtrl_cli.training.diagnostics import (
     norms_and_cosines,
     similarity,
 )
-from tests.commands.test_train import TASKS, TINY, rows
-from tests.e2e.test_resume import learning_rows, model
 from tests.helpers.command import MtrlHere
-from tests.networks.test_sharing import STRUCTURES, structure
-from tests.training.test_learner import fill, learner_of
+from tests.helpers.learners import fill, learner_of
+from tests.helpers.structures import STRUCTURES, structure
+from tests.helpers.tiny_runs import TASKS, TINY, learning_rows, model, rows
 
 # -- mathematics ----------------------------------------------------------------------------------------------------------------
 
@@ -362,7 +361,7 @@ def test_a_look_leaves_no_trace_and_depends_on_the_step_alone(replay: type[Repla
     def state() -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         parts = (learner, learner.replay, learner.agent, learner.agent.network, learner.optimizer)
-        take_apart({str(index): part.state_dict() for index, part in enumerate(parts)}, tensors)
+        flatten({str(index): part.state_dict() for index, part in enumerate(parts)}, tensors)
         return {name: tensor.clone() for name, tensor in tensors.items()} | {"global": torch.get_rng_state()}
 
     before = state()

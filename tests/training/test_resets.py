@@ -16,11 +16,11 @@ from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.training.resets import Resets
-from tests.e2e.test_resume import CLASSIC, learning_rows, model
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import stream_of
-from tests.networks.test_sharing import STRUCTURES, structure
-from tests.training.test_learner import NAMES, fill, learner_of, parameters
+from tests.helpers.learners import NAMES, fill, learner_of, parameters
+from tests.helpers.structures import STRUCTURES, structure
+from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
 
 
 def fresh(number: int) -> MultiTaskNetwork:
@@ -172,7 +172,7 @@ def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case:
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     torch.manual_seed(99)  # what torch's own generator was left at is not what it is when a command begins
-    assert "going back to checkpoint" in here("resume", "run").stdout
+    assert "falling back to checkpoint" in here("resume", "run").stdout
     assert model(run) == before
     assert learning_rows(run) == rows
     if "resets.every=350" in words:
