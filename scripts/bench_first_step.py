@@ -70,7 +70,7 @@ def play_until_first_update(overrides: list[str]) -> dict[str, float]:
     Loop.ticks, Learner.update = timed_ticks, timed_update  # type: ignore[method-assign]
     VectorTasks.__init__, VectorTasks.reset = timed(open_pack), timed(reset)  # type: ignore[method-assign]
     try:
-        train_command.train(compose.compose_training(overrides), command=["mtrl", "train", *overrides])
+        train_command.run(compose.compose_training(overrides), command=["mtrl", "train", *overrides])
     except _Enough:
         return seconds
     raise SystemExit("the run ended before its first update")

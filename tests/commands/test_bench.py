@@ -34,7 +34,7 @@ def test_json_alone_on_stdout_and_nothing_left_behind(mtrl: Mtrl) -> None:
 @pytest.mark.parametrize("more", [["replay=prioritized"], ["task_weights=pcgrad"], ["steps_per_task=2000", "replay.capacity=200"]])
 def test_a_table_for_a_person(here: MtrlHere, more: list[str]) -> None:
     done = here("bench", *SMALL, *more, "--seconds", "0.5")
-    for word in ("emulators alone", "acting alone", "learning alone", "the whole loop", "limit", "bytes per transition", "updates/s"):
+    for word in ("emulators only", "acting only", "learning only", "complete loop", "limit", "bytes per transition", "updates/s"):
         assert word in done.stdout
     assert "of the work: " in done.stdout
     assert list(here.folder.iterdir()) == []

@@ -214,5 +214,5 @@ def test_folder_removed_while_it_trains_is_told(mtrl: Mtrl) -> None:
 def test_or_resume_goes_on_and_tells_what_it_does_not_take(trained: tuple[Path, str], here: MtrlHere) -> None:
     run = shutil.copytree(trained[0], here.folder / "run")
     printed = here("train", *TINY, f"run_dir={run}", "--or-resume", "steps_per_task=700", "agent.gamma=0.5").stdout
-    assert "not taken from this command: agent.gamma" in printed
+    assert "ignored from this command: agent.gamma" in printed
     assert (run / "checkpoints" / "latest").read_text().strip() == "704"

@@ -34,7 +34,7 @@ def test_a_new_and_an_empty_folder_are_taken(tmp_path):
 
 def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"not empty \(it holds thesis.tex\)"):
+    with pytest.raises(UserError, match=r"not empty \(it contains thesis.tex\)"):
         RunFolder.create(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_and_at_creation(tmp_path
 
 
 def test_no_parent_is_left_when_a_folder_cannot_be_made(tmp_path):
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         RunFolder.create(tmp_path / "a" / "b" / ("x" * 300))
     assert os.listdir(tmp_path) == []
 
@@ -189,7 +189,7 @@ def test_nothing_is_written_through_a_link_out_of_the_run(tmp_path):
     (folder.path / "eval").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError) as refused:
         folder.write("eval/1.json", "{}")
-    assert "leaves the run" in str(refused.value)
+    assert "link out of the run folder" in str(refused.value)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
