@@ -361,7 +361,7 @@ class Trainer:
             for name, picture in report.pictures.items():
                 self.logger.image(name, picture, step)
 
-    def _log_pictures(self, games: evaluator.Games) -> None:
+    def _log_pictures(self, games: evaluator.Episodes) -> None:
         """Write histograms of returns and a frame of each task to TensorBoard."""
         step = self.loop.step
         newest_KN = self.loop.newest_frames
