@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from mtrl_cli.config import validation
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, Interval, Value, take_apart
+from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, NumberRange, Value, take_apart
 from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, settle_search
 
-__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
+__all__ = ["Axes", "Choices", "NumberRange", "Plan", "Points", "Value", "check_same", "load", "make", "points_of", "read", "save"]
+
+Axes = Mapping[str, Choices | NumberRange]
+Points = Callable[[Axes], Sequence[Mapping[str, Value]]]
+"""Chooses the trials of a study from the axes."""
 
 RECORD = "sweep.json"
 FORMAT = 1
@@ -47,7 +51,7 @@ class Plan:
     """
 
     words: tuple[str, ...]
-    axes: Mapping[str, Choices | Interval]
+    axes: Mapping[str, Choices | NumberRange]
     points: tuple[Mapping[str, Value], ...] | None
     search: Mapping[str, Any]
     launcher: Mapping[str, Any]
@@ -90,8 +94,12 @@ class Plan:
         return shlex.join(["mtrl", "train", *self.words, *self.overrides(values), *trusted])
 
 
-def make(overrides: Sequence[str]) -> Plan:
+def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
     """What the words of `mtrl sweep` ask for, once all of it is known to make sense.
+
+    Args:
+        overrides: the words.
+        choose: of a study, chooses the trials from the axes; None: all combinations, or those of a sampler.
 
     Raises:
         UserError: a word is wrong, nothing varies, or a run cannot be composed.
@@ -104,12 +112,16 @@ def make(overrides: Sequence[str]) -> Plan:
         raise UserError("there is nothing to vary: give a key several values, such as 'seed=range(5)' or network/sharing=hard,film")
     trusted = section["trusted_packages"]
     search = settle_search(section["sweep"], words.axes)
-    checked = check_runs(words.shared, words.axes, trusted, search)
+    if choose is not None and (search["sampler"] != "grid" or section["sweep"]["trials"] is not None):
+        raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; leave them out")
+    chosen = None if choose is None else tuple({key: point[key] for key in words.axes} for point in choose(words.axes))
+    checked = check_runs(words.shared, words.axes, trusted, search, chosen)
+    points = chosen or (points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None)
     return Plan(
         words=words.shared,
         axes=checked.axes,
-        points=points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None,
-        search=search,
+        points=points,
+        search=search if chosen is None else {**search, "trials": len(chosen)},
         launcher=section["launcher"],
         trusted_packages=tuple(trusted),
         env="+".join(checked.envs),
@@ -154,10 +166,10 @@ def without_password(text: Any) -> Any:
     return _PASSWORD_KEY.sub(r"\1***", re.sub(r"(://[^\s:/@]*):.*@", r"\1:***@", text, flags=re.DOTALL))
 
 
-def _as_json(axis: Choices | Interval) -> dict[str, Any]:
+def _as_json(axis: Choices | NumberRange) -> dict[str, Any]:
     if isinstance(axis, Choices):
         return {"choices": list(axis.words)}
-    return {"low": axis.low, "high": axis.high, "log": axis.log, "whole": axis.whole}
+    return {"low": axis.low, "high": axis.high, "log": axis.log, "integer": axis.is_integer}
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -315,7 +327,7 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     )
 
 
-def _points(points: Any, axes: Mapping[str, Choices | Interval], trials: int) -> tuple[dict[str, Value], ...]:
+def _points(points: Any, axes: Mapping[str, Choices | NumberRange], trials: int) -> tuple[dict[str, Value], ...]:
     """The points of a grid, which a study may have chosen otherwise than as all combinations."""
     words = {key: axis.words for key, axis in axes.items() if isinstance(axis, Choices)}
     for point in points:
@@ -338,7 +350,7 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def _axis(axis: Mapping[str, Any]) -> Choices | Interval:
+def _axis(axis: Mapping[str, Any]) -> Choices | NumberRange:
     if "choices" in axis:
         words = tuple(_word(word) for word in axis["choices"])
         if not 0 < len(words) <= MOST_CHOICES:
@@ -347,4 +359,4 @@ def _axis(axis: Mapping[str, Any]) -> Choices | Interval:
     low, high = axis["low"], axis["high"]
     if not all(type(each) in (int, float) for each in (low, high)) or not low < high or (axis["log"] and low <= 0):
         raise TypeError
-    return Interval(low, high, log=axis["log"] is True, whole=axis["whole"] is True)
+    return NumberRange(low, high, log=axis["log"] is True, is_integer=axis["integer"] is True)
