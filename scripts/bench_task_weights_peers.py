@@ -38,13 +38,8 @@ class _Parts:
         self.targets = torch.compile(self._targets, dynamic=False)
 
     def batch(self) -> tuple[torch.Tensor, Batch, torch.Tensor]:
-<<<<<<< HEAD
-        """Observations as the torso takes them, `[K, B, ...]`, the batch, and its targets `[K, B]`."""
-        batch = cast(Batch, self.learner.replay.sample(self.agent.batch_size, 0))
-=======
         """Return observations `[K, B, ...]`, the batch, and its targets `[K, B]`."""
-        batch = self.learner.replay.sample(self.agent.batch_size, 0)
->>>>>>> main
+        batch = cast(Batch, self.learner.replay.sample(self.agent.batch_size, 0))
         observation, following = batch.observation.flatten(2, 3), batch.next_observation.flatten(2, 3)
         with torch.no_grad():
             target_KB = self.targets(following, batch.rewards, batch.steps, batch.terminated)
@@ -66,12 +61,8 @@ class _Parts:
         return value_losses.huber(target_B - q_BA.gather(-1, action_B[:, None])[:, 0], 1.0)
 
     def step(self) -> None:
-<<<<<<< HEAD
-        """Move the parameters."""
-        self.learner.optimizer.clip_gradients()
-=======
         """Take an optimizer step."""
->>>>>>> main
+        self.learner.optimizer.clip_gradients()
         self.learner.optimizer.step()
 
 
