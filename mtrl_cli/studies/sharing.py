@@ -19,7 +19,7 @@ from mtrl_cli.studies.sharing_sizes import BASELINE
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Choices, Plan, Value
-from mtrl_cli.sweeps.search_space import Words, take_apart
+from mtrl_cli.sweeps.search_space import SplitOverrides, split_overrides
 
 SHARING, SIZE = "network/sharing", "network.parameters"
 SEEDS, MOST_SEEDS = 3, 1000
@@ -46,7 +46,7 @@ def make(overrides: Sequence[str]) -> Study:
     """
     html.require()
     words, seeds = _seeds(overrides)
-    apart = take_apart(words)
+    apart = split_overrides(words)
     structures = _structures(apart)
     parameters = _given(apart, SIZE)
     if "null" in parameters:
@@ -55,7 +55,7 @@ def make(overrides: Sequence[str]) -> Study:
     if any(not isinstance(axis, Choices) for axis in others.values()):
         raise UserError("mtrl study sharing trains every structure with the same values: give values, and search intervals with mtrl sweep")
     shared = [word for word in apart.shared if _key(word) not in (SHARING, SIZE)]
-    first = [f"{key}={axis.words[0]}" for key, axis in others.items() if isinstance(axis, Choices)]
+    first = [f"{key}={axis.values[0]}" for key, axis in others.items() if isinstance(axis, Choices)]
     trusted = [word for word in apart.sweep if _key(word) == "trusted_packages"]
     composed = compose.compose_training([*shared, *first, *trusted])
     _check(composed)
@@ -89,7 +89,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     assert folder is not None
     failed = None
     try:
-        sweep.sweep(study.plan, command=command)
+        sweep.run(study.plan, command=command)
     except RunError as error:
         failed = error
     except Stopped:
@@ -122,17 +122,17 @@ def _seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if _key(word) != "seed"], [f"seed={','.join(str(start + index) for index in range(number))}"]
 
 
-def _given(words: Words, key: str) -> list[str]:
+def _given(words: SplitOverrides, key: str) -> list[str]:
     """The values of a key, as words: one, several, or none where it is not given."""
     axis = words.axes.get(key)
     if axis is None:
         return [word.partition("=")[2] for word in words.shared if _key(word) == key]
     if not isinstance(axis, Choices):
         raise UserError(f"{key}: expected values between commas, not an interval")
-    return list(axis.words)
+    return list(axis.values)
 
 
-def _structures(words: Words) -> list[str]:
+def _structures(words: SplitOverrides) -> list[str]:
     """The structures to compare: those that are given, else all; networks that share nothing first, as they are the baseline."""
     folders = compose.search_path(words.sweep)
     known = list(options.options(SHARING, folders))
@@ -193,7 +193,7 @@ def _points(found: Sequence[tuple[str, str]], plan: Plan) -> tuple[dict[str, Val
 
     Seeds come last, so that a study that is stopped early has compared everything with the first.
     """
-    others = {key: axis.words for key, axis in plan.axes.items() if key not in (SHARING, SIZE) and isinstance(axis, Choices)}
+    others = {key: axis.values for key, axis in plan.axes.items() if key not in (SHARING, SIZE) and isinstance(axis, Choices)}
     slowest_first = sorted(others, key=lambda key: key != "seed")
     points: list[dict[str, Value]] = []
     for values in itertools.product(*(others[key] for key in slowest_first)):
@@ -208,7 +208,7 @@ def _about(config: Mapping[str, Any], found: Sequence[tuple[str, str]], sizes: M
     """In a line, what is compared."""
     names = list(dict.fromkeys(name for name, _ in found))
     seeds = plan.axes.get("seed")
-    of_seeds = f"{len(seeds.words)} seeds" if isinstance(seeds, Choices) else "one seed"
+    of_seeds = f"{len(seeds.values)} seeds" if isinstance(seeds, Choices) else "one seed"
     at = " and ".join(f"{int(size):,}" if size.isdecimal() else size for size in sizes["parameters"])
     return (
         f"sharing on {config['env']['name']}: {len(points)} runs of {plan.steps_per_task:,} steps per task; {', '.join(names)} with {at} "
