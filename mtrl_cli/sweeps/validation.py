@@ -39,15 +39,24 @@ class Checked:
 
 
 def check_runs(
-    words: Sequence[str], axes: Mapping[str, Choices | NumberRange], trusted: Sequence[str], search: Mapping[str, Any]
+    words: Sequence[str],
+    axes: Mapping[str, Choices | NumberRange],
+    trusted: Sequence[str],
+    search: Mapping[str, Any],
+    points: Sequence[Mapping[str, Value]] | None = None,
 ) -> Checked:
     """Compose the first value of all axes, and every other value of one axis with the first values of the other axes.
 
     Of an axis of more than three numbers only the smallest and the largest are composed; the types of all are checked.
+    Of `points`, chosen by a study, only those with a value that no earlier point has are composed.
 
     Raises:
         UserError: a run cannot be composed, or lacks the metric that `search` asks for.
     """
+    if points is not None:
+        first_with = {value: point for point in reversed(points) for value in point.items()}
+        needed = [point for point in points if any(point is other for other in first_with.values())]
+        return _checked([compose(words, point, trusted) for point in needed], axes, search)
     first: dict[str, Value] = {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
     whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
     composed = compose(words, first | whole, trusted)  # a whole number is valid for float keys, too
@@ -57,10 +66,14 @@ def check_runs(
     for key, axis in typed.items():
         base = {other: typed_low(typed[other], value) for other, value in first.items()}
         configs += [_compose_with(words, base, key, value, trusted) for value in _others(key, axis, annotations.get(key))]
+    return _checked(configs, typed, search)
+
+
+def _checked(configs: Sequence[Mapping[str, Any]], axes: Mapping[str, Choices | NumberRange], search: Mapping[str, Any]) -> Checked:
     for config in configs:
         check_judged(config, search)
     envs = tuple(dict.fromkeys(str(config["env"]["name"]) for config in configs))
-    return Checked(typed, envs, max(int(config["steps_per_task"]) for config in configs))
+    return Checked(axes, envs, max(int(config["steps_per_task"]) for config in configs))
 
 
 def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:
