@@ -131,9 +131,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
       mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
     if os.path.lexists(run.expanduser() / "sweep.json"):
-        from mtrl_cli.sweeps.command import go_on as go_on_with_sweep
+        from mtrl_cli.sweeps import command as sweep_command
 
-        go_on_with_sweep(run.expanduser(), overrides or [], command=_command())
+        sweep_command.resume(run.expanduser(), overrides or [], command=_command())
         return
     from mtrl_cli.commands import train
 
@@ -172,7 +172,7 @@ def sweep(
 
         print_result(sweep_listing.list_sweep(plan))
         return
-    from mtrl_cli.sweeps.command import sweep as run
+    from mtrl_cli.sweeps.command import run
 
     run(plan, command=_command())
 
