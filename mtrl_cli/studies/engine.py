@@ -55,7 +55,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     except Stopped:
         print_line("or with the same command, which also writes the report")
         raise
-    report.report([folder.expanduser()], None, command)
+    report.run([folder.expanduser()], None, command)
     if failed is not None:
         raise failed
 
