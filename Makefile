@@ -23,7 +23,7 @@ train: $(VENV)/.installed ## install, then train one network on eight Atari game
 	$(VENV)/bin/mtrl train env=atari_pack experiment=quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## install what tests need, then run them all
-	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (lint and format), mypy and import-linter; changes nothing
 	$(VENV)/bin/ruff check .

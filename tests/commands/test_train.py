@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared, Trained
 from tests.helpers.tiny_runs import TASKS, TINY, rows
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole tiny run, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = MtrlHere(folder)("train", *TINY, "run_dir=run")
-    return folder / "run", done.stdout
+@pytest.fixture
+def trained(shared: Shared) -> Trained:
+    """A tiny run and its output."""
+    return shared.run(*TINY)
 
 
-def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:
+def test_run_folder_holds_what_is_promised(trained: Trained) -> None:
     run, _ = trained
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "completed"
@@ -41,14 +40,14 @@ def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:
     assert list((run / "tensorboard").iterdir())
 
 
-def test_configuration_of_a_run_holds_no_auto(trained: tuple[Path, str]) -> None:
+def test_configuration_of_a_run_holds_no_auto(trained: Trained) -> None:
     run, _ = trained
     text = (run / "config.yaml").read_text()
     assert "auto" not in text
     assert "device: cpu" in text
 
 
-def test_rows_hold_the_promised_metrics(trained: tuple[Path, str]) -> None:
+def test_rows_hold_the_promised_metrics(trained: Trained) -> None:
     run, _ = trained
     last = [row for row in rows(run) if "perf/steps_per_second" in row][-1]
     assert last["step"] == last["frames"] == 600
@@ -64,7 +63,7 @@ def test_rows_hold_the_promised_metrics(trained: tuple[Path, str]) -> None:
         assert last[f"perf/seconds/{part}"] >= 0
 
 
-def test_evaluation_file_has_scores_and_intervals(trained: tuple[Path, str]) -> None:
+def test_evaluation_file_has_scores_and_intervals(trained: Trained) -> None:
     run, _ = trained
     evaluation = json.loads((run / "eval" / "600.json").read_text())
     assert evaluation["step"] == 600
@@ -81,7 +80,7 @@ def test_evaluation_file_has_scores_and_intervals(trained: tuple[Path, str]) -> 
     assert evaluation["tasks"]["MountainCar-v0"]["mean"] == -40
 
 
-def test_end_of_a_run_names_the_commands_to_go_on_with(trained: tuple[Path, str]) -> None:
+def test_end_of_a_run_names_the_commands_to_go_on_with(trained: Trained) -> None:
     _, printed = trained
     assert "tensorboard --logdir" in printed
     assert "mtrl eval" in printed
@@ -89,7 +88,7 @@ def test_end_of_a_run_names_the_commands_to_go_on_with(trained: tuple[Path, str]
     assert "replay:" in printed
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: Trained, here: MtrlHere) -> None:
     run, _ = trained
     here("train", *TINY, "run_dir=again", "log.every=37", "checkpoint.every=0")
     here("train", *TINY, "run_dir=other", "seed=1")
@@ -98,7 +97,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[P
     assert (here.folder / "other" / model).read_bytes() != (run / model).read_bytes()
 
 
-def test_existing_run_is_not_written_over(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_existing_run_is_not_written_over(trained: Trained, here: MtrlHere) -> None:
     run, _ = trained
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
     refused = here("train", *TINY, f"run_dir={run}", code=2)
@@ -211,7 +210,7 @@ def test_folder_removed_while_it_trains_is_told(mtrl: Mtrl) -> None:
     assert not (mtrl.folder / "run").exists()
 
 
-def test_or_resume_goes_on_and_tells_what_it_does_not_take(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_or_resume_goes_on_and_tells_what_it_does_not_take(trained: Trained, here: MtrlHere) -> None:
     run = shutil.copytree(trained[0], here.folder / "run")
     printed = here("train", *TINY, f"run_dir={run}", "--or-resume", "steps_per_task=700", "agent.gamma=0.5").stdout
     assert "ignored from this command: agent.gamma" in printed

@@ -16,6 +16,7 @@ from mtrl_cli.build import run as build_run
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.config import compose
 from tests.helpers.command import MtrlHere
+from tests.helpers.shared import Shared
 
 SMALL = [
     "env=classic_pack",
@@ -39,13 +40,15 @@ NEVER = ["steps_per_task=16", "agent.learning_starts=16", "checkpoint.every=0", 
 """No update is made: what a run ends with is what it was given."""
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def sources(shared: Shared) -> Path:
     """`two`, a run of two tasks, and `popart`, one that normalises its values."""
-    folder = tmp_path_factory.mktemp("sources")
-    MtrlHere(folder)("train", *SMALL, TWO, "run_dir=two")
-    MtrlHere(folder)("train", *SMALL, TWO, "run_dir=popart", "agent/value_scale=popart", "replay=prioritized")
-    return folder
+
+    def train(folder: Path) -> None:
+        MtrlHere(folder)("train", *SMALL, TWO, "run_dir=two")
+        MtrlHere(folder)("train", *SMALL, TWO, "run_dir=popart", "agent/value_scale=popart", "replay=prioritized")
+
+    return shared.folder("warm-start", train)
 
 
 def lines(text: str) -> list[str]:
@@ -240,15 +243,15 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(here: MtrlHere, 
 FROZEN = ["transfer.freeze=torso", "transfer.unfreeze_at=100", "transfer.gradual=true", "task_weights=pcgrad"]
 
 
-@pytest.fixture(scope="module")
-def thawed(sources: Path) -> Path:
+@pytest.fixture
+def thawed(sources: Path, shared: Shared) -> Path:
     """A run of three tasks that thaws at steps 100 and 200."""
-    done = MtrlHere(sources)("train", *SMALL, *FROZEN, f"init_from={sources / 'two'}", "run_dir=thawed")
-    said = lines(done.stdout)
+    trained = shared.run(*SMALL, *FROZEN, f"init_from={sources / 'two'}")
+    said = lines(trained.printed)
     assert "thawed at step 100: layer 2 of the torso; 4 tensors stay frozen" in said
     assert "thawed at step 200: layer 1 of the torso; nothing is frozen any more" in said
     assert "task weights: the tasks share no parameters that are trained until step 100, so PCGrad equals uniform" in said
-    return sources / "thawed"
+    return trained.path
 
 
 def test_bytes_move_when_they_are_thawed_and_not_before(thawed: Path, sources: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
 from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
+from tests.helpers.warm_process import Crash, WarmProcess
 
 ATARI = [
     "env=atari_pack",
@@ -33,42 +35,67 @@ ATARI = [
     "replay.capacity=300",
 ]
 PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
-MODEL = Path("checkpoints") / "latest"
+CRASHES = [
+    Crash("mtrl_cli.envs.vector_tasks:VectorTasks.recv", call=30),
+    Crash("os:fsync", call=4),
+    Crash("mtrl_cli.training.evaluator:Evaluator.play"),
+    Crash("os:replace", call=3, after=True),
+    Crash("os:fsync", call=9, after=True),
+]
+"""While environments step, within a checkpoint, before an evaluation, after a file was published, and within the next checkpoint."""
 
 
-def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, longest: float) -> int:
-    """Start a run and kill it at random moments until it has survived; returns how often it was killed while it ran."""
-    moments, killed = random.Random(seed), 0
-    for attempt in range(kills + 1):
-        process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
-        if attempt < kills:
-            time.sleep(moments.uniform(0.2, longest))
-            killed += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-        output, errors = process.communicate()
-    assert process.returncode == 0, output + errors
-    return killed
+def start(mtrl: Mtrl, overrides: list[str], crash: Crash | None = None) -> WarmProcess:
+    process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume", crash=crash)
+    assert isinstance(process, WarmProcess)
+    return process
 
 
-@pytest.mark.parametrize(
-    ("overrides", "kills", "longest"),
-    [
-        (CLASSIC, 5, 6.0),
-        (PQN, 3, 6.0),
-        ([*PQN, "agent.overlap=true"], 3, 6.0),
-        ([*CLASSIC, "replay=prioritized", "network/sharing=independent"], 3, 6.0),
-        (ATARI, 4, 8.0),
-        ([*ATARI, "env.protocol=nature"], 2, 8.0),
-    ],
-    ids=["classic", "pqn", "pqn-overlap", "prioritized", "atari", "atari-nature"],
-)
-def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
-    killed = kill_and_resume(mtrl, overrides, kills, seed=len(overrides), longest=longest)
-    assert killed > 0
+def check_same(mtrl: Mtrl) -> None:
+    """The interrupted run ended with the bytes and the rows of the run that was left alone."""
     alone, resumed = mtrl.folder / "alone", mtrl.folder / "run"
     assert model(resumed) == model(alone)
     assert learning_rows(resumed) == learning_rows(alone)
+    assert json.loads((resumed / "run.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.parametrize(("overrides", "kills"), [(CLASSIC, 4), (ATARI, 3)], ids=["classic", "atari"])
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int) -> None:
+    begun = time.monotonic()
+    mtrl("train", *overrides, "run_dir=alone")
+    longest = (time.monotonic() - begun) / 2
+    moments, killed = random.Random(int.from_bytes(os.urandom(4))), 0
+    for _ in range(kills):
+        process = start(mtrl, overrides)
+        time.sleep(moments.uniform(0.1, longest))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert killed > 0
+    output, errors = (process := start(mtrl, overrides)).communicate()
+    assert process.returncode == 0, output + errors
+    check_same(mtrl)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        PQN,
+        [*PQN, "agent.overlap=true"],
+        [*CLASSIC, "replay=prioritized", "network/sharing=independent"],
+        [*ATARI, "env.protocol=nature"],
+    ],
+    ids=["pqn", "pqn-overlap", "prioritized", "atari-nature"],
+)
+def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str]) -> None:
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    for crash in CRASHES:
+        process = start(mtrl, overrides, crash)
+        output, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output + errors
+    output, errors = (process := start(mtrl, overrides)).communicate()
+    assert process.returncode == 0, output + errors
+    check_same(mtrl)
 
 
 def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
@@ -76,19 +103,16 @@ def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(m
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
     process = mtrl.start("train", *overrides, "run_dir=run")
     metrics = mtrl.folder / "run" / "metrics.jsonl"
-    while not metrics.exists():
-        time.sleep(0.05)
+    while not metrics.exists() or b"grad/norm" not in metrics.read_bytes():
+        time.sleep(0.01)
         assert process.poll() is None
-    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
     assert process.returncode == 143, output + errors
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "stopped"
     assert "mtrl resume" in output
     MtrlHere(mtrl.folder)("resume", "run")
-    assert model(mtrl.folder / "run") == model(mtrl.folder / "alone")
-    assert learning_rows(mtrl.folder / "run") == learning_rows(mtrl.folder / "alone")
-    assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "completed"
+    check_same(mtrl)
 
 
 def short(here: MtrlHere, *overrides: str) -> Path:
