@@ -148,8 +148,8 @@ def sweep(
 
     \b
     Takes the overrides of mtrl train, with several values per key:
-      a,b,c or range(5)   grid: one run per combination
-      interval(1e-5,1e-3) search: sweep.trials runs, sweep.sampler=tpe|cmaes|gp|random
+      a,b,c or range(5)      grid: one run per combination
+      interval(1e-5,1e-3)    search: sweep.trials runs, chosen by sweep.sampler=tpe|cmaes|gp|random
     sweep.pruner=median|hyperband|halving stops unpromising trials early.
     launcher= selects where runs execute (mtrl ls launcher), launcher.jobs= how many at a time.
 
@@ -235,10 +235,11 @@ def report(
         typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or folders that contain some.", show_default=False),
     ],
 ) -> None:
-    """Write an HTML report of runs, with each table as CSV and Markdown and each figure as SVG and PNG.
+    """Write an HTML report of runs.
 
     \b
     Runs that differ only in their seed form one group. The page is self-contained and works offline.
+    Each table is also written as CSV and Markdown, each figure as SVG and PNG.
     The report is written to report/ in the given folder (./report for several folders), or to out=PATH.
 
     \b
@@ -258,7 +259,7 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of the first run.", show_default=False)],
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of the second run.", show_default=False)],
 ) -> None:
-    """Compare two runs: differences in configuration, scores and speed.
+    """Compare configuration, scores and speed of two runs.
 
     \b
     Examples:
@@ -306,11 +307,11 @@ def bench(
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the training speed on this machine, and how close it is to the limit.
+    """Measure the training speed on this machine.
 
     \b
-    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, and the complete loop.
-    The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
+    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, then the complete loop and its share of the
+    limit. The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
     Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
 
     \b

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.parallel import torchrun
 
 ERROR_DELAY_SECONDS = 10.0
@@ -31,8 +31,7 @@ def print_error(message: str, exit_code: int, *, delay: bool = True) -> int:
     """
     if delay and not is_first_rank():
         time.sleep(ERROR_DELAY_SECONDS)
-    plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
-    print(f"mtrl: error: {plain}", file=sys.stderr)
+    print(f"mtrl: error: {printable(message)}", file=sys.stderr)
     return exit_code
 
 

@@ -19,7 +19,7 @@ from mtrl_cli.runs.metrics_logger import Logger
 from mtrl_cli.training.evaluator import Evaluator
 from tests.helpers.command import Mtrl, MtrlHere
 from tests.helpers.fake_pack import FakePack, LikesTheLast
-from tests.helpers.shared import Shared, Trained
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import TINY, rows
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
@@ -101,7 +101,7 @@ def test_rows_of_a_test_are_cut_by_every_resume(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(shared: Shared) -> Trained:
+def trained(shared: Shared) -> tuple[Path, str]:
     """A tiny run evaluated before its first step too, and its output."""
     return shared.run(*TINY, "eval.at_start=true", "eval.test_episodes=3")
 
@@ -111,7 +111,7 @@ def read(run: Path, name: str) -> dict:
     return found
 
 
-def test_validation_and_test_are_told_apart_wherever_they_are_written(trained: Trained) -> None:
+def test_validation_and_test_are_told_apart_wherever_they_are_written(trained: tuple[Path, str]) -> None:
     run, printed = trained
     validation, test = read(run, "600"), read(run, "test")
     assert (validation["split"], validation["seed"], validation["episodes"]) == ("validation", 1000003, 2)
@@ -128,13 +128,13 @@ def test_validation_and_test_are_told_apart_wherever_they_are_written(trained: T
     assert row["test/score/iqm"] == pytest.approx(test["last"]["over_tasks"]["iqm"])
 
 
-def test_best_is_chosen_by_the_mean_normalised_score_of_validation(trained: Trained) -> None:
+def test_best_is_chosen_by_the_mean_normalised_score_of_validation(trained: tuple[Path, str]) -> None:
     run, _ = trained
     scores = {step: read(run, str(step))["over_tasks"]["mean"] for step in (0, 304, 600)}
     assert int((run / "checkpoints" / "best").read_text()) == max(sorted(scores), key=lambda step: scores[step])
 
 
-def test_evaluation_before_the_first_step_leaves_no_trace_in_what_is_learned(trained: Trained, here: MtrlHere) -> None:
+def test_evaluation_before_the_first_step_leaves_no_trace_in_what_is_learned(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
     here("train", *TINY, "eval.test_episodes=0", "run_dir=plain")
     model = Path("checkpoints") / "600" / "model.safetensors"
@@ -144,7 +144,7 @@ def test_evaluation_before_the_first_step_leaves_no_trace_in_what_is_learned(tra
     assert read(run, "0")["tasks"]["MountainCar-v0"]["mean"] == -40
 
 
-def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(trained: Trained, here: MtrlHere) -> None:
+def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(trained: tuple[Path, str], here: MtrlHere) -> None:
     run = Path(shutil.copytree(trained[0], here.folder / "run"))
     validation, test = read(run, "600"), read(run, "test")
     few = ["eval.episodes=3", "checkpoint=600"]
@@ -165,7 +165,7 @@ def test_test_games_must_be_others(here: MtrlHere) -> None:
     here("train", *TINY, "eval.test_seed=1000003", "eval.test_episodes=0", "--dry-run")
 
 
-def test_run_from_before_there_was_a_test_resumes(trained: Trained, here: MtrlHere) -> None:
+def test_run_from_before_there_was_a_test_resumes(trained: tuple[Path, str], here: MtrlHere) -> None:
     run = Path(shutil.copytree(trained[0], here.folder / "run"))
     config = (run / "config.yaml").read_text().splitlines(keepends=True)
     new = ("  at_start:", "  test_seed:", "  test_episodes:", "early_stopping:", "  metric:", "  patience:", "  min_delta:")

@@ -7,6 +7,7 @@ reach every moment of a run without waiting for a random one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-IMPORTS = (
+IMPORTS = (  # where they are installed
     "ale_py",
     "gymnasium.envs.classic_control",
     "mtrl_cli.cli.main",
@@ -29,6 +30,8 @@ IMPORTS = (
     "mtrl_cli.commands.eval",
     "mtrl_cli.commands.train",
     "mtrl_cli.config.compose",
+    "mtrl_cli.sweeps.command",
+    "optuna.samplers",
     "torch.utils.tensorboard",
 )
 
@@ -200,7 +203,8 @@ def _become(request: dict[str, Any], report: int, stdout: int, stderr: int) -> l
 
 if __name__ == "__main__":
     for name in IMPORTS:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     sys.stdout.reconfigure(line_buffering=False)  # type: ignore[union-attr]
     sys.argv = serve(socket.socket(fileno=int(sys.argv[1])))
     from mtrl_cli.cli.main import main

@@ -12,7 +12,7 @@ import pytest
 
 from mtrl_cli.training.early_stopping import EarlyStopping
 from tests.helpers.command import MtrlHere
-from tests.helpers.shared import Shared, Trained
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import STOPS, TINY, rows
 
 
@@ -82,7 +82,7 @@ def test_without_a_metric_nothing_stops() -> None:
 
 
 @pytest.fixture
-def stopped(shared: Shared) -> Trained:
+def stopped(shared: Shared) -> tuple[Path, str]:
     """A run that stops after its second evaluation, and its output."""
     return shared.run(*STOPS)
 
@@ -91,7 +91,7 @@ def bytes_of(run: Path, step: int) -> bytes:
     return (run / "checkpoints" / str(step) / "model.safetensors").read_bytes()
 
 
-def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped: Trained) -> None:
+def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped: tuple[Path, str]) -> None:
     run, printed = stopped
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["200.json", "400.json", "test.json"]
     record = json.loads((run / "run.json").read_text())
@@ -103,7 +103,7 @@ def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped
     assert json.loads((run / "eval" / "test.json").read_text())["last"]["step"] == 400
 
 
-def test_resume_says_that_it_is_over_and_trains_on_only_with_a_larger_budget(stopped: Trained, here: MtrlHere) -> None:
+def test_resume_says_that_it_is_over_and_trains_on_only_with_a_larger_budget(stopped: tuple[Path, str], here: MtrlHere) -> None:
     run = Path(shutil.copytree(stopped[0], here.folder / "run"))
     before = sorted((path, path.stat().st_mtime_ns) for path in (run / "checkpoints").rglob("*"))
     for words in (["resume", "run"], ["train", *STOPS, "run_dir=run", "--or-resume"]):
@@ -118,7 +118,7 @@ def test_resume_says_that_it_is_over_and_trains_on_only_with_a_larger_budget(sto
     assert [row["step"] for row in rows(run) if "test/return/CartPole-v1" in row] == [600]
 
 
-def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes(stopped: Trained, here: MtrlHere) -> None:
+def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes(stopped: tuple[Path, str], here: MtrlHere) -> None:
     """Killed after the last checkpoint, and killed before it."""
     run = Path(shutil.copytree(stopped[0], here.folder / "run"))
     record = json.loads((run / "run.json").read_text())
