@@ -1,17 +1,20 @@
-"""Resuming is exact: a run that was killed and resumed ends with the bytes of one that was left alone."""
+"""Exact resume: a run that was killed and resumed ends with the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
 from tests.helpers.warm_process import Crash, WarmProcess
 
@@ -52,17 +55,17 @@ def start(mtrl: Mtrl, overrides: list[str], crash: Crash | None = None) -> WarmP
 
 
 def check_same(mtrl: Mtrl) -> None:
-    """The interrupted run ended with the bytes and the rows of the run that was left alone."""
-    alone, resumed = mtrl.folder / "alone", mtrl.folder / "run"
-    assert model(resumed) == model(alone)
-    assert learning_rows(resumed) == learning_rows(alone)
+    """Assert that the interrupted run ended with the bytes and the rows of the uninterrupted run."""
+    uninterrupted, resumed = mtrl.folder / "uninterrupted", mtrl.folder / "run"
+    assert model(resumed) == model(uninterrupted)
+    assert learning_rows(resumed) == learning_rows(uninterrupted)
     assert json.loads((resumed / "run.json").read_text())["status"] == "completed"
 
 
 @pytest.mark.parametrize(("overrides", "kills"), [(CLASSIC, 4), (ATARI, 3)], ids=["classic", "atari"])
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int) -> None:
     begun = time.monotonic()
-    mtrl("train", *overrides, "run_dir=alone")
+    mtrl("train", *overrides, "run_dir=uninterrupted")
     longest = (time.monotonic() - begun) / 2
     moments, killed = random.Random(int.from_bytes(os.urandom(4))), 0
     for _ in range(kills):
@@ -88,7 +91,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, ove
     ids=["pqn", "pqn-overlap", "prioritized", "atari-nature"],
 )
 def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str]) -> None:
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     for crash in CRASHES:
         process = start(mtrl, overrides, crash)
         output, errors = process.communicate()
@@ -98,9 +101,9 @@ def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, ove
     check_same(mtrl)
 
 
-def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
+def test_run_stopped_by_sigterm_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
     overrides = [*CLASSIC, "checkpoint.every=0"]
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     process = mtrl.start("train", *overrides, "run_dir=run")
     metrics = mtrl.folder / "run" / "metrics.jsonl"
     while not metrics.exists() or b"grad/norm" not in metrics.read_bytes():
@@ -115,13 +118,14 @@ def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(m
     check_same(mtrl)
 
 
-def short(here: MtrlHere, *overrides: str) -> Path:
-    here("train", *CLASSIC, "steps_per_task=480", "run_dir=run", *overrides)
-    return here.folder / "run"
+@pytest.fixture
+def short(here: MtrlHere, shared: Shared) -> Callable[..., Path]:
+    """`short("checkpoint.replay=false")`: a copy of a run of 480 steps, as `run` in the test's folder."""
+    return lambda *overrides: Path(shutil.copytree(shared.run(*CLASSIC, "steps_per_task=480", *overrides).path, here.folder / "run"))
 
 
-def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> None:
-    run = short(here)
+def test_completed_run_is_reported_and_its_budget_may_be_raised(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short()
     before = model(run)
     assert "completed" in here("resume", "run").stdout
     assert model(run) == before
@@ -130,15 +134,15 @@ def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> N
     assert model(run) != before
 
 
-def test_other_overrides_are_refused(here: MtrlHere) -> None:
-    short(here)
+def test_other_overrides_are_refused(here: MtrlHere, short: Callable[..., Path]) -> None:
+    short()
     refused = here("resume", "run", "agent.n_step=2", code=2)
     assert "agent.n_step" in refused.stderr
     assert "steps_per_task" in here("resume", "run", "steps_per_task=100", code=2).stderr
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_same(here: MtrlHere) -> None:
-    run = short(here)
+def test_damaged_latest_checkpoint_falls_back_and_ends_with_the_same_bytes(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short()
     before = model(run)
     newest = run / "checkpoints" / "480" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -147,7 +151,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_sam
     assert model(run) == before
 
 
-def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
+def test_anything_but_a_run_is_refused(here: MtrlHere) -> None:
     (here.folder / "empty").mkdir()
     for name in ("nowhere", "empty"):
         refused = here("resume", name, code=2)
@@ -156,8 +160,8 @@ def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
     assert list((here.folder / "empty").iterdir()) == []
 
 
-def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
-    run = short(here, "env.tasks=[CartPole-v1,Acrobot-v1]")
+def test_task_added_to_a_trained_run_is_refused(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short("env.tasks=[CartPole-v1,Acrobot-v1]")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("- Acrobot-v1", "- Acrobot-v1\n  - MountainCar-v0"))
     for command in ("resume", "eval"):
@@ -166,8 +170,8 @@ def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
         assert "MountainCar-v0" in refused.stderr, refused.stderr
 
 
-def test_run_without_saved_replay_gathers_anew(here: MtrlHere) -> None:
-    run = short(here, "checkpoint.replay=false")
+def test_run_without_saved_replay_refills_the_replay(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short("checkpoint.replay=false")
     assert not list((run / "checkpoints").glob("replay/*"))
     assert "gathering anew" in here("resume", "run", "steps_per_task=800").stdout
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
