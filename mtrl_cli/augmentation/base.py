@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from mtrl_cli.machine import rng
-from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.replay.buffers import Batch, Samples
+
+SamplesT = TypeVar("SamplesT", bound=Samples)
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ class Augmentation:
         self.spec = spec
         self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: SamplesT) -> SamplesT:
         """Augment the observations of a batch. Shapes stay; bytes become float32 if their levels are too coarse."""
-        observation = self.augment(batch.observation)
-        # Samples of rollouts have no next state of their own.
-        one = batch.next_observation is batch.observation
-        return replace(batch, observation=observation, next_observation=observation if one else self.augment(batch.next_observation))
+        augmented = replace(batch, observation=self.augment(batch.observation))
+        if isinstance(augmented, Batch):
+            augmented.next_observation = self.augment(augmented.next_observation)
+        return augmented
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         """Augment observations `[K, B, S, *frame]` (image bytes or float32), with one draw per sample."""
@@ -118,13 +120,13 @@ class Pipeline:
         """Whether CUDA graphs can record a call (`machine/cuda_graphs.py`)."""
         return all(part.capturable for part in self.parts.values())
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: SamplesT) -> SamplesT:
         """Augment a batch: observations and actions become `[K, M * B, ...]`, next observations `[K, K' * B, ...]`."""
+        batch = replace(batch)
         if self._loss_draws > 1:
-            observation, action = (repeated(each, self._loss_draws) for each in (batch.observation, batch.action))
-            batch = replace(batch, observation=observation, action=action)
-        if self._target_draws > 1:
-            batch = replace(batch, next_observation=repeated(batch.next_observation, self._target_draws))
+            batch.observation, batch.action = repeated(batch.observation, self._loss_draws), repeated(batch.action, self._loss_draws)
+        if self._target_draws > 1 and isinstance(batch, Batch):
+            batch.next_observation = repeated(batch.next_observation, self._target_draws)
         for part in self.parts.values():
             batch = part(batch)
         return batch

@@ -110,17 +110,15 @@ class TaskWeights(Saved, ABC):
     Attributes:
         needs: required form of the gradients, which sets the cost of an update: "losses" (one backward pass), "gram" (little more) or
             "rows" (the gradient of every task).
-        hears_scores: whether the training loop calls `hear_scores`.
-        looks_back: whether `after_step` is called with the losses of the batch after the optimizer step, at the cost of one more forward
-            pass.
+        uses_scores: whether the method requires `update_scores`.
+        uses_losses_after_step: whether the method requires `after_step`, at the cost of one more forward pass per update.
         capturable: whether CUDA graphs can record an update (`machine/cuda_graphs.py`): state lives in tensors that are changed in place,
-        and
-            computations on the host go through `cuda_graphs.on_host`. Otherwise updates run eagerly.
+            and computations on the host go through `cuda_graphs.on_host`. Otherwise updates run eagerly.
     """
 
     needs: ClassVar[str] = "losses"
-    hears_scores: ClassVar[bool] = False
-    looks_back: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = False
+    uses_losses_after_step: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
 
     def __init__(self, tasks: Tasks):
@@ -135,7 +133,7 @@ class TaskWeights(Saved, ABC):
         """
 
     def after_step(self, loss_K: torch.Tensor) -> None:
-        """Process the losses (float32 `[K]`) of the same batch after the optimizer step, if `looks_back`."""
+        """Update the state with the losses (float32 `[K]`) of the same batch after the optimizer step."""
 
-    def hear_scores(self, recent: dict[str, float]) -> None:
-        """Process the mean returns (unscaled) of recent training episodes by task. Tasks without an episode are missing."""
+    def update_scores(self, recent: dict[str, float]) -> None:
+        """Update the state with mean unscaled returns of recent training episodes by task. Tasks without an episode are missing."""

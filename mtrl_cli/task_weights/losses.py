@@ -137,7 +137,7 @@ class FAMO(TaskWeights):
         weight_decay: weight decay of the logits; gamma in the paper.
     """
 
-    looks_back = True
+    uses_losses_after_step = True
     capturable = True
     saved = ("_logit",)
 
