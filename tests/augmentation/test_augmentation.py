@@ -13,7 +13,7 @@ from mtrl_cli.augmentation.geometry import Crop, Rotate, Scale, Shift, auto_pad,
 from mtrl_cli.augmentation.mirror import Flip
 from mtrl_cli.augmentation.pixels import NOISE_TABLE, Blur, Cutout, Intensity, Noise, blurred, brightened, cut_out, with_noise
 from mtrl_cli.machine import cuda_graphs
-from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.replay.types import Batch, Samples
 from tests.helpers.recorded_operations import RecordedOperations
 
 ATARI, TINY, VECTOR = (1, 40, 36), (6, 10, 10), (5,)
@@ -164,12 +164,12 @@ def test_image_augmentation_refuses_vectors_and_names_alternatives(name: str) ->
         MAKE[name](spec(VECTOR))
 
 
-def test_rollout_samples_are_augmented_once() -> None:
-    given = batch()
-    given.next_observation = given.observation
+def test_samples_without_next_observations_are_augmented() -> None:
+    given = Samples(observations(), torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16), torch.zeros(2, 16, dtype=torch.int64))
     for name in MAKE:
-        result = MAKE[name](spec())(given)
-        assert result.next_observation is result.observation
+        result, whole = MAKE[name](spec())(given), MAKE[name](spec())(batch())
+        assert type(result) is Samples
+        assert torch.equal(result.observation, whole.observation)
 
 
 # -- single augmentations ---------------------------------------------------------------------------------------------------------------
