@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtrl_cli.agents.agent import Agent
-from mtrl_cli.augmentation.base import Observations, Pipeline
+from mtrl_cli.augmentation.base import ObservationSpec, Pipeline
 from mtrl_cli.augmentation.geometry import auto_pad
 from mtrl_cli.build.instantiate import Config, derived_seed, make
 from mtrl_cli.envs.pack import Pack
@@ -27,8 +27,8 @@ def make_augmentation(config: Config, pack: Pack, agent: Agent, device: torch.de
         UserError: one cannot change what this pack shows, or refuses its values.
     """
 
-    def seen(name: str) -> Observations:
-        return Observations(
+    def seen(name: str) -> ObservationSpec:
+        return ObservationSpec(
             kind=pack.observation_kind,
             frame_shape=pack.observation_shape,
             own_sizes=tuple(task.observation_shape[0] for task in pack.tasks),

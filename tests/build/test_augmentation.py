@@ -190,7 +190,7 @@ def test_auto_becomes_the_pad_of_the_packs_images() -> None:
 def test_names_in_a_mirror() -> None:
     assert [mirrored_name(name) for name in ("NOOP", "LEFT", "UPRIGHTFIRE", "DOWNLEFT")] == ["NOOP", "RIGHT", "UPLEFTFIRE", "DOWNRIGHT"]
     assert mirrored_actions(["NOOP", "RIGHT", "LEFT", "UPLEFT", "UPRIGHT"]) == [0, 2, 1, 4, 3]
-    with pytest.raises(ValueError, match="has the action UPLEFT and no UPRIGHT"):
+    with pytest.raises(ValueError, match="has the action UPLEFT but no UPRIGHT"):
         mirrored_actions(["NOOP", "UPLEFT"])
 
 
@@ -218,14 +218,14 @@ def test_games_that_are_symmetric_are_known_and_of_the_pack(env: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["env=atari_pack"], "augmentation=flip: pong looks or plays otherwise in a mirror (it is not in env.symmetric); "
-                             "of these tasks such as can be flipped are env.tasks=[breakout,space_invaders,seaquest]"),
-        (["env=minatar_pack"], "freeway looks or plays otherwise in a mirror"),
-        (["env=atari_pack", "env.tasks=[pong,freeway]"], "none of these tasks can be flipped"),
-        (["env=classic_pack"], "Flip changes images, and this pack's are vectors; for these there are noise and scale"),
+        (["env=atari_pack"], "augmentation=flip: pong changes in a mirror (it is not in env.symmetric); "
+                             "use env.tasks=[breakout,space_invaders,seaquest]"),
+        (["env=minatar_pack"], "freeway changes in a mirror"),
+        (["env=atari_pack", "env.tasks=[pong,freeway]"], "none of the tasks can be mirrored"),
+        (["env=classic_pack"], "Flip supports images, but observations are vectors: use noise or scale"),
     ],
 )  # fmt: skip
-def test_a_flip_of_what_is_otherwise_in_a_mirror_is_refused_before_anything_starts(words: list[str], message: str, here: MtrlHere) -> None:
+def test_flip_of_an_asymmetric_task_is_refused_before_the_run_starts(words: list[str], message: str, here: MtrlHere) -> None:
     refused = here("train", *words, "augmentation=flip", "device=cpu", "compile=false", "replay.capacity=500", "run_dir=run", code=2)
     assert message in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
