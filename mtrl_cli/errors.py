@@ -1,6 +1,10 @@
-"""What a run can end with, each with the exit code that the command line promises, and how a message shows a value."""
+"""Exceptions that end a command, with the exit codes of the command line, and helpers for error messages."""
 
+from __future__ import annotations
+
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -11,28 +15,28 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The run failed while it was running (a loss that is not finite, a full disk). One or two plain lines. Exit code 1."""
+    """The run failed (a non-finite loss, a full disk). One or two plain lines. Exit code 1."""
 
     exit_code = 1
 
 
 class RanksLost(RunError):
-    """Another rank of the run has ended, so this one cannot go on.
+    """Another rank of the run has ended, so that this rank cannot continue.
 
     Attributes:
-        is_ours_to_tell: whether this rank tells it, though it is not the first: that one is gone.
+        is_ours_to_tell: whether this rank prints the error although it is not the first, because the first rank is gone.
     """
 
     is_ours_to_tell = False
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Exit code 128 + the signal's number, after saving.
+    """SIGINT or SIGTERM arrived. Exit code 128 + the signal number, after saving.
 
     Not an `Exception`, so that no library's `except Exception` can swallow a request to stop.
 
     Attributes:
-        told: whether the user has been told what became of the run.
+        told: whether the state of the run has been printed.
     """
 
     def __init__(self, signal_number: int):
@@ -43,8 +47,37 @@ class Stopped(BaseException):
 
 
 def show(value: Any) -> str:
-    """A value for a message: on one line, and short."""
+    """Format a value for a message: one line of at most 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
     if not re.fullmatch(r"[\w./:,@+\[\]{} '-]+", text):
         text = repr(text)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the most similar candidate, or None. Case is ignored; among equally similar candidates the shortest wins."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, key=len, reverse=True)}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[matches[0]] if matches else None
+
+
+def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = "", otherwise: str | None = None) -> str:
+    """Format the message for an unknown name: `unknown key 'agent.nstep'. Did you mean 'agent.n_step'?`
+
+    Args:
+        kind: what the name should be, such as `key` or `option`.
+        name: the unknown name.
+        candidates: the known names.
+        prefix: put before the name and the suggestion (`agent.`, `env=`).
+        otherwise: the advice where no candidate is similar; default: the list of candidates.
+    """
+    known = list(candidates)
+    near = nearest(str(name), known)
+    advice = f"Did you mean '{prefix}{near}'?" if near else otherwise or f"Expected one of: {', '.join(known) or 'none'}"
+    return f"unknown {kind} '{prefix}{show(name).strip(chr(39))}'. {advice}"

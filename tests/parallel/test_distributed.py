@@ -271,7 +271,7 @@ def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, t
 
 def test_error_of_the_user_is_told_once_and_nothing_is_made(tmp_path: Path) -> None:
     _, errors = Torchrun(tmp_path)("train", *SMALL, "env.num_envs=3", "run_dir=run", code=1)
-    assert errors_of_ours(errors) == ["mtrl: error: env.num_envs=3 cannot be shared evenly by 2 ranks: expected a multiple of 2"]
+    assert errors_of_ours(errors) == ["mtrl: error: env.num_envs must be a multiple of the number of ranks (2), got 3"]
     assert "exitcode  : 2" in errors
     assert not (tmp_path / "run").exists()
 
