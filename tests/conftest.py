@@ -32,3 +32,10 @@ def mtrl(tmp_path: Path) -> Mtrl:
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test in tests/e2e as `e2e`."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "e2e"):
+            item.add_marker(pytest.mark.e2e)

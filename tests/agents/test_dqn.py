@@ -19,24 +19,7 @@ from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import Batch
 from tests.helpers.fake_tasks import stream_of
-
-STATES = 3
-
-
-class Table(nn.Module):
-    """Action values by state, which is observed as a one-hot vector: `[K, STATES, A]`; None is an action that the task does not have."""
-
-    def __init__(self, values: list[list[list[float | None]]]):
-        super().__init__()
-        self.head = PlainHead(1, [sum(value is not None for value in task[0]) for task in values])
-        self.values = nn.Parameter(torch.tensor([[[value or 0.0 for value in state] for state in task] for task in values]))
-
-    def outputs(self, observation: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(observation, self.values)
-
-    def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.head.values(self.outputs(observation))
-
+from tests.helpers.value_tables import ONLINE, STATES, Table, one_hot
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 3,
@@ -56,7 +39,6 @@ SETTINGS: dict[str, Any] = {
 }
 
 # One task of three states and two actions.
-ONLINE = [[[1.0, 2.0], [3.0, 4.0], [0.0, -1.0]]]
 TARGET = [[[0.0, 0.0], [8.0, 2.0], [6.0, 4.0]]]
 
 
@@ -66,11 +48,6 @@ def agent(online: list, target: list, value_scale: ValueScale | None = None, nam
     made = DQN(network, value_scale or NoValueScale(stream_of(names)), names, compile_with, **(SETTINGS | changes))
     made.target_network.load_state_dict(Table(target).state_dict())
     return made
-
-
-def one_hot(states: list[list[int]]) -> torch.Tensor:
-    """`[K, B, 1, STATES]`: stacks of one frame."""
-    return nn.functional.one_hot(torch.tensor(states), STATES).float()[:, :, None]
 
 
 def batch() -> Batch:

@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.pqn import PQN
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
-from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.build import resolve_auto
 from mtrl_cli.build import run as build_run
 from mtrl_cli.config import compose
-from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.machine import hardware
 from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
 from mtrl_cli.networks.network import MultiTaskNetwork
@@ -27,35 +24,11 @@ from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import Batch, ReplaySpec
 from mtrl_cli.replay.rollout_buffer import Rollouts
-from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.training.env_group import Group
-from mtrl_cli.training.episode_statistics import EpisodeStatistics
-from mtrl_cli.training.frame_stack import FrameStack
-from mtrl_cli.training.host_transfer import SharedMemory
-from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.loop import Loop
-from mtrl_cli.training.optimizers import RAdam
-from tests.agents.test_dqn import ONLINE, STATES, Table, one_hot
 from tests.helpers.command import MtrlHere
-from tests.helpers.fake_pack import TASKS, FakePack
-from tests.helpers.fake_tasks import stream_of, tasks_of
-
-CPU = torch.device("cpu")
-NAMES = list(TASKS)
-SETTINGS: dict[str, Any] = {
-    "rollout_length": 4,
-    "epochs": 2,
-    "minibatches": 2,
-    "gamma": 0.9,
-    "trace_decay": 0.65,
-    "huber": 0.0,
-    "overlap": False,
-    "epsilon_start": 1.0,
-    "epsilon_end": 0.1,
-    "epsilon_steps": 100,
-    "epsilon_tasks": {},
-    "reward_factors": {},
-}
+from tests.helpers.fake_tasks import stream_of
+from tests.helpers.pqn_loops import CPU, SETTINGS, loop_of
+from tests.helpers.value_tables import ONLINE, STATES, Table, one_hot
 
 
 def agent(value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong",), **changes: Any) -> PQN:
@@ -122,28 +95,6 @@ def test_popart_normalises_returns_and_keeps_values() -> None:
 
 
 # -- when it learns -----------------------------------------------------------------------------------------------------------
-
-
-def loop_of(
-    head: type[Head] = PlainHead, scale: type[ValueScale] = NoValueScale, num_envs: int = 2, lr: float = 0.01, **settings: Any
-) -> Loop:
-    """Three made-up games, one small network."""
-    pack = FakePack(num_envs=num_envs)
-    torch.manual_seed(0)
-    sharing = HardSharing(MLP(hidden=[8, 6], layer_norm=True), [task.observation_shape for task in pack.tasks])
-    network = MultiTaskNetwork(sharing, head(6, [task.num_actions for task in pack.tasks]), observation_scale=1.0)
-    chosen = SETTINGS | settings
-    made = PQN(network, scale(stream_of(NAMES, num_envs=num_envs)), NAMES, lambda function: function, **chosen)
-    spec = ReplaySpec(3, num_envs, pack.observation_shape, torch.float32, 1, 1, CPU, 1, 10_000, rollout_length=chosen["rollout_length"])
-    optimizer = RAdam(list(network.parameters()), lr=lr, lr_final=1.0, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
-    learner = Learner(made, Rollouts(spec), Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
-    actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
-    envs = VectorTasks(pack, num_envs=num_envs, seed=3, num_threads=1, training=True, stream="train")
-    frames = FrameStack(3, num_envs, 1, pack.observation_shape, torch.float32, CPU)
-    group = Group(envs, actor, frames, made.kept_value, SharedMemory())
-    loop = Loop([group], actor, learner.replay, learner, EpisodeStatistics(NAMES, num_envs))
-    loop.begin()
-    return loop
 
 
 def run(loop: Loop, ticks: int) -> list[int]:

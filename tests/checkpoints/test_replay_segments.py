@@ -8,29 +8,7 @@ import torch
 from mtrl_cli.checkpoints import replay_segments
 from mtrl_cli.checkpoints.replay_segments import ReplaySegments
 from mtrl_cli.errors import UserError
-
-
-class Ring:
-    """A replay of K=2 tasks and N=3 environments in which row r holds the number r."""
-
-    def __init__(self, capacity_rows: int):
-        self.capacity_rows = capacity_rows
-        self.rows = 0
-        self.data = torch.full((2, capacity_rows, 3), -1)
-        self.largest_export = 0
-
-    def add(self, count: int) -> None:
-        for _ in range(count):
-            self.data[:, self.rows % self.capacity_rows] = self.rows
-            self.rows += 1
-
-    def export_rows(self, start, stop):
-        self.largest_export = max(self.largest_export, stop - start)
-        return {"data": self.data[:, torch.arange(start, stop) % self.capacity_rows]}
-
-    def import_rows(self, start, tensors):
-        length = tensors["data"].shape[1]
-        self.data[:, torch.arange(start, start + length) % self.capacity_rows] = tensors["data"]
+from tests.helpers.checkpoints import Ring
 
 
 def _restored(folder: Path, record: dict, ring: Ring) -> Ring:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mtrl_cli.checkpoints.state_tree import put_together, take_apart
 from mtrl_cli.errors import UserError
+from tests.helpers.checkpoints import same
 
 TENSORS = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]).flatmap(
     lambda kind: st.lists(st.integers(0, 3), max_size=3).map(lambda shape: torch.arange(math.prod(shape)).reshape(shape).to(kind))
@@ -21,18 +22,6 @@ ARRAYS = st.sampled_from(["f4", "f8", "i8", "u1", "u4", "?"]).flatmap(
 LEAVES = st.one_of(TENSORS, ARRAYS, st.none(), st.booleans(), st.integers(-(2**200), 2**200), st.floats(), st.text())
 KEYS = st.text(alphabet="ab/~.0", max_size=3)
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=12)
-
-
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and (a == b or (a != a and b != b))
 
 
 @settings(deadline=None)

@@ -21,34 +21,15 @@ from mtrl_cli.checkpoints import format as checkpoint_format
 from mtrl_cli.checkpoints.store import CheckpointStore, NoCheckpoint, parse_which
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
-from tests.checkpoints.test_replay_segments import Ring
-from tests.checkpoints.test_state_tree import same
+from tests.helpers.checkpoints import SCORES, Ring, refuse_warning, same, state_of, store_in
 from tests.helpers.command import ROOT
 
 
-def _state(step: int) -> dict:
-    return {
-        "model": {"torso.weight": torch.full((3, 4), float(step)), "head/0.bias": torch.arange(3)},
-        "optimizer": {"state": {"torso.weight": {"exp_avg": torch.ones(3) * step, "step": 7}}, "lr": 1e-4},
-        "envs": {"episode": np.full((2, 3), step), "names": ["pong", "breakout"]},
-        "random": {"state": 2**127 + step, "none": None},
-        "step": step,
-    }
-
-
-def _store(run: Path, keep: int = 2, with_replay: bool = False) -> CheckpointStore:
-    return CheckpointStore(run / "checkpoints", keep=keep, with_replay=with_replay)
-
-
 def _saved(run: Path, steps, keep: int = 9) -> CheckpointStore:
-    store = _store(run, keep)
+    store = store_in(run, keep)
     for step in steps:
-        store.save(step, _state(step))
+        store.save(step, state_of(step))
     return store
-
-
-def _refuse(line: str) -> None:
-    raise AssertionError(line)
 
 
 def _step_model(state: dict) -> float:
@@ -60,9 +41,9 @@ def _step_model(state: dict) -> float:
 
 def test_a_state_comes_back_as_it_was(tmp_path):
     _saved(tmp_path, [5])
-    step, state = _store(tmp_path).load("latest", warn=_refuse)
+    step, state = store_in(tmp_path).load("latest", warn=refuse_warning)
     assert step == 5
-    assert same(state, _state(5))
+    assert same(state, state_of(5))
     folder = tmp_path / "checkpoints" / "5"
     assert sorted(os.listdir(folder)) == ["COMPLETE", "arrays.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert json.loads((folder / "state.json").read_text())["format"] == 1
@@ -71,7 +52,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
 
 def test_loaded_tensors_may_be_changed_and_outlive_their_files(tmp_path):
     _saved(tmp_path, [5])
-    _, state = _store(tmp_path).load(5)
+    _, state = store_in(tmp_path).load(5)
     shutil.rmtree(tmp_path / "checkpoints")
     state["model"]["torso.weight"] += 1
     state["envs"]["episode"] += 1
@@ -83,7 +64,7 @@ def test_equal_models_are_equal_bytes_whatever_their_order_and_memory(tmp_path):
     strided = dict(reversed([(name, torch.stack([value, value])[1]) for name, value in values.items()]))
     strided["a"] = values["a"].T.contiguous().T
     for name, model in (("one", values), ("two", strided)):
-        _store(tmp_path / name).save(1, {"model": model})
+        store_in(tmp_path / name).save(1, {"model": model})
     first, second = (tmp_path / name / "checkpoints/1/model.safetensors" for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
 
@@ -91,38 +72,38 @@ def test_equal_models_are_equal_bytes_whatever_their_order_and_memory(tmp_path):
 def test_tied_parameters_are_saved(tmp_path):
     shared = torch.arange(4.0)
     model = {"a": shared, "b": shared, "c": shared[1:3], "d": shared.view(2, 2)}
-    _store(tmp_path).save(1, {"model": model})
-    assert same(_store(tmp_path).load(1)[1]["model"], model)
+    store_in(tmp_path).save(1, {"model": model})
+    assert same(store_in(tmp_path).load(1)[1]["model"], model)
 
 
 # -- which are kept -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
-    store = _store(tmp_path, keep=2)
+    store = store_in(tmp_path, keep=2)
     for step, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.9), (5, float("nan"))]:
-        store.save(step, _state(step), score=score)
+        store.save(step, state_of(step), score=score)
     assert store.steps() == [2, 4, 5]
     assert (store.latest(), store.best(), store.best_score()) == (5, 2, 0.9)
-    assert _store(tmp_path).load("best")[0] == 2
+    assert store_in(tmp_path).load("best")[0] == 2
 
 
 def test_a_best_score_below_zero_or_zero_is_remembered_over_a_restart(tmp_path):
-    _store(tmp_path).save(1, _state(1), score=-0.5)
-    _store(tmp_path).save(2, _state(2), score=0.0)
-    _store(tmp_path).save(3, _state(3), score=-0.1)
-    assert _store(tmp_path).best() == 2
+    store_in(tmp_path).save(1, state_of(1), score=-0.5)
+    store_in(tmp_path).save(2, state_of(2), score=0.0)
+    store_in(tmp_path).save(3, state_of(3), score=-0.1)
+    assert store_in(tmp_path).best() == 2
 
 
 def test_saving_a_step_again_replaces_it_and_keeps_its_score(tmp_path):
-    store = _store(tmp_path)
-    store.save(1, _state(1), score=0.5)
-    store.save(1, _state(8) | {"step": 8})
+    store = store_in(tmp_path)
+    store.save(1, state_of(1), score=0.5)
+    store.save(1, state_of(8) | {"step": 8})
     assert store.steps() == [1]
     assert store.best_score() == 0.5
-    assert _step_model(_store(tmp_path).load("best")[1]) == 8.0
-    store.save(2, _state(2), score=0.6)
-    store.save(2, _state(2), score=0.1)
+    assert _step_model(store_in(tmp_path).load("best")[1]) == 8.0
+    store.save(2, state_of(2), score=0.6)
+    store.save(2, state_of(2), score=0.1)
     assert store.best() == 1
 
 
@@ -131,23 +112,23 @@ def test_a_killed_replacement_leaves_one_whole(tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "1").rename(folder / ".replaced-1")
     (folder / ".saving-1").mkdir()
-    assert _store(tmp_path).load("latest", warn=_refuse)[0] == 1
-    _store(tmp_path).recover()
+    assert store_in(tmp_path).load("latest", warn=refuse_warning)[0] == 1
+    store_in(tmp_path).recover()
     assert sorted(os.listdir(folder)) == ["1", "latest"]
-    assert _store(tmp_path).load("latest", warn=_refuse)[0] == 1
+    assert store_in(tmp_path).load("latest", warn=refuse_warning)[0] == 1
 
 
 def test_discarding_goes_back(tmp_path):
-    store = _store(tmp_path, keep=9)
+    store = store_in(tmp_path, keep=9)
     for step, score in [(1, 0.1), (2, 0.3), (3, 0.9), (4, None)]:
-        store.save(step, _state(step), score=score)
+        store.save(step, state_of(step), score=score)
     store.discard_after(2)
     assert (store.steps(), store.latest(), store.best()) == ([1, 2], 2, 2)
     store.discard_after(-1)
     assert (store.steps(), store.latest(), store.best()) == ([], None, None)
     with pytest.raises(NoCheckpoint):
         store.load("latest")
-    _store(tmp_path / "nothing").discard_after(3)
+    store_in(tmp_path / "nothing").discard_after(3)
 
 
 def test_names_of_checkpoints():
@@ -198,14 +179,14 @@ def test_every_damage_is_noticed(tmp_path, name, damage):
     _saved(tmp_path, [1, 2, 3])
     damage(tmp_path / "checkpoints" / "3" / name)
     warnings: list[str] = []
-    step, state = _store(tmp_path).load("latest", warn=warnings.append)
+    step, state = store_in(tmp_path).load("latest", warn=warnings.append)
     assert step == 2
-    assert same(state, _state(2))
+    assert same(state, state_of(2))
     assert len(warnings) == 1
     assert warnings[0].endswith("going back to checkpoint 2.")
     assert "\n" not in warnings[0]
     with pytest.raises(UserError) as caught:
-        _store(tmp_path).load(3)
+        store_in(tmp_path).load(3)
     assert "checkpoint 3 cannot be loaded" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -215,7 +196,7 @@ def test_going_back_skips_all_that_are_damaged(tmp_path):
     _truncate(tmp_path / "checkpoints/3/model.safetensors")
     _remove(tmp_path / "checkpoints/2/COMPLETE")
     warnings: list[str] = []
-    assert _store(tmp_path).load("latest", warn=warnings.append)[0] == 1
+    assert store_in(tmp_path).load("latest", warn=warnings.append)[0] == 1
 
 
 @pytest.mark.parametrize("text", ["", "7\n", "../1\n", "one\n", "\xff" * 99, None])
@@ -228,7 +209,7 @@ def test_a_damaged_pointer_falls_back_to_the_newest(tmp_path, text):
     else:
         pointer.write_text(text)
     warnings: list[str] = []
-    assert _store(tmp_path).load("latest", warn=warnings.append)[0] == 2
+    assert store_in(tmp_path).load("latest", warn=warnings.append)[0] == 2
     assert len(warnings) == 1
 
 
@@ -237,7 +218,7 @@ def test_finished_checkpoints_that_are_all_damaged_are_an_error_not_a_new_start(
     for step in "12":
         _truncate(tmp_path / "checkpoints" / step / "model.safetensors")
     with pytest.raises(UserError, match="none of the checkpoints") as caught:
-        _store(tmp_path).load("latest")
+        store_in(tmp_path).load("latest")
     assert not isinstance(caught.value, NoCheckpoint)
 
 
@@ -245,22 +226,22 @@ def test_unfinished_checkpoints_alone_are_no_checkpoint(tmp_path):
     _saved(tmp_path, [1])
     (tmp_path / "checkpoints/1/COMPLETE").unlink()
     with pytest.raises(NoCheckpoint):
-        _store(tmp_path).load("latest")
-    store = _store(tmp_path)
+        store_in(tmp_path).load("latest")
+    store = store_in(tmp_path)
     store.discard_after(-1)
-    store.save(1, _state(1))
-    assert store.load("latest", warn=_refuse)[0] == 1
+    store.save(1, state_of(1))
+    assert store.load("latest", warn=refuse_warning)[0] == 1
 
 
 def test_what_is_not_there_is_said(tmp_path):
     for which in ("latest", "best"):
         with pytest.raises(NoCheckpoint):
-            _store(tmp_path).load(which)
+            store_in(tmp_path).load(which)
     _saved(tmp_path, [1, 2])
     with pytest.raises(UserError, match="has no checkpoint 5; there are: 1, 2"):
-        _store(tmp_path).load(5)
+        store_in(tmp_path).load(5)
     with pytest.raises(UserError, match="no best checkpoint"):
-        _store(tmp_path).load("best")
+        store_in(tmp_path).load("best")
 
 
 def _forge(folder: Path, change) -> None:
@@ -282,7 +263,7 @@ def test_a_newer_format_is_refused_and_never_gone_back_from(tmp_path):
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
     for which in ("latest", 2):
         with pytest.raises(UserError, match="has format 2, and this mtrl reads up to 1"):
-            _store(tmp_path).load(which, warn=_refuse)
+            store_in(tmp_path).load(which, warn=refuse_warning)
 
 
 FORGERIES = {
@@ -313,12 +294,12 @@ def test_forged_checkpoints_give_one_line(tmp_path, name):
     _forge(tmp_path / "checkpoints/1", FORGERIES[name])
     for which in (1, "latest"):
         with pytest.raises(UserError) as caught:
-            _store(tmp_path, with_replay=True).load(which)
+            store_in(tmp_path, with_replay=True).load(which)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 600
-    store = _store(tmp_path)
+    store = store_in(tmp_path)
     store.recover()
-    store.save(5, _state(5), score=1.0)
+    store.save(5, state_of(5), score=1.0)
     assert store.best() == 5
 
 
@@ -335,7 +316,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, data):
     complete["files"]["model.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "COMPLETE").write_text(json.dumps(complete))
     with pytest.raises(UserError, match="not a file of tensors"):
-        _store(tmp_path).load(1)
+        store_in(tmp_path).load(1)
 
 
 def test_folders_that_are_links_out_of_the_run_are_refused(tmp_path):
@@ -344,60 +325,60 @@ def test_folders_that_are_links_out_of_the_run_are_refused(tmp_path):
     run.mkdir()
     (run / "checkpoints").symlink_to(tmp_path / "other" / "checkpoints")
     with pytest.raises(UserError, match="link that leaves"):
-        _store(run)
+        store_in(run)
     (run / "checkpoints").unlink()
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "1").symlink_to(tmp_path / "other" / "checkpoints" / "1")
     with pytest.raises(UserError, match="link that leaves"):
-        _store(run).load(1)
-    _store(run).discard_after(-1)
-    assert _store(tmp_path / "other").load(1)[0] == 1
+        store_in(run).load(1)
+    store_in(run).discard_after(-1)
+    assert store_in(tmp_path / "other").load(1)[0] == 1
     (run / "checkpoints" / "replay").symlink_to(tmp_path / "other")
     with pytest.raises(UserError, match="link that leaves"):
-        _store(run)
+        store_in(run)
 
 
 # -- replay ---------------------------------------------------------------------------------------------------------------------
 
 
 def _restored(run: Path, which, ring: Ring) -> Ring:
-    store = _store(run, with_replay=True)
-    step, _ = store.load(which, warn=_refuse)
+    store = store_in(run, with_replay=True)
+    step, _ = store.load(which, warn=refuse_warning)
     other = Ring(ring.capacity_rows)
     assert store.load_replay(step, other)
     return other
 
 
 def test_replay_is_kept_for_the_last_ones_and_not_for_the_best(tmp_path):
-    ring, store = Ring(8), _store(tmp_path, keep=2, with_replay=True)
+    ring, store = Ring(8), store_in(tmp_path, keep=2, with_replay=True)
     for step in range(1, 12):
         ring.add(3)
-        store.save(step, _state(step), replay=ring, score=-step)
+        store.save(step, state_of(step), replay=ring, score=-step)
         assert torch.equal(_restored(tmp_path, "latest", ring).data, ring.data)
     assert store.steps() == [1, 10, 11]
     # Rows 25 to 33 for step 11, 22 to 30 for step 10.
     assert sorted(os.listdir(tmp_path / "checkpoints" / "replay")) == [f"{start}-{start + 3}.safetensors" for start in range(21, 33, 3)]
-    assert _store(tmp_path).load("best")[0] == 1, "who only evaluates needs no replay"
+    assert store_in(tmp_path).load("best")[0] == 1, "who only evaluates needs no replay"
 
 
 def test_without_replay_nothing_of_it_is_written(tmp_path):
-    ring, store = Ring(8), _store(tmp_path)
+    ring, store = Ring(8), store_in(tmp_path)
     ring.add(3)
-    store.save(1, _state(1), replay=ring)
+    store.save(1, state_of(1), replay=ring)
     assert not (tmp_path / "checkpoints" / "replay").exists()
     assert store.load_replay(store.load("latest")[0], ring) is False
 
 
 def test_a_damaged_new_segment_makes_its_checkpoint_fall_back_and_the_run_goes_on(tmp_path):
-    ring, store = Ring(8), _store(tmp_path, keep=3, with_replay=True)
+    ring, store = Ring(8), store_in(tmp_path, keep=3, with_replay=True)
     for step in (1, 2, 3):
         ring.add(4)
-        store.save(step, _state(step), replay=ring)
+        store.save(step, state_of(step), replay=ring)
         if step == 2:
             at_two = ring.data.clone()
     _flip(tmp_path / "checkpoints/replay/8-12.safetensors")
     warnings: list[str] = []
-    store = _store(tmp_path, keep=3, with_replay=True)
+    store = store_in(tmp_path, keep=3, with_replay=True)
     store.recover()
     step, _ = store.load("latest", warn=warnings.append)
     assert step == 2
@@ -409,14 +390,14 @@ def test_a_damaged_new_segment_makes_its_checkpoint_fall_back_and_the_run_goes_o
     assert torch.equal(rewound.data, at_two)
     assert not (tmp_path / "checkpoints/replay/8-12.safetensors").exists()
     rewound.add(4)
-    store.save(3, _state(3), replay=rewound)
+    store.save(3, state_of(3), replay=rewound)
     assert torch.equal(_restored(tmp_path, "latest", ring).data, ring.data)
 
 
 def test_a_killed_process_s_leavings_are_removed(tmp_path):
-    ring, store = Ring(8), _store(tmp_path, with_replay=True)
+    ring, store = Ring(8), store_in(tmp_path, with_replay=True)
     ring.add(4)
-    store.save(1, _state(1), replay=ring, score=1.0)
+    store.save(1, state_of(1), replay=ring, score=1.0)
     folder = tmp_path / "checkpoints"
     before = sorted(str(path) for path in folder.rglob("*"))
     (folder / ".saving-2").mkdir()
@@ -426,9 +407,9 @@ def test_a_killed_process_s_leavings_are_removed(tmp_path):
     (folder / "replay" / "4-8.safetensors").write_text("whole, but nobody names it")
     (folder / "replay" / f"{atomic.TEMPORARY}9-8-12.safetensors").write_text("half")
     (folder / "best").unlink()
-    _store(tmp_path, with_replay=True).recover()
+    store_in(tmp_path, with_replay=True).recover()
     assert sorted(str(path) for path in folder.rglob("*")) == before
-    _store(tmp_path / "nothing").recover()
+    store_in(tmp_path / "nothing").recover()
 
 
 # -- full disks and kills -------------------------------------------------------------------------------------------------------
@@ -440,9 +421,9 @@ def _listing(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("fails_at", range(8))
 def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch, fails_at):
-    ring, store = Ring(8), _store(tmp_path, with_replay=True)
+    ring, store = Ring(8), store_in(tmp_path, with_replay=True)
     ring.add(4)
-    store.save(1, _state(1), replay=ring, score=0.5)
+    store.save(1, state_of(1), replay=ring, score=0.5)
     before, whole = _listing(tmp_path), atomic.write_synced
     count = itertools.count()
 
@@ -456,15 +437,15 @@ def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch,
     monkeypatch.setattr(atomic, "write_synced", write)
     ring.add(4)
     with pytest.raises(RunError) as caught:
-        store.save(2, _state(2), replay=ring, score=0.9)
+        store.save(2, state_of(2), replay=ring, score=0.9)
     good = 1 if fails_at < 7 else 2  # the eighth file is `best`, when `latest` already names the new one
     assert "no space left on device while saving step 2" in str(caught.value)
     assert str(caught.value).endswith(f"the last good checkpoint is {good}.")
     if fails_at < 6:
         assert _listing(tmp_path) == before
-    assert _store(tmp_path, with_replay=True).load("latest", warn=_refuse)[0] == good
+    assert store_in(tmp_path, with_replay=True).load("latest", warn=refuse_warning)[0] == good
     monkeypatch.undo()
-    store.save(2, _state(2), replay=ring, score=0.9)
+    store.save(2, state_of(2), replay=ring, score=0.9)
     assert torch.equal(_restored(tmp_path, "latest", ring).data, ring.data)
     assert store.best() == 2
 
@@ -479,7 +460,7 @@ def test_a_limit_on_file_sizes_is_a_plain_failure(tmp_path):
         try:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
-            _store(tmp_path).save(2, _state(2) | {"large": np.zeros(2**16)})
+            store_in(tmp_path).save(2, state_of(2) | {"large": np.zeros(2**16)})
         except RunError as error:
             code = 0 if "File too large".lower() in str(error).lower() and "checkpoint is 1" in str(error) else 2
         finally:
@@ -492,20 +473,19 @@ def test_any_other_exception_while_saving_leaves_nothing_behind(tmp_path, monkey
     _saved(tmp_path, [1])
     before = _listing(tmp_path)
     with pytest.raises(TypeError):
-        _store(tmp_path).save(2, _state(2) | {"odd": object()})
+        store_in(tmp_path).save(2, state_of(2) | {"odd": object()})
     monkeypatch.setattr(atomic, "sync_folder", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        _store(tmp_path).save(2, _state(2))
+        store_in(tmp_path).save(2, state_of(2))
     assert _listing(tmp_path) == before
 
 
-SCORES = [random.Random(5).random() for _ in range(5000)]
 VICTIM = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 import os
 from pathlib import Path
-from tests.checkpoints.test_store import go_on_saving
+from tests.helpers.checkpoints import go_on_saving
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
@@ -514,25 +494,6 @@ for line in sys.stdin:
     os.waitpid(child, 0)
     print("ended", flush=True)
 """
-
-
-def go_on_saving(run: Path) -> None:
-    """What a training process does as far as checkpoints go, for ever; every second step is saved twice."""
-    ring, store = Ring(30), _store(run, keep=2, with_replay=True)
-    store.recover()
-    try:
-        step, _ = store.load("latest", warn=_refuse)
-    except NoCheckpoint:
-        step = 0
-    else:
-        store.discard_after(step)
-        ring.rows = 7 * step
-        assert store.load_replay(step, ring)
-    while True:
-        step += 1
-        ring.add(7)
-        for _ in range(1 + step % 2):
-            store.save(step, _state(step), replay=ring, score=SCORES[step])
 
 
 def test_killed_at_random_moments_latest_and_best_are_always_whole(tmp_path):
@@ -548,33 +509,33 @@ def test_killed_at_random_moments_latest_and_best_are_always_whole(tmp_path):
         time.sleep(moments.uniform(0.0, 0.15))
         os.kill(child, signal.SIGKILL)
         assert parent.stdout.readline() == "ended\n"
-        store = _store(tmp_path, keep=2, with_replay=True)
+        store = store_in(tmp_path, keep=2, with_replay=True)
         if store.latest() is None:
             continue
-        step, state = store.load("latest", warn=_refuse)
+        step, state = store.load("latest", warn=refuse_warning)
         assert step >= reached
         reached = step
-        assert same(state, _state(step))
+        assert same(state, state_of(step))
         ring, expected = Ring(30), Ring(30)
         expected.add(7 * step)
         assert store.load_replay(step, ring)
         assert torch.equal(ring.data, expected.data)
-        best = _store(tmp_path).best()
+        best = store_in(tmp_path).best()
         assert best is not None or step == 1
         if best is not None:
-            assert same(_store(tmp_path).load("best")[1], _state(best))
+            assert same(store_in(tmp_path).load("best")[1], state_of(best))
             assert SCORES[best] >= max(SCORES[1:step], default=0.0)
     parent.stdin.close()
     parent.wait()
     parent.stdout.close()
     assert reached > 5
-    _store(tmp_path, with_replay=True).recover()
+    store_in(tmp_path, with_replay=True).recover()
     assert not [name for name in _listing(tmp_path) if Path(name).name.startswith(".")]
 
 
 def test_killed_before_latest_named_the_first_checkpoint_it_is_found(tmp_path):
-    _store(tmp_path).save(1, _state(1))
+    store_in(tmp_path).save(1, state_of(1))
     (tmp_path / "checkpoints" / "latest").unlink()
-    step, state = _store(tmp_path).load("latest", warn=_refuse)
+    step, state = store_in(tmp_path).load("latest", warn=refuse_warning)
     assert step == 1
-    assert same(state, _state(1))
+    assert same(state, state_of(1))

@@ -17,9 +17,9 @@ from mtrl_cli.commands import final_test
 from mtrl_cli.commands.final_test import metrics
 from mtrl_cli.runs.metrics_logger import Logger
 from mtrl_cli.training.evaluator import Evaluator
-from tests.commands.test_train import TINY, rows
 from tests.helpers.command import Mtrl, MtrlHere
 from tests.helpers.fake_pack import FakePack, LikesTheLast
+from tests.helpers.tiny_runs import TINY, rows
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 

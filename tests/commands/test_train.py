@@ -12,21 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
-
-TINY = [
-    "env=classic_pack",
-    "steps_per_task=600",
-    "agent.learning_starts=100",
-    "agent.batch_size=16",
-    "network.hidden=[16,16]",
-    "eval.every=300",
-    "eval.episodes=2",
-    "eval.max_steps=40",
-    "checkpoint.every=200",
-    "log.every=100",
-    "device=cpu",
-]
-TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+from tests.helpers.tiny_runs import TASKS, TINY, rows
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +21,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("trained")
     done = MtrlHere(folder)("train", *TINY, "run_dir=run")
     return folder / "run", done.stdout
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:

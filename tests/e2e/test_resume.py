@@ -11,22 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
 
-CLASSIC = [
-    "env=classic_pack",
-    "agent.learning_starts=100",
-    "agent.batch_size=16",
-    "network.hidden=[16,16]",
-    "steps_per_task=4000",
-    "eval.every=1600",
-    "eval.episodes=2",
-    "eval.max_steps=30",
-    "checkpoint.every=160",
-    "log.every=80",
-    "log.diagnostics=400",
-    "device=cpu",
-    "replay.capacity=1200",
-]
 ATARI = [
     "env=atari_pack",
     "env.tasks=[pong,breakout]",
@@ -48,17 +34,6 @@ ATARI = [
 ]
 PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
 MODEL = Path("checkpoints") / "latest"
-
-
-def model(run: Path) -> bytes:
-    step = (run / "checkpoints" / "latest").read_text().strip()
-    return (run / "checkpoints" / step / "model.safetensors").read_bytes()
-
-
-def learning_rows(run: Path) -> list[dict[str, float]]:
-    """What was learned, row by row, without what depends on the time."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]
 
 
 def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, longest: float) -> int:

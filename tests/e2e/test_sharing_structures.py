@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.machine.hardware import missing_for_compile
-from tests.e2e.test_weightings import SMALL, TASKS
 from tests.helpers.command import ROOT, Mtrl, MtrlHere
+from tests.helpers.short_runs import SMALL, TASKS
 
 STRUCTURES = sorted(path.stem for path in (ROOT / "conf" / "network" / "sharing").glob("*.yaml"))
 WEIGHTS = ["uniform", "pcgrad", "graddrop", "famo"]

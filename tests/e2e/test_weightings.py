@@ -10,23 +10,8 @@ import pytest
 
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import ALL_WEIGHTS
+from tests.helpers.short_runs import SMALL, TASKS
 
-SMALL = [
-    "env=classic_pack",
-    "env.num_envs=4",
-    "steps_per_task=240",
-    "agent.learning_starts=40",
-    "agent.batch_size=16",
-    "agent.samples_per_step=2",
-    "network.hidden=[16,16]",
-    "eval.every=0",
-    "eval.episodes=1",
-    "eval.max_steps=20",
-    "checkpoint.every=120",
-    "log.every=80",
-    "device=cpu",
-]
-TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 KEYS = {
     "static": ["task_weights.weights={CartPole-v1: 2, MountainCar-v0: 0.5}"],
     "dwa": ["task_weights.epoch=5"],

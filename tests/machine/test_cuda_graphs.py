@@ -22,10 +22,10 @@ from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.task_weights.tape import tape_for
 from mtrl_cli.training.optimizers import Adam
-from tests.agents.test_pqn import loop_of as pqn_loop
 from tests.helpers.fake_tasks import ALL_WEIGHTS, stream_of, weights_of
+from tests.helpers.learners import NAMES, fill, learner_of, parameters, rows
+from tests.helpers.pqn_loops import loop_of as pqn_loop
 from tests.helpers.recorded_operations import RecordedOperations
-from tests.training.test_learner import NAMES, fill, learner_of, parameters, rows
 
 
 def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() -> None:

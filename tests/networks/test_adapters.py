@@ -7,24 +7,16 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.adapters import FiLM, InputAdapters, TaskEmbedding
-from mtrl_cli.networks.per_task import PerTask
-from mtrl_cli.networks.sharing import HardSharing, Sharing
+from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, NatureCNN, Torso
-from tests.networks.test_sharing import IMAGES, VECTORS, Loose, alone, observations
+from tests.helpers.structures import IMAGES, VECTORS, Loose, Shapes, alone, observations, stem_of_task
 
-Shapes = list[tuple[int, ...]]
 CASES = [
     (MLP(hidden=[8, 7, 5]), VECTORS),
     (MLP(hidden=[8, 5]), [(4,)] * 3),
     (MinAtarCNN(channels=3, features=5, layer_norm=True), IMAGES),
     (NatureCNN(features=5, width=0.1), [(4, 36, 36)] * 3),
 ]
-
-
-def stem_of_task(sharing: Sharing, torso: Torso, shapes: Shapes, task: int) -> nn.Module:
-    """A task's own stem, or the one that all share."""
-    stem = sharing.get_submodule("stem")
-    return alone(torso.stem(shapes[task]), stem, task) if isinstance(stem, PerTask) else stem
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)

@@ -8,8 +8,8 @@ from torch import nn
 
 from mtrl_cli.networks.bases import PaCo
 from mtrl_cli.networks.torsos import MLP, Torso
-from tests.networks.test_experts import CASES, Shapes, read_by_experts
-from tests.networks.test_sharing import VECTORS, observations
+from tests.helpers.experts import CASES, Shapes, read_by_experts
+from tests.helpers.structures import VECTORS, observations
 
 
 def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCo:

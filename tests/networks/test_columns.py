@@ -10,8 +10,7 @@ from mtrl_cli.networks.columns import MTAN, CrossStitch
 from mtrl_cli.networks.per_task import PerTask, Stacked
 from mtrl_cli.networks.sharing import IndependentSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
-from tests.networks.test_adapters import stem_of_task
-from tests.networks.test_sharing import IMAGES, VECTORS, Loose, alone, observations
+from tests.helpers.structures import IMAGES, VECTORS, Loose, alone, observations, stem_of_task
 
 Shapes = list[tuple[int, ...]]
 CASES = [

@@ -12,24 +12,14 @@ from torch import nn
 
 from mtrl_cli.networks.bases import PaCo
 from mtrl_cli.networks.experts import CARE, MOORE, PLE, MMoE, orthonormal
-from mtrl_cli.networks.per_task import PerTask, Stacked, TaskOwned
+from mtrl_cli.networks.per_task import TaskOwned
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.soft_moe import SoftMoE
-from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.networks.test_sharing import IMAGES, VECTORS, observations
+from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
+from tests.helpers.experts import CASES, SAME, SAME_IMAGES, Shapes, read_by_experts, row
+from tests.helpers.structures import VECTORS, observations
 
-Shapes = list[tuple[int, ...]]
 KINDS = [MMoE, PLE, MOORE, CARE, SoftMoE, PaCo]
-SAME, SAME_IMAGES = [(4,)] * 3, [(4, 10, 10)] * 3
-CASES = [
-    (MLP(hidden=[8, 6]), VECTORS),
-    (MLP(hidden=[8, 7, 6], layer_norm=True), VECTORS),
-    (MLP(hidden=[8, 6]), SAME),
-    (MLP(hidden=[6], layer_norm=True), SAME),
-    (MinAtarCNN(channels=3, features=6), IMAGES),
-    (MinAtarCNN(channels=3, features=6, layer_norm=True), SAME_IMAGES),
-    (NatureCNN(features=6, width=0.1), [(2, 44, 40), (3, 44, 40)]),
-]
 OF_EVERY_KIND = list(itertools.product(KINDS, CASES))
 
 
@@ -124,23 +114,6 @@ def test_soft_moes_parameters() -> None:
 
 
 # -- each against a plain loop --------------------------------------------------------------------------------------------------
-
-
-def row(stacked: Stacked, index: int, module: nn.Module) -> nn.Module:
-    """One of the stacked modules by itself: `module`, which has the same layers in the same order, with its parameters."""
-    names = sorted(name for name, _ in module.named_parameters())
-    with torch.no_grad():
-        for name, stacked_name in zip(names, sorted(stacked.stacked), strict=True):
-            parameter = module.get_parameter(name)
-            parameter.copy_(stacked.stacked[stacked_name][index][tuple(slice(size) for size in parameter.shape)])
-    return module
-
-
-def read_by_experts(sharing: Sharing, torso: Torso, shapes: Shapes, task: int, x: torch.Tensor) -> torch.Tensor:
-    """One sample `[1, ...]` through its task's stem, where it is none of the experts'."""
-    stem = sharing.stem
-    x = x[:, : shapes[task][0]]
-    return row(stem, task, torso.stem(shapes[task]))(x) if isinstance(stem, PerTask) else stem(x)
 
 
 def layers(torso: Torso, shapes: Shapes, least: float) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from mtrl_cli.networks.lora import LowRank, add_adapters
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.per_task import parameter_counts
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, NatureCNN, Torso
-from tests.networks.test_sharing import STRUCTURES, VECTORS, observations, structure
+from tests.helpers.structures import STRUCTURES, VECTORS, observations, structure
 
 ONCE = ["film", "hard", "input_adapters", "mtan", "soft_modular", "task_embedding"]
 """Structures that run one torso for all tasks' samples."""

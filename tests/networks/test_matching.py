@@ -12,22 +12,8 @@ from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.matching import Source, Taken, pieces_of, take
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import tagged
-from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
-from tests.networks.test_sharing import STRUCTURES, observations, structure
-
-VECTOR = {"a": (4,), "b": (6,), "c": (2,), "d": (6,)}
-IMAGE = dict.fromkeys("abcd", (4, 10, 10))
-ACTIONS = {"a": 2, "b": 3, "c": 3, "d": 5}
-MLP_TORSO, CNN = MLP(hidden=[8, 7, 5]), MinAtarCNN(channels=3, features=5, layer_norm=True)
-
-
-def network_of(
-    sharing: str, tasks: str, torso: Torso = MLP_TORSO, seed: int = 0, kind: type[PlainHead | DuelingHead] = PlainHead
-) -> MultiTaskNetwork:
-    """A network of tasks named by single letters."""
-    shapes = [(IMAGE if isinstance(torso, MinAtarCNN) else VECTOR)[task] for task in tasks]
-    made = structure(sharing, tagged(torso), shapes, seed)
-    return MultiTaskNetwork(made, kind(made.num_features, [ACTIONS[task] for task in tasks]), 1.0)
+from mtrl_cli.networks.torsos import MLP, Torso
+from tests.helpers.structures import ACTIONS, CNN, IMAGE, MLP_TORSO, STRUCTURES, VECTOR, network_of, observations, structure
 
 
 def taken(source: MultiTaskNetwork, theirs: str, network: MultiTaskNetwork, mine: str, heads: Sequence[str] | None = None) -> Taken:

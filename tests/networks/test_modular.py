@@ -8,8 +8,7 @@ from torch import nn
 
 from mtrl_cli.networks.modular import SoftModularization
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
-from tests.networks.test_adapters import stem_of_task
-from tests.networks.test_sharing import IMAGES, VECTORS, observations
+from tests.helpers.structures import IMAGES, VECTORS, observations, stem_of_task
 
 Shapes = list[tuple[int, ...]]
 

@@ -18,7 +18,7 @@ from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Tors
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from tests.helpers.fake_tasks import tasks_of
-from tests.networks.test_sharing import observations
+from tests.helpers.structures import observations
 
 KINDS = list(itertools.product([HardSharing, IndependentSharing], [PlainHead, DuelingHead]))
 Shapes = list[tuple[int, ...]]

@@ -14,7 +14,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import Part, parts_of, tagged
 from mtrl_cli.networks.sharing import HardSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.networks.test_sharing import STRUCTURES, Loose, structure
+from tests.helpers.structures import STRUCTURES, Loose, structure
 
 Shapes = list[tuple[int, ...]]
 CASES: list[tuple[Torso, Shapes]] = [

@@ -15,7 +15,7 @@ from mtrl_cli.networks.per_task import PerTask, spectral_layers
 from mtrl_cli.networks.regularised import Dropout, SpectralLinear, dropout_generator, power_step
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
 from mtrl_cli.task_weights.tape import tape_for
-from tests.networks.test_sharing import STRUCTURES, observations, structure
+from tests.helpers.structures import STRUCTURES, observations, structure
 
 CPU = torch.device("cpu")
 SHAPES: list[tuple[int, ...]] = [(4,)] * 3

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from mtrl_cli.config.introspection import import_class
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
+from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, Loose, observations, structure
 
-VECTORS = [(4,), (6,), (2,)]
-IMAGES = [(4, 10, 10), (7, 10, 10), (6, 10, 10)]
 CASES = [
     (MLP(hidden=[8, 5]), VECTORS),
     (MLP(hidden=[8], layer_norm=True), VECTORS),
@@ -25,62 +20,6 @@ CASES = [
     (MinAtarCNN(channels=3, features=5, layer_norm=True), [(4, 10, 10)] * 3),
     (MLP(hidden=[8, 5]), [(4,)] * 3),
 ]
-
-
-def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -> torch.Tensor:
-    """`[K, B, *padded]`, zero where a task's own observation ends."""
-    padded = (max(shape[0] for shape in shapes), *shapes[0][1:])
-    observation = torch.zeros(len(shapes), batch, *padded)
-    random = torch.Generator().manual_seed(seed)
-    for task, shape in enumerate(shapes):
-        observation[task, :, : shape[0]] = torch.randn(batch, *shape, generator=random)
-    return observation
-
-
-SMALL: dict[str, dict[str, Any]] = {
-    "task_embedding": {"size": 3},
-    "soft_modular": {"num_layers": 3, "num_modules": 2, "module_size": 12, "routing_size": 7},
-    "mmoe": {"experts": 3},
-    "ple": {"task_experts": 2},
-    "moore": {"experts": 2},
-    "care": {"experts": 3, "context": 16},
-    "soft_moe": {"experts": 3},
-    "paco": {"bases": 3},
-}
-"""Options with which structures are quick to test."""
-
-SHARES_BODIES = ["mmoe", "ple", "moore", "care", "soft_moe", "paco"]
-"""Structures that refuse a torso whose one layer is each task's own."""
-
-YAMLS = sorted((Path(__file__).resolve().parents[2] / "conf/network/sharing").glob("*.yaml"))
-STRUCTURES = [path.stem for path in YAMLS]
-
-
-def structure(name: str, torso: Torso, shapes: list[tuple[int, ...]], seed: int = 0) -> Sharing:
-    """What `network/sharing=NAME` names."""
-    node = yaml.safe_load(YAMLS[STRUCTURES.index(name)].read_text())
-    options = {key: value for key, value in node.items() if key != "_target_"}
-    torch.manual_seed(seed)
-    if name in SHARES_BODIES and len(set(shapes)) > 1 and not torso.body(shapes[0]):
-        with pytest.raises(ValueError, match=r"network\.hidden"):
-            import_class(node["_target_"])(torso, shapes, **options)
-        pytest.skip("refused")
-    made = import_class(node["_target_"])(torso, shapes, **options | SMALL.get(name, {}))
-    assert isinstance(made, Sharing)
-    return made
-
-
-class Loose(Torso):
-    """A user's torso, whose layers and activations are separate children."""
-
-    observation_kind = "vector"
-    num_features = 6
-
-    def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return nn.Linear(shape[0], 8)
-
-    def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        return nn.Sequential(nn.ReLU(), nn.Linear(8, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 6))
 
 
 EVERY_TORSO = [
@@ -95,14 +34,6 @@ EVERY_TORSO = [
     (ImpalaCNN(features=5), [(4, 9, 9), (2, 9, 9), (3, 9, 9)]),
     (NatureCNN(features=5, width=0.1), [(4, 36, 36)] * 3),
 ]
-
-
-def alone(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
-    """A module of the stacked ones' structure, with the parameters of one of them."""
-    for name, parameter in module.named_parameters():
-        padded = stacked.stacked[name.replace(".", ":")][row]
-        parameter.data = padded[tuple(slice(size) for size in parameter.shape)].detach().clone()
-    return module
 
 
 def count(module: nn.Module) -> int:

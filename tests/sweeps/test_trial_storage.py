@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,45 +24,10 @@ from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import file_lock
 from mtrl_cli.sweeps import trial_storage
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan, Value
+from mtrl_cli.sweeps.plan import Choices, Value
 from mtrl_cli.sweeps.trial_storage import Taken, TrialStorage
 from tests.helpers.command import ROOT
-
-SEARCH: dict[str, Any] = {"sampler": "tpe", "trials": 4, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
-AXES: dict[str, Choices | Interval] = {
-    "optimizer.lr": Interval(1e-5, 1e-1, log=True),
-    "agent.n_step": Interval(1, 9, whole=True),
-    "network/sharing": Choices(("hard", "film", "null")),
-}
-GRID: tuple[Mapping[str, Value], ...] = tuple(
-    {"network/sharing": word, "seed": seed} for word in ("hard", "film") for seed in ("0", "1", "2")
-)
-
-
-def plan(axes: Mapping[str, Choices | Interval] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
-    """A plan of four trials, unless told otherwise."""
-    return Plan(
-        words=("env=classic_pack",),
-        axes=axes,
-        points=points,
-        search={**SEARCH, **search},
-        launcher={},
-        trusted_packages=(),
-        env="classic_pack",
-        steps_per_task=900,
-        run_dir=None,
-    )
-
-
-def grid() -> Plan:
-    """A plan of six points."""
-    return plan({"network/sharing": Choices(("hard", "film")), "seed": Choices(("0", "1", "2"))}, GRID, sampler="grid", trials=None)
-
-
-def book(folder: Path, of: Plan, first: int = 100) -> TrialStorage:
-    """A sweep's book; the folder is made."""
-    folder.mkdir(exist_ok=True)
-    return TrialStorage(folder, of, first=first)
+from tests.helpers.trials import GRID, book, grid, plan
 
 
 def metric(values: Mapping[str, Value]) -> float:
@@ -197,7 +161,7 @@ TAKES = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.sweeps.test_trial_storage import book, grid, plan
+from tests.helpers.trials import book, grid, plan
 of = book(Path(sys.argv[2]), plan(trials=12))
 print("ready", flush=True)
 sys.stdin.readline()

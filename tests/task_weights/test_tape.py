@@ -18,7 +18,7 @@ from mtrl_cli.task_weights import layers
 from mtrl_cli.task_weights.base import TaskGradients
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.tape import Tape, TapedGradients, tape_for
-from tests.networks.test_sharing import observations
+from tests.helpers.structures import observations
 
 Shapes = list[tuple[int, ...]]
 ACTIONS = [3, 2, 4]

@@ -15,9 +15,9 @@ from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weights_of
-from tests.training.test_learner import NAMES, fill, learner_of, parameters, restored, rows, saved
-from tests.training.test_loop import NAMES as GAMES
-from tests.training.test_loop import loop_of, run
+from tests.helpers.learners import NAMES, fill, learner_of, parameters, restored, rows, saved
+from tests.helpers.loops import NAMES as GAMES
+from tests.helpers.loops import loop_of, run
 
 # Metrics at which a few updates show what thousands would.
 QUICK: dict[str, dict[str, Any]] = {

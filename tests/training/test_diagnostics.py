@@ -33,11 +33,10 @@ from mtrl_cli.training.diagnostics import (
     norms_and_cosines,
     similarity,
 )
-from tests.commands.test_train import TASKS, TINY, rows
-from tests.e2e.test_resume import learning_rows, model
 from tests.helpers.command import MtrlHere
-from tests.networks.test_sharing import STRUCTURES, structure
-from tests.training.test_learner import fill, learner_of
+from tests.helpers.learners import fill, learner_of
+from tests.helpers.structures import STRUCTURES, structure
+from tests.helpers.tiny_runs import TASKS, TINY, learning_rows, model, rows
 
 # -- mathematics ----------------------------------------------------------------------------------------------------------------
 

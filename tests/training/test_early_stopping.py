@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mtrl_cli.training.early_stopping import EarlyStopping
-from tests.commands.test_train import TINY, rows
 from tests.helpers.command import MtrlHere
-from tests.parallel.test_distributed import Torchrun
+from tests.helpers.ranks import Torchrun
+from tests.helpers.tiny_runs import TINY, rows
 
 
 def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -> int | None:

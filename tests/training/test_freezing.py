@@ -25,10 +25,9 @@ from mtrl_cli.training.freezing import Freezing, layers_of
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
 from tests.helpers.fake_tasks import stream_of, weights_of
+from tests.helpers.learners import NAMES, SETTINGS, fill, learner_of, parameters
 from tests.helpers.recorded_operations import RecordedOperations
-from tests.networks.test_matching import network_of
-from tests.networks.test_sharing import VECTORS, observations
-from tests.training.test_learner import NAMES, SETTINGS, fill, learner_of, parameters
+from tests.helpers.structures import VECTORS, network_of, observations
 
 ALL = None
 Optimizers = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

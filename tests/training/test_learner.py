@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,84 +9,18 @@ import torch
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.agents.dqn import DQN
-from mtrl_cli.agents.value_scale import ClipRewards
 from mtrl_cli.augmentation.base import Pipeline
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
 from mtrl_cli.errors import RunError
-from mtrl_cli.networks.heads import DuelingHead
-from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
-from mtrl_cli.networks.torsos import MLP, Torso
-from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
+from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.task_weights.base import TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import TapedGradients, tape_for
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
-from tests.helpers.fake_tasks import stream_of, tasks_of, weights_of
-from tests.helpers.replay_reference import random_rows, spec
-
-NAMES = ["pong", "qbert"]
-SPEC = spec(frame_shape=(5,), stack=1)
-SETTINGS: dict[str, Any] = {
-    "batch_size": 4,
-    "samples_per_step": 2.0,
-    "learning_starts": 0,
-    "gamma": 0.9,
-    "n_step": 3,
-    "double": True,
-    "huber": 1.0,
-    "target_period": 3,
-    "target_tau": 0.0,
-    "epsilon_start": 1.0,
-    "epsilon_end": 0.1,
-    "epsilon_steps": 100,
-    "epsilon_tasks": {},
-    "reward_factors": {},
-}
-
-
-def learner_of(
-    replay_kind: type[Replay] = UniformReplay,
-    sharing: type[Sharing] = HardSharing,
-    weights_seed: int = 0,
-    augmentation: Pipeline | None = None,
-    replay_spec: ReplaySpec = SPEC,
-    optimizer_lr: float = 0.01,
-    torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
-    **settings: Any,
-) -> Learner:
-    """A whole learner: two tasks of 5 and 3 observed numbers, 4 and 2 actions."""
-    torch.manual_seed(weights_seed)
-    network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
-    agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
-    replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
-    optimizer = Adam(list(network.parameters()), lr=optimizer_lr, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
-    return Learner(agent, replay, augmentation or Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
-
-
-def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Random rows that fit the two tasks' shapes and actions."""
-    out = []
-    for row in islice(random_rows(SPEC, 0), start, start + count):
-        row["frame"] = row["frame"] % 17 / 17 - 0.5
-        row["frame"][1, :, 3:] = 0
-        row["action"] = row["action"] % torch.tensor([[4], [2]])
-        out.append(row)
-    return out
-
-
-def fill(learner: Learner, count: int = 20) -> Learner:
-    for row in rows(count):
-        learner.replay.add(**row)
-    return learner
-
-
-def parameters(learner: Learner) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.agent.network.state_dict().items()}
-
+from tests.helpers.fake_tasks import tasks_of, weights_of
+from tests.helpers.learners import NAMES, SPEC, fill, learner_of, parameters, restored, rows, saved
 
 # -- when updates are due -------------------------------------------------------------------------------------------------------
 
@@ -322,31 +255,6 @@ def test_a_gradient_that_is_not_finite_is_told_though_every_loss_is() -> None:
 
 
 # -- state ----------------------------------------------------------------------------------------------------------------------
-
-
-def saved(learner: Learner) -> dict[str, Any]:
-    """Its parts' states, through the form in which they are written."""
-    state = {
-        "model": learner.agent.network.state_dict(),
-        "agent": learner.agent.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-        "learner": learner.state_dict(),
-        "replay": learner.replay.state_dict(),
-    }
-    tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(state, tensors)
-    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
-
-
-def restored(learner: Learner, state: dict[str, Any], rows_of: Replay) -> Learner:
-    oldest = max(0, rows_of.rows - rows_of.capacity_rows)
-    learner.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
-    learner.agent.network.load_state_dict(state["model"])
-    learner.agent.load_state_dict(state["agent"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    learner.load_state_dict(state["learner"])
-    learner.replay.load_state_dict(state["replay"], rows_restored=True)
-    return learner
 
 
 @pytest.mark.parametrize("before", [0, 1, 7])

@@ -2,100 +2,22 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mtrl_cli.agents.acting import EpsilonGreedy
-from mtrl_cli.agents.dqn import DQN
-from mtrl_cli.agents.value_scale import NoValueScale
-from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.checkpoints.state_tree import put_together, take_apart
 from mtrl_cli.envs.vector_tasks import VectorTasks
-from mtrl_cli.networks.heads import DuelingHead
-from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.networks.sharing import HardSharing
-from mtrl_cli.networks.torsos import MLP
-from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
-from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.training.env_group import Group
-from mtrl_cli.training.episode_statistics import EpisodeStatistics
-from mtrl_cli.training.frame_stack import FrameStack
-from mtrl_cli.training.host_transfer import Pinned, SharedMemory
-from mtrl_cli.training.learner import Learner
+from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.training.loop import Clock, Loop
-from mtrl_cli.training.optimizers import Adam
-from tests.helpers.fake_pack import TASKS, FakePack
-from tests.helpers.fake_tasks import stream_of, tasks_of
-
-CPU = torch.device("cpu")
-NAMES = list(TASKS)
-
-
-def loop_of(
-    replay_kind: type[Replay] = UniformReplay,
-    weights_seed: int = 0,
-    capacity: int = 40,
-    groups: int = 1,
-    overlapped: bool = False,
-    pinned: bool = False,
-    **settings: Any,
-) -> Loop:
-    """Three made-up games, two environments each, one small network."""
-    pack = FakePack()
-    torch.manual_seed(weights_seed)
-    torso = MLP(hidden=[8, 6])
-    sharing = HardSharing(torso, [task.observation_shape for task in pack.tasks])
-    network = MultiTaskNetwork(sharing, DuelingHead(6, [task.num_actions for task in pack.tasks]), observation_scale=1.0)
-    options: dict[str, Any] = {
-        "batch_size": 4,
-        "samples_per_step": 1.0,
-        "learning_starts": 8,
-        "gamma": 0.9,
-        "n_step": 2,
-        "double": True,
-        "huber": 1.0,
-        "target_period": 5,
-        "target_tau": 0.0,
-        "epsilon_start": 1.0,
-        "epsilon_end": 0.1,
-        "epsilon_steps": 50,
-        "epsilon_tasks": {},
-        "reward_factors": {},
-    }
-    agent = DQN(network, NoValueScale(stream_of(NAMES)), NAMES, lambda function: function, **(options | settings))
-    spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
-    replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
-    optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
-    learner = Learner(agent, replay, Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
-    actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
-    size = 2 // groups
-    made = []
-    for number in range(groups):
-        transfer = Pinned(3, size, pack.observation_shape, pack.observation_dtype, CPU) if pinned else SharedMemory()
-        played = VectorTasks(
-            pack,
-            num_envs=size,
-            seed=3,
-            num_threads=1,
-            training=True,
-            stream="train",
-            first_env=number * size,
-            buffers=transfer.buffers,
-        )
-        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), agent.kept_value, transfer))
-    return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
+from tests.helpers.fake_pack import FakePack
+from tests.helpers.loops import NAMES, loop_of, run
 
 
 def task_pack(pack: FakePack) -> VectorTasks:
     return VectorTasks(pack, num_envs=2, seed=3, num_threads=1, training=True, stream="train")
-
-
-def run(loop: Loop, ticks: int) -> list[int]:
-    return list(islice(loop.ticks(), ticks))
 
 
 def test_steps_are_counted_per_task() -> None:
@@ -193,7 +115,7 @@ def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: 
     for number, group in enumerate(loop.groups):
         for part, method in ((group.pack, "send"), (group.pack, "recv"), (group, "choose")):
             noted(part, method, f"{method}{number}")
-    noted(loop.learner, "learn_what_is_due", "learn")
+    noted(loop.learner, "run_due_updates", "learn")
     noted(loop.replay, "add", "add")
     run(loop, 2)
     assert " ".join(calls) == f"{order} {order}"

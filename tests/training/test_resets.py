@@ -16,11 +16,11 @@ from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.training.resets import Resets
-from tests.e2e.test_resume import CLASSIC, learning_rows, model
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import stream_of
-from tests.networks.test_sharing import STRUCTURES, structure
-from tests.training.test_learner import NAMES, fill, learner_of, parameters
+from tests.helpers.learners import NAMES, fill, learner_of, parameters
+from tests.helpers.structures import STRUCTURES, structure
+from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
 
 
 def fresh(number: int) -> MultiTaskNetwork:

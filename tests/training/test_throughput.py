@@ -15,7 +15,7 @@ from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.throughput import Meter, limit, of_a_row, shares_of_limit
 from tests.helpers.command import MtrlHere
-from tests.training.test_loop import loop_of
+from tests.helpers.loops import loop_of
 
 SMALL = ["env=classic_pack", "network.hidden=[16,16]", "device=cpu"]
 # Seconds of a tick of 3 tasks x 8 environments, for which one update is due; what they really do comes on top.

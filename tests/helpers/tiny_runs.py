@@ -1,0 +1,53 @@
+"""Overrides of runs that take a second or a few, and their results on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+TINY = [
+    "env=classic_pack",
+    "steps_per_task=600",
+    "agent.learning_starts=100",
+    "agent.batch_size=16",
+    "network.hidden=[16,16]",
+    "eval.every=300",
+    "eval.episodes=2",
+    "eval.max_steps=40",
+    "checkpoint.every=200",
+    "log.every=100",
+    "device=cpu",
+]
+TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+CLASSIC = [
+    "env=classic_pack",
+    "agent.learning_starts=100",
+    "agent.batch_size=16",
+    "network.hidden=[16,16]",
+    "steps_per_task=4000",
+    "eval.every=1600",
+    "eval.episodes=2",
+    "eval.max_steps=30",
+    "checkpoint.every=160",
+    "log.every=80",
+    "log.diagnostics=400",
+    "device=cpu",
+    "replay.capacity=1200",
+]
+
+
+def model(run: Path) -> bytes:
+    step = (run / "checkpoints" / "latest").read_text().strip()
+    return (run / "checkpoints" / step / "model.safetensors").read_bytes()
+
+
+def learning_rows(run: Path) -> list[dict[str, float]]:
+    """What was learned, row by row, without what depends on the time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]
