@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+MOST_LISTED = 30
+"""Candidates that the message for an unknown name lists, at most."""
+
 
 class UserError(ValueError):
     """The command, the configuration or a given folder is wrong; nothing was created. One or two plain lines. Exit code 2."""
@@ -60,6 +63,12 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+def quoted(value: Any) -> str:
+    """Format a value for a message, in quotes."""
+    text = show(value)
+    return text if text[:1] in ("'", '"') else f"'{text}'"
+
+
 def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the most similar candidate, or None. Case is ignored; among equally similar candidates the shortest wins."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, key=len, reverse=True)}
@@ -67,17 +76,24 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     return by_lower[matches[0]] if matches else None
 
 
-def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = "", otherwise: str | None = None) -> str:
-    """Format the message for an unknown name: `unknown key 'agent.nstep'. Did you mean 'agent.n_step'?`
+def did_you_mean(suggestion: str | None, otherwise: str) -> str:
+    """Format a suggestion, or other advice where there is no suggestion."""
+    return f"Did you mean {quoted(suggestion)}?" if suggestion else otherwise
+
+
+def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = "", where: str = "", otherwise: str = "") -> str:
+    """Format the message for an unknown name: `unknown option 'env=atari'. Did you mean 'env=atari_pack'?`
 
     Args:
-        kind: what the name should be, such as `key` or `option`.
+        kind: `key`, `option`, `group`, `task`.
         name: the unknown name.
         candidates: the known names.
-        prefix: put before the name and the suggestion (`agent.`, `env=`).
-        otherwise: the advice where no candidate is similar; default: the list of candidates.
+        prefix: put before the name and the suggestion (`env=`).
+        where: added to the first sentence (` in DQN`).
+        otherwise: advice where no candidate is similar; default: the candidates, if there are few.
     """
     known = list(candidates)
     near = nearest(str(name), known)
-    advice = f"Did you mean '{prefix}{near}'?" if near else otherwise or f"Expected one of: {', '.join(known) or 'none'}"
-    return f"unknown {kind} '{prefix}{show(name).strip(chr(39))}'. {advice}"
+    listed = f"Expected one of: {', '.join(known)}" if len(known) <= MOST_LISTED else ""
+    advice = did_you_mean(near and prefix + near, otherwise or listed)
+    return f"unknown {kind} {quoted(f'{prefix}{show(name)}')}{where}. {advice}".rstrip(". ")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli.config import compose, options
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, unknown
 
 SIZED = ("network", "network/sharing", "network/head")
 """The groups whose options are listed with their sizes, which takes building them."""
@@ -59,7 +59,7 @@ def list_options(group: str, folders: Sequence[Path]) -> str:
     """
     names = options.groups(folders, None)
     if group not in names:
-        raise UserError(f"mtrl ls {group}: there is no such group; {options.did_you_mean(group, names)}")
+        raise UserError(unknown("group", group, names))
     rows = [(_starred(group, name), options.description(file)) for name, file in options.options(group, folders).items()]
     return _table(rows) + _within(group, folders)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, unknown
 
 
 def check_names(names: Sequence[str], known: Collection[str], what: str, key: str = "env.tasks") -> None:
@@ -25,8 +24,4 @@ def check_names(names: Sequence[str], known: Collection[str], what: str, key: st
         if count > 1:
             raise UserError(f"{key} names {name} {count} times: each task may be given once")
         if name not in known:
-            lowered = {each.lower(): each for each in sorted(known)}
-            meant = [lowered[each] for each in difflib.get_close_matches(name.lower(), lowered)]
-            choices = sorted(known) if len(known) <= 20 else []
-            hint = f"did you mean {' or '.join(meant)}?" if meant else f"choose from {', '.join(choices)}" if choices else ""
-            raise UserError(f"{key}: {name!r} is not {what}" + (f"; {hint}" if hint else ""))
+            raise UserError(unknown("task", name, sorted(known), where=f" in {key}: not {what}"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli.config import compose, options
-from mtrl_cli.errors import RunError, Stopped, UserError, show
+from mtrl_cli.errors import RunError, Stopped, UserError, show, unknown
 from mtrl_cli.reports import command as report
 from mtrl_cli.reports import html
 from mtrl_cli.runs.progress import say
@@ -139,7 +139,7 @@ def _structures(words: Words) -> list[str]:
     given = _given(words, SHARING)
     for name in given:
         if name not in known:
-            raise UserError(f"{SHARING}={show(name)}: there is no such option; {options.did_you_mean(name, known)}")
+            raise UserError(unknown("option", name, known, prefix=f"{SHARING}="))
     if given == [BASELINE]:
         raise UserError(f"{SHARING}={BASELINE}: that is what structures are compared with; name others, or leave it out for all")
     return list(dict.fromkeys([BASELINE, *(given or known)]))

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from mtrl_cli.config.options import nearest
 from mtrl_cli.config.overrides import PATHS
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, did_you_mean, nearest, quoted, show
 
 Value = str | int | float
 """Of one key in one trial: a choice as the word that it was written as, a number drawn from an interval."""
@@ -279,8 +278,8 @@ def near_miss(words: Sequence[str]) -> str | None:
     """What to say of a word that is nearly one of a sweep's: `swep.trials=3`. None if there is none."""
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
-        top, _, rest = key.partition(".")
+        top = key.partition(".")[0]
         near = nearest(top, ["sweep", "launcher"], cutoff=0.8)
         if near and top != near:
-            return f"{show(key)}: there is no such key; did you mean {near}{'.' + rest if rest else ''}?"
+            return f"unknown key {quoted(key)}. {did_you_mean(near + key.removeprefix(top), '')}"
     return None

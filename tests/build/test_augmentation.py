@@ -107,12 +107,12 @@ def test_runs_from_before_there_was_any_still_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["augmentation=shfit"], "augmentation=shfit: there is no such option; did you mean shift?"),
-        (["augmentation=[shift,intensty]"], "augmentation=intensty: there is no such option; did you mean intensity?"),
+        (["augmentation=shfit"], "augmentation=shfit: there is no such option; Did you mean 'shift'?"),
+        (["augmentation=[shift,intensty]"], "augmentation=intensty: there is no such option; Did you mean 'intensity'?"),
         (["augmentation=[shift,blur,shift]"], "augmentation names shift twice: expected each once"),
         (["augmentation=[none,shift]"], "augmentation names none beside others: expected none alone, or the others"),
         (["augmentation=shift", "augmentation.shift.pda=2"],
-         "augmentation.shift.pda: there is no such key in Shift; did you mean augmentation.shift.pad?"),
+         "augmentation.shift.pda: there is no such key in Shift; Did you mean 'augmentation.shift.pad'?"),
         (["augmentation=shift", "augmentation.shift.degrees=2"],
          "augmentation.shift.degrees: there is no such key in Shift; it is one of augmentation=rotate"),
         (["augmentation=shift", "augmentation.pad=2"], "augmentation.pad=2: expected augmentation.shift.pad, or another of its keys"),

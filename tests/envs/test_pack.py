@@ -305,7 +305,7 @@ def test_tasks_that_cannot_share_a_pack_are_refused(tasks: list[Task], words: st
     [
         ([], r"env.tasks is empty: name at least one task, a game each, such as env.tasks=\[breakout\]"),
         (["pong", "breakout", "pong"], "env.tasks names pong 2 times"),
-        (["Brekout"], "'Brekout' is not a game; did you mean breakout?"),
+        (["Brekout"], "'Brekout' is not a game; Did you mean 'breakout'?"),
         (["zzz"], "'zzz' is not a game; choose from breakout, pong"),
     ],
 )

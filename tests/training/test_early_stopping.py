@@ -164,7 +164,7 @@ def test_all_ranks_stop_together(tmp_path: Path) -> None:
         (["early_stopping.metric=eval/score/mean", "eval.every=0"], "eval.every"),
         (["early_stopping.metric=eval/score/mean", "early_stopping.patience=0"], "early_stopping.patience"),
         (["early_stopping.metric=eval/score/mean", "early_stopping.min_delta=-1"], "early_stopping.min_delta"),
-        (["early_stopping.figur=eval/score/mean"], "did you mean early_stopping.metric?"),
+        (["early_stopping.figur=eval/score/mean"], "Did you mean 'early_stopping.metric'?"),
     ],
 )
 def test_what_cannot_be_watched_is_a_line_and_exit_code_2(here: MtrlHere, overrides: list[str], says: str) -> None:
