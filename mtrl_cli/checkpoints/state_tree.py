@@ -1,7 +1,7 @@
-"""A state as a tree: nested dictionaries of tensors, arrays and plain values, taken apart into tensors by name and JSON.
+"""Convert a nested state (dictionaries and lists of tensors, arrays and plain values) to JSON and named tensors, and back.
 
-A tensor's place in the JSON tree is marked, and its name is its path, keys joined by slashes. A key's own slash becomes `~1` and
-its tilde `~0`, as in JSON Pointer (RFC 6901), so that no two paths share a name.
+A tensor is a marker in the JSON tree. The tensor's name is its path: the keys joined by slashes. A slash within a key becomes `~1` and a
+tilde `~0`, as in JSON Pointer (RFC 6901), so that no two paths share a name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import torch
 
 from mtrl_cli.errors import UserError
 
-MARK = "$"  # {"$": "tensor"}, {"$": "array"}, {"$": "nan"}: what JSON has no word for
-DEEPEST = 64
+MARK = "$"  # {"$": "tensor"}, {"$": "array"}, {"$": "nan"}: values that JSON cannot hold
+MAX_DEPTH = 64
 Tensors = dict[str, torch.Tensor]
 
 
-def take_apart(value: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
-    """The JSON tree of `value`; its tensors and arrays go into `tensors` by name.
+def flatten(value: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
+    """Return the JSON tree of `value` and add its tensors and arrays to `tensors` by name.
 
-    Numpy scalars become plain numbers and tuples lists. Raises TypeError for other types and keys that are not str, ValueError
-    for a key that is the mark itself.
+    Numpy scalars become plain numbers, and tuples become lists.
+
+    Raises:
+        TypeError: a value or a key has a type that cannot be saved.
+        ValueError: a key equals the marker.
     """
     if isinstance(value, torch.Tensor | np.ndarray):
         tensors[_name(path)] = value if isinstance(value, torch.Tensor) else _as_tensor(value, path)
@@ -34,9 +37,9 @@ def take_apart(value: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
                 raise TypeError(f"state {_name(path)!r}: key {key!r} is a {type(key).__name__}; keys must be str")
             if key == MARK:
                 raise ValueError(f"state {_name(path)!r}: the key {MARK!r} is reserved")
-        return {key: take_apart(item, tensors, (*path, key)) for key, item in value.items()}
+        return {key: flatten(item, tensors, (*path, key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [take_apart(item, tensors, (*path, str(index))) for index, item in enumerate(value)]
+        return [flatten(item, tensors, (*path, str(index))) for index, item in enumerate(value)]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -46,25 +49,30 @@ def take_apart(value: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
     raise TypeError(f"state {_name(path)!r}: a {type(value).__name__} cannot be saved")
 
 
-def put_together(tree: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
-    """The inverse of `take_apart`; takes what it uses out of `tensors`. Raises UserError for a tree that cannot be one of ours."""
-    if len(path) > DEEPEST:
-        raise UserError("its state is nested too deeply to be one of ours")
+def unflatten(tree: Any, tensors: Tensors, path: tuple[str, ...] = ()) -> Any:
+    """Invert `flatten`, removing from `tensors` each tensor that is used. Raises UserError for a malformed tree."""
+    if len(path) > MAX_DEPTH:
+        raise UserError("the state is nested too deeply")
     if isinstance(tree, list):
-        return [put_together(item, tensors, (*path, str(index))) for index, item in enumerate(tree)]
+        return [unflatten(item, tensors, (*path, str(index))) for index, item in enumerate(tree)]
     if not isinstance(tree, dict):
         return tree
     if MARK not in tree:
-        return {key: put_together(item, tensors, (*path, key)) for key, item in tree.items()}
+        return {key: unflatten(item, tensors, (*path, key)) for key, item in tree.items()}
     kind = tree[MARK]
     if kind in ("nan", "inf", "-inf"):
         return float(kind)
     tensor = tensors.pop(_name(path), None)
     if tensor is None:
-        raise UserError(f"its state lacks the tensor {_name(path)!r}")
-    if kind == "array":
-        return tensor.cpu().numpy()
-    return tensor
+        raise UserError(f"the state lacks the tensor {_name(path)!r}")
+    return tensor.cpu().numpy() if kind == "array" else tensor
+
+
+def with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` contiguous on the CPU and not a view of a larger storage, as safetensors requires. Copies only where needed."""
+    tensor = tensor.detach().cpu()
+    is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _name(path: tuple[str, ...]) -> str:

@@ -1,12 +1,11 @@
-"""Checkpoints: folders of plain files that are whole or not there at all, whatever kills the process or fills the disk.
+"""The checkpoints of a run. A kill or a full disk at any moment leaves each checkpoint either complete or absent.
 
     checkpoints/<step>/   model.safetensors  optimizer.safetensors  arrays.safetensors  state.json  COMPLETE
     checkpoints/replay/   <first row>-<row after the last>.safetensors
-    checkpoints/latest    a step, and a line end
-    checkpoints/best      likewise
+    checkpoints/latest    a step and a newline
+    checkpoints/best      a step and a newline
 
-A checkpoint is written under another name, synced, and renamed; only then does `latest` name it, and only then is anything older
-deleted. COMPLETE holds sizes and checksums. Nothing is ever unpickled.
+A checkpoint is written under a temporary name, synced, and renamed. Then `latest` is updated, and only then are older files deleted.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from typing import Any, Literal
 
 import torch
 
-from mtrl_cli.checkpoints.format import NewerFormat, from_bytes, read_checkpoint, to_bytes, write_checkpoint
-from mtrl_cli.checkpoints.replay_segments import ReplayRows, ReplaySegments, segment_names
+from mtrl_cli.checkpoints.format import Header, UnsupportedFormat, from_bytes, read_checkpoint, read_header, to_bytes, write_checkpoint
+from mtrl_cli.checkpoints.replay_segments import ReplayRecord, ReplayRows, ReplaySegments
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 
-STEP = re.compile(r"0|[1-9]\d{0,17}")
+STEP = re.compile(r"0|[1-9]\d{0,17}", re.ASCII)
 SAVING, REPLACED, REMOVED = ".saving-", ".replaced-", ".removed-"
 RANK = "rank-"
 Which = int | Literal["latest", "best"]
@@ -37,19 +36,19 @@ Warn = Callable[[str], None]
 
 
 class NoCheckpoint(UserError):
-    """The run was never saved: there is nothing to load, and a resume starts anew."""
+    """The run has no finished checkpoint: there is nothing to load, and a resume starts from the beginning."""
 
 
 def parse_which(text: str | int) -> Which:
-    """What `checkpoint=` means: "latest", "best" or a step. Raises UserError."""
+    """Parse the value of `checkpoint=`: "latest", "best" or a step. Raises UserError."""
     if text in ("latest", "best"):
         return text  # type: ignore[return-value]
     if isinstance(text, bool) or not STEP.fullmatch(str(text)):
-        raise UserError(f"checkpoint={text} is not known; give latest, best or a step.")
+        raise UserError(f"checkpoint must be latest, best or a step, got {text}")
     return int(text)
 
 
-def _to_stderr(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -57,50 +56,51 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: `checkpoints/` of the run; made at the first save.
-        keep: how many of the newest to keep, besides the best.
-        with_replay: whether a checkpoint without its replay counts as damaged, and whether replay is saved.
-        ranks: that save together. The first keeps the others' states in its own, as "others" by rank; each has replay segments of its own.
+        folder: `checkpoints/` of the run; created by the first save.
+        keep: number of newest checkpoints to keep, besides the best.
+        with_replay: whether to save the replay, and whether a checkpoint with a damaged replay counts as damaged.
+        ranks: the ranks that save together. The first rank stores the states of the other ranks in the checkpoint, under "others" by
+            rank. Each rank has its own replay segments.
 
-    Only the process that holds the run's lock may call `recover`, `save` and `discard_after`; anyone may load. Where there are several
-    ranks, all call `save`. Raises UserError if the folder is a link that leads elsewhere.
+    Only the process that holds the run's lock may call `recover`, `save` and `discard_after`; any process may load. All ranks call
+    `save`. Raises UserError if the folder is a link out of the run.
     """
 
     def __init__(self, folder: Path, *, keep: int, with_replay: bool, ranks: Ranks = ALONE):
         assert keep >= 1, keep
         for link in (folder, folder / "replay", *(folder / "replay").glob(f"{RANK}*")):
             if not atomic.is_inside(link, link.parent):
-                raise UserError(f"{link} is a link that leaves the run; nothing is read or written through it.")
+                raise UserError(f"{link} is a link out of the run folder; refusing to follow it")
         self.folder = folder
         self.keep = keep
         self.with_replay = with_replay
         self._ranks = ranks
         self._segments = self._segments_of(ranks.rank)
-        self._headers: dict[int, dict[str, Any]] = {}
+        self._headers: dict[int, Header] = {}
 
-    # -- what there is ------------------------------------------------------------------------------------------------------
+    # -- Queries ------------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """The steps of all finished checkpoints, ascending, damaged ones included."""
+        """Return the steps of all finished checkpoints, ascending, damaged ones included."""
         if not self.folder.is_dir():
             return []
         names = (path.name.removeprefix(REPLACED) for path in self.folder.iterdir() if path.is_dir())
         return sorted({int(name) for name in names if STEP.fullmatch(name)})
 
     def latest(self) -> int | None:
-        """The step that `latest` names, or None if it is missing or names nothing."""
-        return self._named("latest")
+        """Return the step in `latest`, or None if the file or its checkpoint is missing."""
+        return self._read_pointer("latest")
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the highest score so far, or None if none has one."""
-        return self._named("best")
+        """Return the step of the checkpoint with the highest score, or None if no checkpoint has a score."""
+        return self._read_pointer("best")
 
     def best_score(self) -> float | None:
-        """The score of the best checkpoint."""
+        """Return the score of the best checkpoint."""
         step = self.best()
         return None if step is None else self._score(step)
 
-    def _named(self, name: str) -> int | None:
+    def _read_pointer(self, name: str) -> int | None:
         try:
             text = atomic.read_bytes(self.folder / name, self.folder, 32).decode("ascii").strip()
         except (UserError, UnicodeDecodeError):
@@ -108,50 +108,55 @@ class CheckpointStore:
         return int(text) if STEP.fullmatch(text) and self._path(int(text)).is_dir() else None
 
     def _path(self, step: int) -> Path:
-        """Where a checkpoint lies: under its step, or aside for the moment in which it is being replaced."""
+        """Return the folder of a checkpoint, which has another name while the checkpoint is being replaced."""
         path, aside = self.folder / str(step), self.folder / f"{REPLACED}{step}"
         return aside if not path.exists() and aside.exists() else path
 
-    # -- saving -------------------------------------------------------------------------------------------------------------
+    # -- Saving -------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any], replay: ReplayRows | None = None, score: float | None = None) -> None:
-        """Save `state` as the checkpoint of `step` and make it the latest; the best too, if its score beats all before.
+        """Save `state` as the checkpoint of `step` and update `latest`, and `best` if the score is the highest so far.
 
-        `state` is a nested dictionary of tensors, numpy arrays and plain values; its "model" and "optimizer" get files of their own.
-        Saving a step again replaces its checkpoint and keeps its score unless a new one is given. Raises RunError if the disk is
-        full or fails, with the checkpoints before still whole.
+        `state` is a nested dictionary of tensors, numpy arrays and plain values; "model" and "optimizer" get their own files.
+        Saving a step again replaces its checkpoint, and keeps its score unless a new one is given.
+
+        Raises:
+            RunError: the disk is full or failed. Earlier checkpoints are intact.
         """
         written: list[Path] = []
         try:
-            record = None
-            with self._ranks.together(), self._telling_failure(step):
+            records = []
+            with self._ranks.together(), self._disk_errors_as_run_errors(step):
                 if self.with_replay and replay is not None:
-                    record = self._segments.write_new(replay, written)
-            others = self._ranks.gather(b"" if self._ranks.is_first else to_bytes({"replay": record, "state": state}))
-            with self._ranks.together(), self._telling_failure(step):
+                    records = [self._segments.write_new(replay, written)]
+            own = {"replays": [record.model_dump() for record in records], "state": state}
+            others = [from_bytes(data) for data in self._ranks.gather(b"" if self._ranks.is_first else to_bytes(own))]
+            with self._ranks.together(), self._disk_errors_as_run_errors(step):
                 if self._ranks.is_first:
-                    self._write(step, score, state, record, [from_bytes(data) for data in others])
+                    theirs = [ReplayRecord.model_validate(record) for other in others for record in other["replays"]]
+                    self._write(step, score, self._with_others(state, others), [*records, *theirs])
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
             raise
-        if record is not None:
-            self._segments.current = record["segments"]
-        with self._ranks.together(), self._telling_failure(step):
+        if records:
+            self._segments.current = records[0].segments
+        with self._ranks.together(), self._disk_errors_as_run_errors(step):
             if self._ranks.is_first:
                 atomic.replace(self.folder / "latest", f"{step}\n".encode())
-                self._repair_best()
+                self._update_best()
                 self._prune()
 
-    def _write(self, step: int, score: float | None, state: dict[str, Any], record: Any, others: list[dict[str, Any]]) -> None:
-        """Write the checkpoint's own folder, with what the other ranks have handed over."""
+    @staticmethod
+    def _with_others(state: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+        return state | {"others": {str(rank): other["state"] for rank, other in enumerate(others, 1)}} if others else state
+
+    def _write(self, step: int, score: float | None, state: dict[str, Any], replays: list[ReplayRecord]) -> None:
+        """Write the folder of the checkpoint."""
         score = None if score is None or not math.isfinite(score) else float(score)
         if score is None and step in self.steps():
             score = self._score(step)
-        header: dict[str, Any] = {"step": step, "score": score, "replay": record}
-        if others:
-            header["others"] = [other["replay"] for other in others]
-            state = state | {"others": {str(rank): other["state"] for rank, other in enumerate(others, 1)}}
+        header = Header(step=step, score=score, replays=replays)
         temporary = self.folder / f"{SAVING}{step}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +171,7 @@ class CheckpointStore:
         self._headers[step] = header
 
     def _publish(self, temporary: Path, step: int) -> None:
-        """Give a whole folder its name. One that has it already is put aside first, where `_path` finds it."""
+        """Rename a complete folder to its step. An existing checkpoint of the step is first renamed to where `_path` finds it."""
         path, aside = self.folder / str(step), self.folder / f"{REPLACED}{step}"
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -180,22 +185,19 @@ class CheckpointStore:
         atomic.sync_folder(self.folder)
 
     @contextmanager
-    def _telling_failure(self, step: int) -> Iterator[None]:
+    def _disk_errors_as_run_errors(self, step: int) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise self._failed(step, error) from None
+            last = self.latest()
+            intact = "there is no earlier checkpoint" if last is None else f"the last good checkpoint is {last}"
+            reason = error.strerror or str(error)
+            raise RunError(f"{self.folder}: {reason[:1].lower()}{reason[1:]} while saving step {step}; {intact}.") from None
 
-    def _failed(self, step: int, error: OSError) -> RunError:
-        last = self.latest()
-        good = "there is no checkpoint before it" if last is None else f"the last good checkpoint is {last}"
-        trouble = error.strerror or str(error)
-        return RunError(f"{self.folder}: {trouble[:1].lower()}{trouble[1:]} while saving step {step}; {good}.")
-
-    # -- clearing away ------------------------------------------------------------------------------------------------------
+    # -- Deleting -----------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Clear away what a killed process left unfinished, and let `best` name the best that is there."""
+        """Delete or restore the unfinished files of a killed process and repair `best`."""
         if not self.folder.is_dir():
             return
         for path in list(self.folder.iterdir()):
@@ -204,14 +206,13 @@ class CheckpointStore:
                 path.rename(self.folder / step)
             elif path.name.startswith((SAVING, REPLACED, REMOVED)):
                 shutil.rmtree(path, ignore_errors=True)
-        atomic.remove_temporaries(self.folder)
-        for segments in self._all_segments():
-            atomic.remove_temporaries(segments.folder)
-        self._repair_best()
-        self._delete_unnamed_segments()
+        for folder in (self.folder, *(segments.folder for segments in self._all_segments())):
+            atomic.remove_temporaries(folder)
+        self._update_best()
+        self._delete_unused_segments()
 
     def discard_after(self, step: int) -> None:
-        """Remove all checkpoints newer than `step` and what only they need: the run goes on from there; -1 removes all."""
+        """Delete all checkpoints newer than `step`, because the run continues from there; -1 deletes all."""
         if not self.folder.is_dir():
             return
         if step in self.steps():
@@ -219,12 +220,12 @@ class CheckpointStore:
         else:
             (self.folder / "latest").unlink(missing_ok=True)
         newer = [other for other in self.steps() if other > step]
-        self._repair_best(newer)
+        self._update_best(newer)
         for other in newer:
             self._remove(other)
-        self._delete_unnamed_segments()
+        self._delete_unused_segments()
 
-    def _repair_best(self, without: list[int] | None = None) -> None:
+    def _update_best(self, without: list[int] | None = None) -> None:
         scores = {step: score for step in self.steps() if step not in (without or []) and (score := self._score(step)) is not None}
         if not scores:
             (self.folder / "best").unlink(missing_ok=True)
@@ -238,10 +239,10 @@ class CheckpointStore:
         for step in self.steps():
             if step not in kept:
                 self._remove(step)
-        self._delete_unnamed_segments()
+        self._delete_unused_segments()
 
     def _remove(self, step: int) -> None:
-        """Delete a checkpoint. Its name goes first: half of one must not look like a whole one."""
+        """Delete a checkpoint. It is renamed first, so that a partly deleted checkpoint never has a valid name."""
         removed = self.folder / f"{REMOVED}{step}"
         shutil.rmtree(removed, ignore_errors=True)
         try:
@@ -251,42 +252,45 @@ class CheckpointStore:
         self._headers.pop(step, None)
         shutil.rmtree(removed, ignore_errors=True)
 
-    def _delete_unnamed_segments(self) -> None:
-        """Keep the segments of the newest `keep` checkpoints; one that is kept only as the best needs none."""
-        kept = [_records(self._header(step)) for step in self.steps()[-self.keep :]]
+    def _delete_unused_segments(self) -> None:
+        """Keep only the segments of the newest `keep` checkpoints. A checkpoint that is kept as the best needs no replay."""
+        headers = [header for step in self.steps()[-self.keep :] if (header := self._header(step)) is not None]
         for rank, segments in enumerate(self._all_segments()):
-            segments.delete_all_but({name for records in kept for record in records[rank : rank + 1] for name in segment_names(record)})
+            segments.delete_all_but({name for header in headers for record in header.replays[rank : rank + 1] for name in record.segments})
 
     def _segments_of(self, rank: int) -> ReplaySegments:
         folder = self.folder / "replay"
         return ReplaySegments(folder if rank == 0 else folder / f"{RANK}{rank}")
 
     def _all_segments(self) -> list[ReplaySegments]:
-        """Those of every rank that has saved any, and of those before it."""
+        """Return the segments of each rank, up to the highest rank that has saved any."""
         found = [path.name.removeprefix(RANK) for path in (self.folder / "replay").glob(f"{RANK}*")]
         return [self._segments_of(rank) for rank in range(1 + max((int(name) for name in found if STEP.fullmatch(name)), default=0))]
 
-    def _header(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's state.json holds; {} if it cannot be read."""
+    def _header(self, step: int) -> Header | None:
+        """Return the header of a checkpoint, or None if it cannot be read."""
         if step not in self._headers:
             try:
-                self._headers[step] = atomic.read_json(self._path(step) / "state.json", self.folder)
+                self._headers[step] = read_header(self._path(step), self.folder)
             except UserError:
-                return {}
+                return None
         return self._headers[step]
 
     def _score(self, step: int) -> float | None:
-        score = self._header(step).get("score")
-        return score if isinstance(score, float) and math.isfinite(score) else None
+        header = self._header(step)
+        return None if header is None else header.score
 
-    # -- loading ------------------------------------------------------------------------------------------------------------
+    # -- Loading ------------------------------------------------------------------------------------------------------------
 
-    def load(self, which: Which, device: str | torch.device = "cpu", *, warn: Warn = _to_stderr) -> tuple[int, dict[str, Any]]:
-        """(step, state) of a checkpoint, every byte checked: "model" and "optimizer" on `device`, the rest on the CPU.
+    def load(self, which: Which, device: str | torch.device = "cpu", *, warn: Warn = _print_to_stderr) -> tuple[int, dict[str, Any]]:
+        """Return (step, state) of a checkpoint after verifying every byte: "model" and "optimizer" on `device`, the rest on the CPU.
 
-        "latest" falls back to the newest whole one where it is damaged, and tells `warn` so in a line; call `discard_after` before
-        saving then. Raises NoCheckpoint if none was ever finished, and UserError for one named explicitly, or the best, that is
-        missing, damaged or of a newer format.
+        If the latest checkpoint is damaged, "latest" falls back to the newest undamaged one and passes one line to `warn`; then call
+        `discard_after` before saving.
+
+        Raises:
+            NoCheckpoint: the run has no finished checkpoint.
+            UserError: the checkpoint is missing, damaged or has another format version.
         """
         steps = self.steps()
         if not steps and which in ("latest", "best"):
@@ -295,77 +299,58 @@ class CheckpointStore:
             return self._load_latest(device, warn)
         step = self.best() if which == "best" else int(which)
         if step is None:
-            raise UserError(f"{self.folder.parent} has no best checkpoint (no score was saved); give checkpoint=latest or a step.")
+            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step.")
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.folder.parent} has no checkpoint {step}; there are: {there}.")
+            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}.")
         try:
             return step, self._load(step, device)
-        except NewerFormat:
+        except UnsupportedFormat:
             raise
         except UserError as error:
             raise UserError(f"checkpoint {step} cannot be loaded: {str(error).rstrip('.')}.") from None
 
     def _load_latest(self, device: str | torch.device, warn: Warn) -> tuple[int, dict[str, Any]]:
-        step, trouble = self.latest(), ""
-        if step is None and not os.path.lexists(self.folder / "latest"):
-            step = self.steps()[-1]  # killed after the first checkpoint was whole and before `latest` could name it
-        while step is not None:
+        reason, failed = "", set()
+        if self.latest() is None and os.path.lexists(self.folder / "latest"):  # a missing file: killed before the first was named
+            reason = f"{self.folder / 'latest'} names no checkpoint"
+        # Another process may be training the run: the checkpoint that failed to load may have been deleted, and there may be a newer one.
+        while untried := [step for step in (*self.steps(), self.latest()) if step is not None and step not in failed]:
+            step = untried[-1]
             try:
-                return step, self._load(step, device)
-            except NewerFormat:
+                state = self._load(step, device)
+            except UnsupportedFormat:
                 raise
             except UserError as error:
-                trouble = str(error)
-            # A run that is being trained may have replaced its latest and deleted the one we were reading.
-            step, before = self.latest(), step
-            if step == before:
-                break
-        else:
-            trouble = f"{self.folder / 'latest'} names no checkpoint"
-        for other in reversed(self.steps()):
-            if other == step:
+                failed.add(step)
+                reason = reason or str(error)
                 continue
-            try:
-                state = self._load(other, device)
-            except NewerFormat:
-                raise
-            except UserError:
-                continue
-            warn(f"warning: {trouble.rstrip('.')}; going back to checkpoint {other}.")
-            return other, state
-        if not any((self._path(other) / "COMPLETE").exists() for other in self.steps()):
+            if reason and step != self.latest():
+                warn(f"warning: {reason.rstrip('.')}; falling back to checkpoint {step}.")
+            return step, state
+        if not any((self._path(step) / "COMPLETE").exists() for step in self.steps()):
             raise NoCheckpoint(f"{self.folder.parent} has no finished checkpoint yet.")
-        raise UserError(f"none of the checkpoints in {self.folder} is whole: {trouble.rstrip('.')}.")
+        raise UserError(f"all checkpoints in {self.folder} are damaged: {reason.rstrip('.')}.")
 
     def _load(self, step: int, device: str | torch.device) -> dict[str, Any]:
         folder = self._path(step)
         header, state = read_checkpoint(folder, self.folder, device)
-        if header.get("step") != step:
-            raise UserError(f"{folder / 'state.json'} is of step {str(header.get('step'))[:20]}, not {step}")
-        if self.with_replay and header.get("replay") is not None:
-            for rank in range(len(_records(header))) if self._ranks.is_first else [self._ranks.rank]:
-                self._segments_of(rank).check(_record(header, rank, folder))
-        self._headers[step] = {key: value for key, value in header.items() if key != "state"}
+        if header.step != step:
+            raise UserError(f"{folder / 'state.json'} is damaged: expected step {step}, got {str(header.step)[:20]}")
+        if self.with_replay and header.replays:
+            for rank in range(len(header.replays)) if self._ranks.is_first else [self._ranks.rank]:
+                self._segments_of(rank).check(self._record(header, rank))
+        self._headers[step] = header
         return state
 
     def load_replay(self, step: int, replay: ReplayRows) -> bool:
-        """Give `replay` its rows as of the loaded checkpoint `step`; False if that was saved without. Raises UserError."""
+        """Load the replay rows of the loaded checkpoint `step` into `replay`. Returns False if it was saved without. Raises UserError."""
         header = self._header(step)
-        if not self.with_replay or header.get("replay") is None:
+        if not self.with_replay or header is None or not header.replays:
             return False
-        self._segments.load(_record(header, self._ranks.rank, self._path(step)), replay)
+        self._segments.load(self._record(header, self._ranks.rank), replay)
         return True
 
-
-def _records(header: dict[str, Any]) -> list[Any]:
-    """The record of each rank's replay."""
-    others = header.get("others")
-    return [header.get("replay"), *(others if isinstance(others, list) else [])]
-
-
-def _record(header: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
-    record = next(iter(_records(header)[rank : rank + 1]), None)
-    if not isinstance(record, dict):
-        raise UserError(f"{folder / 'state.json'} is damaged: its replay is a {type(record).__name__}")
-    return record
+    def _record(self, header: Header, rank: int) -> ReplayRecord:
+        if rank >= len(header.replays):
+            raise UserError(f"checkpoint {header.step} has no replay of rank {rank}")
+        return header.replays[rank]

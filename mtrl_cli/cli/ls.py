@@ -8,6 +8,7 @@ from typing import Any
 
 from mtrl_cli.config import compose, options
 from mtrl_cli.errors import UserError, unknown
+from mtrl_cli.runs.terminal import as_text, table
 
 SIZED = ("network", "network/sharing", "network/head")
 """The groups whose options are listed with their sizes, which takes building them."""
@@ -46,7 +47,7 @@ def list_groups(folders: Sequence[Path]) -> str:
         others = [option for option in options.options(name, folders) if option != default]
         lines.append((name, f"{default or '-'}", ", ".join(others)))
     return (
-        _table([("group", "default", "or"), *lines])
+        as_text(table(lines, ("group", "default", "or")))
         + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one (launcher: mtrl sweep)."
     )
 
@@ -61,7 +62,7 @@ def list_options(group: str, folders: Sequence[Path]) -> str:
     if group not in names:
         raise UserError(unknown("group", group, names))
     rows = [(_starred(group, name), options.description(file)) for name, file in options.options(group, folders).items()]
-    return _table(rows) + _within(group, folders)
+    return as_text(table(rows, ("", ""), show_header=False)) + _within(group, folders)
 
 
 def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) -> str:
@@ -78,7 +79,7 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
             raise UserError(f"mtrl ls {group} {word}: expected no choice of {group}, as all of its options are listed")
     size, reasons = _sizes(), []
     header = ("  ", "parameters", "shared", "each task's own", "multiply-adds", "counted with", "")
-    rows: list[tuple[str, ...]] = [header]
+    rows: list[tuple[str, ...]] = []
     for name, file in options.options(group, folders).items():
         env = () if any(word.startswith(("env=", "experiment=")) for word in overrides) else (f"env={_pack_for(group, name, folders)}",)
         description = options.description(file)
@@ -87,13 +88,13 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
         except (ValueError, RuntimeError) as error:  # what torch cannot build is a RuntimeError
             reasons.append(_in_a_few_words(error))
             rows.append((_starred(group, name), *["-"] * 4, "", f"{description} (not counted: {reasons[-1]})"))
-    if len(reasons) == len(rows) - 1:
+    if len(reasons) == len(rows):
         raise UserError(f"mtrl ls {group}: {reasons[0]}")
     note = (
         "\n\nNumbers are of the whole network, multiply-adds of a forward per observation."
         f"\nWith another pack or width: mtrl ls {group} env=minatar_pack network.parameters=300k"
     )
-    return _table(rows) + note + _within(group, folders)
+    return as_text(table(rows, header)) + note + _within(group, folders)
 
 
 def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
@@ -146,8 +147,3 @@ def _starred(group: str, option: str) -> str:
 def _within(group: str, folders: Sequence[Path]) -> str:
     within = [name for name in options.groups(folders) if name.startswith(f"{group}/")]
     return f"\n\nwithin it: {', '.join(within)}" if within else ""
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from mtrl_cli.build import resolve_auto
 from mtrl_cli.build import run as build_run
 from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.runs.progress import console
+from mtrl_cli.runs import terminal
 from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.training import throughput
 from mtrl_cli.training.loop import Loop
@@ -61,7 +61,7 @@ def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    console(sys.stdout).print(_table(result))
+    terminal.console(sys.stdout).print(_table(result))
     for line in _lines(result):
         print(line)
 
@@ -141,16 +141,15 @@ def _limited_by(parts: Mapping[str, float], shared_cores: bool) -> str:
     return f"{slowest} is {shares[slowest]:.0%} {of_what}: {_ADVICE[slowest]}"
 
 
-def _table(result: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("part", no_wrap=True)
-    for title in ("steps/s", "lowest", "highest", "share of a run's time"):
-        table.add_column(title, justify="right", no_wrap=True)
+def _table(result: Mapping[str, Any]) -> RenderableType:
+    rows = []
     for part in throughput.PARTS:
         split = result["split"].get(_PARTS_OF_CLOCK.get(part, ""))
         name = "the whole loop" if part == "loop" else f"{part} alone"
-        table.add_row(name, *(f"{each:,.0f}" for each in (result[part], *result["spread"][part])), "" if split is None else f"{split:.0%}")
-    return table
+        rates = [f"{rate:,.0f}" for rate in (result[part], *result["spread"][part])]
+        rows.append([name, *rates, "" if split is None else f"{split:.0%}"])
+    header = ("part", "steps/s", "lowest", "highest", "share of a run's time")
+    return terminal.table(rows, header, right=header[1:])
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:

@@ -15,9 +15,10 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
 from mtrl_cli.runs import video
-from mtrl_cli.runs.progress import console, evaluation_table
+from mtrl_cli.runs.progress import evaluation_table
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import console
 from mtrl_cli.training import evaluator
 
 

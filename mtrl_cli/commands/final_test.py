@@ -10,7 +10,7 @@ from mtrl_cli.build import network as build_network
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.errors import UserError
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.runs.progress import say
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training import evaluator
 from mtrl_cli.training.evaluator import Evaluator
 
@@ -44,7 +44,7 @@ def play(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, s
         _, state = CheckpointStore(store.folder, keep=1, with_replay=False).load(best)
         build_network.load_weights(network, state, f"checkpoint {best}")
     except UserError as error:  # no reason to fail at the end of a run of days
-        say(f"the best checkpoint cannot be tested: {error}")
+        print_line(f"the best checkpoint cannot be tested: {error}")
     else:
         result["best"] = test(best)
     finally:

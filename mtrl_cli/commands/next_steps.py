@@ -6,8 +6,8 @@ import shlex
 from typing import Any
 
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.runs.progress import say
 from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.terminal import print_line
 
 
 def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[str], ranks: int) -> None:
@@ -21,15 +21,15 @@ def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[st
     """
     quoted, trusted = shlex.quote(str(folder.path)), config["trusted_packages"]
     also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
-    say(f"run folder   {folder.path}")
-    say(f"look at it   tensorboard --logdir {quoted}")
-    say(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
+    print_line(f"run folder   {folder.path}")
+    print_line(f"look at it   tensorboard --logdir {quoted}")
+    print_line(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
     if command[1:2] == ["transfer"]:  # a study compares runs of one budget
         return
     more = f" steps_per_task={2 * config['steps_per_task']}{also}"
-    say(f"train on     {resume_command(folder, ranks, more)}")
+    print_line(f"train on     {resume_command(folder, ranks, more)}")
     if ranks == 1 and (full := _full_run(command)):
-        say(f"a full run   {full}")
+        print_line(f"a full run   {full}")
 
 
 def resume_command(folder: RunFolder, ranks: int, more: str = "") -> str:

@@ -15,9 +15,9 @@ from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import distributed, torchrun
 from mtrl_cli.parallel.distributed import Ranks
-from mtrl_cli.runs.progress import say
 from mtrl_cli.runs.run_dir import FolderOfTheFirst, RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training.loop import Loop
 
 
@@ -116,7 +116,7 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
                 budget = 2 * max(step, config["steps_per_task"])
                 more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
                 patient = f" (with {config['early_stopping']['patience']} evaluations of patience anew)" if "early" in completed else ""
-                say(f"{folder.path} is completed ({completed}); to train on{patient}: {more}")
+                print_line(f"{folder.path} is completed ({completed}); to train on{patient}: {more}")
                 return
             config, run, loop = _prepared(config, ranks)
             training = Trainer(folder, config, run, loop, store, stop, command, ranks)
@@ -150,10 +150,10 @@ def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tup
         if ranks.is_first:
             store.recover()
             try:
-                step, state = store.load("latest", warn=say)
+                step, state = store.load("latest", warn=print_line)
             except NoCheckpoint:
                 completed = folder.read_record().get("status") == "completed"
-                say(f"{folder.path} {'has lost its checkpoints' if completed else 'has no checkpoint yet'}: starting it anew")
+                print_line(f"{folder.path} {'has lost its checkpoints' if completed else 'has no checkpoint yet'}: starting it anew")
     found = ranks.from_first(None if state is None else step)
     with ranks.together():
         if found is not None and not ranks.is_first:
@@ -177,7 +177,7 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str], 
     given = {override.partition("=")[0] for override in overrides}
     different = [key for key, value in wanted.items() if own.get(key) != value and key not in given]
     if different:
-        say(f"{run_path} goes on as it was started; not taken from this command: {', '.join(different)}")
+        print_line(f"{run_path} goes on as it was started; not taken from this command: {', '.join(different)}")
     _resume(run_path, overrides, command, ranks)
 
 
@@ -186,13 +186,13 @@ def _prepared(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], bui
     with ranks.together():
         pack = build_run.make_pack(config)
         if ranks.is_first:
-            config = resolve_auto.settle(config, pack, say, ranks)
+            config = resolve_auto.settle(config, pack, print_line, ranks)
             for line in resolve_auto.describe(config, pack):
-                say(line)
+                print_line(line)
     config = ranks.from_first(config)
     ranks.use(build_run.device_of(config, ranks))
     with ranks.together():
-        run = build_run.make_run(config, pack, say, ranks)
+        run = build_run.make_run(config, pack, print_line, ranks)
         loop = run.open_loop()
     return config, run, loop
 

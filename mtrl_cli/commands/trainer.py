@@ -21,9 +21,10 @@ from mtrl_cli.files import atomic
 from mtrl_cli.machine import hardware
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.runs.metrics_logger import Logger, NullLogger
-from mtrl_cli.runs.progress import Display, NullDisplay, evaluation_table, say
+from mtrl_cli.runs.progress import Display, NullDisplay, evaluation_table
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training import evaluator, throughput
 from mtrl_cli.training.loop import Loop
 
@@ -55,7 +56,7 @@ class Trainer:
         self.folder, self.config, self.run, self.loop, self.command = folder, config, run, loop, command
         self.store, self.stop, self.ranks = store, stop, ranks
         self.logger: NullLogger
-        self.display: NullDisplay
+        self.display: Display | NullDisplay
         self.resumed_at: int | None = None
         self.evaluated_at, self.saved_at, self.logged_at = -1 if run.intervals.evaluate_at_start else 0, -1, 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
@@ -94,7 +95,7 @@ class Trainer:
             raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
         self.resumed_at = self.saved_at = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
-        say(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
+        print_line(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
 
     def _restore_early_stopping(self, progress: dict[str, Any]) -> None:
         early_stopping = self.run.early_stopping
@@ -134,7 +135,7 @@ class Trainer:
         except Stopped as stopped:
             stopped.told = True
             self.folder.finish("stopped", seconds=self.seconds)
-            say(f"stopped at step {self.loop.step:,} and saved; go on with: {resume_command(self.folder, self.ranks.size)}")
+            print_line(f"stopped at step {self.loop.step:,} and saved; go on with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
@@ -151,7 +152,7 @@ class Trainer:
         finally:
             self.loop.close()
 
-    def _make_display(self) -> NullDisplay:
+    def _make_display(self) -> Display | NullDisplay:
         tasks = [task.name for task in self.run.pack.tasks]
         return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
 

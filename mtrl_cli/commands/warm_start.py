@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.console import RenderableType
 
 from mtrl_cli.agents.value_scale import RewardStream, ValueScale
 from mtrl_cli.build import network as build_network
@@ -23,8 +23,9 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.networks.matching import Outcome, Source, Taken, take
 from mtrl_cli.parallel.distributed import Ranks
-from mtrl_cli.runs.progress import console, say
+from mtrl_cli.runs import terminal
 from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.terminal import console, print_line
 
 # What may differ between the torsos of two runs: how wide a budget made them shows in the widths, and dropout has no parameters.
 _NOT_COMPARED = ("sharing", "head", "parameters", "dropout")
@@ -76,7 +77,7 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
             there = source["ranks"]
             raise UserError(f"transfer.replay=true: ranks is {there} there and {ranks.size} here; a replay goes on with the same")
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
-        step, state = store.load(parse_which("latest" if which is None else which), warn=say)
+        step, state = store.load(parse_which("latest" if which is None else which), warn=print_line)
     except UserError as error:
         raise UserError(f"init_from={path}: {error}") from None
     return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)
@@ -116,10 +117,10 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
     run.agent.sync_target(list(run.agent.network.state_dict()))
     run.learner.freeze(taken.rows)
     if ranks.is_first:
-        say(f"From {source.path}")
+        print_line(f"From {source.path}")
         console(sys.stdout).print(_table(taken))
     for line in _lines(taken, scale, converted, run):
-        say(line)
+        print_line(line)
 
 
 def _check_torso(config: Config, source: Config, what: str) -> None:
@@ -192,20 +193,19 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run)
         yield "frozen       nothing: none of what transfer.freeze names was loaded"
 
 
-def _table(taken: Taken) -> Table:
+def _table(taken: Taken) -> RenderableType:
     """One row for each part with its fate; tasks of the same fate share one."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("part", "of", "parameters", "is"):
-        table.add_column(title, justify="right" if title == "parameters" else "left", overflow="fold")
-    rows: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
+    found: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
     order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}
     for outcome in sorted(taken.outcomes, key=lambda each: (each.fate == "left", order[each.kind], each.layer or 0)):
         key = (_part(outcome), outcome.fate, outcome.why)
-        number, tasks = rows.get(key, (0, {}))
-        rows[key] = number + outcome.number, tasks | ({outcome.task: None} if outcome.task else {})
-    for (part, fate, why), (number, tasks) in rows.items():
-        table.add_row(part, _names(list(tasks)), f"{number:,}", f"{fate} ({why})" if why else fate)
-    return table
+        number, tasks = found.get(key, (0, {}))
+        found[key] = number + outcome.number, tasks | ({outcome.task: None} if outcome.task else {})
+    rows = []
+    for (part, fate, why), (number, tasks) in found.items():
+        rows.append((part, _names(list(tasks)), f"{number:,}", f"{fate} ({why})" if why else fate))
+    header = ("part", "of", "parameters", "is")
+    return terminal.table(rows, header, right=["parameters"], fold=header)
 
 
 def _part(outcome: Outcome) -> str:
@@ -258,4 +258,4 @@ def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: R
             raise
         raise UserError(f"{what} does not fit: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
     run.learner.start_at(0)
-    say(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")
+    print_line(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

@@ -1,13 +1,13 @@
-"""Atari 2600 games through ale-py's C++ vector environment, one for each game.
+"""Atari 2600 games through ale-py's C++ vector environment, one vector environment per game.
 
-Frames are 84x84, grey, the maximum of the last two of four emulator frames, one frame a step: stacking is the learner's. Rewards are the
-game's own. A game is cut off (truncated) after 108,000 frames, half an hour.
+Observations are 84x84 grayscale, the maximum of the last two of four emulator frames. The learner stacks frames. Rewards are unclipped.
+An episode is truncated after 108,000 frames (30 minutes).
 
 Protocols:
-- machado (Machado et al. 2018, section 5): with probability 0.25 the emulator repeats the last action, in each frame; no no-op starts,
-  and losing a life means nothing. Training and evaluation are the same.
-- nature (Mnih et al. 2015): actions are always taken; a game starts with up to 30 no-ops (ale-py draws 0 to 29); in training, a lost life
-  is `terminated`, and the game goes on.
+- machado (Machado et al. 2018, section 5): sticky actions with probability 0.25 per emulator frame, no no-op starts, and no special
+  handling of lost lives. Training and evaluation are the same.
+- nature (Mnih et al. 2015): no sticky actions; an episode starts with up to 30 no-ops (ale-py draws 0 to 29); in training, a lost life
+  sets `terminated` while the episode continues.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mtrl_cli.types import Names, PositiveInt
 SIZE = 84
 FRAMES_PER_STEP = 4
 FRAMES_PER_SECOND = 60
-MOST_FRAMES = 108_000
+MAX_FRAMES = 108_000
 
-# ROMs that only two can play: ale-py ends the process when asked for one of them.
-WITHOUT_SINGLE_PLAYER = {"combat", "joust", "maze_craze", "warlords"}
+# Two-player ROMs: ale-py ends the process when one of them is loaded.
+TWO_PLAYER_GAMES = {"combat", "joust", "maze_craze", "warlords"}
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "machado": {"repeat_action_probability": 0.25, "noop_max": 0},
@@ -40,10 +40,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 class AtariPack(Pack):
-    """Atari games by their ROM names (pong, space_invaders), each with its minimal set of actions unless `full_action_space`."""
+    """Atari games by ROM name (pong, space_invaders), each with its minimal action set unless `full_action_space`.
+
+    Args:
+        symmetric: the games that augmentation=flip may mirror.
+    """
 
     observation_kind = "image"
-    steps_between_seeds = 4_000  # a seed costs as much as some 200 steps
+    steps_between_seeds = 4_000  # a seeded reset takes as long as about 200 steps
 
     def __init__(
         self,
@@ -54,9 +58,9 @@ class AtariPack(Pack):
         protocol: Literal["machado", "nature"] = "machado",
         full_action_space: bool = False,
         stack: PositiveInt = 4,
-        symmetric: list[str] = [],  # noqa: B006 (a literal, so that the schema can read it)
+        symmetric: list[str] = [],  # noqa: B006 (a literal, because the schema reads the source)
     ) -> None:
-        known = set(roms.get_all_rom_ids()) - WITHOUT_SINGLE_PLAYER
+        known = set(roms.get_all_rom_ids()) - TWO_PLAYER_GAMES
         check_names(tasks, known, "an Atari game")
         if symmetric:
             check_names(symmetric, known, "an Atari game", "env.symmetric")
@@ -67,13 +71,13 @@ class AtariPack(Pack):
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> AtariVectorTask:
         """See `Pack.vector`."""
-        env = self._emulators(task_index, num_envs, num_threads, img_height=SIZE, img_width=SIZE, grayscale=True)
+        env = self._make(task_index, num_envs, num_threads, img_height=SIZE, img_width=SIZE, grayscale=True)
         return AtariVectorTask(env, lost_life_terminates=training and self.protocol == "nature")
 
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
-        """See `Pack.render`. Frames have the console's own size and colours; size and colour do not change the game."""
+        """See `Pack.render`. Frames have the console's resolution and colors, which do not affect the game."""
         _, (height, width), _ = _rom(self.tasks[task_index].name)
-        env = self._emulators(task_index, 1, 1, img_height=height, img_width=width, grayscale=False)
+        env = self._make(task_index, 1, 1, img_height=height, img_width=width, grayscale=False)
         observation, _ = env.reset(seed=np.array([seed], np.int64))
         yield observation[0, 0]
         for action in actions:
@@ -84,12 +88,12 @@ class AtariPack(Pack):
         """See `Pack.render_fps`."""
         return FRAMES_PER_SECOND // FRAMES_PER_STEP
 
-    def _emulators(self, task_index: int, num_envs: int, num_threads: int, **picture: Any) -> AtariVectorEnv:
+    def _make(self, task_index: int, num_envs: int, num_threads: int, **image: Any) -> AtariVectorEnv:
         return AtariVectorEnv(
             self.tasks[task_index].name,
             num_envs,
             num_threads=num_threads,
-            max_num_frames_per_episode=MOST_FRAMES,  # counted in frames since the start, no-ops left out
+            max_num_frames_per_episode=MAX_FRAMES,  # excludes the no-ops at the start
             full_action_space=self.full_action_space,
             stack_num=1,
             frameskip=FRAMES_PER_STEP,
@@ -97,16 +101,16 @@ class AtariPack(Pack):
             reward_clipping=False,
             use_fire_reset=False,  # in neither protocol
             **PROTOCOLS[self.protocol],
-            **picture,
+            **image,
         )
 
 
 class AtariVectorTask:
-    """A `VectorTask` of one game; see `mtrl_cli.envs.pack`.
+    """A `VectorTask` of one game.
 
-    A seeded reset loads the ROM anew, which makes all that follows depend on nothing but the seed and the actions, and takes 0.12 s of a
-    core. Without a seed the game restarts within 0.01 s, and sticky actions and no-op starts go on with the random numbers as they are.
-    Both must come right after `done`: in the next step ale-py would restart the game by itself.
+    A seeded reset reloads the ROM, so that everything after it depends only on the seed and the actions. It takes 0.12 s of one core.
+    A reset without a seed takes less than 0.01 s and continues the random state of sticky actions and no-op starts. Both must directly
+    follow `done`: in the next step ale-py would restart the game itself.
     """
 
     def __init__(self, env: AtariVectorEnv, lost_life_terminates: bool) -> None:
@@ -115,7 +119,7 @@ class AtariVectorTask:
         self._lives = np.zeros(env.num_envs, np.int32)
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """See `VectorTask.reset`. To ale-py, too, -1 means without a seed."""
+        """See `VectorTask.reset`. `UNSEEDED` (-1) has the same meaning in ale-py."""
         observation, info = self._env.reset(seed=seeds, options={"reset_mask": mask})
         self._lives = info["lives"]
         return observation
@@ -127,7 +131,7 @@ class AtariVectorTask:
     def recv(self) -> Received:
         """See `VectorTask.recv`.
 
-        Lives are compared here rather than by ale-py's `life_loss_info`, which says `terminated` for a lost life and for the end alike.
+        Lives are compared here because ale-py's `life_loss_info` does not distinguish a lost life from the end of the game.
         """
         observation, reward, terminated, truncated, info = self._env.recv()
         done = terminated | truncated
@@ -139,12 +143,12 @@ class AtariVectorTask:
     def close(self) -> None:
         """See `VectorTask.close`."""
         self._env.close()
-        del self._env  # the C++ object joins its threads as it goes
+        del self._env  # the destructor of the C++ object joins its threads
 
 
 @cache
 def _rom(game: str) -> tuple[tuple[str, ...], tuple[int, int], tuple[str, ...]]:
-    """A game's minimal set of actions, its screen's height and width, and all actions, by asking an emulator."""
+    """Return a game's minimal action set, its screen (height, width), and its full action set."""
     ALEInterface.setLoggerMode(LoggerMode.Error)
     emulator = ALEInterface()
     path = roms.get_rom_path(game)
@@ -154,8 +158,7 @@ def _rom(game: str) -> tuple[tuple[str, ...], tuple[int, int], tuple[str, ...]]:
     return minimal, emulator.getScreenDims(), full
 
 
-def _task(game: str, full_action_space: bool, symmetric: bool = False) -> Task:
+def _task(game: str, full_action_space: bool, symmetric: bool) -> Task:
     minimal, _, full = _rom(game)
     meanings = full if full_action_space else minimal
-    random_score, human_score = scores("atari", game)
-    return Task(game, (1, SIZE, SIZE), len(meanings), meanings, FRAMES_PER_STEP, random_score, human_score, symmetric)
+    return Task(game, (1, SIZE, SIZE), len(meanings), meanings, FRAMES_PER_STEP, *scores("atari", game), symmetric)

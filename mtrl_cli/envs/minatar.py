@@ -1,7 +1,7 @@
-"""The five MinAtar games (Young and Tian 2019), from the package `minatar`, which is an extra.
+"""The five MinAtar games (Young and Tian 2019) from the optional package `minatar`.
 
-Observations are `[C, 10, 10]` of 0 and 1, where C, the number of kinds of things in the game, is 4 to 10.
-Some games need never end, so ours are cut off (truncated) after `max_episode_steps`, which the published scores were not.
+Observations are `[C, 10, 10]` of 0 and 1, where C is the number of object types in the game, 4 to 10. Some games need never end, so
+episodes are truncated after `max_episode_steps`; the published scores were measured without this limit.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mtrl_cli.types import Fraction, Names, PositiveInt
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 ACTION_MEANINGS = ("NOOP", "LEFT", "UP", "RIGHT", "DOWN", "FIRE")
 FRAMES_PER_SECOND = 10
-PIXELS = 16  # of a picture, to a side of a cell
+PIXELS_PER_CELL = 16  # per side, in rendered frames
 
-# One colour for each channel, far apart from each other on black; a cell shows the last of its channels.
+# Black, and one color per channel. A cell shows the last of its channels.
 PALETTE = np.array(
     [
         (0, 0, 0), (230, 230, 230), (230, 80, 60), (60, 160, 230), (250, 200, 60), (90, 200, 110),
@@ -37,7 +37,12 @@ PALETTE = np.array(
 
 
 class MinAtarPack(Pack):
-    """MinAtar games by name, with sticky actions, difficulty that rises, and each game's minimal set of actions, as the paper has them."""
+    """MinAtar games by name. The defaults are those of the paper: sticky actions, difficulty ramping and minimal action sets.
+
+    Args:
+        sticky: probability of repeating the last action.
+        symmetric: the games that augmentation=flip may mirror.
+    """
 
     observation_kind = "image"
 
@@ -51,13 +56,13 @@ class MinAtarPack(Pack):
         difficulty_ramping: bool = True,
         minimal_actions: bool = True,
         max_episode_steps: PositiveInt = 10_000,
-        symmetric: list[str] = [],  # noqa: B006 (a literal, so that the schema can read it)
+        symmetric: list[str] = [],  # noqa: B006 (a literal, because the schema reads the source)
     ) -> None:
         check_names(tasks, GAMES, "a MinAtar game")
         if symmetric:
             check_names(symmetric, GAMES, "a MinAtar game", "env.symmetric")
         self._symmetric = symmetric
-        self._package = _minatar()
+        self._package = _import_minatar()
         self.sticky = sticky
         self.difficulty_ramping = difficulty_ramping
         self.minimal_actions = minimal_actions
@@ -72,9 +77,9 @@ class MinAtarPack(Pack):
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
         """See `Pack.render`."""
         game = self._game(self.tasks[task_index].name)
-        yield _picture(game.reset(seed))
+        yield _draw(game.reset(seed))
         for action in actions:
-            yield _picture(game.step(action)[0])
+            yield _draw(game.step(action)[0])
 
     def render_fps(self, task_index: int) -> int:
         """See `Pack.render_fps`."""
@@ -82,9 +87,8 @@ class MinAtarPack(Pack):
 
     def _task(self, name: str) -> Task:
         game = self._game(name)
-        random_score, reference_score = scores("minatar", name)
         meanings = tuple(ACTION_MEANINGS[action] for action in game.actions)
-        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, random_score, reference_score, name in self._symmetric)
+        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, *scores("minatar", name), name in self._symmetric)
 
     def _game(self, name: str) -> MinAtarGame:
         environment = self._package.Environment(name, sticky_action_prob=self.sticky, difficulty_ramping=self.difficulty_ramping)
@@ -93,7 +97,7 @@ class MinAtarPack(Pack):
 
 
 class MinAtarGame:
-    """One game, a `mtrl_cli.envs.serial.Game`. `actions` are the numbers that MinAtar gives to the task's actions."""
+    """One environment, a `mtrl_cli.envs.serial.Game`. `actions` maps the task's actions to MinAtar's."""
 
     def __init__(self, environment: Any, actions: Sequence[int], max_episode_steps: int) -> None:
         self._environment = environment
@@ -102,22 +106,22 @@ class MinAtarGame:
         self.actions = list(actions)
 
     def reset(self, seed: int | None) -> np.ndarray:
-        """Start an episode; without a seed, with the random numbers that the last one left."""
+        """See `Game.reset`."""
         if seed is not None:
             self._environment.seed(seed)
-        self._environment.last_action = 0  # MinAtar's reset leaves the last game's, which the first sticky action would repeat
+        self._environment.last_action = 0  # not cleared by MinAtar's reset; the first sticky action would repeat it
         self._environment.reset()
         self._steps = 0
         return self._observation()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """Returns observation, reward, terminated, truncated."""
+        """See `Game.step`."""
         reward, terminated = self._environment.act(self.actions[action])
         self._steps += 1
         return self._observation(), reward, terminated, self._steps >= self._max_episode_steps and not terminated
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
     def _observation(self) -> np.ndarray:
         """uint8 `[C, 10, 10]`."""
@@ -125,15 +129,15 @@ class MinAtarGame:
         return state.transpose(2, 0, 1).view(np.uint8)
 
 
-def _picture(observation: np.ndarray) -> np.ndarray:
-    """RGB uint8 `[160, 160, 3]` of an observation `[C, 10, 10]`, in nearest-neighbour blocks."""
-    numbers = np.arange(1, len(observation) + 1)[:, None, None]
-    picture = PALETTE[(observation * numbers).max(axis=0)]
-    return picture.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)
+def _draw(observation: np.ndarray) -> np.ndarray:
+    """Draw an observation `[C, 10, 10]` as RGB uint8 `[160, 160, 3]`."""
+    colors = np.arange(1, len(observation) + 1)[:, None, None]
+    image = PALETTE[(observation * colors).max(axis=0)]
+    return image.repeat(PIXELS_PER_CELL, axis=0).repeat(PIXELS_PER_CELL, axis=1)
 
 
-def _minatar() -> ModuleType:
-    """The package, whose warning that it cannot draw (without matplotlib and seaborn) says nothing to us, as we draw ourselves."""
+def _import_minatar() -> ModuleType:
+    """Import minatar without its warning about missing plotting packages, which `_draw` does not need."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Names of tasks that a configuration gives."""
+"""Validate task names in a configuration."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Collection, Sequence
 from mtrl_cli.errors import UserError, unknown
 
 
-def check_names(names: Sequence[str], known: Collection[str], what: str, key: str = "env.tasks") -> None:
-    """Refuse an empty list, a name given twice, and a name that is not `known`, suggesting what may have been meant.
+def check_names(names: Sequence[str], known: Collection[str], kind: str, key: str = "env.tasks") -> None:
+    """Raise UserError for an empty list, a repeated name, or an unknown name (with a suggestion).
 
     Args:
-        what: what the names are, for messages: "an Atari game".
-        key: where they stand.
-
-    Raises:
-        UserError
+        kind: the kind of name, for messages: "an Atari game".
+        key: the configuration key that holds the names.
     """
     if not names:
-        raise UserError(f"{key} is empty: name at least one task, {what} each, such as {key}=[{min(known, default='...')}]")
+        raise UserError(f"{key} must name at least one task ({kind}), for example {key}=[{min(known, default='...')}]")
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f"{key} names {name} {count} times: each task may be given once")
+            raise UserError(f"{key} must name each task once, got {name} {count} times")
         if name not in known:
-            raise UserError(unknown("task", name, sorted(known), where=f" in {key}: not {what}"))
+            raise UserError(unknown("task", name, sorted(known), where=f" in {key}: not {kind}"))

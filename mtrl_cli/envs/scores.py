@@ -1,8 +1,9 @@
-"""Random and reference scores of tasks, and scores normalised with them.
+"""Random and reference scores of tasks, and scores normalized with them.
 
-`data/atari57_scores.csv`: random play and a human tester, the metrics that the field normalises with (those of google-deepmind/dqn_zoo);
-they were measured without sticky actions, after up to 30 no-ops. `data/other_scores.csv`: written by `scripts/measure_reference_scores.py`,
-which measures random play here and cites the references, each with its source.
+- `data/atari57_scores.csv`: random play and a human tester, the values used in the literature (taken from google-deepmind/dqn_zoo). They
+  were measured without sticky actions, after up to 30 no-ops.
+- `data/other_scores.csv`: written by `scripts/measure_reference_scores.py`, which measures random play and cites a source for each
+  reference.
 """
 
 from __future__ import annotations
@@ -13,15 +14,12 @@ from importlib import resources
 
 
 def scores(suite: str, task: str) -> tuple[float | None, float | None]:
-    """The random and the reference score of a task ("atari", "minatar" or "gymnasium"), each None where it is not known."""
+    """Return the random and the reference score of a task of "atari", "minatar" or "gymnasium"; None where unknown."""
     return _table().get((suite, task), (None, None))
 
 
 def normalised(score: float, random: float | None, reference: float | None) -> float | None:
-    """0 for random play, 1 for the reference, linear between and beyond: (score - random) / (reference - random).
-
-    None for a task of which one of the two is not known.
-    """
+    """Return (score - random) / (reference - random): 0 for random play, 1 for the reference. None if either is unknown."""
     if random is None or reference is None:
         return None
     return (score - random) / (reference - random)

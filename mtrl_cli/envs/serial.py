@@ -1,4 +1,4 @@
-"""N games written in Python, played one after the other, as one vector task."""
+"""N environments written in Python, stepped one after the other, as one `VectorTask`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ from mtrl_cli.envs.pack import UNSEEDED, Received
 
 
 class Game(Protocol):
-    """One environment. Observations have the task's own shape."""
+    """One environment. Observations have the task's unpadded shape."""
 
     def reset(self, seed: int | None) -> np.ndarray:
-        """Start an episode, of which nothing but the random numbers may come from the one before, and with a `seed` not even those.
-
-        Returns:
-            the first observation.
-        """
+        """Start an episode and return its first observation. Without a seed, only the random state carries over from the last episode."""
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """Returns observation, reward, terminated and truncated."""
+        """Return observation, reward, terminated, truncated."""
 
     def close(self) -> None:
-        """Free what the game holds."""
+        """Free the environment's resources."""
 
 
 class SerialVectorTask:
-    """A `VectorTask` of `games`. There is no thread to work in the background, so `send` keeps the actions and `recv` plays them."""
+    """A `VectorTask` of `games`. `send` only stores the actions, and `recv` runs the steps, as there is no background thread."""
 
     def __init__(self, games: Sequence[Game], shape: tuple[int, ...], dtype: np.dtype) -> None:
         self._games = games

@@ -1,7 +1,6 @@
-"""Files that a killed process cannot leave half-written, and files that someone else may have written.
+"""Write files that a killed process cannot leave incomplete, and read files that may come from an untrusted source.
 
-What a run folder holds is replaced in one move, and what is read from one is only ever a regular file of a sensible size,
-inside that folder: it may come from a stranger.
+Files of a run folder are replaced by a rename. Only regular files of limited size inside the folder are read.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import Any, BinaryIO
 
 from mtrl_cli.errors import UserError
 
-LARGEST_JSON = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
 TEMPORARY = ".writing-"
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` outlive a power cut. Does nothing where folders cannot be synced."""
+    """Sync the names in `folder` to disk. Does nothing where folders cannot be synced."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
@@ -35,7 +34,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a new file and wait until the disk has it. Raises OSError, with nothing left at `path`."""
+    """Write a new file and sync it to disk. Raises OSError and removes the incomplete file on failure."""
     try:
         with open(path, "xb") as file:
             for chunk in chunks:
@@ -49,7 +48,7 @@ def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def replace(path: Path, chunks: bytes | Iterable[bytes]) -> None:
-    """Put `chunks` at `path` in one move: whoever reads sees the old file or the new one, whole. Raises OSError."""
+    """Replace `path` atomically: a reader sees either the old file or the complete new one. Raises OSError."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     temporary.unlink(missing_ok=True)
     write_synced(temporary, [chunks] if isinstance(chunks, bytes) else chunks)
@@ -62,14 +61,14 @@ def replace(path: Path, chunks: bytes | Iterable[bytes]) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process had begun to write. Only for whoever holds the run's lock."""
+    """Remove the incomplete files of killed processes. The caller must hold the run's lock."""
     if folder.is_dir():
         for path in folder.glob(f"{TEMPORARY}*"):
             path.unlink(missing_ok=True)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path`, its symbolic links followed, lies in `folder`, whose own links are followed too."""
+    """Return whether `path` lies in `folder` after resolving the symbolic links of both."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # a loop of links
@@ -77,62 +76,59 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def refuse_link(path: Path) -> None:
-    """For a name that is written to, or in: raise UserError if it is there and is neither a regular file nor a folder, but a link, say."""
+    """Raise UserError if `path` exists and is neither a regular file nor a folder. Call this before writing to `path` or into it."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        what = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-        raise UserError(f"{path} is {what}; nothing is written there.")
+        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+        raise UserError(f"{path} is {kind}; refusing to write there.")
 
 
-def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file to read, no link and no pipe. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    file = open(handle, "rb")  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
+    """Open a regular file for reading. Raises OSError for anything else, such as a pipe, and for a link unless `follow_links`."""
+    # Opening a named pipe without O_NONBLOCK would wait for a writer.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file")
     return file
 
 
-def read_bytes(path: Path, folder: Path, largest: int | None = None) -> bytes:
-    """The bytes of a regular file in `folder`. Raises UserError for anything else, or for more than `largest` bytes."""
+def read_bytes(path: Path, folder: Path, max_bytes: int | None = None) -> bytes:
+    """Read a regular file inside `folder`. Raises UserError for anything else, and if the file is larger than `max_bytes`."""
     if not is_inside(path, folder):
-        raise UserError(f"{path} is a link that leaves {folder}; nothing is read through it.")
+        raise UserError(f"{path} is a link out of {folder}; refusing to read it.")
     try:
-        # Not blocking: to open a named pipe would otherwise wait for ever.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(handle, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path} is not a regular file.")
-            if largest is not None and status.st_size > largest:
-                raise UserError(f"{path} has {status.st_size:,} bytes; at most {largest:,} are expected.")
+        with open_regular(path, follow_links=True) as file:
+            size = os.fstat(file.fileno()).st_size
+            if max_bytes is not None and size > max_bytes:
+                raise UserError(f"{path} has {size:,} bytes; expected at most {max_bytes:,}.")
             return file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
-    """The JSON object in a file of `folder`. Raises UserError, in one line, for whatever else is there."""
-    return parse_json(read_bytes(path, folder, LARGEST_JSON), path)
+    """Read a JSON object from a file inside `folder`. Raises UserError if the file is missing or holds anything else."""
+    return parse_json(read_bytes(path, folder, MAX_JSON_BYTES), path)
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object that `data`, read from `path`, holds. Raises UserError for broken, absurd or other content."""
+    """Parse the JSON object that was read from `path`. Raises UserError if `data` is anything else."""
     try:
         value = json.loads(data)
     except RecursionError:
-        raise UserError(f"{path} is nested too deeply to be one of ours.") from None
-    except ValueError:  # wrong JSON, wrong UTF-8, a number of thousands of digits
-        raise UserError(f"{path} is damaged: it does not hold valid JSON.") from None
+        raise UserError(f"{path} is damaged: its JSON is nested too deeply.") from None
+    except ValueError:  # also invalid UTF-8, and integers of thousands of digits
+        raise UserError(f"{path} is damaged: invalid JSON.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds a {type(value).__name__} where an object was expected.")
+        raise UserError(f"{path} is damaged: expected a JSON object, got a {type(value).__name__}.")
     return value
 
 
 def to_json(value: Any) -> str:
-    """JSON as people read it, ending in a newline. Raises ValueError for NaN and infinities, which JSON has no word for."""
+    """Return indented JSON with a final newline. Raises ValueError for NaN and infinities."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"

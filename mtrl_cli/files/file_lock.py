@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import platform
+import re
+import stat
 from pathlib import Path
 from types import TracebackType
 
 from mtrl_cli.errors import RunError
 
+_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[int] = set()
 
 
 class FileLock:
-    """Held by one process at a time, and let go of when that ends, however it ends.
+    """A lock that one process holds at a time, until it releases the lock or ends in any way.
 
     Args:
-        path: of the lock's file, whose folder must be there. The file stays: were it removed, two could hold two locks of one name.
+        path: the lock's file, in an existing folder. The file is never removed: two processes could otherwise lock two files of one name.
     """
 
     def __init__(self, path: Path):
@@ -24,27 +29,32 @@ class FileLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Wait for the lock. Raises RunError where there can be none."""
-        self._take(fcntl.LOCK_EX)
+        """Wait for the lock. Raises RunError if the file cannot be locked."""
+        self._lock(fcntl.LOCK_EX)
 
     def try_acquire(self) -> bool:
-        """Take the lock if nobody has it; returns whether it is ours. Raises RunError where there can be none."""
-        return self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Take the lock unless another process holds it. Returns whether it was taken. Raises RunError if the file cannot be locked."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def _take(self, how: int) -> bool:
+    def _lock(self, operation: int) -> bool:
         assert self._handle is None, self.path
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise RunError(f"{self.path} cannot be opened: {error.strerror}.") from None
         try:
-            fcntl.flock(handle, how)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise RunError(f"{self.path} is not a regular file.")
+            fcntl.flock(handle, operation)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"{os.getpid()} {platform.node()}\n".encode())
         except BlockingIOError:
             os.close(handle)
             return False
         except OSError as error:
             os.close(handle)
-            raise RunError(f"{self.path} cannot be locked: {error.strerror}; file locks (flock) are needed there.") from None
+            reason = "its file system has no file locks (flock)" if error.errno in _NOT_SUPPORTED else error.strerror
+            raise RunError(f"{self.path} cannot be locked: {reason}.") from None
         except BaseException:
             os.close(handle)
             raise
@@ -52,8 +62,18 @@ class FileLock:
         _held.add(handle)
         return True
 
+    def owner(self) -> str:
+        """Return the process that locked the file last, as text for a message: "process 12 on host"."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return "another process"
+        with open(handle, "rb") as file:
+            match = re.fullmatch(rb"(\d{1,10}) ([\w.-]{0,64})\n", file.read(80))
+        return f"process {match[1].decode()} on {match[2].decode()}" if match else "another process"
+
     def is_in_place(self) -> bool:
-        """Whether the lock that is held is still the one of its name: its folder may have been removed, and made again."""
+        """Return whether the held lock's file still has its name. Another process may have removed and recreated the folder."""
         assert self._handle is not None, self.path
         try:
             return os.path.samestat(os.fstat(self._handle), os.lstat(self.path))
@@ -61,10 +81,10 @@ class FileLock:
             return False
 
     def release(self) -> None:
-        """Let go of the lock; without it, does nothing."""
+        """Release the lock. Does nothing if the lock is not held."""
         if self._handle is not None:
             _held.discard(self._handle)
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # for a child that was forked this moment and has yet to close it
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # a child that was forked just now may still have the file open
             os.close(self._handle)
             self._handle = None
 
@@ -77,7 +97,7 @@ class FileLock:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds the lock at `path` now. Makes no file."""
+    """Return whether no process holds the lock at `path`. Creates no file."""
     if not os.path.lexists(path):
         return True
     lock = FileLock(path)
@@ -87,7 +107,7 @@ def is_free(path: Path) -> bool:
 
 
 def _close_in_child() -> None:
-    """A forked child shares its parent's locks, and would hold them when the parent is gone."""
+    """Close the locks that a forked child inherits: the child would hold them after its parent has ended."""
     for handle in _held:
         os.close(handle)
     _held.clear()

@@ -16,10 +16,10 @@ from mtrl_cli.files import atomic
 from mtrl_cli.reports import html, hyperparameters, run_data
 from mtrl_cli.reports import scores as report_scores
 from mtrl_cli.reports import sharing as report_sharing
-from mtrl_cli.reports.elements import Cell, Interval, Section, Table
+from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
 from mtrl_cli.reports.run_data import Group, Run
-from mtrl_cli.runs.progress import say
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps.plan import without_password
 
 RECORD = "report.json"
@@ -172,11 +172,11 @@ def _all_runs(runs: Sequence[Run], groups: Sequence[Group]) -> Section:
     return Section("runs", "All runs", lines, parts)
 
 
-def _row(run: Run, label: str | None) -> list[Cell | Interval]:
+def _row(run: Run, label: str | None) -> list[Cell]:
     known = bool(run.config)
     score = sum(run.final_scores.values()) / len(run.final_scores) if run.final_scores else None
     about = label or " ".join(run.overrides)
-    numbers: list[Cell | Interval] = [str(run.seed), run.step, round(run.seconds, 1), score] if known else ["", None, None, None]
+    numbers: list[Cell] = [str(run.seed), run.step, round(run.seconds, 1), score] if known else ["", None, None, None]
     return [run.name, about, run.status, *numbers, _reason(run), run.command]
 
 
@@ -233,8 +233,10 @@ def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier
 def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group]) -> None:
     states = Counter(run.status for run in runs)
     told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
-    say(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
+    print_line(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
     for arena in report_scores.arenas(groups):
         for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
-            say(f"  {place}. {entry.label}: {entry.aggregates['iqm']:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})")
-    say(f"report       {run_data.short(folder / 'index.html')}")
+            print_line(
+                f"  {place}. {entry.label}: {entry.aggregates['iqm'].value:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})"
+            )
+    print_line(f"report       {run_data.short(folder / 'index.html')}")

@@ -13,7 +13,7 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.reports import grouping, run_data
 from mtrl_cli.reports.run_data import Run
-from mtrl_cli.runs.progress import duration
+from mtrl_cli.runs.terminal import as_text, duration, table
 
 NEVER_TOLD = ("run_dir", "trusted_packages")
 LONGEST_CELL = 48
@@ -38,7 +38,7 @@ def compare(paths: Sequence[Path]) -> str:
     if any(" to " in cell for row in rows for cell in row[1:3]):
         notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
     # What a stranger's folder holds cannot steer the terminal.
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in "\n".join([*_table(rows), *notes]))
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in "\n".join([_table(rows), *notes]))
 
 
 def _read(path: Path) -> Run:
@@ -211,16 +211,12 @@ def _notes(ours: Run, theirs: Run, tests: Sequence[Mapping[str, Any]], common: S
     return ["", *notes]
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
-    clipped = [tuple(cell if len(cell) <= LONGEST_CELL else cell[: LONGEST_CELL - 1] + "…" for cell in row) for row in rows]
-    widths = [max(len(cell.strip()) for cell in column) for column in zip(*clipped, strict=True)]
-    lines = []
-    for row in clipped:
+def _table(rows: Sequence[Row]) -> str:
+    lines: list[Sequence[str]] = []
+    for row in rows:
         if row[0].startswith("\n"):
-            lines += ["", row[0].strip()]
+            lines += [("", "", "", ""), (row[0].strip(), "", "", "")]
         else:
-            indent = "  " if lines and row[0] else ""
-            first, *others = row
-            cells = [(indent + first).ljust(widths[0] + 2), *(cell.ljust(width) for cell, width in zip(others, widths[1:], strict=True))]
-            lines.append("  ".join(cells).rstrip())
-    return lines
+            first = f"  {row[0]}" if lines and row[0] else row[0]
+            lines.append([cell if len(cell) <= LONGEST_CELL else cell[: LONGEST_CELL - 1] + "…" for cell in (first, *row[1:])])
+    return as_text(table(lines, ("", "", "", ""), show_header=False))

@@ -6,24 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mtrl_cli.stats.bootstrap import Estimate
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-Cell = str | float | int | None
-"""Of a table: None is an empty cell. Numbers are written in full into CSV, rounded on the page."""
+Cell = str | float | int | Estimate | None
+"""A table's cell; None is an empty one. Numbers are written in full into CSV and rounded on the page; infinity is `never` there.
+
+An estimate is `0.83 (0.79 to 0.86)` on the page and three columns in CSV.
+"""
 
 
 class GivenNumber(float):
     """A number that a run was given, such as a step size: four significant digits on the page, however small it is."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with its interval: `0.83 (0.79 to 0.86)` on the page, three columns in CSV. None: there is none."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Table:
     name: str
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[Cell | Interval]]
+    rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from mtrl_cli.errors import UserError
-from mtrl_cli.reports.elements import Cell, GivenNumber, Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Cell, GivenNumber, Picture, Section, Table
+from mtrl_cli.stats.bootstrap import Estimate
 
 MAX_ROWS = 1000
 """Rows of a table on the page; its CSV file has all rows."""
@@ -81,7 +83,7 @@ def _template() -> Template:
         loader=PackageLoader("mtrl_cli", "reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"cell_text": cell_text, "bounds_text": _bounds_text, "number_columns": _number_columns}
-    environment.tests |= {"interval": lambda cell: isinstance(cell, Interval), "bounded": _is_bounded}
+    environment.tests |= {"interval": lambda cell: isinstance(cell, Estimate), "bounded": _is_bounded}
     return environment.get_template("page.html.jinja")
 
 
@@ -98,9 +100,9 @@ def _number_columns(table: Table) -> list[bool]:
     return [index > 0 and not any(isinstance(row[index], str) for row in table.rows[:MAX_ROWS]) for index in range(len(table.header))]
 
 
-def cell_text(cell: Cell | Interval) -> str:
+def cell_text(cell: Cell) -> str:
     """Format a cell for the page: numbers rounded, intervals in parentheses."""
-    if isinstance(cell, Interval):
+    if isinstance(cell, Estimate):
         return cell_text(cell.value) + (f" ({_bounds_text(cell)})" if _is_bounded(cell) else "")
     if cell is None or isinstance(cell, str):
         return cell or ""
@@ -108,22 +110,24 @@ def cell_text(cell: Cell | Interval) -> str:
         return f"{cell:,}"
     if isinstance(cell, GivenNumber):
         return f"{cell:.4g}"
+    if math.isinf(cell):
+        return "never"
     digits = 0 if abs(cell) >= 1000 else 1 if abs(cell) >= 100 else 2 if abs(cell) >= 10 else 3
     text = f"{cell:,.{digits}f}"
     return text if text.strip("-0.") else text.lstrip("-")
 
 
-def _is_bounded(cell: Interval) -> bool:
-    return cell.low is not None or cell.high is not None
+def _is_bounded(cell: Estimate) -> bool:
+    return cell.low is not None
 
 
-def _bounds_text(cell: Interval) -> str:
-    return " to ".join("never" if bound is None else cell_text(bound) for bound in (cell.low, cell.high))
+def _bounds_text(cell: Estimate) -> str:
+    return f"{cell_text(cell.low)} to {cell_text(cell.high)}"
 
 
 def as_csv(table: Table) -> str:
     """Format a table as CSV with unrounded numbers. A column that holds an interval becomes three: value, low, high."""
-    wide = [any(isinstance(row[column], Interval) for row in table.rows) for column in range(len(table.header))]
+    wide = [any(isinstance(row[column], Estimate) for row in table.rows) for column in range(len(table.header))]
     header = [
         name for own, is_wide in zip(table.header, wide, strict=True) for name in ([own, f"{own} low", f"{own} high"] if is_wide else [own])
     ]
@@ -133,7 +137,7 @@ def as_csv(table: Table) -> str:
     for row in table.rows:
         cells: list[Cell] = []
         for cell, is_wide in zip(row, wide, strict=True):
-            if isinstance(cell, Interval):
+            if isinstance(cell, Estimate):
                 cells += [cell.value, cell.low, cell.high]
             else:
                 cells += [_escape_formula(cell), None, None] if is_wide else [_escape_formula(cell)]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtrl_cli.stats.bootstrap import Estimate
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -43,13 +45,11 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
     return {label: COLOURS[index] if index < MOST_LINES else OTHERS for index, label in enumerate(labels)}
 
 
-def dots(
-    panels: Mapping[str, Mapping[str, tuple[float, float | None, float | None]]], of: Mapping[str, str], line_at: float | None
-) -> Figure:
+def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], line_at: float | None) -> Figure:
     """A panel for each metric, in it a row for each group: the value and its interval.
 
     Args:
-        panels: by title, of each group the value, and the ends of its interval or None.
+        panels: by title, the estimate of each group.
         of: the groups' colours; its order is that of the rows.
         line_at: of probabilities, where to draw a line to compare with.
     """
@@ -60,10 +60,10 @@ def dots(
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, values) in zip(axes, panels.items(), strict=True):
         for row, label in enumerate(labels):
-            value, low, high = values[label]
-            if low is not None and high is not None:
-                panel.plot([low, high], [row, row], color=of[label], linewidth=5, alpha=0.4, solid_capstyle="butt")
-            panel.plot([value], [row], "o", color=of[label], markersize=5)
+            own = values[label]
+            if own.low is not None and own.high is not None:
+                panel.plot([own.low, own.high], [row, row], color=of[label], linewidth=5, alpha=0.4, solid_capstyle="butt")
+            panel.plot([own.value], [row], "o", color=of[label], markersize=5)
         if line_at is not None:
             panel.axvline(line_at, color=OTHERS, linewidth=1, linestyle="--")
             panel.set_xlim(-0.02, 1.02)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from mtrl_cli.reports import grouping, plots
-from mtrl_cli.reports.elements import Cell, Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.plots import Curve
 from mtrl_cli.reports.run_data import Group, Run
 from mtrl_cli.stats import scores as score_stats
+from mtrl_cli.stats.bootstrap import Estimate
 
 Title = Callable[[str], str]
-Row = list[Cell | Interval]
+Row = list[Cell]
 POINTS = 30  # of a learning curve over wall time
 HEADINGS = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 MOST_PANELS = 60
@@ -39,14 +40,9 @@ class Entry:
     returns: Any
 
     @cached_property
-    def aggregates(self) -> dict[str, float]:
-        """Over all runs and tasks with a reference, by name: `score_metrics.AGGREGATES`."""
+    def aggregates(self) -> dict[str, Estimate]:
+        """Aggregates over all runs and tasks with a reference, by name: `stats.scores.AGGREGATES`."""
         return score_stats.aggregates(self.scores)
-
-    @cached_property
-    def intervals(self) -> dict[str, tuple[float, float] | None]:
-        """Of these aggregates; None of one run."""
-        return score_stats.aggregate_intervals(self.scores)
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def _arena(env: str, tasks: tuple[str, ...], steps_per_task: int, *, groups: Seq
         notes.append(f"{len(untested)} of {len(runs)} runs were not tested at the end: theirs are the scores of their last validation.")
     elif untested:
         notes.append("No run was tested at its end: scores are those of the last validation.")
-    entries.sort(key=lambda entry: -entry.aggregates["iqm"] if scored else 0.0)
+    entries.sort(key=lambda entry: -entry.aggregates["iqm"].value if scored else 0.0)
     colours = plots.colours([entry.label for entry in entries])
     return Arena(env, tasks, steps_per_task, scored, tuple(entries), tuple(notes), suffix, colours)
 
@@ -145,12 +141,11 @@ def _over_tasks(arena: Arena, title: Title) -> Section:
     if without:
         lines.append(f"Only tasks with a reference count here; none is known for {', '.join(without)}, whose returns are below.")
     rows: list[Row] = []
-    values: dict[str, dict[str, Any]] = {heading: {} for heading in HEADINGS.values()}
+    values: dict[str, dict[str, Estimate]] = {heading: {} for heading in HEADINGS.values()}
     for entry in arena.entries:
-        cells = {name: Interval(entry.aggregates[name], *(entry.intervals[name] or (None, None))) for name in HEADINGS}
-        rows.append([entry.label, len(entry.runs), *cells.values()])
+        rows.append([entry.label, len(entry.runs), *(entry.aggregates[name] for name in HEADINGS)])
         for name, heading in HEADINGS.items():
-            values[heading][entry.label] = (cells[name].value, cells[name].low, cells[name].high)
+            values[heading][entry.label] = entry.aggregates[name]
     notes = [
         "Scores are normalised: 0 is random play, 1 the reference. IQM: the mean of the middle half of all scores, of every seed and task. "
         "Optimality gap: how far scores are below 1 on average; less is better.",
@@ -174,7 +169,7 @@ def _best_in_words(arena: Arena) -> str:
     best = arena.entries[0]
     tested = [run.is_tested for entry in arena.entries for run in entry.runs]
     games = "test games" if all(tested) else "test games or, of runs without, the last validation" if any(tested) else "the last validation"
-    over = f"of {best.aggregates['iqm']:.3f} over {_tasks(len(arena.scored))}"
+    over = f"of {best.aggregates['iqm'].value:.3f} over {_tasks(len(arena.scored))}"
     if count == 1:
         return f"Of the one configuration, {best.label}, runs are completed, with an interquartile mean (IQM) in {games} {over}."
     return f"Of {count:,} configurations {best.label} has the highest IQM in {games}, {over}.{_how_certain(arena)}"
@@ -185,9 +180,9 @@ def _how_certain(arena: Arena) -> str:
     best, *others = arena.entries
     if any(len(entry.runs) < FEW_SEEDS for entry in arena.entries):
         return f" With fewer than {FEW_SEEDS} seeds of some the order is not certain."
-    ours = best.intervals["iqm"]
-    theirs = {entry.label: entry.intervals["iqm"] for entry in others}
-    overlap = [label for label, own in theirs.items() if ours is not None and own is not None and own[1] >= ours[0]]
+    low = best.aggregates["iqm"].low
+    highs = {entry.label: entry.aggregates["iqm"].high for entry in others}
+    overlap = [label for label, high in highs.items() if low is not None and high is not None and high >= low]
     return f" The order is not certain: intervals overlap with {_some(overlap)}." if overlap else ""
 
 
@@ -230,17 +225,12 @@ def _per_task(arena: Arena, title: Title) -> Section:
     for what, tasks in (("scores", arena.scored), ("returns", arena.tasks)):
         if not tasks:
             continue
-        rows: list[Row] = [[entry.label, len(entry.runs), *_of_tasks(getattr(entry, what))] for entry in arena.entries]
+        rows: list[Row] = [[entry.label, len(entry.runs), *score_stats.task_means(getattr(entry, what))] for entry in arena.entries]
         notes = ["Mean over seeds of the mean over games, in the environment's own units."] if what == "returns" else []
         parts.append(
             Table(f"{what}_per_task{arena.suffix}", f"{what.capitalize()}, task by task", ["configuration", "seeds", *tasks], rows, notes)
         )
     return Section(f"per_task{arena.suffix}", title("Scores per task" if arena.scored else "Returns per task"), [], parts)
-
-
-def _of_tasks(values_RK: Any) -> list[Interval]:
-    ends = score_stats.task_intervals(values_RK)
-    return [Interval(float(mean), *(own or (None, None))) for mean, own in zip(values_RK.mean(axis=0), ends, strict=True)]
 
 
 # -- one against the other ------------------------------------------------------------------------------------------------------
@@ -254,13 +244,10 @@ def _comparisons(arena: Arena, title: Title) -> list[Section]:
 
 def _improvement(arena: Arena, title: Title) -> Section:
     best, *others = arena.entries
-    found = {}
-    for entry in others:
-        ends = score_stats.probability_interval(best.scores, entry.scores) or (None, None)
-        found[entry.label] = (score_stats.probability_of_improvement(best.scores, entry.scores), *ends)
+    found = {entry.label: score_stats.probability_of_improvement(best.scores, entry.scores) for entry in others}
     text = f"How likely a run of {best.label} scores higher than one of another configuration, on average over tasks."
     name = f"probability_of_improvement{arena.suffix}"
-    rows: list[Row] = [[label, Interval(*values)] for label, values in found.items()]
+    rows: list[Row] = [[label, probability] for label, probability in found.items()]
     table = Table(
         name, "Probability of improvement", ["over", f"of {best.label}"], rows, ["0.5: neither is better (Mann-Whitney, ties count half)."]
     )
@@ -373,7 +360,7 @@ def _curve_table(arena: Arena, over: Mapping[str, Curve]) -> Table:
         [
             label,
             int(step),
-            Interval(float(curve.y[index]), *(() if curve.low is None else (float(curve.low[index]), float(curve.high[index])))),
+            Estimate(float(curve.y[index]), *(() if curve.low is None else (float(curve.low[index]), float(curve.high[index])))),
         ]
         for label, curve in over.items()
         for index, step in enumerate(curve.x)

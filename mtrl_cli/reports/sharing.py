@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from mtrl_cli.reports import grouping, sharing_comparison, sharing_plots
 from mtrl_cli.reports import scores as report_scores
-from mtrl_cli.reports.elements import Cell, Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.run_data import Group
 from mtrl_cli.reports.sharing_comparison import Comparison, Setting, Way, at_the_end, over_training
 from mtrl_cli.stats import scores as score_stats
-from mtrl_cli.stats.sharing import Estimate, nearest_size
+from mtrl_cli.stats.sharing import nearest_size
 
 BASELINE, UNIFORM = "independent", "uniform"
 MOST_SETTINGS = 6
@@ -146,25 +146,29 @@ def _left_out(setting: Setting) -> list[str]:
     return [f"Left out: {_some(own, 20)}."] if own else []
 
 
-def _interval(estimate: Estimate | None) -> Interval:
-    return Interval(None) if estimate is None else Interval(estimate.value, estimate.low, estimate.high)
-
-
 def _table_of_ways(setting: Setting, ways: Sequence[Way], name: str) -> Table:
     """What each came to, and what it took."""
     first = "structure" if name.startswith("sharing") else "task weights"
     header = [first, "runs", "score, mean", "score, IQM", "parameters", "shared", "own, each task", "ms per step", "budget, s"]
     scored = [k for k, known in enumerate(setting.scored) if known]
-    rows: list[list[Cell | Interval]] = []
+    rows: list[list[Cell]] = []
     for way in ways:
-        mean = middle = Interval(None)
-        if scored:
-            scores = way.scores_SK[:, scored]
-            values, ends = score_stats.aggregates(scores), score_stats.aggregate_intervals(scores)
-            mean, middle = (Interval(values[key], *(ends[key] or (None, None))) for key in ("mean", "iqm"))
+        aggregates = score_stats.aggregates(way.scores_SK[:, scored]) if scored else {}
         step, own = sharing_comparison.step_seconds(way), None if way.own is None else round(way.own)
         cost = sharing_comparison.budget_seconds(way)
-        rows.append([way.name, len(way.runs), mean, middle, way.total, way.shared, own, None if step is None else 1000 * step, cost])
+        rows.append(
+            [
+                way.name,
+                len(way.runs),
+                aggregates.get("mean"),
+                aggregates.get("iqm"),
+                way.total,
+                way.shared,
+                own,
+                None if step is None else 1000 * step,
+                cost,
+            ]
+        )
     notes = ["Milliseconds of a step in one task's environment while training; seconds of the whole budget with evaluating and saving."]
     return Table(name, "What each came to, and what it took", header, rows, notes)
 
@@ -172,17 +176,17 @@ def _table_of_ways(setting: Setting, ways: Sequence[Way], name: str) -> Table:
 def _beside(setting: Setting, compared: Sequence[Comparison], title: str, name: str) -> list[Table | Picture]:
     """Each way beside its baseline: over tasks, and task by task."""
     header = ["", "beside", "score, mean", "score, IQM", "times fewer steps", "time per step", "training cost", "gained", "lost"]
-    rows: list[list[Cell | Interval]] = []
+    rows: list[list[Cell]] = []
     for each in compared:
         gained, lost = (_named(setting, each, sign) for sign in (1, -1))
-        over_tasks = [_interval(each.mean), _interval(each.iqm), _interval(each.efficiency)]
+        over_tasks = [each.mean, each.iqm, each.efficiency]
         rows.append([each.way.name, each.baseline.name, *over_tasks, each.time, each.cost, gained, lost])
     notes = ["Scores: differences, ours less the baseline's. Times and costs: ours over the baseline's.", EFFICIENCY, INTERVALS]
     notes.append(
         "Gained and lost: the tasks whose whole interval lies above or below 0; of 20 that nothing has changed in, one does by chance."
     )
     table = Table(name, title, header, rows, notes)
-    by_task: list[list[Cell | Interval]] = [[each.way.name, *(_interval(task) for task in each.tasks)] for each in compared]
+    by_task: list[list[Cell]] = [[each.way.name, *each.tasks] for each in compared]
     units = [task if known else f"{task} (return)" for task, known in zip(setting.tasks, setting.scored, strict=True)]
     tasks = Table(
         f"{name}_tasks", f"{title}: task by task", ["", *units], by_task, ["Differences of final scores, ours less the baseline's."]

@@ -11,7 +11,7 @@ import numpy as np
 from mtrl_cli.reports import grouping
 from mtrl_cli.reports.run_data import Group, Run
 from mtrl_cli.stats import sharing as sharing_stats
-from mtrl_cli.stats.sharing import Estimate, Floats
+from mtrl_cli.stats.bootstrap import Estimate, Floats
 
 
 @dataclass(frozen=True)

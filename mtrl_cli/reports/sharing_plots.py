@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtrl_cli.reports.sharing_comparison import Comparison, Setting, Way
-from mtrl_cli.stats.sharing import Floats
+from mtrl_cli.stats.bootstrap import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import importlib.metadata
 import os
 import platform
 import re
 import shlex
-import stat
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli import __version__
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
+from mtrl_cli.files.file_lock import FileLock
 
 PATIENCE_SECONDS = 3.0  # in which a first rank that was killed is gone for certain
 STATUSES = ("running", "completed", "stopped", "failed")
@@ -39,7 +37,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.evaluations = path / "eval"
         self.videos = path / "videos"
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
         self._made: list[Path] = []
 
     @classmethod
@@ -155,42 +153,19 @@ class RunFolder:
         self._made.clear()
 
     def lock(self) -> None:
-        """Take the run for this process. Raises UserError, naming the process that has it, or if it cannot be locked."""
-        path = self.path / ".lock"
+        """Lock the run for this process. Raises UserError if the run cannot be locked, naming the process that holds it."""
+        lock = FileLock(self.path / ".lock")
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be locked: {path} cannot be opened: {error.strerror}.") from None
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise UserError(f"{self.path} cannot be locked: {path} is not a regular file.")
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(handle, 0)
-            os.write(handle, f"{os.getpid()} {platform.node()}\n".encode())
-        except BlockingIOError:
-            owner = re.fullmatch(rb"(\d{1,10}) ([\w.-]{0,64})\n", os.pread(handle, 80, 0))
-            os.close(handle)
-            by = f"process {owner[1].decode()} on {owner[2].decode()}" if owner else "another process"
-            raise UserError(f"{self.path} {IN_USE} {by}: wait for it to end, or stop it.") from None
-        except OSError as error:
-            os.close(handle)
-            raise UserError(f"{self.path} cannot be locked: {_lock_trouble(error)}") from None
-        except BaseException:
-            os.close(handle)
-            raise
-        self._lock = handle
-        # A forked child shares the lock; one that outlives a killed parent would hold the run.
-        os.register_at_fork(after_in_child=self._close_in_child)
-
-    def _close_in_child(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            if not lock.try_acquire():
+                raise UserError(f"{self.path} {IN_USE} {lock.owner()}: wait for it to end, or stop it.")
+        except RunError as error:
+            raise UserError(f"{self.path} cannot be locked: {error}") from None
+        self._lock = lock
 
     def unlock(self) -> None:
-        """Let go of the run; without a lock, does nothing."""
+        """Unlock the run. Does nothing if this process does not hold it."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -333,9 +308,3 @@ def _list(path: Path) -> list[Path]:
 def _is_unborn(entry: Path) -> bool:
     """Whether `entry` is all that a process killed in its first moments leaves: its lock, and files it had begun to write."""
     return entry.name == ".lock" or entry.name.startswith(atomic.TEMPORARY)
-
-
-def _lock_trouble(error: OSError) -> str:
-    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-        return "its file system has no file locks (flock); put the run on another."
-    return f"{error.strerror}."

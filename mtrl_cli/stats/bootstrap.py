@@ -1,22 +1,104 @@
-"""Statistics of episodes: running means for the log, and intervals for an evaluation. Numpy only."""
+"""Percentile bootstrap: the one implementation behind every interval, and the statistics of one network's episodes. Numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+Draws = Iterable[tuple[Indices, ...]]
 AGGREGATES = ("mean", "median", "iqm", "min")
-CHUNK = 100  # resamples at a time, which bounds memory at 57 games of 100 episodes to a few MB
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+CHUNK = 100  # resamples at a time, which bounds memory at 57 tasks of 100 episodes to a few MB
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic and its bootstrap interval; `low` and `high` are None where the samples do not allow one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        if self.low is None or self.high is None:
+            return 0
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+# -- the core -------------------------------------------------------------------------------------------------------------------
+
+
+def draw(*shapes: tuple[int, ...], resamples: int = RESAMPLES, seed: int = 0, chunk: int = CHUNK) -> Iterator[tuple[Indices, ...]]:
+    """Draw bootstrap resamples of one or several samples, a chunk at a time.
+
+    A sample of shape `(n,)` has n values, drawn with replacement. A sample of shape `(n, K)` is stratified: n values are drawn in each of
+    K strata independently (Agarwal et al. 2021, section 4.1). Samples are drawn independently of each other.
+
+    Yields:
+        For each shape the indices of the drawn values, `[B, *shape]`, with B at most `chunk`.
+    """
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, chunk):
+        count = min(chunk, resamples - start)
+        yield tuple(random.integers(0, shape[0], (count, *shape)) for shape in shapes)
+
+
+def interval(
+    statistic: Callable[..., Floats], draws: Draws, confidence: float = CONFIDENCE, method: Literal["linear", "nearest"] = "linear"
+) -> tuple[Floats, Floats]:
+    """Compute the percentile bootstrap interval of a statistic.
+
+    Args:
+        statistic: takes the indices of B resamples, returns `[B, ...]`.
+        draws: the resamples, from `draw`.
+        confidence: the share of resampled statistics inside the interval.
+        method: `nearest` for statistics that may be infinite, which cannot be interpolated.
+
+    Returns:
+        Low and high ends, `[...]`; NaN where the statistic of a resample is NaN.
+    """
+    values = np.concatenate([statistic(*indices) for indices in draws])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0, method=method)
+    return low, high
+
+
+def estimates(
+    statistic: Callable[..., Floats], *shapes: tuple[int, ...], draws: Draws | None = None, method: Literal["linear", "nearest"] = "linear"
+) -> list[Estimate]:
+    """Compute V statistics of some samples with their intervals.
+
+    There is no interval where a sample has a single value, or where the statistic of a resample does not exist (NaN).
+
+    Args:
+        statistic: takes the indices of B resamples, one array `[B, *shape]` per sample, returns `[B, V]`.
+        shapes: one per sample, as `draw` takes them.
+        draws: the resamples; None: `draw(*shapes)`.
+        method: as `interval` takes it.
+    """
+    every = tuple(np.broadcast_to(np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)), shape)[None] for shape in shapes)
+    values_V = statistic(*every)[0]
+    if min(shape[0] for shape in shapes) < 2:
+        return [Estimate(float(value)) for value in values_V]
+    low_V, high_V = interval(statistic, draw(*shapes) if draws is None else draws, method=method)
+    return [
+        Estimate(float(value)) if np.isnan([value, low, high]).any() else Estimate(float(value), float(low), float(high))
+        for value, low, high in zip(values_V, low_V, high_V, strict=True)
+    ]
 
 
 def iqm(values: ArrayLike) -> float:
-    """The interquartile mean: the mean of what is left when the lowest and the highest 25 % (rounded down) are dropped.
+    """Compute the interquartile mean: the mean without the lowest and the highest 25 % of values (rounded down).
 
-    Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice", section 4.3. Raises ValueError if there are none.
+    Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice", section 4.3. Raises ValueError for an empty array.
     """
     flat = np.asarray(values, dtype=np.float64).ravel()
     if flat.size == 0:
@@ -24,38 +106,39 @@ def iqm(values: ArrayLike) -> float:
     return float(trimmed_means(flat[None])[0])
 
 
-def trimmed_means(rows_RV: Floats) -> Floats:
-    """Row-wise interquartile mean: [R, V] -> [R]."""
-    count = rows_RV.shape[1]
+def trimmed_means(values_RV: Floats) -> Floats:
+    """Compute row-wise interquartile means: [R, V, ...] -> [R, ...]."""
+    count = values_RV.shape[1]
     cut = count // 4
-    return np.sort(rows_RV, axis=1)[:, cut : count - cut].mean(axis=1)
+    return np.sort(values_RV, axis=1)[:, cut : count - cut].mean(axis=1)
 
 
-def bootstrap_mean_ci(returns: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval (low, high) of the mean of `returns`, episodes drawn with replacement.
+# -- episodes of one network ----------------------------------------------------------------------------------------------------
 
-    One episode gives an interval without width, which says nothing about the spread: show it only where there are more.
-    Raises ValueError if there are none.
+
+def bootstrap_mean_ci(returns: ArrayLike, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """Compute the interval (low, high) of the mean of `returns`, episodes drawn with replacement.
+
+    One episode gives an interval without width: show it only for several episodes. Raises ValueError for an empty array.
     """
     values = np.asarray(returns, dtype=np.float64).ravel()
     if values.size == 0:
         raise ValueError("the mean of no episodes has no interval")
-    random = np.random.default_rng(seed)
-    means = np.concatenate([_resample(values, size, random).mean(axis=1) for size in _chunks(resamples)])
-    low, high = percentile_interval(means, confidence)
-    return low, high
+    low, high = interval(lambda rows: values[rows].mean(axis=1), draw(values.shape, resamples=resamples, seed=seed), confidence)
+    return float(low), float(high)
 
 
-def over_tasks(scores: Mapping[str, Sequence[float]], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """What one network reaches over its tasks, from each task's normalised scores, one for each evaluation episode.
+def over_tasks(
+    scores: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """Aggregate one network's normalised scores over its tasks, from the scores of each task's evaluation episodes.
 
     Returns {"mean", "median", "iqm", "min", "ci": {each of these: [low, high]}}, and {} where no task has a score. Mean, median and
     min are taken over the tasks' means; iqm over all episodes of all tasks together, as Agarwal et al. 2021 take it over all
     runs and tasks (so a task with more episodes weighs more there).
 
-    The intervals are a stratified bootstrap's percentiles: each resample draws, in every task on its own, as many of that task's
-    episodes as it has, with replacement. Tasks are fixed and the network is one: the interval covers the chance in the episodes,
-    not the chance in training. For that, compare runs of several seeds.
+    The bootstrap is stratified: each resample draws, in every task on its own, as many of that task's episodes as it has. Tasks and
+    network are fixed: the interval covers the chance in the episodes, not the chance in training. For that, compare runs of several seeds.
     """
     if not scores:
         return {}
@@ -63,34 +146,19 @@ def over_tasks(scores: Mapping[str, Sequence[float]], confidence: float = 0.95, 
     for name, stratum in zip(scores, strata, strict=True):
         if stratum.size == 0:
             raise ValueError(f"task {name!r} has no episodes")
-    random = np.random.default_rng(seed)
-    chunks = [_aggregate([_resample(stratum, size, random) for stratum in strata]) for size in _chunks(resamples)]
-    result: dict[str, Any] = {name: float(value[0]) for name, value in _aggregate([stratum[None] for stratum in strata]).items()}
-    result["ci"] = {name: list(percentile_interval(np.concatenate([chunk[name] for chunk in chunks]), confidence)) for name in AGGREGATES}
+
+    def aggregate(*rows: Indices) -> Floats:
+        return _aggregates([stratum[of_stratum] for stratum, of_stratum in zip(strata, rows, strict=True)])
+
+    values = _aggregates([stratum[None] for stratum in strata])[0]
+    low, high = interval(aggregate, draw(*(stratum.shape for stratum in strata), resamples=resamples, seed=seed), confidence)
+    result: dict[str, Any] = {name: float(value) for name, value in zip(AGGREGATES, values, strict=True)}
+    result["ci"] = {name: [float(low[index]), float(high[index])] for index, name in enumerate(AGGREGATES)}
     return result
 
 
-def _aggregate(strata: list[Floats]) -> dict[str, Floats]:
-    """The aggregates of R resamples: each stratum [R, episodes of the task] -> each aggregate [R]."""
-    means_RK = np.stack([stratum.mean(axis=1) for stratum in strata], axis=1)
-    return {
-        "mean": means_RK.mean(axis=1),
-        "median": np.median(means_RK, axis=1),
-        "iqm": trimmed_means(np.concatenate(strata, axis=1)),
-        "min": means_RK.min(axis=1),
-    }
-
-
-def _resample(values: Floats, resamples: int, random: np.random.Generator) -> Floats:
-    """`resamples` draws with replacement: [V] -> [R, V]."""
-    return values[random.integers(0, values.size, size=(resamples, values.size))]
-
-
-def _chunks(resamples: int) -> list[int]:
-    return [min(CHUNK, resamples - start) for start in range(0, resamples, CHUNK)]
-
-
-def percentile_interval(values: Floats, confidence: float) -> tuple[float, float]:
-    """The middle part of resampled values, [R]: (low, high)."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def _aggregates(strata: list[Floats]) -> Floats:
+    """Compute `AGGREGATES` of B resamples: each stratum [B, episodes of the task] -> [B, 4]."""
+    means_BK = np.stack([stratum.mean(axis=1) for stratum in strata], axis=1)
+    iqm_B = trimmed_means(np.concatenate(strata, axis=1))
+    return np.column_stack([means_BK.mean(axis=1), np.median(means_BK, axis=1), iqm_B, means_BK.min(axis=1)])

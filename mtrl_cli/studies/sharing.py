@@ -13,7 +13,7 @@ from mtrl_cli.config import compose, options
 from mtrl_cli.errors import RunError, Stopped, UserError, show, unknown
 from mtrl_cli.reports import command as report
 from mtrl_cli.reports import html
-from mtrl_cli.runs.progress import say
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.studies import sharing_sizes
 from mtrl_cli.studies.sharing_sizes import BASELINE
 from mtrl_cli.sweeps import command as sweep
@@ -84,7 +84,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
         Stopped: by a signal, after saving; the same command goes on.
     """
     for line in study.lines:
-        say(line)
+        print_line(line)
     folder = study.plan.run_dir
     assert folder is not None
     failed = None
@@ -93,7 +93,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     except RunError as error:
         failed = error
     except Stopped:
-        say("or with the same command, which makes the report at the end")
+        print_line("or with the same command, which makes the report at the end")
         raise
     report.report([folder.expanduser()], None, command)
     if failed is not None:

@@ -23,9 +23,9 @@ from mtrl_cli.config.introspection import class_name
 from mtrl_cli.errors import Stopped, UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.runs.progress import say
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.studies import transfer_report
 from mtrl_cli.studies.transfer_report import KINDS
 
@@ -80,7 +80,7 @@ def transfer(run_path: Path, overrides: Sequence[str], *, command: list[str]) ->
             except Stopped as stopped:
                 stopped.told = True
                 given = [] if plan.run_dir else [f"run_dir={folder.path}"]
-                say(f"the study goes on where it was with: {shlex.join([*command, *given])}")
+                print_line(f"the study goes on where it was with: {shlex.join([*command, *given])}")
                 raise
             except UserError:
                 if not any((folder.path / kind).exists() for kind in KINDS):
@@ -168,7 +168,7 @@ def _with_network_of(trained: dict[str, Any], config: dict[str, Any], given: set
         to_node[last] = from_node[last]
     told = [f"{', '.join(_PARTS[group] for group in kept)} as in the source"] if kept else []
     chosen = [f"{group}={_word(config, group)}" for group in _PARTS if group not in kept]
-    say("network: " + "; ".join([*told, *([f"{', '.join(chosen)} as given"] if chosen else [])]))
+    print_line("network: " + "; ".join([*told, *([f"{', '.join(chosen)} as given"] if chosen else [])]))
     return config | {"network": network}
 
 
@@ -201,7 +201,7 @@ def _open(plan: Plan) -> RunFolder:
         f"{plan.source.name}_to_{plan.configs['scratch']['env']['name']}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     )
     if not os.path.lexists(path / RECORD):
-        step = CheckpointStore(plan.source / "checkpoints", keep=1, with_replay=False).load(plan.which, warn=say)[0]  # type: ignore[arg-type]
+        step = CheckpointStore(plan.source / "checkpoints", keep=1, with_replay=False).load(plan.which, warn=print_line)[0]  # type: ignore[arg-type]
         folder = RunFolder.create(path)
         _write_record(folder, plan, step)
         return folder
@@ -215,7 +215,7 @@ def _open(plan: Plan) -> RunFolder:
     except BaseException:
         folder.unlock()
         raise
-    say(f"going on in {path}")
+    print_line(f"going on in {path}")
     return folder
 
 
@@ -256,9 +256,9 @@ def _work(folder: RunFolder, plan: Plan, stop: StopRequest, command: list[str]) 
         stop.check()
         label = f"{number} of {len(todo)}: {KINDS[kind]}, seed {seed}"
         if _is_completed(path):
-            say(f"{label}: done before")
+            print_line(f"{label}: done before")
             continue
-        say(label)
+        print_line(label)
         config = plan.configs[kind] | {"seed": seed, "run_dir": str(path)}
         if kind == "fine_tuned":
             config["init_from"] = str(plan.source / "checkpoints" / str(record["checkpoint"]))
@@ -282,7 +282,7 @@ def _work(folder: RunFolder, plan: Plan, stop: StopRequest, command: list[str]) 
     folder.write("transfer.json", atomic.to_json(told))
     folder.write("transfer.md", in_markdown)
     atomic.replace(folder.path / "transfer.png", picture)
-    say(f"\n{in_markdown}\nwritten to {folder.path}: transfer.md, transfer.png, transfer.json")
+    print_line(f"\n{in_markdown}\nwritten to {folder.path}: transfer.md, transfer.png, transfer.json")
 
 
 def _with_replay_of(first: Path, config: dict[str, Any]) -> dict[str, Any]:

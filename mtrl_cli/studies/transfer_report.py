@@ -13,6 +13,7 @@ import numpy as np
 
 from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic
+from mtrl_cli.stats import bootstrap
 from mtrl_cli.stats import transfer as transfer_stats
 
 if TYPE_CHECKING:
@@ -84,7 +85,18 @@ def _compared(unit: str, steps: list[int], curves: dict[str, np.ndarray], finals
         np.array(steps, float), curves["fine_tuned"], curves["scratch"], finals["fine_tuned"], finals["scratch"], random
     )
     told = {kind: curves[kind].tolist() for kind in KINDS}
-    return {"unit": unit, **metrics, "steps": steps, "curves": told, "tests": {kind: finals[kind].tolist() for kind in KINDS}}
+    return {
+        "unit": unit,
+        **{name: _as_json(own) for name, own in metrics.items()},
+        "steps": steps,
+        "curves": told,
+        "tests": {kind: finals[kind].tolist() for kind in KINDS},
+    }
+
+
+def _as_json(estimate: bootstrap.Estimate) -> dict[str, Any]:
+    value, *ends = (None if end is None or not np.isfinite(end) else end for end in (estimate.value, estimate.low, estimate.high))
+    return {"value": value, "ci": None if estimate.low is None else ends}
 
 
 def _evaluations(run: Path) -> list[dict[str, Any]]:
@@ -216,7 +228,7 @@ def _draw_panel(panel: Axes, name: str, own: dict[str, Any]) -> None:
         curves_SP = np.array(own["curves"][kind], float)
         panel.plot(own["steps"], curves_SP.mean(axis=0), color=COLOURS[kind], label=label)
         if len(curves_SP) > 1:
-            low_P, high_P = transfer_stats.band(curves_SP)
+            low_P, high_P = bootstrap.interval(lambda rows, own=curves_SP: own[rows].mean(axis=1), bootstrap.draw((len(curves_SP),)))
             panel.fill_between(own["steps"], low_P, high_P, color=COLOURS[kind], alpha=0.2, linewidth=0)
         panel.plot([own["steps"][-1]], [own[f"final_{kind}"]["value"]], "*", color=COLOURS[kind], clip_on=False)
     panel.set_title(name, fontsize=10)

@@ -17,9 +17,9 @@ from mtrl_cli.errors import RunError, Stopped, UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.launchers.base import Launcher
-from mtrl_cli.runs.progress import Guard, console, say
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
+from mtrl_cli.runs.terminal import OutputGuard, console, print_line
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 from mtrl_cli.sweeps.optuna_storage import open_storage, storage_url
@@ -107,7 +107,7 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
             plan = sweep_plan.check_same(plan, path)
             for folder in (path / TRIALS, *_listed(path / TRIALS)):
                 atomic.refuse_link(folder)  # a stranger's may lead to runs of the user's own
-            say(f"going on in {path}")
+            print_line(f"going on in {path}")
         sweep_plan.save(plan, path, command)
         try:
             return path, plan, TrialStorage(path, plan, first=first)
@@ -172,14 +172,14 @@ def _work(folder: Path, plan: Plan, book: TrialStorage, launcher: Launcher, stop
             return SweepLoop(folder, plan, book, launcher, display, stop).work()
     except Stopped as stopped:
         stopped.told = True
-        say(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
+        print_line(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
         raise
 
 
 def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
-    Guard(sys.stdout)(lambda: console(sys.stdout).print(ending(plan, rows)))
-    say(best_as_command(plan, rows))
-    say(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
+    OutputGuard(sys.stdout)(lambda: console(sys.stdout).print(ending(plan, rows)))
+    print_line(best_as_command(plan, rows))
+    print_line(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
     failed = [row for row in rows if row.state == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {plan.trials} trials failed; trial {failed[0].number}: {failed[0].note}")

@@ -10,8 +10,8 @@ from typing import Any
 
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
-from mtrl_cli.runs.progress import duration, fixed
 from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.terminal import as_text, duration, fixed, table
 from mtrl_cli.sweeps.display import ENDED, TrialRow
 from mtrl_cli.sweeps.plan import RECORD, Choices, Plan, check_same
 from mtrl_cli.sweeps.summary import metric_of
@@ -35,14 +35,13 @@ def list_sweep(plan: Plan) -> str:
     rows = read_rows(plan, folder)
     lines = _head(plan, folder)
     known = any(row.state != "waiting" for row in rows)
-    table = [("trial", *(("state", "score", "time") if known else ()), "overrides")]
-    for row in rows:
-        told = (row.state, fixed(row.score), "-" if row.seconds is None else duration(row.seconds)) if known else ()
-        table.append((str(row.number), *told, " ".join(row.overrides) or "(chosen when it begins)"))
-    if plan.points is None and not known:  # nothing to tell of each
-        table = []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    if known or plan.points is not None:
+        header = ["trial", *(("state", "score", "time") if known else ()), "overrides"]
+        cells = []
+        for row in rows:
+            progress = (row.state, fixed(row.score), duration(row.seconds)) if known else ()
+            cells.append([str(row.number), *progress, " ".join(row.overrides) or "(chosen when it starts)"])
+        lines.append(as_text(table(cells, header)))
     lines += [f"trial {row.number}: {row.note}" for row in rows if row.note]
     return "\n".join([*lines, *_times(plan, rows)])
 

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from mtrl_cli.runs.progress import fixed
+from mtrl_cli.runs.terminal import fixed, table
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan, Value
 
@@ -90,18 +89,14 @@ def _found(plan: Plan, rows: Sequence[TrialRow]) -> list[Standing]:
     return standings(plan, ((values_of(row), row.score) for row in rows if row.state == "completed" and row.score is not None))
 
 
-def _table(plan: Plan, top: Sequence[Standing]) -> Table:
+def _table(plan: Plan, top: Sequence[Standing]) -> RenderableType:
     averaged = any(each.trials > 1 for each in top) or "seed" in plan.axes
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("mean" if averaged else "metric", justify="right", no_wrap=True)
-    if averaged:
-        table.add_column("least to largest", no_wrap=True)
-        table.add_column("trials", justify="right", no_wrap=True)
-    table.add_column("overrides", overflow="fold")
+    header = ["mean", "lowest to highest", "trials", "overrides"] if averaged else ["metric", "overrides"]
+    rows = []
     for each in top:
         spread = [f"{fixed(each.low)} to {fixed(each.high)}", str(each.trials)] if averaged else []
-        table.add_row(fixed(each.mean), *spread, Text(" ".join(plan.overrides(each.values)) or "-"))
-    return table
+        rows.append([fixed(each.mean), *spread, " ".join(plan.overrides(each.values)) or "-"])
+    return table(rows, header, right=["mean", "metric", "trials"], fold=["overrides"])
 
 
 def _over(plan: Plan, standing: Standing) -> str:

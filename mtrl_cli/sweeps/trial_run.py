@@ -135,7 +135,7 @@ class TrialRun:
         return self._last_line().startswith(f"{self.path} {IN_USE} ")
 
     def _last_line(self) -> str:
-        with contextlib.suppress(OSError), atomic.open_plain(self.path / OUTPUT) as output:
+        with contextlib.suppress(OSError), atomic.open_regular(self.path / OUTPUT) as output:
             output.seek(max(0, os.fstat(output.fileno()).st_size - _LARGEST_OUTPUT))
             lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
             told = [line for line in lines if line.startswith("mtrl: error: ")]
@@ -152,7 +152,7 @@ class TrialRun:
         """
         found: list[tuple[int, float]] = []
         try:
-            with atomic.open_plain(self.path / "metrics.jsonl") as file:
+            with atomic.open_regular(self.path / "metrics.jsonl") as file:
                 status = os.fstat(file.fileno())
                 begin = self._read[1] if self._read[0] == status.st_ino and status.st_size >= self._read[1] else 0
                 file.seek(begin)

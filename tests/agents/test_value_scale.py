@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mtrl_cli.agents.value_scale import PopArt, ReturnNorm, ValueScale
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead, QuantileHead
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import stream_of
@@ -24,8 +24,8 @@ EVERY = torch.ones(3, 16, dtype=torch.bool)
 
 def state_round_trip(scale: ValueScale) -> dict[str, Any]:
     tensors: dict[str, torch.Tensor] = {}
-    tree = json.loads(json.dumps(take_apart(scale.state_dict(), tensors)))
-    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+    tree = json.loads(json.dumps(flatten(scale.state_dict(), tensors)))
+    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 # -- popart -----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,10 @@ def test_every_scale_trains_with_every_head_that_it_goes_with(here: MtrlHere, sc
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["network/head=c51", "agent/value_scale=return_norm", "agent.value_scale.limit=11"], "agent.value_scale.limit=11 is above"),
+        (
+            ["network/head=c51", "agent/value_scale=return_norm", "agent.value_scale.limit=11"],
+            "agent.value_scale.limit must be at most network.head.v_max=10",
+        ),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_max=0.5"], "network.head.v_max=0.5"),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_min=10"], "network.head.v_min=10"),
         (["agent/value_scale=popart", "agent.value_scale.step_size=0"], "agent.value_scale.step_size=0"),

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mtrl_cli.checkpoints import replay_segments
-from mtrl_cli.checkpoints.replay_segments import ReplaySegments
+from mtrl_cli.checkpoints.replay_segments import ReplayRecord, ReplaySegments
 from mtrl_cli.errors import UserError
 from tests.helpers.checkpoints import Ring
 
 
-def _restored(folder: Path, record: dict, ring: Ring) -> Ring:
+def _restored(folder: Path, record: ReplayRecord, ring: Ring) -> Ring:
     other = Ring(ring.capacity_rows)
     other.rows = ring.rows
     segments = ReplaySegments(folder)
@@ -26,20 +27,20 @@ def test_each_save_writes_only_new_rows_and_covers_the_ring(tmp_path):
         ring.add(count)
         before, written = set(tmp_path.iterdir()), []
         record = segments.write_new(ring, written)
-        segments.current = record["segments"]
+        segments.current = record.segments
         assert set(tmp_path.iterdir()) == before | set(written)
-        rows = sum(stop - start for start, stop in (replay_segments.span(path.name) for path in written))
+        rows = sum(stop - start for start, stop in (replay_segments.row_range(path.name) for path in written))
         assert rows == min(count, 10)
         assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
 
 
 def test_pieces_are_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(replay_segments, "PIECE_BYTES", 4 * 2 * 3 * 8)  # four rows
+    monkeypatch.setattr(replay_segments, "SEGMENT_BYTES", 4 * 2 * 3 * 8)  # four rows
     ring = Ring(50)
     ring.add(30)
     record = ReplaySegments(tmp_path).write_new(ring, [])
     assert ring.largest_export == 4
-    assert [segment["name"] for segment in record["segments"]][:2] == ["0-4.safetensors", "4-8.safetensors"]
+    assert list(record.segments)[:2] == ["0-4.safetensors", "4-8.safetensors"]
     assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
 
 
@@ -47,10 +48,10 @@ def test_after_a_rewind_the_rows_of_the_other_future_are_not_taken(tmp_path):
     ring, segments = Ring(10), ReplaySegments(tmp_path)
     ring.add(5)
     early = segments.write_new(ring, [])
-    segments.current = early["segments"]
+    segments.current = early.segments
     ring.add(3)
-    segments.current = segments.write_new(ring, [])["segments"]
-    segments.delete_all_but(segment["name"] for segment in early["segments"])
+    segments.current = segments.write_new(ring, []).segments
+    segments.delete_all_but(early.segments)
     rewound = _restored(tmp_path, early, ring)
     rewound.rows = 5
     segments.load(early, rewound)
@@ -61,7 +62,7 @@ def test_after_a_rewind_the_rows_of_the_other_future_are_not_taken(tmp_path):
     assert torch.equal(_restored(tmp_path, record, rewound).data, rewound.data)
 
 
-def _record(tmp_path: Path) -> tuple[Ring, dict]:
+def _record(tmp_path: Path) -> tuple[Ring, ReplayRecord]:
     ring = Ring(10)
     ring.add(8)
     return ring, ReplaySegments(tmp_path).write_new(ring, [])
@@ -89,11 +90,10 @@ def test_damaged_segments_are_noticed(tmp_path, damage):
     "change",
     [
         {"segments": None},
-        {"segments": []},
-        {"segments": [{"name": "../../../etc/passwd", "bytes": 1, "crc32": 1}]},
-        {"segments": [{"name": "0-8.safetensors", "bytes": -1, "crc32": 1}]},
-        {"segments": [{"name": "0-8.safetensors", "bytes": "1", "crc32": 1}]},
-        {"segments": [{"name": "8-0.safetensors", "bytes": 1, "crc32": 1}]},
+        {"segments": {}},
+        {"segments": {"../../../etc/passwd": 1}},
+        {"segments": {"0-8.safetensors": "1"}},
+        {"segments": {"8-0.safetensors": 1}},
         {"segments": [5]},
         {"rows": 9},
         {"rows": "8"},
@@ -104,21 +104,19 @@ def test_damaged_segments_are_noticed(tmp_path, damage):
 )
 def test_records_that_are_not_ours_are_refused(tmp_path, change):
     _, record = _record(tmp_path)
-    with pytest.raises(UserError):
-        ReplaySegments(tmp_path).check(record | change)
+    with pytest.raises(ValidationError):
+        ReplayRecord.model_validate(record.model_dump() | change)
 
 
 def test_a_gap_between_segments_is_refused(tmp_path):
     _, record = _record(tmp_path)
-    first, second = dict(record["segments"][0]), dict(record["segments"][0])
-    first["name"], second["name"] = "0-3.safetensors", "4-8.safetensors"
-    with pytest.raises(UserError, match="damaged"):
-        ReplaySegments(tmp_path).check(record | {"segments": [first, second]})
+    with pytest.raises(ValidationError, match="rows are missing"):
+        ReplayRecord.model_validate(record.model_dump() | {"segments": {"0-3.safetensors": 1, "4-8.safetensors": 1}})
 
 
 def test_rows_of_another_capacity_or_shape_are_refused(tmp_path):
     _, record = _record(tmp_path)
-    with pytest.raises(UserError, match="10 rows, this one 11"):
+    with pytest.raises(UserError, match="10 rows, this one has 11"):
         ReplaySegments(tmp_path).load(record, Ring(11))
     other = Ring(10)
     other.data = torch.zeros(4, 10, 3)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.errors import UserError
 from tests.helpers.checkpoints import same
 
@@ -28,19 +28,19 @@ TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dict
 @given(TREES)
 def test_a_state_comes_back_from_json_and_named_tensors(state):
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(take_apart(state, tensors), allow_nan=False)
-    assert same(put_together(json.loads(text), tensors), state)
+    text = json.dumps(flatten(state, tensors), allow_nan=False)
+    assert same(unflatten(json.loads(text), tensors), state)
     assert tensors == {}, "every tensor was used once"
 
 
 def test_names_are_paths():
     tensors: dict[str, torch.Tensor] = {}
-    take_apart({"torso.0.weight": torch.ones(1), "slots": [{"a/b": torch.ones(2)}]}, tensors)
+    flatten({"torso.0.weight": torch.ones(1), "slots": [{"a/b": torch.ones(2)}]}, tensors)
     assert sorted(tensors) == ["slots/0/a~1b", "torso.0.weight"]
 
 
 def test_numpy_scalars_and_tuples_become_plain():
-    assert take_apart({"a": np.int64(3), "b": (np.float32(0.5), True)}, {}) == {"a": 3, "b": [0.5, True]}
+    assert flatten({"a": np.int64(3), "b": (np.float32(0.5), True)}, {}) == {"a": 3, "b": [0.5, True]}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_numpy_scalars_and_tuples_become_plain():
 )
 def test_what_cannot_be_saved_is_refused_by_its_path(state, kind):
     with pytest.raises(kind, match="'a'"):
-        take_apart(state, {})
+        flatten(state, {})
 
 
 def test_trees_that_cannot_be_ours_are_refused():
@@ -57,8 +57,8 @@ def test_trees_that_cannot_be_ours_are_refused():
     for _ in range(500):
         deep = {"a": deep}
     with pytest.raises(UserError, match="too deeply"):
-        put_together(deep, {})
+        unflatten(deep, {})
     with pytest.raises(UserError, match="lacks the tensor 'a/b'"):
-        put_together({"a": {"b": {"$": "tensor"}}}, {})
+        unflatten({"a": {"b": {"$": "tensor"}}}, {})
     with pytest.raises(UserError):
-        put_together({"a": {"$": ["x"]}}, {})
+        unflatten({"a": {"$": ["x"]}}, {})

@@ -118,9 +118,9 @@ def test_validation_and_test_are_told_apart_wherever_they_are_written(trained: t
     assert (validation["split"], validation["seed"], validation["episodes"]) == ("validation", 1000003, 2)
     assert (test["split"], test["seed"], test["step"], test["last"]["episodes"]) == ("test", 2000003, 600, 3)
     assert test["best"]["step"] == int((run / "checkpoints" / "best").read_text())
-    assert "Validation at step 600 (games of seed 1000003" in printed
+    assert "Validation at step 600 (episodes of seed 1000003" in printed
     assert "Test of the last network" in printed
-    assert "games of seed 2000003; nothing was chosen by these" in printed
+    assert "episodes of seed 2000003; not used to choose anything" in printed
     (row,) = (row for row in rows(run) if "test/return/CartPole-v1" in row)
     assert row["step"] == 600
     for task in TASKS:
@@ -150,7 +150,7 @@ def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(traine
     validation, test = read(run, "600"), read(run, "test")
     few = ["eval.episodes=3", "checkpoint=600"]
     said = here("eval", "run", *few, "eval.seed=2000003").stdout
-    assert "Test of the network, step 600 (games of seed 2000003" in said
+    assert "Test of the network, step 600 (episodes of seed 2000003" in said
     assert "takes the place of a validation of 2 episodes" in said
     assert read(run, "600")["split"] == "test"
     assert read(run, "600")["tasks"] == test["last"]["tasks"]

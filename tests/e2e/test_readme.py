@@ -90,6 +90,14 @@ def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
     assert "CartPole-v1" in mtrl(*shlex.split(command)[2:], *of_pqn, PYTHONPATH=".").stdout
 
 
-def test_documents_that_the_readme_names_are_there() -> None:
-    for name in re.findall(r"docs/\w+\.(?:md|svg)", README):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_named_in_a_document_exist(document: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / document).read_text(), flags=re.DOTALL | re.MULTILINE)
+    folders = (ROOT, ROOT / "mtrl_cli")
+    named = [name.rstrip("/") for name in re.findall(r"`([\w./*]+/[\w.*]*)`", text)]
+    named = [name for name in named if any((folder / name.split("/")[0]).is_dir() for folder in folders)]
+    named += re.findall(r"docs/\w+\.(?:md|svg)", text)
+    assert named
+    written_by_runs = ("checkpoints/latest", "checkpoints/best", "runs/sharing/", "runs/transfer/")
+    missing = [name for name in named if not any(list(folder.glob(name)) for folder in folders)]
+    assert [name for name in missing if not name.startswith(written_by_runs)] == []

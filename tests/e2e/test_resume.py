@@ -119,7 +119,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_sam
     newest = run / "checkpoints" / "480" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     resumed = here("resume", "run")
-    assert "going back to checkpoint" in resumed.stdout
+    assert "falling back to checkpoint" in resumed.stdout
     assert model(run) == before
 
 

@@ -1,4 +1,4 @@
-"""Atari through ale-py: protocols, action sets, and episodes that repeat to the last pixel."""
+"""Atari through ale-py: protocols, action sets, and exact reproduction of episodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def same(one: Step, other: Step) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
-def whole_game(played: VectorTasks, action: int) -> list[Step]:
+def play_episode(played: VectorTasks, action: int) -> list[Step]:
     played.reset()
     taken = []
     while not taken or not taken[-1].done.any():
@@ -41,14 +41,14 @@ def whole_game(played: VectorTasks, action: int) -> list[Step]:
     return taken
 
 
-@pytest.mark.parametrize("steps_between_seeds", [None, 150], ids=["seeded at the start only", "seeded again"])
+@pytest.mark.parametrize("steps_between_seeds", [None, 150], ids=["seeded once", "seeded again"])
 @pytest.mark.parametrize("protocol", ["machado", "nature"])
-def test_a_state_taken_after_several_games_brings_them_back_to_the_last_pixel(
+def test_state_restores_every_pixel_after_several_episodes(
     protocol: str, steps_between_seeds: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if steps_between_seeds:
         monkeypatch.setattr(AtariPack, "steps_between_seeds", steps_between_seeds)
-    games = ["breakout", "road_runner"]  # the first takes about 200 steps, the second 100
+    games = ["breakout", "road_runner"]  # about 200 and 100 steps per episode
     left_alone = make(*games, num_envs=2, protocol=protocol)
     left_alone.reset()
     before = play(left_alone, 250, seed=0)
@@ -59,7 +59,7 @@ def test_a_state_taken_after_several_games_brings_them_back_to_the_last_pixel(
         assert (state["seeded_episode"] > 0).any()
         assert len(np.unique(state["lengths"])) >= 3
     else:
-        assert not state["seeded_episode"].any(), "seeds are for every few thousand steps"
+        assert not state["seeded_episode"].any(), "seeded only every few thousand steps"
         assert (state["lengths"] == 250).all()
     resumed = make(*games, num_envs=2, num_threads=4, protocol=protocol)
     assert np.array_equal(resumed.load_state_dict(state), before[-1].observation)
@@ -67,8 +67,8 @@ def test_a_state_taken_after_several_games_brings_them_back_to_the_last_pixel(
     assert all(same(one, other) for one, other in after)
 
 
-def test_games_that_begin_without_a_seed_do_not_repeat_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atari, "MOST_FRAMES", 200)
+def test_unseeded_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atari, "MAX_FRAMES", 200)
     played = make("breakout")
     played.reset()
     actions = np.random.default_rng(0).integers(0, 4, 50)
@@ -78,7 +78,7 @@ def test_games_that_begin_without_a_seed_do_not_repeat_the_one_before(monkeypatc
     assert len(set(games)) == 3
 
 
-def test_machado_starts_every_game_alike_and_then_repeats_actions_by_chance() -> None:
+def test_machado_episodes_start_identically_and_diverge_by_sticky_actions() -> None:
     played = make("breakout", num_envs=2)
     first = played.reset()[0]
     assert np.array_equal(first[0], first[1])
@@ -90,7 +90,7 @@ def test_machado_starts_every_game_alike_and_then_repeats_actions_by_chance() ->
     assert not np.array_equal(observation[0], observation[1])
 
 
-def test_nature_differs_between_games_only_by_its_no_op_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nature_episodes_differ_only_by_no_op_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(atari.PROTOCOLS, "nature", atari.PROTOCOLS["nature"] | {"noop_max": 0})
     played = make("pong", num_envs=2, protocol="nature")
     played.reset()
@@ -103,16 +103,16 @@ def test_nature_differs_between_games_only_by_its_no_op_start(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("protocol", "training", "ends"), [("nature", True, 5), ("nature", False, 1), ("machado", True, 1), ("machado", False, 1)]
 )
-def test_a_lost_life_ends_the_return_but_not_the_game_in_nature_training_only(protocol: str, training: bool, ends: int) -> None:
+def test_lost_life_terminates_without_done_only_in_nature_training(protocol: str, training: bool, ends: int) -> None:
     fire = 1
-    steps = whole_game(make("breakout", training=training, protocol=protocol), fire)
+    steps = play_episode(make("breakout", training=training, protocol=protocol), fire)
     assert sum(step.terminated.item() for step in steps) == ends  # Breakout has five lives
     assert [step.done.item() for step in steps] == [False] * (len(steps) - 1) + [True]
     assert steps[-1].terminated.item()
     assert not any(step.truncated.item() for step in steps)
 
 
-def test_a_lost_life_starts_no_new_episode() -> None:
+def test_lost_life_starts_no_new_episode() -> None:
     played = make("breakout", protocol="nature")
     played.reset()
     while not (lost := play_one(played, 1)).terminated.item():
@@ -126,22 +126,22 @@ def play_one(played: VectorTasks, action: int) -> Step:
     return played.recv()
 
 
-def test_a_game_is_cut_off_by_frames_and_that_is_no_termination(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atari, "MOST_FRAMES", 40)
-    steps = whole_game(make("pong", protocol="nature"), 0)
+def test_frame_limit_truncates_without_terminating(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atari, "MAX_FRAMES", 40)
+    steps = play_episode(make("pong", protocol="nature"), 0)
     assert len(steps) == 10
     assert steps[-1].truncated.item()
     assert not steps[-1].terminated.item()
 
 
-def test_rewards_are_the_games_own() -> None:
+def test_rewards_are_unclipped() -> None:
     played = make("qbert")
     played.reset()
     rewards = {step.reward.item() for step in play(played, 150, seed=0)}
     assert 25.0 in rewards  # for a cube
 
 
-def test_action_sets_are_minimal_unless_the_full_one_is_asked_for() -> None:
+def test_action_sets_are_minimal_unless_full_action_space() -> None:
     games = ["breakout", "freeway", "pong"]
     pack = AtariPack(name="test", tasks=games, num_envs=1)
     assert [task.num_actions for task in pack.tasks] == [4, 3, 6]
@@ -151,7 +151,7 @@ def test_action_sets_are_minimal_unless_the_full_one_is_asked_for() -> None:
     assert len(set(full.tasks[0].action_meanings)) == 18
 
 
-def test_every_action_of_both_sets_can_be_played() -> None:
+def test_every_action_of_both_sets_is_accepted() -> None:
     for full in (False, True):
         played = make("breakout", full_action_space=full)
         played.reset()
@@ -159,7 +159,7 @@ def test_every_action_of_both_sets_can_be_played() -> None:
             play_one(played, action)
 
 
-def test_a_task_describes_itself() -> None:
+def test_task_attributes() -> None:
     pack = AtariPack(name="test", tasks=["pong", "adventure"], num_envs=1)
     assert pack.tasks[0].observation_shape == pack.observation_shape == (1, 84, 84)
     assert (pack.observation_dtype, pack.observation_scale, pack.stack) == (np.uint8, 255.0, 4)
@@ -169,14 +169,18 @@ def test_a_task_describes_itself() -> None:
 
 @pytest.mark.parametrize(
     ("game", "words"),
-    [("brekout", "did you mean breakout"), ("SpaceInvaders", "did you mean space_invaders"), ("combat", "'combat' is not an Atari game")],
+    [
+        ("brekout", "Did you mean 'breakout'?"),
+        ("SpaceInvaders", "Did you mean 'space_invaders'?"),
+        ("combat", "unknown task 'combat' in env.tasks: not an Atari game"),
+    ],
 )
-def test_a_game_that_is_none_is_refused(game: str, words: str) -> None:
+def test_unknown_game_is_refused(game: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         AtariPack(name="test", tasks=["pong", game], num_envs=1)
 
 
-def test_rendering_plays_the_very_game_again_in_colour() -> None:
+def test_rendering_reproduces_the_episode_in_color() -> None:
     played = make("breakout", num_envs=2)
     played.reset()
     observation = play(played, 60, seed=3)[-1].observation[0, :, 0]
@@ -190,7 +194,7 @@ def test_rendering_plays_the_very_game_again_in_colour() -> None:
 
 
 def area_average(picture: np.ndarray, size: int) -> np.ndarray:
-    """A picture shrunk to `size` x `size`, each pixel the mean of the area it covers."""
+    """Shrink a picture to `size` x `size` by averaging areas."""
 
     def weights(length: int) -> np.ndarray:
         edges = np.arange(size + 1) * length / size

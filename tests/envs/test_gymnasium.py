@@ -1,4 +1,4 @@
-"""Registered environments: spaces, names, trust, and episodes that repeat exactly."""
+"""Gymnasium environments: spaces, names, trust, and exact reproduction of episodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
 class Toy(gymnasium.Env):
-    """Shows the action it was given, and never ends."""
+    """Observations show the last action; episodes never end."""
 
     def __init__(self, observation_space: Any, action_space: Any) -> None:
         self.observation_space, self.action_space = observation_space, action_space
@@ -85,7 +85,7 @@ def play(played: VectorTasks, steps: int, seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 100])
 @pytest.mark.parametrize("steps", [1, 75, 420])
-def test_a_state_brings_every_environment_back(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_restores_every_environment(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GymnasiumPack, "steps_between_seeds", steps_between_seeds)
     left_alone, resumed = start(make(*CLASSIC)), start(make(*CLASSIC))
     left_alone.reset()
@@ -95,7 +95,7 @@ def test_a_state_brings_every_environment_back(steps: int, steps_between_seeds: 
     assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_classic_tasks_are_described_and_padded() -> None:
+def test_classic_tasks_attributes_and_padding() -> None:
     pack = make(*CLASSIC)
     assert pack.observation_kind == "vector"
     assert [task.observation_shape for task in pack.tasks] == [(4,), (6,), (2,)]
@@ -104,7 +104,7 @@ def test_classic_tasks_are_described_and_padded() -> None:
     assert start(pack).reset().shape == (3, 2, 6)
 
 
-def test_components_with_finite_bounds_are_scaled_and_others_are_left() -> None:
+def test_only_components_with_finite_bounds_are_scaled() -> None:
     played = start(make("CartPole-v1", "MountainCar-v0"))
     seed = played.episode_seed(0, 0, 0)
     raw, _ = gymnasium.make("CartPole-v1").reset(seed=seed)
@@ -115,7 +115,7 @@ def test_components_with_finite_bounds_are_scaled_and_others_are_left() -> None:
     np.testing.assert_allclose(observation[1, 1, :2], [(raw[0] + 0.3) / 0.9, raw[1] / 0.07], rtol=1e-5)
 
 
-def test_the_time_limit_truncates_and_does_not_terminate() -> None:
+def test_time_limit_truncates_without_terminating() -> None:
     played = start(make("MountainCar-v0"))
     played.reset()
     steps = play(played, 200, seed=0)
@@ -130,7 +130,7 @@ def test_max_episode_steps_replaces_the_registered_limit() -> None:
     assert [step.all() for step in play(played, 31, seed=0)[4::5]] == [False] * 29 + [True, False]
 
 
-def test_actions_begin_where_the_space_does() -> None:
+def test_actions_are_offset_by_the_start_of_the_space() -> None:
     pack = make("ToyOffset-v0")
     assert pack.tasks[0].num_actions == 3
     played = start(pack)
@@ -139,13 +139,13 @@ def test_actions_begin_where_the_space_does() -> None:
     assert played.recv().reward.tolist() == [[4.0, 6.0]]
 
 
-def test_images_come_channels_first() -> None:
+def test_images_are_channels_first() -> None:
     pack = make("ToyHWC-v0", "ToyCHW-v0")
     assert pack.observation_kind == "image"
     assert [task.observation_shape for task in pack.tasks] == [(3, 12, 10), (4, 12, 10)]
     assert (pack.observation_shape, pack.observation_dtype, pack.observation_scale) == ((4, 12, 10), np.uint8, 255.0)
     observation = start(pack).reset()
-    assert observation[0, 0, 1, 0, 0] == 5  # what was second in [H, W, C]
+    assert observation[0, 0, 1, 0, 0] == 5  # second element in [H, W, C]
     assert observation[1, 0, 0, 0, 1] == 5
     assert make("ToyBits-v0").observation_scale == 1.0
 
@@ -153,30 +153,30 @@ def test_images_come_channels_first() -> None:
 @pytest.mark.parametrize(
     ("tasks", "words"),
     [
-        (["Pendulum-v1"], r"Pendulum-v1 has actions Box\(.*; expected Discrete"),
-        (["ToyContinuous-v0"], "ToyContinuous-v0 has actions Box"),
-        (["Blackjack-v1"], r"Blackjack-v1 has observations Tuple\(.*; expected a Box"),
-        (["ToyDict-v0"], r"ToyDict-v0 has observations Dict\("),
-        (["ToyFloatImage-v0"], "expected a Box of one dimension, or of three in uint8"),
-        (["ToyMatrix-v0"], "expected a Box of one dimension, or of three in uint8"),
-        (["ToyUnclear-v0"], r"images of shape \(8, 8, 8\)"),
+        (["Pendulum-v1"], r"actions of Pendulum-v1 must be Discrete, got Box\("),
+        (["ToyContinuous-v0"], "actions of ToyContinuous-v0 must be Discrete, got Box"),
+        (["Blackjack-v1"], r"observations of Blackjack-v1 must be .*Box, got Tuple\("),
+        (["ToyDict-v0"], r"observations of ToyDict-v0 must be .* got Dict\("),
+        (["ToyFloatImage-v0"], "must be a 1-D Box or a 3-D uint8 Box"),
+        (["ToyMatrix-v0"], "must be a 1-D Box or a 3-D uint8 Box"),
+        (["ToyUnclear-v0"], r"got \(8, 8, 8\)"),
         (["ToyKeyboard-v0"], "300 actions; at most 256"),
         (["CartPole-v1", "ToyHWC-v0"], "mixes vectors and images"),
-        (["ToyHWC-v0", "ToyBits-v0"], "one height and width"),
-        (["cartpole-v1"], "'cartpole-v1' is not an id that gymnasium has registered; did you mean CartPole-v1"),
-        (["CartPole"], "did you mean CartPole-v"),
-        (["CartPole-v1", "CartPole-v1"], "names CartPole-v1 2 times"),
-        ([], "env.tasks is empty"),
+        (["ToyHWC-v0", "ToyBits-v0"], "the same height and width"),
+        (["cartpole-v1"], r"unknown task 'cartpole-v1' in env\.tasks: not a registered Gymnasium id\. Did you mean 'CartPole-v1'"),
+        (["CartPole"], "Did you mean 'CartPole-v"),
+        (["CartPole-v1", "CartPole-v1"], "got CartPole-v1 2 times"),
+        ([], "env.tasks must name at least one task"),
     ],
 )
-def test_what_a_pack_cannot_hold_is_refused(tasks: list[str], words: str) -> None:
+def test_unsupported_tasks_are_refused(tasks: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make(*tasks)
 
 
 @pytest.fixture
 def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package that registers an environment, and leaves a mark when it is imported."""
+    """A package that registers an environment and creates a file when it is imported."""
     (tmp_path / "stranger.py").write_text(
         "import gymnasium, pathlib\n"
         "pathlib.Path(__file__).with_name('imported').touch()\n"
@@ -188,26 +188,26 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     gymnasium.registry.pop("Stranger-v0", None)
 
 
-def test_an_id_that_names_a_package_imports_nothing_and_is_refused(stranger: Path) -> None:
-    with pytest.raises(UserError, match=r"give the id alone, Stranger-v0\n.* trusted_packages=\[stranger\]"):
+def test_id_with_a_package_prefix_is_refused_without_importing_the_package(stranger: Path) -> None:
+    with pytest.raises(UserError, match=r"got stranger:Stranger-v0; use Stranger-v0\n.* trusted_packages=\[stranger\]"):
         make("stranger:Stranger-v0")
     assert not stranger.exists()
 
 
 @pytest.mark.parametrize("name", ["absent_package:Env-v0", ":CartPole-v1", "CartPole-v1:"])
-def test_an_id_with_a_colon_is_refused_wherever_it_leads(name: str) -> None:
+def test_any_id_with_a_colon_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=name):
         make(name)
 
 
-def test_what_an_imported_package_registered_can_be_played(stranger: Path) -> None:
+def test_environment_registered_by_an_imported_package_can_be_used(stranger: Path) -> None:
     importlib.import_module("stranger")
     played = start(make("Stranger-v0"))
     played.reset()
     assert play(played, 9, seed=0)[-1].all()
 
 
-def test_rendering_draws_the_episode_again() -> None:
+def test_rendering_reproduces_the_episode() -> None:
     pytest.importorskip("pygame", reason="an extra")
     pack = make("CartPole-v1")
     frames = list(pack.render(0, 3, [0, 1, 1]))
@@ -218,12 +218,12 @@ def test_rendering_draws_the_episode_again() -> None:
     assert pack.render_fps(0) == 50
 
 
-def test_rendering_without_pygame_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_without_pygame_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[video\]'"):
         next(make("CartPole-v1").render(0, 3, []))
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
-    with pytest.raises(UserError, match="ToyOffset-v0 cannot be drawn"):
+def test_rendering_without_a_render_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="ToyOffset-v0 cannot be rendered"):
         next(make("ToyOffset-v0").render(0, 3, []))

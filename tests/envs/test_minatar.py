@@ -1,4 +1,4 @@
-"""MinAtar: observations, actions, and episodes that hang on nothing but their seed and actions."""
+"""MinAtar: observations, actions, and exact reproduction of episodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def play(played: VectorTasks, steps: int, seed: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 100])
 @pytest.mark.parametrize("steps", [1, 40, 333])
-def test_a_state_brings_every_game_back(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_restores_every_environment(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MinAtarPack, "steps_between_seeds", steps_between_seeds)
     left_alone, resumed = start(make()), start(make())
     left_alone.reset()
@@ -46,8 +46,8 @@ def test_a_state_brings_every_game_back(steps: int, steps_between_seeds: int, mo
     assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_an_episode_does_not_remember_the_one_before() -> None:
-    """MinAtar itself keeps the last action over a reset, for a sticky action to repeat."""
+def test_reset_clears_the_last_action() -> None:
+    """MinAtar's own reset keeps it, and the first sticky action would repeat it."""
     games = [make("breakout", sticky=1.0)._game("breakout") for _ in range(2)]
     games[0].reset(5)
     games[0].step(1)
@@ -57,7 +57,7 @@ def test_an_episode_does_not_remember_the_one_before() -> None:
     assert np.array_equal(*second)
 
 
-def test_games_differ_in_channels_and_actions() -> None:
+def test_channels_and_actions_of_each_game() -> None:
     pack = make()
     assert [task.observation_shape for task in pack.tasks] == [(4, 10, 10), (4, 10, 10), (7, 10, 10), (10, 10, 10), (6, 10, 10)]
     assert [task.num_actions for task in pack.tasks] == [5, 3, 3, 6, 4]
@@ -66,7 +66,7 @@ def test_games_differ_in_channels_and_actions() -> None:
     assert {task.num_actions for task in make(minimal_actions=False).tasks} == {6}
 
 
-def test_observations_are_noughts_and_ones_and_padded_with_noughts() -> None:
+def test_observations_are_binary_and_padded_with_zeros() -> None:
     played = start(make("breakout", "seaquest"))
     observation = played.reset()
     assert observation.dtype == np.uint8
@@ -75,15 +75,15 @@ def test_observations_are_noughts_and_ones_and_padded_with_noughts() -> None:
     assert not observation[0, :, 4:].any()
 
 
-def test_actions_are_those_of_the_minimal_set() -> None:
-    """The paddle of Breakout goes right by the third of its three actions, whose number in MinAtar is another."""
+def test_actions_are_mapped_to_the_minimal_set() -> None:
+    """The third minimal action of Breakout moves the paddle right; MinAtar's own index of that action is 3."""
     played = start(make("breakout", sticky=0.0))
     before = played.reset()[0, 0, 0].argmax() % 10
     played.send(np.full((1, 2), 2))
     assert played.recv().observation[0, 0, 0].argmax() % 10 == before + 1
 
 
-def test_a_game_is_cut_off_after_its_most_steps_and_that_is_no_termination() -> None:
+def test_max_episode_steps_truncates_without_terminating() -> None:
     played = start(make("freeway", max_episode_steps=20))
     played.reset()
     steps = play(played, 20, seed=0)
@@ -94,22 +94,25 @@ def test_a_game_is_cut_off_after_its_most_steps_and_that_is_no_termination() -> 
     assert not np.any(steps[4:-5:5])
 
 
-def test_scores_are_known_for_all_games() -> None:
+def test_all_games_have_random_and_reference_scores() -> None:
     assert all(task.random_score is not None and task.reference_score is not None for task in make().tasks)
 
 
-def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_an_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minatar", None)
     with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[minatar\]'"):
         make()
 
 
-def test_a_game_that_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match="'pong' is not a MinAtar game; choose from asterix, breakout, freeway, seaquest, space_invaders"):
+def test_unknown_game_is_refused() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"unknown task 'pong' in env\.tasks: not a MinAtar game\. Expected one of: asterix",
+    ):
         make("pong")
 
 
-def test_rendering_shows_each_cell_as_a_block() -> None:
+def test_each_cell_is_rendered_as_a_block() -> None:
     pack = make("breakout")
     played = start(pack)
     played.reset()

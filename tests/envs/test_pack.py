@@ -1,4 +1,4 @@
-"""The pack: K tasks as one, seeds that depend on names alone, and states that bring everything back."""
+"""Packs and `VectorTasks`: padding, seeds, and exact restoration of all environments."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 20, 1000])
 @pytest.mark.parametrize("trial", range(12))
-def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int, steps_between_seeds: int) -> None:
+def test_state_taken_at_any_step_restores_everything(trial: int, steps_between_seeds: int) -> None:
     options = {"ends": [0.3, 0.05, 0.004][trial % 3], "seed": trial, "steps_between_seeds": steps_between_seeds}
     left_alone = make(**options)
     left_alone.reset()
@@ -115,7 +115,7 @@ def test_a_state_brings_everything_back_wherever_it_was_taken(trial: int, steps_
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.05])
-def test_a_state_holds_all_actions_since_the_seed_however_many(ends: float) -> None:
+def test_state_holds_all_actions_since_the_seed(ends: float) -> None:
     played = make(ends=ends, steps_between_seeds=2000)
     played.reset()
     steps = play(played, steps=1500, seed=0)
@@ -134,7 +134,7 @@ def test_a_state_holds_all_actions_since_the_seed_however_many(ends: float) -> N
 
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 1, 30, 90])
-def test_an_episode_is_seeded_when_enough_steps_were_taken_since_the_last_seed(steps_between_seeds: int) -> None:
+def test_episode_is_seeded_after_steps_between_seeds(steps_between_seeds: int) -> None:
     played = make(ends=0.1, steps_between_seeds=steps_between_seeds)
     played.reset()
     done = np.array(play(played, steps=400, seed=0)[4::5])
@@ -151,22 +151,24 @@ def test_an_episode_is_seeded_when_enough_steps_were_taken_since_the_last_seed(s
         assert (len(seeds) == 1 + ended) == (steps_between_seeds <= 1)
 
 
-def test_episodes_hang_on_the_tasks_name_and_not_on_its_place_or_neighbours() -> None:
+def test_seeds_depend_on_the_task_name_not_on_its_index_or_other_tasks() -> None:
     whole, part = make(), make([TASKS[2], TASKS[0]])
     assert np.array_equal(whole.reset()[2, :, :1], part.reset()[0, :, :1])
     assert whole.episode_seed(0, 1, 5) == part.episode_seed(1, 1, 5)
 
 
-def test_episode_seeds_are_31_bits_and_differ_in_everything_that_decides_them() -> None:
+def test_episode_seeds_are_31_bits_and_unique() -> None:
     packs = [make(), make(seed=8), make(stream="eval")]
     seeds = [pack.episode_seed(k, n, e) for pack in packs for k in range(3) for n in range(3) for e in range(50)]
     assert len(set(seeds)) == len(seeds)
     assert min(seeds) >= 0
     assert max(seeds) < 2**31
-    assert make().episode_seed(0, 0, 0) == 1453533189  # from `printf train/7/a/0/0 | b2sum -l 64`: begun runs must go on
+    assert (
+        make().episode_seed(0, 0, 0) == 1453533189
+    )  # from `printf train/7/a/0/0 | b2sum -l 64`; must not change, or existing runs could not be resumed
 
 
-def test_after_the_end_the_observation_is_the_first_of_the_next_episode() -> None:
+def test_observation_after_done_is_the_first_of_the_next_episode() -> None:
     played = make(ends=0.2)
     played.reset()
     generator = np.random.default_rng(0)
@@ -182,7 +184,7 @@ def test_after_the_end_the_observation_is_the_first_of_the_next_episode() -> Non
     assert played.episodes.min() > 0
 
 
-def test_reset_begins_at_the_first_episodes_again() -> None:
+def test_reset_restarts_at_the_first_episodes() -> None:
     played = make()
     first = played.reset().copy()
     play(played, 50, seed=0)
@@ -190,7 +192,7 @@ def test_reset_begins_at_the_first_episodes_again() -> None:
     assert not played.episodes.any()
 
 
-def test_vectors_are_padded_with_zeros_to_the_longest() -> None:
+def test_vectors_are_padded_with_zeros() -> None:
     played = make()
     assert played.reset().shape == (3, 3, 5)
     for observation in play(played, 30, seed=1)[0::5]:
@@ -199,7 +201,7 @@ def test_vectors_are_padded_with_zeros_to_the_longest() -> None:
         assert observation[1].all()
 
 
-def test_an_observation_stays_whole_until_the_next_one_has_come() -> None:
+def test_observation_stays_valid_until_the_next_recv() -> None:
     played = make()
     held = played.reset()
     generator = np.random.default_rng(0)
@@ -211,7 +213,7 @@ def test_an_observation_stays_whole_until_the_next_one_has_come() -> None:
         held = step.observation
 
 
-def test_tasks_that_are_not_active_are_not_stepped_and_have_zeros() -> None:
+def test_inactive_tasks_are_not_stepped_and_return_zeros() -> None:
     played = make(ends=0.0)
     played.reset()
     play(played, 4, seed=0)
@@ -225,12 +227,12 @@ def test_tasks_that_are_not_active_are_not_stepped_and_have_zeros() -> None:
 
 
 @pytest.mark.parametrize(("place", "action"), [((0, 1), 2), ((1, 0), 4), ((2, 2), -1)])
-def test_an_action_that_the_task_does_not_have_reaches_no_environment(place: tuple[int, int], action: int) -> None:
+def test_invalid_action_reaches_no_environment(place: tuple[int, int], action: int) -> None:
     played = make()
     played.reset()
     actions = np.zeros((3, 3), np.int64)
     actions[place] = action
-    with pytest.raises(ValueError, match=f"{TASKS[place[0]].name} has no action {action}"):
+    with pytest.raises(ValueError, match=f"{TASKS[place[0]].name}: action must be from 0 to .* got {action}"):
         played.send(actions)
     assert not played.state_dict()["lengths"].any()
     assert sum(game.steps for games in played.pack.games.values() for game in games) == 0  # type: ignore[attr-defined]
@@ -240,11 +242,11 @@ def test_an_action_that_the_task_does_not_have_reaches_no_environment(place: tup
 
 
 @pytest.mark.parametrize(("then", "now"), [(0.0, 0.2), (0.2, 0.0), (0.1, 0.3)], ids=["more ends", "fewer ends", "other ends"])
-def test_a_game_that_does_not_repeat_itself_is_noticed(then: float, now: float) -> None:
+def test_environment_that_is_not_reproducible_is_detected(then: float, now: float) -> None:
     played = make(ends=then, steps_between_seeds=1000)
     played.reset()
     play(played, 40, seed=0)
-    with pytest.raises(RunError, match="Environment 0 of a did not repeat itself: its 40 saved actions ended"):
+    with pytest.raises(RunError, match="Environment 0 of a is not reproducible: its 40 saved actions ended"):
         make(ends=now, steps_between_seeds=1000).load_state_dict(played.state_dict())
 
 
@@ -275,7 +277,7 @@ def test_a_game_that_does_not_repeat_itself_is_noticed(then: float, now: float) 
         "overflow",
     ],
 )
-def test_a_state_that_does_not_fit_is_refused(change: dict[str, np.ndarray]) -> None:
+def test_state_that_does_not_fit_is_refused(change: dict[str, np.ndarray]) -> None:
     played = make(ends=0.0)
     played.reset()
     play(played, 10, seed=0)
@@ -303,12 +305,12 @@ def test_tasks_that_cannot_share_a_pack_are_refused(tasks: list[Task], words: st
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], r"env.tasks is empty: name at least one task, a game each, such as env.tasks=\[breakout\]"),
-        (["pong", "breakout", "pong"], "env.tasks names pong 2 times"),
-        (["Brekout"], "'Brekout' is not a game; Did you mean 'breakout'?"),
-        (["zzz"], "'zzz' is not a game; choose from breakout, pong"),
+        ([], r"env.tasks must name at least one task \(a game\), for example env.tasks=\[breakout\]"),
+        (["pong", "breakout", "pong"], "env.tasks must name each task once, got pong 2 times"),
+        (["Brekout"], r"unknown task 'Brekout' in env\.tasks: not a game\. Did you mean 'breakout'\?"),
+        (["zzz"], r"unknown task 'zzz' in env\.tasks: not a game\. Expected one of: breakout, pong"),
     ],
 )
-def test_wrong_names_are_refused_with_what_may_have_been_meant(names: list[str], words: str) -> None:
+def test_invalid_names_are_refused_with_a_suggestion(names: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         check_names(names, {"pong", "breakout"}, "a game")

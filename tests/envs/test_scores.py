@@ -18,23 +18,23 @@ def test_scores_are_normalised_between_random_and_reference() -> None:
     assert normalised(1.7 - 28.8, 1.7, 30.5) == pytest.approx(-1.0)
 
 
-def test_all_57_games_are_known_by_the_names_of_their_roms() -> None:
+def test_all_57_games_are_listed_by_rom_name() -> None:
     games = {task for suite, task in _table() if suite == "atari"}
     assert len(games) == 57
     assert games <= set(roms.get_all_rom_ids())
     assert scores("atari", "breakout") == (1.7, 30.5)
 
 
-def test_no_reference_is_what_random_play_gets() -> None:
+def test_every_reference_is_above_random_play() -> None:
     assert all(random < reference for random, reference in _table().values())
 
 
-def test_references_of_classic_control_are_gymnasiums_thresholds() -> None:
+def test_classic_control_references_are_the_reward_thresholds() -> None:
     for task in ("CartPole-v1", "Acrobot-v1", "MountainCar-v0"):
         assert scores("gymnasium", task)[1] == gymnasium.spec(task).reward_threshold
 
 
-def test_games_of_the_same_name_in_two_suites_are_told_apart() -> None:
+def test_games_of_the_same_name_in_two_suites_have_their_own_scores() -> None:
     assert scores("minatar", "breakout") != scores("atari", "breakout")
     assert {task for suite, task in _table() if suite == "minatar"} == set(GAMES)
 

@@ -71,6 +71,6 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path):
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "state.json"
     with open(path, "wb") as file:
-        file.truncate(atomic.LARGEST_JSON + 1)
+        file.truncate(atomic.MAX_JSON_BYTES + 1)
     with pytest.raises(UserError, match="at most"):
         atomic.read_json(path, tmp_path)

@@ -10,7 +10,7 @@ import torch
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import ClipRewards
 from mtrl_cli.augmentation.base import Pipeline
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.networks.heads import DuelingHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, Sharing
@@ -92,8 +92,8 @@ def saved(learner: Learner) -> dict[str, Any]:
         "replay": learner.replay.state_dict(),
     }
     tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(state, tensors)
-    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+    tree = flatten(state, tensors)
+    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def restored(learner: Learner, state: dict[str, Any], rows_of: Replay) -> Learner:

@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.build.resolve_auto import settle
-from mtrl_cli.config.compose import compose_training, load
+from mtrl_cli.config.compose import compose_training
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import torchrun
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.parallel.torchrun import Place
 from mtrl_cli.runs.run_dir import FolderOfTheFirst, RunFolder
-from tests.helpers.command import MtrlHere
-from tests.helpers.ranks import SMALL
 
 
 def test_what_torchrun_says_is_read_from_the_environment() -> None:
@@ -33,15 +31,10 @@ def test_number_of_ranks_is_not_for_the_command_line() -> None:
         compose_training(["env=classic_pack", "ranks=4"])
 
 
-def test_run_from_before_there_were_ranks_is_one_of_one(here: MtrlHere) -> None:
-    here("train", *SMALL, "steps_per_task=200", "resets.every=0", "eval.every=0", "run_dir=run")
-    config = here.folder / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("ranks: 1\n", ""))
-    assert load(config)["ranks"] == 1
-    here("resume", "run", "steps_per_task=400")
-
-
-@pytest.mark.parametrize(("changes", "words"), [("env.num_envs=8", "env.num_envs=8"), ("device=cuda:1", "device=cuda:1")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [("env.num_envs=8", r"env\.num_envs must be a multiple of the number of ranks \(3\), got 8"), ("device=cuda:1", "device=cuda:1")],
+)
 def test_settling_refuses_what_ranks_cannot_share(changes: str, words: str) -> None:
     config = compose_training(["env=classic_pack", changes])
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from mtrl_cli.reports import html
-from mtrl_cli.reports.elements import Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Picture, Section, Table
+from mtrl_cli.stats.bootstrap import Estimate
 
-ROWS = [["=1+1|<b>", Interval(0.12345, 0.1, None), 1234], ["-", Interval(None), None]]
+ROWS = [["=1+1|<b>", Estimate(0.12345, 0.1, math.inf), 1234], ["-", None, None]]
 TABLE = Table("t", "A | title", ["name", "score", "=count"], ROWS)
 HOSTILE = """<script>alert(1)</script>"'&{{ 7 * 7 }}"""
 
@@ -33,7 +35,7 @@ def _picture(name: str = "p", text: str = "a line") -> Picture:
 def test_csv_holds_unrounded_numbers_and_no_formula() -> None:
     assert list(csv.reader(html.as_csv(TABLE).splitlines())) == [
         ["name", "score", "score low", "score high", "'=count"],
-        ["'=1+1|<b>", "0.12345", "0.1", "", "1234"],
+        ["'=1+1|<b>", "0.12345", "0.1", "inf", "1234"],
         ["-", "", "", "", ""],
     ]
 
@@ -49,7 +51,7 @@ def test_markdown_and_page_round_numbers_and_escape_text() -> None:
 
 def test_every_text_on_the_page_is_escaped() -> None:
     pytest.importorskip("matplotlib")
-    table = Table("t", HOSTILE, [HOSTILE, "command", HOSTILE], [[HOSTILE, HOSTILE, Interval(1.0)]], [HOSTILE])
+    table = Table("t", HOSTILE, [HOSTILE, "command", HOSTILE], [[HOSTILE, HOSTILE, Estimate(1.0)]], [HOSTILE])
     page = _page(table, _picture(text=HOSTILE), title=HOSTILE, lead=(HOSTILE,), lines=(HOSTILE,))
     assert "<script" not in page
     assert "49" not in page.partition("<body>")[2].partition("<svg")[0]

@@ -10,9 +10,10 @@ import pytest
 
 from mtrl_cli.reports import html
 from mtrl_cli.reports import scores as report_scores
-from mtrl_cli.reports.elements import Interval, Picture, Section, Table
+from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.reports.run_data import Evaluation, Group, Run
 from mtrl_cli.stats import scores as score_stats
+from mtrl_cli.stats.bootstrap import Estimate
 
 TASKS = ("pong", "breakout")
 needs_matplotlib = pytest.mark.skipif(pytest.importorskip("matplotlib") is None, reason="matplotlib is missing")
@@ -71,7 +72,7 @@ def test_per_task_scores_and_returns() -> None:
 def test_probability_of_improvement_is_of_the_best_over_each_other() -> None:
     table = part(report_scores.sections(two_groups()), "probability_of_improvement")
     assert [row[0] for row in table.rows] == ["worse"]
-    assert table.rows[0][1] == Interval(1.0, 1.0, 1.0)
+    assert table.rows[0][1] == Estimate(1.0, 1.0, 1.0)
 
 
 def test_curves_are_the_aggregate_at_each_evaluation() -> None:
@@ -79,13 +80,13 @@ def test_curves_are_the_aggregate_at_each_evaluation() -> None:
     rows = {(row[0], row[1]): row[2] for row in table.rows}
     assert set(rows) == {(label, step) for label in ("better", "worse") for step in (50, 100)}
     arena = report_scores.arenas(two_groups())[0]
-    assert rows["better", 100].value == pytest.approx(score_stats.aggregates(arena.entries[0].scores)["iqm"])
+    assert rows["better", 100].value == pytest.approx(score_stats.aggregates(arena.entries[0].scores)["iqm"].value)
 
 
 def test_one_seed_has_no_interval_and_that_is_said() -> None:
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2])), group("b", run(0, [0.3, 0.4]))])
     cells = [cell for section in sections for each in section.parts if isinstance(each, Table) for row in each.rows for cell in row]
-    assert all(cell.low is None and cell.high is None for cell in cells if isinstance(cell, Interval))
+    assert all(cell.low is None and cell.high is None for cell in cells if isinstance(cell, Estimate))
     assert "One seed of each configuration: there are no intervals" in words(sections)
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from mtrl_cli.runs import progress
+from mtrl_cli.runs import progress, terminal
 from mtrl_cli.runs.progress import Display, evaluation_table
 
 TASKS = ["pong", "breakout", "qbert"]
@@ -115,18 +115,18 @@ def test_a_table_is_drawn_only_for_a_terminal_that_wants_one(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert progress.is_live(Terminal())
-    assert not progress.is_live(io.StringIO())
+    assert terminal.is_live(Terminal())
+    assert not terminal.is_live(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not progress.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert not progress.is_live(Terminal())
+    assert not terminal.is_live(Terminal())
 
 
 ON_A_TERMINAL = """
 import sys, time
-from mtrl_cli.display import Display
+from mtrl_cli.runs.progress import Display
 with Display(["pong", "breakout"], 1000, 4) as shown:
     for step in range(0, 1000, 1):
         shown.update(step, {"train/return/pong": float(step)}, seconds=step)
@@ -166,7 +166,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
     program = """
 import sys
 from mtrl_cli.runs import progress
-progress.PLAIN_SECONDS = 0
+progress.Display.plain_seconds = 0
 with progress.Display(["pong"], 1000) as shown:
     for step in range(5000):
         shown.update(step, {})
@@ -195,7 +195,7 @@ RESULT = {
 
 def _printed(result: dict, max_steps: int | None = None) -> str:
     out = io.StringIO()
-    progress.console(out).print(evaluation_table(result, max_steps))
+    terminal.console(out).print(evaluation_table(result, max_steps))
     return out.getvalue()
 
 
@@ -206,7 +206,7 @@ def test_the_evaluation_table_says_what_it_counts():
     assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "one episode has no interval"
     assert rows["MyEnv-v0"][3] == "-", "no reference, no score"
     assert "no score, since no reference is known: MyEnv-v0\n" in text
-    assert "* games cut by eval.max_steps (27,000 steps), 1 in all" in text
+    assert "* 1 episodes cut by eval.max_steps (27,000 steps)" in text
     assert "iqm 0.500 [0.250, 0.750]" in text.replace("\n", " ")
 
 

@@ -101,7 +101,7 @@ def test_a_pack_of_an_odd_name_stays_among_the_runs(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from mtrl_cli.rundir import RunFolder
+from mtrl_cli.runs.run_dir import RunFolder
 folder, _ = RunFolder.open(Path(sys.argv[1]))
 folder.lock()
 print("locked", flush=True)

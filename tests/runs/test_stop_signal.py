@@ -68,7 +68,7 @@ def test_another_thread_gets_no_handlers_and_no_error():
 def test_a_second_signal_a_second_later_ends_the_process_at_once():
     program = """
 import os, signal, time
-from mtrl_cli.signals import StopRequest
+from mtrl_cli.runs.stop_signal import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # of a key that was held down

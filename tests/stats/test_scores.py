@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtrl_cli.stats import scores as score_stats
+from mtrl_cli.stats.bootstrap import draw
 
 RESAMPLES = 200
 
@@ -27,20 +28,20 @@ def rows_of_rliable(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray
 def test_known_answers() -> None:
     scores = np.array([[0.0, 1.0], [0.5, 2.0], [1.0, 0.0], [0.5, 3.0]])  # tasks' means 0.5 and 1.5
     found = score_stats.aggregates(scores)
-    assert found["mean"] == 1.0
-    assert found["median"] == 1.0
-    assert found["iqm"] == 0.75  # of 0 0 | 0.5 0.5 1 1 | 2 3
-    assert found["optimality_gap"] == pytest.approx(1 - (0 + 1 + 0.5 + 1 + 1 + 0 + 0.5 + 1) / 8)
+    assert found["mean"].value == 1.0
+    assert found["median"].value == 1.0
+    assert found["iqm"].value == 0.75  # of 0 0 | 0.5 0.5 1 1 | 2 3
+    assert found["optimality_gap"].value == pytest.approx(1 - (0 + 1 + 0.5 + 1 + 1 + 0 + 0.5 + 1) / 8)
 
 
 def test_known_probabilities_of_improvement() -> None:
     low, high = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0], [4.0]])
-    assert score_stats.probability_of_improvement(high, low) == 1
-    assert score_stats.probability_of_improvement(low, high) == 0
-    assert score_stats.probability_of_improvement(low, low) == 0.5
+    assert score_stats.probability_of_improvement(high, low).value == 1
+    assert score_stats.probability_of_improvement(low, high).value == 0
+    assert score_stats.probability_of_improvement(low, low).value == 0.5
     # Task by task 1 and 0.5, in which one of four pairs is won, one lost, two tie.
     x, y = np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 1.0]])
-    assert score_stats.probability_of_improvement(x, y) == 0.75
+    assert score_stats.probability_of_improvement(x, y).value == 0.75
 
 
 def test_a_known_profile() -> None:
@@ -50,9 +51,9 @@ def test_a_known_profile() -> None:
 
 def test_one_run_has_no_interval() -> None:
     one, two = np.ones((1, 3)), np.ones((2, 3))
-    assert set(score_stats.aggregate_intervals(one).values()) == {None}
-    assert score_stats.task_intervals(one) == [None] * 3
-    assert score_stats.probability_interval(one, two) is score_stats.probability_interval(two, one) is None
+    estimates = [*score_stats.aggregates(one).values(), *score_stats.task_means(one)]
+    estimates += [score_stats.probability_of_improvement(one, two), score_stats.probability_of_improvement(two, one)]
+    assert {(each.low, each.high) for each in estimates} == {(None, None)}
     assert score_stats.profile_band(one, np.linspace(0, 1, 3)) is None
     assert score_stats.curve_band(np.ones((1, 3, 4))) is None
 
@@ -61,13 +62,13 @@ def test_one_run_has_no_interval() -> None:
 def test_aggregates_and_their_intervals_are_those_of_rliable(scores: np.ndarray) -> None:
     metrics, library = pytest.importorskip("rliable.metrics"), pytest.importorskip("rliable.library")
     (rows,) = rows_of_rliable([scores.shape], seed=3)
-    own, intervals = score_stats.aggregates(scores), score_stats.aggregate_intervals(scores, rows)
+    own = score_stats.aggregates(scores, [(rows,)])
     theirs = {"mean": metrics.aggregate_mean, "median": metrics.aggregate_median, "iqm": metrics.aggregate_iqm}
     for name, function in (theirs | {"optimality_gap": metrics.aggregate_optimality_gap}).items():
-        assert own[name] == pytest.approx(function(scores), abs=1e-6)
+        assert own[name].value == pytest.approx(function(scores), abs=1e-6)
         np.random.seed(3)
         _, found = library.get_interval_estimates({"x": scores}, lambda x, f=function: np.array([f(x)]), reps=RESAMPLES)
-        assert intervals[name] == pytest.approx(found["x"].ravel().tolist(), abs=1e-6)
+        assert [own[name].low, own[name].high] == pytest.approx(found["x"].ravel().tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("x", matrices())
@@ -76,11 +77,12 @@ def test_probabilities_of_improvement_are_those_of_rliable(x: np.ndarray) -> Non
     random = np.random.default_rng(1)
     y = x[random.integers(0, len(x), len(x) + 2)] + random.choice([-0.1, 0.0, 0.1], (len(x) + 2, x.shape[1]))
     theirs = metrics.probability_of_improvement
-    assert score_stats.probability_of_improvement(x, y) == pytest.approx(theirs(x, y), abs=1e-6)
     x_rows, y_rows = rows_of_rliable([x.shape, y.shape], seed=5)
     np.random.seed(5)
     _, found = library.get_interval_estimates({"x": [x, y]}, lambda a, b: np.array([theirs(a, b)]), reps=RESAMPLES)
-    assert score_stats.probability_interval(x, y, x_rows, y_rows) == pytest.approx(found["x"].ravel().tolist(), abs=1e-6)
+    own = score_stats.probability_of_improvement(x, y, [(x_rows, y_rows)])
+    assert own.value == pytest.approx(theirs(x, y), abs=1e-6)
+    assert [own.low, own.high] == pytest.approx(found["x"].ravel().tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("scores", matrices())
@@ -91,7 +93,7 @@ def test_profiles_are_those_of_rliable(scores: np.ndarray) -> None:
     np.random.seed(7)
     profiles, bands = library.create_performance_profile({"x": scores}, taus, reps=RESAMPLES)
     np.testing.assert_allclose(score_stats.profile(scores, taus), profiles["x"], atol=1e-6)
-    np.testing.assert_allclose(score_stats.profile_band(scores, taus, rows), bands["x"], atol=1e-6)
+    np.testing.assert_allclose(score_stats.profile_band(scores, taus, [(rows,)]), bands["x"], atol=1e-6)
 
 
 def test_intervals_hold_the_value_and_narrow_with_more_runs() -> None:
@@ -99,18 +101,17 @@ def test_intervals_hold_the_value_and_narrow_with_more_runs() -> None:
     widths = []
     for runs in (4, 40):
         scores = random.normal(0.5, 0.2, (runs, 5))
-        value, interval = score_stats.aggregates(scores)["iqm"], score_stats.aggregate_intervals(scores)["iqm"]
-        assert interval is not None
-        assert interval[0] < value < interval[1]
-        widths.append(interval[1] - interval[0])
+        found = score_stats.aggregates(scores)["iqm"]
+        assert found.low < found.value < found.high
+        widths.append(found.high - found.low)
     assert widths[1] < 0.5 * widths[0]
 
 
 def test_a_curve_is_the_aggregate_at_each_point() -> None:
     values = np.random.default_rng(4).normal(size=(4, 3, 6))
-    rows = score_stats.resampled(4, 3, 50)
-    low, high = score_stats.curve_band(values, rows)
+    draws = list(draw((4, 3), resamples=50))
+    low, high = score_stats.curve_band(values, draws)
     for point in range(6):
-        assert score_stats.curve(values)[point] == pytest.approx(score_stats.aggregates(values[:, :, point])["iqm"])
-        interval = score_stats.aggregate_intervals(values[:, :, point], rows)["iqm"]
-        assert (low[point], high[point]) == pytest.approx(interval)
+        found = score_stats.aggregates(values[:, :, point], draws)["iqm"]
+        assert score_stats.curve(values)[point] == pytest.approx(found.value)
+        assert (low[point], high[point]) == pytest.approx((found.low, found.high))

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mtrl_cli.stats.bootstrap import iqm
-from mtrl_cli.stats.sharing import RESAMPLES, Estimate, data_efficiency, gain, nearest_size, over_runs
+from mtrl_cli.stats.bootstrap import Estimate, iqm
+from mtrl_cli.stats.sharing import data_efficiency, gain, nearest_size
 
 
 def test_gain_of_hand_made_scores() -> None:
@@ -96,23 +96,6 @@ def test_steps_are_those_of_mean_curves() -> None:
     found = data_efficiency(ours, (steps, np.array([[0.0, 1.0], [0.0, 1.0]])))
     assert found.value == 1
     assert (found.low, found.high) == (0, 2)
-
-
-def test_draws_depend_on_nothing_but_the_number_of_runs() -> None:
-    seen: list[np.ndarray] = []
-
-    def statistics(ours_BS: np.ndarray, theirs_BT: np.ndarray) -> np.ndarray:
-        seen.append(np.concatenate([ours_BS, theirs_BT], axis=1))
-        return np.column_stack([ours_BS.sum(axis=1) - theirs_BT.sum(axis=1)]).astype(float)
-
-    first = over_runs(statistics, 3, 2)
-    drawn, seen[:] = np.concatenate(seen), []
-    assert over_runs(statistics, 3, 2) == first
-    np.testing.assert_array_equal(np.concatenate(seen), drawn)
-    assert drawn.shape == (1 + RESAMPLES, 5)
-    assert drawn[0].tolist() == [0, 1, 2, 0, 1]
-    assert set(drawn[:, 0]) == {0, 1, 2}
-    assert set(drawn[:, 3]) == {0, 1}
 
 
 def test_nearest_size() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 
-from mtrl_cli.stats.transfer import area, area_ratio, band, compare, over_seeds, steps_to
+from mtrl_cli.stats.bootstrap import Estimate
+from mtrl_cli.stats.transfer import METRICS, area, area_ratio, compare, steps_to_threshold
 
 STEPS = np.array([0.0, 100.0, 200.0, 400.0])
+
+
+def steps_to(steps: np.ndarray, values: np.ndarray, threshold: float) -> float:
+    return float(steps_to_threshold(steps, values[None], np.array([threshold]))[0])
 
 
 @pytest.mark.parametrize(
@@ -52,10 +55,10 @@ def test_area_by_hand() -> None:
 def test_equal_runs_gain_nothing() -> None:
     curves = np.array([[0.0, 0.3, 0.6, 0.9], [0.1, 0.2, 0.5, 0.7], [0.0, 0.4, 0.5, 0.6]])
     found = compare(STEPS, curves, curves, curves[:, -1], curves[:, -1])
-    assert found["jump_start"] == {"value": 0.0, "ci": [0.0, 0.0]}
-    assert found["area_ratio"] == {"value": pytest.approx(1.0), "ci": [pytest.approx(1.0)] * 2}
-    assert found["final_difference"] == {"value": 0.0, "ci": [0.0, 0.0]}
-    assert found["steps_to_scratch"]["value"] == pytest.approx(400.0)
+    assert found["jump_start"] == Estimate(0.0, 0.0, 0.0)
+    assert found["area_ratio"] == Estimate(*[pytest.approx(1.0)] * 3)
+    assert found["final_difference"] == Estimate(0.0, 0.0, 0.0)
+    assert found["steps_to_scratch"].value == pytest.approx(400.0)
 
 
 def test_pair_by_hand() -> None:
@@ -63,55 +66,28 @@ def test_pair_by_hand() -> None:
     fine_tuned = np.array([[0.2, 0.4, 0.6, 0.8], [0.4, 0.6, 0.8, 1.0]])
     scratch = np.array([[0.0, 0.1, 0.2, 0.5], [0.0, 0.1, 0.4, 0.7]])
     found = compare(STEPS, fine_tuned, scratch, np.array([0.9, 0.7]), np.array([0.4, 0.6]))
-    assert found["zero_shot"]["value"] == pytest.approx(0.3)
-    assert found["jump_start"]["value"] == pytest.approx(0.3)
-    assert found["jump_start"]["ci"] == [pytest.approx(0.2), pytest.approx(0.4)]
-    assert found["steps_to_scratch"]["value"] == pytest.approx(150.0)
+    assert found["zero_shot"].value == pytest.approx(0.3)
+    assert found["jump_start"].value == pytest.approx(0.3)
+    assert (found["jump_start"].low, found["jump_start"].high) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert found["steps_to_scratch"].value == pytest.approx(150.0)
     # Each seed by itself: 0.5 between 0.4 at 100 and 0.6 at 200; 0.7 between 0.6 at 100 and 0.8 at 200.
-    assert found["steps_to_scratch"]["ci"] == [pytest.approx(150.0), pytest.approx(150.0)]
-    assert found["area_ratio"]["value"] == pytest.approx((40 + 60 + 160) / (5 + 20 + 90))
-    assert found["final_fine_tuned"]["value"] == pytest.approx(0.8)
-    assert found["final_scratch"]["value"] == pytest.approx(0.5)
-    assert found["final_difference"] == {"value": pytest.approx(0.3), "ci": [pytest.approx(0.1), pytest.approx(0.5)]}
+    assert (found["steps_to_scratch"].low, found["steps_to_scratch"].high) == (pytest.approx(150.0), pytest.approx(150.0))
+    assert found["area_ratio"].value == pytest.approx((40 + 60 + 160) / (5 + 20 + 90))
+    assert found["final_fine_tuned"].value == pytest.approx(0.8)
+    assert found["final_scratch"].value == pytest.approx(0.5)
+    assert found["final_difference"] == Estimate(pytest.approx(0.3), pytest.approx(0.1), pytest.approx(0.5))
 
 
 def test_areas_are_counted_above_random_play() -> None:
     """Returns of -200 to -100: 0 to 100 above random."""
     scratch = np.array([[-200.0, -150.0, -100.0, -100.0]])
     found = compare(STEPS, (scratch + 200) / 2 - 200, scratch, scratch[:, -1], scratch[:, -1], random=-200.0)
-    assert found["area_ratio"] == {"value": pytest.approx(0.5), "ci": None}
+    assert found["area_ratio"] == Estimate(pytest.approx(0.5))
 
 
-def test_one_seed_has_no_interval_and_an_end_never_reached_is_none() -> None:
+def test_one_seed_has_no_interval_and_a_threshold_never_reached_is_infinite() -> None:
     fine_tuned, scratch = np.array([[0.0, 0.1, 0.1, 0.1]]), np.array([[0.0, 0.1, 0.2, 0.3]])
     found = compare(STEPS, fine_tuned, scratch, fine_tuned[:, -1], scratch[:, -1])
-    assert {name: metric["ci"] for name, metric in found.items()} == dict.fromkeys(found)
-    assert found["steps_to_scratch"] == {"value": None, "ci": None}
-
-
-def test_interval_of_which_one_end_is_never_reached() -> None:
-    """One of two seeds gets there: whichever resample holds the other alone never does."""
-    found = over_seeds(lambda rows: float(np.mean(np.array([100.0, np.inf])[rows])), 2)
-    assert found == {"value": None, "ci": [100.0, None]}
-
-
-def test_statistic_that_some_resample_does_not_have_has_no_interval() -> None:
-    values = np.array([1.0, -1.0, 3.0])
-    found = over_seeds(lambda rows: float(np.sqrt(values[rows].mean())) if values[rows].mean() >= 0 else float("nan"), 3)
-    assert found == {"value": pytest.approx(1.0), "ci": None}
-
-
-def test_bootstrap_against_all_resamples_in_turn() -> None:
-    """Of four seeds there are 256 equally likely resamples: their quantiles, within the chance of 2,000 draws."""
-    values = np.array([0.0, 1.0, 5.0, 12.0])
-    means = [values[list(rows)].mean() for rows in itertools.product(range(4), repeat=4)]
-    low, high = over_seeds(lambda rows: float(values[rows].mean()), 4)["ci"]
-    assert np.quantile(means, 0.01) <= low <= np.quantile(means, 0.04)
-    assert np.quantile(means, 0.96) <= high <= np.quantile(means, 0.99)
-
-
-def test_band_holds_the_mean_and_narrows_where_seeds_agree() -> None:
-    curves = np.array([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0]])
-    low, high = band(curves)
-    assert (low[0], high[0]) == (0.0, 0.0)
-    assert 1.0 <= low[1] < 2.0 < high[1] <= 3.0
+    assert list(found) == list(METRICS)
+    assert {(each.low, each.high) for each in found.values()} == {(None, None)}
+    assert found["steps_to_scratch"] == Estimate(np.inf)

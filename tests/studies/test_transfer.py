@@ -217,7 +217,7 @@ def test_another_source_for_a_study_that_is_there_is_refused(study: tuple[Path, 
     [
         (["nowhere", "env=classic_pack"], "nowhere does not exist"),
         (["SOURCE", "steps_per_task=200"], "env=NAME"),
-        (["SOURCE", "env=classic_pak"], "Did you mean 'classic_pack'?"),
+        (["SOURCE", "env=classic_pak"], "Did you mean 'env=classic_pack'?"),
         (["SOURCE", "env=minatar_pack", "device=cpu"], "network"),
         (["SOURCE", "env=classic_pack", "seeds=0"], "seeds=0"),
         (["SOURCE", "env=classic_pack", "init_from=run"], "init_from"),

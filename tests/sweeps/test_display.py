@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from mtrl_cli.sweeps import display as sweep_display
+from mtrl_cli.runs import terminal
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 
 
@@ -23,7 +23,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
-        monkeypatch.setattr(sweep_display.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_the_last_that_ended_are_shown() -> None:
 
 
 ON_A_TERMINAL = """
-from mtrl_cli.sweep_display import SweepDisplay, TrialRow
+from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 with SweepDisplay(jobs=1) as shown:
     for step in range(1000):
         shown.update([TrialRow(0, ("seed=0",), "running", step=step, steps=999, seconds=1.0)])
@@ -170,7 +170,7 @@ def test_on_a_terminal_the_table_is_drawn_a_few_times_only_and_the_cursor_comes_
 def test_a_reader_that_goes_away_does_not_end_the_sweep() -> None:
     program = """
 import sys
-from mtrl_cli.sweep_display import SweepDisplay, TrialRow
+from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 with SweepDisplay(jobs=1) as shown:
     for step in range(3000):
         shown.update([TrialRow(0, ("seed=0",), "running" if step % 2 else "queued")])

@@ -129,7 +129,7 @@ def test_what_could_not_be_made_is_removed_but_for_what_another_process_has_made
         (tmp_path / "S/workers").mkdir()
         raise UserError("of another sweep")
 
-    monkeypatch.setattr(sweep, "Book", refuse)
+    monkeypatch.setattr(sweep, "TrialStorage", refuse)
     with pytest.raises(UserError, match="of another sweep"):
         enter(plan)
     assert not (tmp_path / "S").exists()

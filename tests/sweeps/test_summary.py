@@ -184,7 +184,7 @@ def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
     begun(plan, tmp_path, {"number": 0, "overrides": ["agent.n_step=3"], "value": 0.5, "seconds": 60.0})
     listed = dry_run.list_sweep(plan)
     assert "0      completed  0.500  1:00  agent.n_step=3\n" in listed
-    assert listed.count("(chosen when it begins)") == 2
+    assert listed.count("(chosen when it starts)") == 2
 
 
 @pytest.mark.parametrize(

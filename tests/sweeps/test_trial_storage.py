@@ -21,7 +21,6 @@ pytest.importorskip("optuna")
 from optuna.trial import TrialState
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.files import file_lock
 from mtrl_cli.sweeps import trial_storage
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
 from mtrl_cli.sweeps.plan import Choices, Value
@@ -224,25 +223,6 @@ def test_what_is_released_is_taken_again_with_its_reports(tmp_path: Path) -> Non
     before = (tmp_path / JOURNAL).read_bytes()
     second.report(0, 100, 0.5)
     assert (tmp_path / JOURNAL).read_bytes() == before, "each step is told once"
-
-
-def test_a_forked_child_does_not_hold_its_parents_locks(tmp_path: Path) -> None:
-    lock = file_lock.FileLock(tmp_path / "lock")
-    lock.acquire()
-    assert not file_lock.is_free(tmp_path / "lock")
-    assert not file_lock.FileLock(tmp_path / "lock").try_acquire()
-    child = os.fork()
-    if child == 0:
-        signal.pause()
-        os._exit(0)
-    try:
-        lock.release()
-        assert file_lock.is_free(tmp_path / "lock")
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert file_lock.is_free(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 # -- pruners ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
@@ -138,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
     weights.backward(gradients)
     assert not torch.isfinite(gradients.result_P).all(), "the learner tells of it"
     tensors: dict[str, torch.Tensor] = {}
-    take_apart(weights.state_dict(), tensors)
+    flatten(weights.state_dict(), tensors)
     assert all(torch.isfinite(tensor.double()).all() for tensor in tensors.values())
 
 
@@ -192,8 +192,8 @@ def test_a_fresh_weighting_goes_on_bit_for_bit_from_a_state(name: str, before: i
     alone, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
     updates(alone, range(before))
     tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(alone.state_dict(), tensors)
-    fresh.load_state_dict(put_together(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
+    tree = flatten(alone.state_dict(), tensors)
+    fresh.load_state_dict(unflatten(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
     for mine, theirs in zip(updates(alone, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.checkpoints.state_tree import take_apart
+from mtrl_cli.checkpoints.state_tree import flatten
 from mtrl_cli.networks.heads import PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import PerTask
@@ -362,7 +362,7 @@ def test_a_look_leaves_no_trace_and_depends_on_the_step_alone(replay: type[Repla
     def state() -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         parts = (learner, learner.replay, learner.agent, learner.agent.network, learner.optimizer)
-        take_apart({str(index): part.state_dict() for index, part in enumerate(parts)}, tensors)
+        flatten({str(index): part.state_dict() for index, part in enumerate(parts)}, tensors)
         return {name: tensor.clone() for name, tensor in tensors.items()} | {"global": torch.get_rng_state()}
 
     before = state()

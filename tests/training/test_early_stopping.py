@@ -133,7 +133,7 @@ def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes
     assert json.loads((run / "run.json").read_text())["stopped_early"]["step"] == 400
     assert (run / "eval" / "test.json").read_bytes() == test
     (run / "checkpoints" / "400" / "COMPLETE").unlink()
-    assert "going back to checkpoint 200" in here("resume", "run").stdout
+    assert "falling back to checkpoint 200" in here("resume", "run").stdout
     assert json.loads((run / "run.json").read_text())["stopped_early"]["step"] == 400
     assert bytes_of(run, 400) == before
     assert (run / "eval" / "test.json").read_bytes() == test

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_cli.checkpoints.state_tree import put_together, take_apart
+from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.training.loop import Clock, Loop
@@ -165,8 +165,8 @@ def saved(loop: Loop) -> dict[str, Any]:
         "loop": loop.state_dict(),
     }
     tensors: dict[str, torch.Tensor] = {}
-    tree = take_apart(state, tensors)
-    return put_together(tree, {name: tensor.clone() for name, tensor in tensors.items()})
+    tree = flatten(state, tensors)
+    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
