@@ -4,7 +4,7 @@
 The learner of `mtrl train` with its sampling, targets, backward pass and optimizer, compiled, in the fastest precision here: on eight Atari
 games (the Nature network, 32 samples each) and on MinAtar (as tuned: 128 samples of each of five games).
 
-    pip install 'mtrl_cli[minatar]'
+    pip install '.[minatar]'
     python scripts/bench_augmentation.py [--pairs 10] [--env atari_pack] [--device cpu] [--busy] [--json] [NAME ...]
 
 Each metric is the median over pairs of one update with it and one without, in turns. With `--busy` one thread works and its CPU time is

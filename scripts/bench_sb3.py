@@ -3,7 +3,7 @@
 Q-learning, one-step returns, 8 replayed samples per step. Each side is a process of its own, in turns; medians of the rounds.
 Beside them `agent=pqn` on the same game, at 4 samples per step (4 epochs), with the LayerNorm that it needs.
 
-    pip install 'mtrl_cli[bench]'
+    pip install '.[bench]'
     python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
 
 `mtrl train` is the real command, with its logging; the metrics are the rows of its metrics.jsonl once it learns and has compiled.

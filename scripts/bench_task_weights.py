@@ -5,7 +5,7 @@ Eight tasks, the Nature network with a plain head, 32 samples each, compiled, in
 with its sampling, targets, backward pass and optimizer. Beside them the other ways to gradients of tasks: a plain loop over the tasks'
 own batches, and TorchJD's `mtl_backward` and `autogram` with PCGrad.
 
-    pip install 'mtrl_cli[solvers]'
+    pip install '.[solvers]'
     python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--busy] [--json] [NAME ...]
 
 Each metric is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so

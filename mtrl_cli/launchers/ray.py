@@ -18,6 +18,7 @@ from typing import Any
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.machine import extras
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 CONNECT_SECONDS = 10.0
@@ -120,8 +121,7 @@ class RayLauncher(Launcher):
     def __init__(
         self, *, address: str | None, jobs: PositiveInt, cpus: PositiveInt, gpus: NonNegativeFloat, memory_gb: PositiveFloat | None
     ):
-        if importlib.util.find_spec("ray") is None:
-            raise UserError("launcher=ray needs Ray, which is not installed; install it with: pip install 'mtrl_cli[ray]'")
+        extras.require("launcher=ray", "ray", "ray")
         if gpus > 1 and gpus != int(gpus):
             raise UserError(f"launcher.gpus={gpus:g}: expected a whole number, or less than one")
         # Before Ray is imported, which reads it then.

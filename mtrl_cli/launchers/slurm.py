@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers import remote
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.machine import extras
 from mtrl_cli.types import PositiveFloat, PositiveInt
 
 FOLDER = "slurm"
@@ -228,8 +228,7 @@ class SlurmLauncher(Launcher):
         poll_seconds: PositiveFloat,
     ):
         self.jobs = jobs
-        if importlib.util.find_spec("submitit") is None:
-            raise UserError("launcher=slurm needs submitit, which is not installed; install it with: pip install 'mtrl_cli[slurm]'")
+        extras.require("launcher=slurm", "submitit", "slurm")
         if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
             raise UserError(
                 f"launcher=slurm needs Slurm's commands, and there is no {missing[0]} on PATH; start the sweep on a machine of the cluster"

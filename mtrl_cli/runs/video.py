@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 
 
 def require() -> None:
     """Raise UserError unless videos can be written: for before the work of playing."""
-    if importlib.util.find_spec("av") is None:
-        raise UserError("Videos need the av package: pip install 'mtrl_cli[video]'")
+    extras.require("video=true", "av", "video")
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic
+from mtrl_cli.machine import extras
 from mtrl_cli.stats import bootstrap
 from mtrl_cli.stats import transfer as transfer_stats
 
@@ -38,8 +38,7 @@ Report = dict[str, Any]
 
 def require() -> None:
     """Raise UserError unless pictures can be drawn: for before the work of training."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("mtrl transfer draws its picture with matplotlib: pip install 'mtrl_cli[plots]'")
+    extras.require("mtrl transfer", "matplotlib", "plots")
 
 
 def report(runs: Mapping[str, Sequence[Path]], about: Mapping[str, Any]) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from mtrl_cli.config import compose as configuration
 from mtrl_cli.config import validation
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
+from mtrl_cli.machine import extras
 from mtrl_cli.stats.bootstrap import AGGREGATES
 from mtrl_cli.sweeps.search_space import Choices, Interval, Value, near_miss
 
@@ -189,9 +189,8 @@ def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Interv
         raise UserError(f"sweep.trials={search['trials']}: expected at most {MOST_TRIALS:,}")
     if sampler == "cmaes" and len(intervals) < 2:
         raise UserError("sweep.sampler=cmaes moves a cloud of numbers: expected two keys with intervals at least; for others take tpe")
-    package = NEEDED.get(sampler)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'")
+    if sampler in NEEDED:
+        extras.require(f"sweep.sampler={sampler}", NEEDED[sampler], "search")
     storage = search["storage"]
     if storage is not None and "://" not in storage and not re.fullmatch(r"env:\w+", storage):  # not told: it may be a password
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.parts import combine, on_host
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -149,7 +149,7 @@ def _made(name: str, make: Callable[[], _Made]) -> _Made:
     try:
         return make()
     except ImportError as error:
-        raise UserError(f"task_weights={name} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'") from error
+        raise extras.missing(f"task_weights={name}", "a convex solver", "solvers") from error
 
 
 @cache

@@ -313,7 +313,7 @@ def test_a_blur_spreads_a_point_and_keeps_a_plain_image() -> None:
 
 def test_turns_and_zooms_are_kornias() -> None:
     """But for pixels whose place lies so near to the middle between two that rounding decides."""
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
+    kornia = pytest.importorskip("kornia", reason="the oracle is kornia, of the extra test")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     angle, zoom = torch.linspace(-40, 40, len(images)), torch.linspace(0.6, 1.7, len(images))
     radians = angle * torch.pi / 180
@@ -327,7 +327,7 @@ def test_turns_and_zooms_are_kornias() -> None:
 
 
 def test_blurs_are_kornias() -> None:
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
+    kornia = pytest.importorskip("kornia", reason="the oracle is kornia, of the extra test")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     sigma = torch.linspace(0.2, 2.0, len(images))
     other = kornia.filters.gaussian_blur2d(images.float(), (5, 5), torch.stack([sigma, sigma], 1), border_type="replicate")
@@ -336,7 +336,7 @@ def test_blurs_are_kornias() -> None:
 
 
 def test_flips_are_kornias() -> None:
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
+    kornia = pytest.importorskip("kornia", reason="the oracle is kornia, of the extra test")
     images = observations(samples=3)
     flipped = Flip(seen(), probability=1.0).augment(images)
     assert torch.equal(flipped, kornia.geometry.transform.hflip(images))

@@ -302,7 +302,7 @@ def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Ou
     monkeypatch.setitem(sys.modules, "minatar", None)
     code, out, err = mtrl("ls", "network")
     assert (code, err) == (0, "")
-    assert "(not counted: env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]')" in row(out, "minatar")[-1]
+    assert "(not counted: env=minatar_pack requires minatar, which is not installed. Install it with: " in row(out, "minatar")[-1]
     assert row(out, "nature")[5] == "atari_pack"
 
 

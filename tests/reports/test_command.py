@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.reports import command as procedure
 from tests.helpers.fake_runs import make_run, make_sweep
 
@@ -176,7 +177,7 @@ def test_words_that_name_no_runs(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[plots\]'"):
+    with pytest.raises(UserError, match=re.escape(extras.install_command("plots"))):
         report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mtrl_cli.config.compose import load
+from mtrl_cli.machine import extras
 from mtrl_cli.stats.transfer import area
 from mtrl_cli.studies import transfer_report
 from tests.helpers.command import Mtrl, MtrlHere
@@ -239,7 +240,7 @@ def test_faults_are_a_line_and_nothing_is_made(source: Path, here: MtrlHere, wor
 def test_without_matplotlib_it_says_so_before_any_training(source: Path, here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest))
-    assert "pip install 'mtrl_cli[plots]'" in here("transfer", source, *STUDY, "run_dir=study", code=2).stderr
+    assert extras.install_command("plots") in here("transfer", source, *STUDY, "run_dir=study", code=2).stderr
     assert list(here.folder.iterdir()) == []
 
 

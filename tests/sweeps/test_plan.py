@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps import validation as sweep_validation
 from mtrl_cli.sweeps.plan import Choices, Interval, Plan
 
 BASE = ["env=classic_pack", "steps_per_task=1000", "agent.learning_starts=100"]
@@ -152,11 +153,11 @@ def test_a_pack_without_references_needs_to_be_told_by_what() -> None:
 
 
 def test_what_samplers_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = sweep_validation.importlib.util.find_spec
-    monkeypatch.setattr(sweep_validation.importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
     for sampler, package in (("cmaes", "cmaes"), ("gp", "scipy")):
         told = refusal(LR, "agent.gamma=interval(0.9,1)", f"sweep.sampler={sampler}", "sweep.trials=3")
-        assert told == f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'"
+        assert told == str(extras.missing(f"sweep.sampler={sampler}", package, "search"))
 
 
 def test_a_sum_of_values_is_composed_and_not_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
