@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli.config import introspection, options, safe_yaml, schema, validation
+from mtrl_cli.config import introspection, merge, options, safe_yaml, schema, validation
 from mtrl_cli.config.overrides import Override, hydra_quoted, parse
 from mtrl_cli.errors import UserError, first_line, quoted, show, unknown
 from mtrl_cli.parallel import torchrun
@@ -186,31 +186,51 @@ def search_path(overrides: Sequence[str] = ()) -> list[Path]:
 
 def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Path], list[str]]:
     """Return the composed and resolved configuration, its folders, and the packages that the user trusts."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     folders = search_path(overrides)
     trusted = trusted_packages(overrides)
     given = [parse(text, name) for text in overrides]
     known = [] if name == "eval" else options.groups(folders, name)
     if name != "sweep":
         _refuse_sweep_keys(given)
-    for_hydra = [_checked(each, known, folders) for each in given if each.key != "hydra.searchpath"]
-    if len(folders) > 1:
-        for_hydra.append("hydra.searchpath=[" + ",".join(hydra_quoted(f"file://{folder}") for folder in folders[1:]) + "]")
+    given = [each for each in given if each.key != "hydra.searchpath"]
+    for_hydra = [_checked(each, known, folders) for each in given]
     try:
-        with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="mtrl"):
-            content = OmegaConf.to_container(compose(name, overrides=for_hydra), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"the configuration cannot be composed: {show(first_line(error))}") from None
-    assert isinstance(content, dict)
+        content = _merged(name, folders, given, for_hydra)
+    except merge.NeedsHydra:
+        content = _composed_by_hydra(name, folders, for_hydra)
     content = {str(key): value for key, value in content.items()} | {"trusted_packages": trusted}
     if "${" in str(content):
         raise UserError("the configuration contains '${' after interpolations were resolved. Write the value")
     _drop_inapplicable_keys(content, [each.key for each in given], trusted)
     return content, folders, trusted
+
+
+def _merged(name: str, folders: Sequence[Path], given: Sequence[Override], for_hydra: Sequence[str]) -> dict[str, Any]:
+    """Compose without Hydra; overrides that start with `++` set values, the others choose options."""
+    if any(text.startswith("~") for text in for_hydra):
+        raise merge.NeedsHydra("a deletion")
+    values = [(each.key, each.value) for each, text in zip(given, for_hydra, strict=True) if text.startswith("++")]
+    choices = {each.key: each.value for each, text in zip(given, for_hydra, strict=True) if not text.startswith("++")}
+    return merge.compose(name, folders, {group: "none" if option == [] else option for group, option in choices.items()}, values)
+
+
+def _composed_by_hydra(name: str, folders: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose with Hydra, which also reports mistakes in users' own configuration files."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    searched = (
+        ["hydra.searchpath=[" + ",".join(hydra_quoted(f"file://{folder}") for folder in folders[1:]) + "]"] if len(folders) > 1 else []
+    )
+    try:
+        with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="mtrl"):
+            content = OmegaConf.to_container(compose(name, overrides=[*overrides, *searched]), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"the configuration cannot be composed: {show(first_line(error))}") from None
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def _drop_inapplicable_keys(content: dict[str, Any], given: Sequence[str], trusted: Sequence[str]) -> None:

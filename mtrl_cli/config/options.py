@@ -11,6 +11,8 @@ import yaml
 
 from mtrl_cli.errors import UserError
 
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML without libyaml has only the slow loader
+
 TASK_FILES = {"mtrl_cli.envs.atari.AtariPack": ("ale_py", "roms", "*.bin")}
 """Packs whose tasks are files of another package, and so can be listed without importing it: package, folder, pattern."""
 
@@ -84,7 +86,7 @@ def description(file: Path) -> str:
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read one configuration file, without merging or interpolation."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):

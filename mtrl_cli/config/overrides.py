@@ -14,6 +14,12 @@ PATHS = ("run_dir", "init_from")
 """Keys whose value is text as written: a folder may be named 2025, 1e5 or a,b."""
 
 
+CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+_WORD = r"(?:-?(?:0|[1-9]\d*)(?:\.\d+)?(?:e-?[1-9]\d*)?|(?!(?i:true|false|null|inf|nan)\b)[A-Za-z][\w-]*|true|false|null)"
+SIMPLE = re.compile(rf"([A-Za-z]\w*(?:\.[A-Za-z]\w*)+|[A-Za-z]\w*(?:/[A-Za-z]\w*)*)=({_WORD}|\[{_WORD}(?:,{_WORD})*\])", re.ASCII)
+"""Overrides that mean the same in Hydra's grammar without being parsed by it."""
+
+
 @dataclass(frozen=True)
 class Override:
     """One override: its key, its plain value, and its text for Hydra."""
@@ -33,6 +39,9 @@ def parse(text: str, command: str = "") -> Override:
     Raises:
         UserError: the text is no override, or has several values.
     """
+    simple = _parse_simple(text)
+    if simple is not None:
+        return simple
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override as Parsed
     from hydra.core.override_parser.types import QuotedString
@@ -62,6 +71,26 @@ def parse(text: str, command: str = "") -> Override:
     plain = value_given.text if isinstance(value_given, QuotedString) else value_given
     deletes = parsed.is_delete()
     return Override(parsed.key_or_group, plain, str(parsed.input_line) if deletes else str(parsed.input_line).lstrip("+"))
+
+
+def _parse_simple(text: str) -> Override | None:
+    """Read an override of a name, a number or a list of them, as Hydra's grammar does; importing that takes a quarter of a second."""
+    match = SIMPLE.fullmatch(text)
+    if match is None:
+        return None
+    key, value = match.groups()
+    if key in PATHS and value != "null":
+        return None if value.startswith("[") else Override(key, value, f"{key}={quoted(value)}")
+    plain = [_plain(word) for word in value[1:-1].split(",")] if value.startswith("[") else _plain(value)
+    return Override(key, plain, text)
+
+
+def _plain(word: str) -> str | int | float | bool | None:
+    if word in CONSTANTS:
+        return CONSTANTS[word]
+    if word[0].isalpha():
+        return word
+    return int(word) if re.fullmatch(r"-?\d+", word) else float(word)
 
 
 def how_to_write(text: str) -> str:

@@ -10,6 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,9 +178,21 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and takes_int(annotation):
         value = int(value)  # budgets are written as 1e6
     try:
-        return TypeAdapter(annotation).validate_python(value, strict=True)
+        return _adapter(annotation).validate_python(value, strict=True)
     except ValidationError:
         raise UserError(f"{key} must be {describe(annotation)}, got {quoted(value) if isinstance(value, str) else show(value)}") from None
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return _cached_adapter(annotation)
+    except TypeError:  # a trusted package's annotation that cannot be hashed
+        return TypeAdapter(annotation)
+
+
+@cache
+def _cached_adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
 
 
 def _refuse_huge(key: str, value: Any) -> None:
