@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE
 from mtrl_cli.reports import grouping, sharing_comparison, sharing_plots
 from mtrl_cli.reports import scores as report_scores
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
@@ -222,9 +223,9 @@ def _inside(setting: Setting, ways: Sequence[Way], suffix: str) -> list[Table | 
         return []
     parts: list[Table | Picture] = []
     columns: dict[str, Callable[[Way], float | None]] = {
-        "pairs in conflict, over training": lambda way: over_training(way, "grad/conflict"),
-        "at the end": lambda way: at_the_end(way, "grad/conflict"),
-        "cosine of gradients, at the end": lambda way: at_the_end(way, "grad/cosine/mean"),
+        "pairs in conflict, over training": lambda way: over_training(way, GRAD_CONFLICT),
+        "at the end": lambda way: at_the_end(way, GRAD_CONFLICT),
+        "cosine of gradients, at the end": lambda way: at_the_end(way, f"{GRAD_COSINE}/mean"),
         "similarity of features (CKA)": lambda way: at_the_end(way, "features/cka"),
         "rank of features": lambda way: at_the_end(way, "features/rank"),
         "dormant neurons": lambda way: at_the_end(way, "features/dormant"),
@@ -238,14 +239,14 @@ def _inside(setting: Setting, ways: Sequence[Way], suffix: str) -> list[Table | 
         "CKA: of the features that two tasks' paths make of the same observations, 1: the same but for rotation and scale.",
     ]
     parts.append(Table(f"sharing_inside{suffix}", "Inside the networks", ["", *columns], rows, notes))
-    in_conflict = [way for way in ways if any(len(run.metrics.get("grad/conflict", ())) > 1 for run in way.runs)]
+    in_conflict = [way for way in ways if any(len(run.metrics.get(GRAD_CONFLICT, ())) > 1 for run in way.runs)]
     if in_conflict:
         text = "Lines of the share of pairs of tasks whose gradients are in conflict, over training, one for each way."
         parts.append(
             Picture(f"sharing_conflict{suffix}", "Conflict over training", text, lambda: sharing_plots.conflict(setting, in_conflict))
         )
     for metric, name, title, text in (
-        ("grad/cosine", "gradients", "Agreement of the tasks' gradients at the end", "cosines of the tasks' gradients"),
+        (GRAD_COSINE, "gradients", "Agreement of the tasks' gradients at the end", "cosines of the tasks' gradients"),
         ("features/cka", "features", "Similarity of the tasks' features at the end", "CKA of the tasks' features"),
     ):
         tables = {way.name: table for way in ways if (table := sharing_comparison.between_tasks(setting, way, metric)) is not None}

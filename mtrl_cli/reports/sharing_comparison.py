@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping
 from mtrl_cli.reports.run_data import Group, Run
 from mtrl_cli.stats import sharing as sharing_stats
@@ -219,7 +220,7 @@ def curve(setting: Setting, way: Way) -> tuple[Floats, Floats] | None:
 
 def step_seconds(way: Way) -> float | None:
     """Seconds of a step in one task's environment while training, without evaluating and saving: the mean over runs."""
-    rates = [[value for _, value in run.metrics.get("perf/steps_per_second", ()) if value > 0] for run in way.runs]
+    rates = [[value for _, value in run.metrics.get(STEPS_PER_SECOND, ()) if value > 0] for run in way.runs]
     return float(np.mean([1 / np.median(of_run) for of_run in rates if of_run])) if any(rates) else None
 
 

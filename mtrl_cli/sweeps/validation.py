@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtrl_cli import metric_names
 from mtrl_cli.config import compose as configuration
 from mtrl_cli.config import validation
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.machine import extras
-from mtrl_cli.stats.bootstrap import AGGREGATES
 from mtrl_cli.sweeps.search_space import Choices, Interval, Value, near_miss
 
 MOST_TRIALS = 100_000
@@ -146,13 +146,11 @@ def _metrics(env: Mapping[str, Any]) -> tuple[list[str], bool]:
     tasks = env.get("tasks")
     if not isinstance(tasks, list) or not tasks:
         return [], True
-    returns = [f"eval/return/{task}" for task in tasks]
-    every = [f"eval/score/{name}" for name in (*tasks, *AGGREGATES)]
     *package, suite, _ = str(env["_target_"]).split(".")
     if package != ["mtrl_cli", "envs"]:
-        return [*returns, *every], True  # a pack of a user's own, whose references are in its code
+        return metric_names.of_evaluation(tasks, tasks), True  # a pack of a user's own, whose references are in its code
     scored = [task for task in tasks if None not in scores(suite, task)]
-    return [*returns, *(f"eval/score/{name}" for name in (*scored, *(AGGREGATES if scored else ())))], bool(scored)
+    return metric_names.of_evaluation(tasks, scored), bool(scored)
 
 
 def _shortened(names: Sequence[str], most: int = 12) -> list[str]:

@@ -93,17 +93,6 @@ def test_an_experiment_may_choose_several(tmp_path: Path) -> None:
     assert list(composed["augmentation"]) == ["noise", "shift"]
 
 
-def test_runs_from_before_there_was_any_still_load(tmp_path: Path) -> None:
-    older = compose_training([]) | {"augmentation": {"_target_": "mtrl_cli.augmentation.NoAugmentation"}}
-    for name in ("loss_draws", "target_draws"):
-        del older["agent"][name]
-    del older["env"]["symmetric"]
-    (tmp_path / "config.yaml").write_text(compose.dump(older))
-    loaded = compose.load(tmp_path / "config.yaml")
-    assert loaded["augmentation"] == {}
-    assert (loaded["agent"]["loss_draws"], loaded["agent"]["target_draws"]) == (1, 1)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -7,7 +7,6 @@ import random
 import re
 import types
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,9 +251,3 @@ def test_a_run_keeps_the_widths_that_it_began_with(here: MtrlHere) -> None:
         assert after["network"] == saved["network"]
     assert (here.folder / "run" / "checkpoints" / "latest").read_text().strip() == "320"
     here("eval", "run", "eval.episodes=1")
-
-
-def test_a_run_from_before_there_were_budgets_has_none(tmp_path: Path) -> None:
-    old = composed("mlp")
-    del old["network"]["parameters"]
-    assert validation.validate(old)["network"]["parameters"] is None
