@@ -1,1 +1,1 @@
-"""Where the trials of a sweep run: local processes, Slurm, Ray."""
+"""Places where the trials of a sweep run: local processes, Slurm, Ray."""

@@ -1,78 +1,85 @@
-"""What a launcher is: it has a run worked on somewhere, by a process that is given the run's folder and nothing else."""
+"""The launcher interface. A launcher starts a worker process for a run; the run's folder is the worker's only input."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
 OUTPUT = "output.txt"
-"""In a run's folder: what the processes that worked on it printed, one after the other."""
+"""File in a run's folder to which each worker appends its output."""
 
 
-def command(run: Path) -> list[str]:
-    """The command line of a worker. Started again, it goes on where the run stopped; of a run that is completed it only says so."""
+def worker_command(run: Path) -> list[str]:
+    """Return the command line of a worker. It resumes the run; for a completed run it does nothing."""
     return [sys.executable, "-m", "mtrl_cli", "resume", str(run)]
 
 
 @dataclass(frozen=True)
 class End:
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
-        code: the worker's exit code; None where it ended without one: it was killed, or its node is gone.
-        why: in a few words, where there is something to say.
+        code: the worker's exit code; None if the worker was killed or its node was lost.
+        why: the reason, if known.
     """
 
     code: int | None
     why: str = ""
 
+    @classmethod
+    def of(cls, code: int) -> End:
+        """Convert an exit code as `subprocess` returns it: the negative signal number if the process was killed."""
+        return cls(code) if code >= 0 else cls(None, f"killed by signal {-code} ({signal.strsignal(-code)})")
+
 
 class Job(ABC):
-    """One run that is being worked on, or waits for its turn.
+    """A worker that is running or queued.
 
     Attributes:
-        handle: by which a later process finds the job again (`Launcher.attach`); empty where it ends with this process.
+        handle: identifies the job to a later process (`Launcher.attach`); empty if the job ends with this process.
     """
 
     handle = ""
 
     @abstractmethod
     def poll(self) -> End | None:
-        """How the job ended; None while it has not. Does not wait."""
+        """Return how the job ended, or None if it has not. Does not block."""
 
     @abstractmethod
     def is_waiting(self) -> bool:
-        """Whether it has yet to be given its machine."""
+        """Return whether the job is queued and has not started."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask the worker to save and end (SIGTERM), or take the job out of the queue. Does not wait; may be called again."""
+        """Send SIGTERM, so that the worker saves and exits, or remove the job from the queue. Does not block; may be repeated."""
 
 
 class Launcher(ABC):
-    """Where a sweep's runs are worked on: `launcher=`.
+    """A place where a sweep's runs are executed: `launcher=`.
 
-    Subclasses have keyword-only parameters for what conf/launcher/<name>.yaml sets.
+    Subclasses have keyword-only parameters for the keys of conf/launcher/<name>.yaml.
 
     Attributes:
-        jobs: how many runs at a time.
+        jobs: number of concurrent runs.
     """
 
     jobs: int
 
     @abstractmethod
     def start(self, run: Path) -> Job:
-        """Have the run in this folder, an absolute path, worked on with `command(run)`.
+        """Start `worker_command(run)` for the run folder `run`, an absolute path.
 
         Raises:
-            RunError: it cannot be started here or now. UserError: what this launcher needs is missing or wrong.
+            RunError: the job cannot be started now.
+            UserError: a requirement of this launcher is missing or misconfigured.
         """
 
     def attach(self, run: Path, handle: str) -> Job | None:
-        """The job that an earlier process started and left; None if it has ended, or ends with the process that started it."""
+        """Return the job that an earlier process started, or None if it has ended."""
         return None
 
     def close(self) -> None:
-        """Let go of what the launcher holds. Jobs that outlive this process are left alone, others have ended by then."""
+        """Release resources. Jobs that outlive this process are left alone; all others must have ended."""

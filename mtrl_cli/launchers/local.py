@@ -1,110 +1,92 @@
-"""Runs as processes of this machine, which share it."""
+"""Run trials as processes on this machine."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from pathlib import Path
 
 from mtrl_cli.errors import RunError
-from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
-from mtrl_cli.machine import hardware, parent_watchdog
+from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, worker_command
+from mtrl_cli.launchers.worker import start_worker
+from mtrl_cli.machine import hardware
 from mtrl_cli.types import PositiveInt
 
 
 class LocalJob(Job):
-    """A process of its own session: a terminal's Ctrl-C reaches the sweep alone, which then asks its workers to stop."""
+    """A local process in its own session, so that Ctrl-C in a terminal reaches only the sweep, which then stops its workers."""
 
-    def __init__(self, process: subprocess.Popen[bytes], place: int):
+    def __init__(self, process: subprocess.Popen[bytes], slot: int):
         self._process = process
-        self.place = place
+        self.slot = slot
 
     def poll(self) -> End | None:
-        """How the process ended; None while it has not."""
+        """See `Job.poll`."""
         code = self._process.poll()
-        if code is None:
-            return None
-        if code >= 0:
-            return End(code)
-        try:
-            return End(None, f"killed by {signal.Signals(-code).name}")
-        except ValueError:
-            return End(None, f"killed by signal {-code}")
+        return None if code is None else End.of(code)
 
     def is_waiting(self) -> bool:
-        """Never: it runs from the beginning."""
+        """Return False: the process starts immediately."""
         return False
 
     def stop(self) -> None:
-        """SIGTERM."""
+        """Send SIGTERM."""
         if self._process.poll() is None:
             self._process.terminate()
 
 
 class LocalLauncher(Launcher):
-    """Processes of this machine. They share its cores, its free memory and disk, and its GPUs, and end with this process.
+    """Local processes that share the cores, free memory, free disk space and GPUs of this machine, and end with this process.
 
     Args:
-        jobs: runs at a time.
+        jobs: number of concurrent runs.
     """
 
     def __init__(self, *, jobs: PositiveInt):
         self.jobs = jobs
         self._running: list[LocalJob] = []
         self._gpus = hardware.gpus()
-        # What is free is shared out once: what the first runs take is no reason to give less to the next.
+        # Shares are fixed at the start: the memory that running trials use must not reduce the share of later ones.
         self._cores, self._memory = max(1, hardware.cores() // jobs), hardware.memory_available() // jobs
         self._disk: int | None = None
-        # The system closes this process's end when it dies, and each worker reads the other.
-        self._read, self._write = os.pipe()
+        self._read, self._write = os.pipe()  # the system closes the write end when this process dies; workers read the other end
 
     def start(self, run: Path) -> LocalJob:
-        """Start the worker of a run; what it prints is added to the run's output.txt.
+        """See `Launcher.start`.
 
         Raises:
-            RunError: there is no room for it on the disk or among the processes.
+            RunError: the process or its output file cannot be created.
         """
         self._running = [job for job in self._running if job.poll() is None]
-        taken = {job.place for job in self._running}
-        place = next(place for place in range(len(taken) + 1) if place not in taken)
+        taken = {job.slot for job in self._running}
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
         try:
             if self._disk is None:
                 self._disk = hardware.disk_free(run) // self.jobs
-            handle = os.open(run / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            with open(handle, "ab") as output:
-                process = subprocess.Popen(
-                    command(run),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=self.environment(place),
-                    pass_fds=[self._read],
-                    start_new_session=True,
-                )
+            process = start_worker(worker_command(run), str(run / OUTPUT), self.environment(slot), new_session=True, pipe=self._read)
         except OSError as error:
             raise RunError(f"{run}: its process cannot be started: {error.strerror}.") from None
-        job = LocalJob(process, place)
+        job = LocalJob(process, slot)
         self._running.append(job)
         return job
 
-    def environment(self, place: int) -> dict[str, str]:
-        """A worker's environment: ours, and what it has of the machine as the one at `place` of `jobs`."""
-        shared = dict(os.environ) | {parent_watchdog.VARIABLE: str(self._read)}
+    def environment(self, slot: int) -> dict[str, str]:
+        """Return the variables that describe the share of the worker in `slot` of `jobs`. A single job gets the whole machine."""
         if self.jobs == 1:
-            return shared
-        shared |= {"MTRL_CORES": str(self._cores), "MTRL_MEMORY": str(self._memory)}
+            return {}
+        variables = {"MTRL_CORES": str(self._cores), "MTRL_MEMORY": str(self._memory)}
         if self._disk is not None:
-            shared["MTRL_DISK"] = str(self._disk)
-        shared.setdefault("OMP_NUM_THREADS", str(self._cores))
+            variables["MTRL_DISK"] = str(self._disk)
+        if "OMP_NUM_THREADS" not in os.environ:
+            variables["OMP_NUM_THREADS"] = str(self._cores)
         if self._gpus:
-            place %= self.jobs
-            own = self._gpus[place :: self.jobs] or [self._gpus[place % len(self._gpus)]]
-            shared |= {"CUDA_VISIBLE_DEVICES": ",".join(own), "MTRL_RUNS_PER_GPU": str(-(-self.jobs // len(self._gpus)))}
-        return shared
+            slot %= self.jobs
+            own = self._gpus[slot :: self.jobs] or [self._gpus[slot % len(self._gpus)]]
+            variables |= {"CUDA_VISIBLE_DEVICES": ",".join(own), "MTRL_RUNS_PER_GPU": str(-(-self.jobs // len(self._gpus)))}
+        return variables
 
     def close(self) -> None:
-        """Close the pipe: workers that are still there save and end."""
+        """Close the pipe, so that remaining workers save and exit."""
         if self._write >= 0:
             os.close(self._write)
             os.close(self._read)

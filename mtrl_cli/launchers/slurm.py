@@ -1,4 +1,4 @@
-"""Runs as jobs of a Slurm cluster, handed in through submitit."""
+"""Run trials as jobs of a Slurm cluster, submitted through submitit."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from types import FrameType
 from typing import Any
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.launchers import remote
-from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, command
+from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, worker_command
+from mtrl_cli.launchers.worker import share_variables, start_worker
 from mtrl_cli.machine import extras
 from mtrl_cli.types import PositiveFloat, PositiveInt
 
 FOLDER = "slurm"
-"""In a run's folder: what submitit and Slurm write of its jobs."""
+"""Folder within a run's folder for the files that submitit and Slurm write."""
 
-ADVICE = "what a cluster wants to be told is launcher.partition, launcher.account, launcher.timeout_min, …; `sinfo` lists what it has"
-NO_CLUSTER = "start the sweep on a machine of a Slurm cluster, where `sinfo` answers, or give launcher=local"
-COMMAND_SECONDS = 120.0  # a controller that is busy or moving to its stand-in answers late
-SAVING_SECONDS = 120.0  # how long a job that was asked to stop may save before Slurm ends it
+ADVICE = "set what your cluster requires: launcher.partition, launcher.account, launcher.timeout_min, …; `sinfo` lists the partitions"
+NO_CLUSTER = "start the sweep on a machine of a Slurm cluster, where `sinfo` works, or use launcher=local"
+COMMAND_SECONDS = 120.0  # a busy controller, or one that is failing over, answers late
+SAVING_SECONDS = 120.0  # time to save after SIGTERM, before Slurm kills the job
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-AT_WORK = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
+RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
 GONE = "GONE"
 REASONS = {
-    GONE: "Slurm no longer knows the job",
-    "CANCELLED": "its job was cancelled",
-    "OUT_OF_MEMORY": "it needed more memory than its job was given (launcher.mem_gb)",
-    "TIMEOUT": "its job's time was up (launcher.timeout_min)",
+    GONE: "Slurm no longer lists the job",
+    "CANCELLED": "the job was cancelled",
+    "OUT_OF_MEMORY": "the job exceeded its memory limit (launcher.mem_gb)",
+    "TIMEOUT": "the job exceeded its time limit (launcher.timeout_min)",
 }
 
 
-def work(words: list[str], output: str) -> None:
-    """In the job, called by submitit: have the worker's command line run, and end with its exit code.
+def work(command: list[str], output: str) -> None:
+    """Run a worker inside the job and exit with its exit code. submitit calls this function.
 
-    Slurm signals every process of the job. SIGTERM (preemption, a requeue, `SlurmJob.stop`) reaches the worker itself, which saves and
-    ends. SIGUSR2 comes ahead of the time limit (sbatch's --signal, which submitit gives): then the worker is made to save, and the job is
-    put back into the queue under its number.
+    Slurm signals every process of the job. SIGTERM (preemption, a requeue, `SlurmJob.stop`) reaches the worker directly, which saves and
+    exits. SIGUSR2 arrives before the time limit (sbatch's --signal, which submitit sets): this function then stops the worker, and
+    requeues the job under the same id.
     """
     is_out_of_time = False
 
-    def make_room(number: int, frame: FrameType | None) -> None:
+    def stop_worker(number: int, frame: FrameType | None) -> None:
         nonlocal is_out_of_time
         is_out_of_time = True
         worker.terminate()
 
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the worker, whom the signal would kill, inherits that
-    worker = remote.begin(words, output, _share(), own_session=False)
-    signal.signal(signal.SIGUSR2, make_room)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited by the worker, which the signal would kill
+    worker = start_worker(command, output, _share(), new_session=False)
+    signal.signal(signal.SIGUSR2, stop_worker)
     code = worker.wait()
     if is_out_of_time and code == 128 + signal.SIGTERM:
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True, timeout=COMMAND_SECONDS)
@@ -66,7 +66,7 @@ def work(words: list[str], output: str) -> None:
 
 
 def _share() -> dict[str, str]:
-    """What Slurm has given the job of its machine: the worker heeds it where nothing (task/affinity, cgroups) confines it to that."""
+    """Return the variables that limit the worker to the job's share, in case Slurm does not enforce it (task/affinity, cgroups)."""
     cores, memory, memory_per_core = (
         int(text) if text.isdecimal() else None
         for text in (os.environ.get(name, "") for name in ("SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"))
@@ -74,17 +74,17 @@ def _share() -> dict[str, str]:
     if cores is None:
         return {}
     megabytes = memory or (memory_per_core or 0) * cores
-    return remote.share(cores, megabytes * 2**20 or None)
+    return share_variables(cores, megabytes * 2**20 or None)
 
 
 @dataclass(frozen=True)
 class _State:
-    """A job as the controller sees it.
+    """The state of a job as the controller reports it.
 
     Attributes:
-        name: PENDING, RUNNING, COMPLETED, …; `GONE` once it is forgotten.
-        status: as wait(2) gives it, of a job that has ended.
-        script: the batch script's path.
+        name: PENDING, RUNNING, COMPLETED, …; `GONE` if the controller no longer lists the job.
+        status: wait status, as in wait(2), of a job that has ended.
+        script: path of the batch script.
     """
 
     name: str
@@ -93,43 +93,43 @@ class _State:
 
 
 class _Queue:
-    """What Slurm's controller says of our jobs: asked for all of them at once and only now and then, as it serves a whole cluster.
+    """The states of all watched jobs, fetched together and at intervals to spare the controller.
 
-    There may be no accounting (sacct, which submitit would ask), so it is asked for ended jobs, too, which it remembers for some minutes.
+    submitit would use accounting (sacct), which a cluster may not have. The controller itself lists ended jobs for some minutes.
     """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
-        self._asked_at = -float("inf")
+        self._fetched_at = -float("inf")
         self._states: dict[str, _State] = {}
 
     def watch(self, job: str) -> None:
-        """From now on ask for this job, too."""
+        """Add a job to those that are fetched."""
         self._states[job] = _State("PENDING")
 
     def forget(self, job: str) -> None:
-        """No longer ask for a job that has ended."""
+        """Remove a job that has ended."""
         self._states.pop(job, None)
 
     def state(self, job: str) -> _State:
-        """A watched job's state, as of the last answer; where the controller cannot be reached, that stays."""
-        if time.monotonic() - self._asked_at >= self._seconds:
-            found = _ask(list(self._states))
-            self._asked_at = time.monotonic()
+        """Return the last known state of a watched job, which stays while the controller is unreachable."""
+        if time.monotonic() - self._fetched_at >= self._seconds:
+            found = _fetch_states(list(self._states))
+            self._fetched_at = time.monotonic()
             if found is not None:
                 self._states = {each: found.get(each, _State(GONE)) for each in self._states}
         return self._states[job]
 
 
-def _ask(jobs: list[str]) -> dict[str, _State] | None:
-    """The states of those jobs that the controller knows; None where it does not answer."""
-    question = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--Format=JobID:|,State:|,exit_code:|,Command:|"]
+def _fetch_states(jobs: list[str]) -> dict[str, _State] | None:
+    """Return the states of the jobs that the controller lists, or None if it does not answer."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--Format=JobID:|,State:|,exit_code:|,Command:|"]
     try:
-        answer = subprocess.run(question, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if answer.returncode:
-        # Asked for one job alone, it calls an unknown number an error.
+        # For a single job, an unknown id is an error.
         return {} if "Invalid job id" in answer.stderr else None
     found = {}
     for line in answer.stdout.splitlines():
@@ -139,50 +139,50 @@ def _ask(jobs: list[str]) -> dict[str, _State] | None:
 
 
 def _end(state: _State) -> End:
-    """How a job in this last state ended."""
+    """Return the end of a job from its final state."""
     if state.name not in ("COMPLETED", "FAILED"):
-        return End(None, REASONS.get(state.name, f"its job ended as {state.name}"))
+        return End(None, REASONS.get(state.name, f"the job ended with state {state.name}"))
     killed_by, code = state.status & 0x7F, state.status >> 8
-    if code > 128 and code - 128 not in (signal.SIGINT, signal.SIGTERM):  # as a shell says it
+    if code > 128 and code - 128 not in (signal.SIGINT, signal.SIGTERM):  # the convention of shells
         killed_by = code - 128
-    return End(None, f"killed by signal {killed_by}") if killed_by else End(code)
+    return End.of(-killed_by or code)
 
 
 class SlurmJob(Job):
-    """One run's job.
+    """A Slurm job.
 
     Args:
-        handle: the job's number.
-        queue: that watches it.
+        handle: the job id.
+        queue: the queue that watches the job.
     """
 
     def __init__(self, handle: str, queue: _Queue):
         self.handle = handle
         self._queue = queue
         self._end: End | None = None
-        self._asked_at: float | None = None
+        self._stopped_at: float | None = None
 
     def poll(self) -> End | None:
-        """See the base class. A job that was put back into the queue has not ended."""
+        """See `Job.poll`. A requeued job has not ended."""
         if self._end is None:
             state = self._queue.state(self.handle)
-            if state.name not in WAITING | AT_WORK:
+            if state.name not in WAITING | RUNNING:
                 self._end = _end(state)
                 self._queue.forget(self.handle)
-            elif self._asked_at is not None and time.monotonic() - self._asked_at > SAVING_SECONDS:
-                self._asked_at = time.monotonic()
+            elif self._stopped_at is not None and time.monotonic() - self._stopped_at > SAVING_SECONDS:
+                self._stopped_at = time.monotonic()
                 _cancel(self.handle)
         return self._end
 
     def is_waiting(self) -> bool:
-        """See the base class."""
+        """See `Job.is_waiting`."""
         return self._end is None and self._queue.state(self.handle).name in WAITING
 
     def stop(self) -> None:
-        """See the base class. A job that has not ended two minutes later is ended by Slurm."""
-        if self._end is not None or self._asked_at is not None:
+        """See `Job.stop`. Slurm kills the job if it has not ended two minutes later."""
+        if self._end is not None or self._stopped_at is not None:
             return  # a second signal would end the worker before it has saved
-        self._asked_at = time.monotonic()
+        self._stopped_at = time.monotonic()
         _cancel(self.handle, "--state=PENDING")
         _cancel(self.handle, "--state=RUNNING", "--signal=TERM")
 
@@ -193,23 +193,25 @@ def _cancel(job: str, *options: str) -> None:
 
 
 class SlurmLauncher(Launcher):
-    """Runs as jobs of a Slurm cluster. A job that Slurm preempts goes on in its place in the queue, from the run's checkpoint.
+    """A Slurm cluster. A preempted job is requeued and resumes the run from its latest checkpoint.
+
+    None selects the cluster's default.
 
     Args:
-        jobs: in the queue or at work at a time.
-        partition: as sbatch takes it, as are `account` and `qos`; None, here and below: the cluster's default.
-        account: whom the job is charged to.
-        qos: quality of service.
-        timeout_min: minutes that a job may take; then it saves, is put back into the queue and goes on.
-        cpus_per_task: cores.
-        mem_gb: memory, GB.
-        gpus_per_node: GPUs.
-        setup: lines of shell that the job begins with.
-        extra: further parameters of sbatch, by name.
-        poll_seconds: between two questions to Slurm's controller.
+        jobs: number of jobs that are queued or running at a time.
+        partition: sbatch's --partition.
+        account: sbatch's --account.
+        qos: sbatch's --qos.
+        timeout_min: time limit in minutes; a job that reaches it saves, is requeued and resumes.
+        cpus_per_task: cores per run.
+        mem_gb: memory per run in GB.
+        gpus_per_node: GPUs per run.
+        setup: shell lines to run first.
+        extra: additional sbatch parameters by name.
+        poll_seconds: interval between queries to the controller.
 
     Raises:
-        UserError: submitit or Slurm's commands are missing here, or sbatch would refuse such a job.
+        UserError: submitit or Slurm's commands are missing, or sbatch refuses such a job.
     """
 
     def __init__(
@@ -231,33 +233,33 @@ class SlurmLauncher(Launcher):
         extras.require("launcher=slurm", "submitit", "slurm")
         if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
             raise UserError(
-                f"launcher=slurm needs Slurm's commands, and there is no {missing[0]} on PATH; start the sweep on a machine of the cluster"
-                " that has them (Debian's package: slurm-client), or give launcher=local"
+                f"launcher=slurm needs Slurm's commands, but {missing[0]} is not on PATH; start the sweep on a machine of the cluster"
+                " (Debian package: slurm-client), or use launcher=local"
             )
-        # None leaves a parameter to the cluster; left out, the time would be submitit's five minutes.
+        # None selects the cluster's default. If omitted, submitit would set a time limit of five minutes.
         self._parameters: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "time": timeout_min}
         self._parameters |= {"cpus_per_task": cpus_per_task, "gpus_per_node": gpus_per_node}
         self._parameters |= {"mem": None if mem_gb is None else f"{max(1, round(mem_gb * 1024))}MB"}
-        # Since 22.05 srun no longer takes over what sbatch was told about cores.
+        # Since Slurm 22.05 srun no longer inherits --cpus-per-task from sbatch.
         self._parameters |= {"srun_args": None if cpus_per_task is None else [f"--cpus-per-task={cpus_per_task}"]}
         self._parameters |= {"setup": setup or None, "additional_parameters": {"requeue": True, **extra}}
         self._queue = _Queue(poll_seconds)
-        self._try()
+        self._check_accepted()
 
-    def _try(self) -> None:
-        """Have sbatch look at a job like ours, without queueing it."""
+    def _check_accepted(self) -> None:
+        """Let sbatch validate such a job without queueing it. Raises UserError."""
         script = self._executor(Path(tempfile.gettempdir()))._make_submission_file_text("true", "trial")
         try:
-            with _outside_of_any_job():
+            with _without_job_variables():
                 done = subprocess.run(
                     ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
                 )
         except subprocess.TimeoutExpired as error:
-            raise UserError(f"launcher=slurm: Slurm's controller has not answered for {COMMAND_SECONDS:.0f} s") from error
+            raise UserError(f"launcher=slurm: the Slurm controller did not answer within {COMMAND_SECONDS:.0f} s") from error
         if done.returncode:
             is_no_cluster = re.search("configuration source|configuration file|contact slurm controller", done.stderr)
             advice = NO_CLUSTER if is_no_cluster else ADVICE
-            raise UserError(f"launcher=slurm: sbatch refuses such a job: {_last_line(done.stderr)}\n{advice}")
+            raise UserError(f"launcher=slurm: sbatch refuses the job: {_last_line(done.stderr)}\n{advice}")
 
     def _executor(self, folder: Path) -> Any:
         import submitit
@@ -267,37 +269,37 @@ class SlurmLauncher(Launcher):
         return executor
 
     def start(self, run: Path) -> Job:
-        """See the base class."""
+        """See `Launcher.start`."""
         executor = self._executor(run / FOLDER)
         executor.update_parameters(**self._parameters, job_name=f"mtrl-{run.name}")
         try:
-            with _outside_of_any_job():
-                handle = str(executor.submit(work, command(run), str(run / OUTPUT)).job_id)
-        except Exception as error:  # submitit's own kinds, which are not ours to import before it is needed
-            raise RunError(f"{run}: sbatch did not take its job: {_last_line(str(error))}") from error
+            with _without_job_variables():
+                handle = str(executor.submit(work, worker_command(run), str(run / OUTPUT)).job_id)
+        except Exception as error:  # submitit's own exceptions; importing submitit for them is slow
+            raise RunError(f"{run}: sbatch refused the job: {_last_line(str(error))}") from error
         self._queue.watch(handle)
         return SlurmJob(handle, self._queue)
 
     def attach(self, run: Path, handle: str) -> Job | None:
-        """See the base class.
+        """See `Launcher.attach`.
 
         Raises:
             RunError: the controller does not answer.
         """
-        found = _ask([handle]) if handle.isdecimal() else {}
+        found = _fetch_states([handle]) if handle.isdecimal() else {}
         if found is None:
-            raise RunError(f"{run}: Slurm's controller does not say what has become of its job {handle}; try again later")
+            raise RunError(f"{run}: the Slurm controller does not report the state of job {handle}; try again later")
         state = found.get(handle)
-        # Numbers begin anew where a cluster was set up anew.
-        if state is None or state.name not in WAITING | AT_WORK or not Path(state.script).is_relative_to(run / FOLDER):
+        # Compare the script, too: a reinstalled cluster reuses job ids.
+        if state is None or state.name not in WAITING | RUNNING or not Path(state.script).is_relative_to(run / FOLDER):
             return None
         self._queue.watch(handle)
         return SlurmJob(handle, self._queue)
 
 
 @contextlib.contextmanager
-def _outside_of_any_job() -> Iterator[None]:
-    """Where we are in a job ourselves, hide its variables from sbatch, which would take them for its parameters."""
+def _without_job_variables() -> Iterator[None]:
+    """Hide the variables of a surrounding Slurm job, which sbatch would use as parameters."""
     import submitit
 
     kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}
@@ -310,6 +312,6 @@ def _outside_of_any_job() -> Iterator[None]:
 
 
 def _last_line(text: str) -> str:
-    """What a command of Slurm's said last, without its name."""
+    """Return the last error line of a Slurm command, without the name of the command."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Try ")]
-    return lines[-1].removeprefix("sbatch: ").removeprefix("error: ")[:300] if lines else "it does not say why"
+    return lines[-1].removeprefix("sbatch: ").removeprefix("error: ")[:300] if lines else "no reason given"

@@ -1,7 +1,8 @@
-"""What this machine lets the process use: cores, memory, devices and a compiler, within cgroup limits and affinity."""
+"""Resources that this process may use: cores, memory, disk, devices and a compiler, within affinity and cgroup limits."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 
 ROOT = Path("/")
 SHARES = ("MTRL_CORES", "MTRL_MEMORY", "MTRL_DISK", "MTRL_RUNS_PER_GPU")
-"""Of a run that shares its machine with others, in its environment: its cores, its bytes of memory and of disk, and how many runs
-share its GPU's memory."""
+"""Environment variables of a run that shares its machine: its number of cores, its bytes of memory and disk, and the number of runs that
+share the memory of its GPU."""
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores that the process may use: its affinity, and no more than the cgroup's quota (1.5 cores count as 1) and its share."""
+    """Return the number of usable cores: the minimum of affinity, cgroup quota (1.5 cores count as 1) and share."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     quotas = [float(allowed)]
     for folder in _cgroup_folders("cpu", root):
@@ -38,17 +39,17 @@ def cores(root: Path = ROOT) -> int:
 
 
 def memory_available(root: Path = ROOT) -> int:
-    """Bytes of memory that can still be taken without swapping: the machine's, and no more than the cgroup's limit leaves."""
+    """Return the bytes of memory that are available without swapping, within the cgroup's limit and this process's share."""
     return _memory(root)[0]
 
 
 def memory_total(root: Path = ROOT) -> int:
-    """Bytes of memory in all: the machine's, or the cgroup's limit where that is less."""
+    """Return the bytes of memory of the machine, or the cgroup's limit or this process's share if lower."""
     return _memory(root)[1]
 
 
 def _memory(root: Path) -> tuple[int, int]:
-    """(available, total) bytes, and no more than this process's share."""
+    """Return (available, total) bytes."""
     available, total = _machine_memory(root)
     for folder in _cgroup_folders("memory", root):
         limit, used = _count(folder / "memory.max"), _count(folder / "memory.current")
@@ -58,7 +59,7 @@ def _memory(root: Path) -> tuple[int, int]:
             cache = "total_inactive_file"
         if limit is None or used is None:
             continue
-        # Usage counts cached files, which the kernel gives back before it refuses memory.
+        # Usage includes cached files, which the kernel frees before it refuses memory.
         reclaimable = _table(folder / "memory.stat").get(cache, 0)
         total = min(total, limit)
         available = min(available, limit - used + reclaimable)
@@ -67,13 +68,13 @@ def _memory(root: Path) -> tuple[int, int]:
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes that can still be written where `folder` lies, and no more than this process's share. Raises OSError."""
+    """Return the free bytes of the file system of `folder`, or this process's share if lower. Raises OSError."""
     free = shutil.disk_usage(folder).free
     return min(free, _share("MTRL_DISK") or free)
 
 
 def _share(name: str) -> int | None:
-    """This process's share of what it has beside others; None where nothing is said."""
+    """Return this process's share from its environment, or None if it has none."""
     text = os.environ.get(name, "")
     return max(1, int(text)) if text.isdecimal() and len(text) <= 20 else None
 
@@ -88,9 +89,9 @@ def _machine_memory(root: Path) -> tuple[int, int]:
 
 
 def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """The process's cgroup and those above it, whose limits all hold, for cgroup v2 and v1.
+    """Yield the folders of the process's cgroup and its ancestors (v1 or v2), all of whose limits apply.
 
-    In a container the path in /proc/self/cgroup may be the host's and not be visible; the mount's root is then our own group.
+    In a container /proc/self/cgroup may hold the host's path, which is not visible; the root of the mount is then the process's cgroup.
     """
     mounts = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
@@ -122,27 +123,26 @@ def _count(path: Path) -> int | None:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """The first number on each line of `path`, by the line's first word."""
+    """Return the first number on each line of `path`, by the first word of the line."""
     words = (line.split() for line in (_read(path) or "").splitlines())
     return {word[0]: int(word[1]) for word in words if len(word) > 1 and word[1].isdecimal()}
 
 
 def resident_memory(root: Path = ROOT) -> int:
-    """Bytes of physical memory that this process holds now; where the system does not say, the most it has held."""
+    """Return the resident memory of this process in bytes; on macOS the peak."""
     fields = (_read(root / "proc/self/statm") or "").split()
     if len(fields) > 1 and fields[1].isdecimal():
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, where the system's C library can be told so (glibc).
+    """Configure glibc to keep freed memory for reuse. Does nothing with other C libraries.
 
-    By default glibc gives large blocks back at once and asks for new ones, whose every page costs a fault and is zeroed: a third of a
-    CPU update's time, whose tensors are as large each time (docs/performance.md).
+    By default glibc returns large blocks to the system immediately. Page faults and zeroing of new blocks then take a third of the time
+    of a CPU update (docs/performance.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
     if mallopt is not None:
@@ -151,12 +151,12 @@ def keep_freed_memory() -> None:
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(available, total) bytes of memory on `device`, and no more than this process's share."""
+    """Return (available, total) bytes of memory on `device`, within this process's share."""
     if device.type == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
-        # What torch has reserved but not given out is free to us too.
+        # Memory that torch has reserved but not allocated is available, too.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         total //= _share("MTRL_RUNS_PER_GPU") or 1
         return min(free, total), total
@@ -164,7 +164,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `auto` (the first GPU if there is one), `cpu`, `cuda` or `cuda:<index>` means here. Raises UserError."""
+    """Resolve `auto` (the current GPU if there is one, else the CPU), `cpu`, `cuda` or `cuda:<index>`. Raises UserError."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -172,40 +172,38 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if count else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()) or name.endswith(":"):
-        raise UserError(f"device={name} is not known; give auto, cpu, cuda or cuda:<index>.")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name, re.ASCII)
+    if match is None:
+        raise UserError(f"device must be auto, cpu, cuda or cuda:<index>, got {name}")
     if count == 0:
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise UserError(f"device={name}: {reason}; give device=cpu or device=auto.")
-    if index and int(index) >= count:
-        raise UserError(f"device={name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}.")
-    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+        raise UserError(f"device={name}: {reason}; use device=cpu or device=auto")
+    index = int(match[1]) if match[1] else torch.cuda.current_device()
+    if index >= count:
+        raise UserError(f"device={name} does not exist: the CUDA devices are cuda:0 to cuda:{count - 1}")
+    return torch.device("cuda", index)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor itself multiplies bfloat16 (AVX-512 BF16, AMX, ARM BF16), rather than having it emulated."""
+    """Return whether the processor has bfloat16 instructions (AVX-512 BF16, AMX, ARM BF16)."""
     import torch
 
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # oneDNN accepts any AVX-512 and emulates, which is slower than float32.
+        # oneDNN also accepts other AVX-512 processors, where it emulates bfloat16, more slowly than float32.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return True
 
 
 def gpus() -> list[str]:
-    """The GPUs that processes started here see, each as CUDA_VISIBLE_DEVICES names it: what that says, or else what the driver's
-    nvidia-smi lists, of a GPU that is divided its parts. Without importing torch."""
+    """Return the visible GPUs by their names for CUDA_VISIBLE_DEVICES: the variable's value, else the GPUs or MIG devices that nvidia-smi
+    lists. Does not import torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
     try:
-        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     parts = re.findall(r"^\s+MIG .*\(UUID: (MIG-[\w/-]+)\)", listed, re.MULTILINE)
@@ -213,40 +211,34 @@ def gpus() -> list[str]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that runs here: $CXX, or else g++ or clang++.
+    """Return a C++ compiler that runs: $CXX if set, else g++ or clang++; None if there is none.
 
-    torch.compile looks for $CXX or g++ and nothing else: where this gives clang++, set CXX to it first.
+    torch.compile tries only $CXX or g++. If this function returns clang++, set CXX to it before compiling.
     """
     named = os.environ.get("CXX")
     for name in [named] if named else ["g++", "clang++"]:
-        path = shutil.which(name)
-        if path is None:
-            continue
-        try:
-            works = subprocess.run([path, "--version"], capture_output=True, timeout=30, check=False).returncode == 0
-        except (OSError, subprocess.TimeoutExpired):
-            works = False
-        if works:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([name, "--version"], capture_output=True, timeout=30, check=True)
             return name
     return None
 
 
 def keep_compiled() -> None:
-    """Let torch keep compiled code where it outlives a restart: in the user's cache folder rather than in /tmp, unless told otherwise."""
+    """Set torch's cache of compiled code to the user's cache folder, which outlives a restart, unless TORCHINDUCTOR_CACHE_DIR is set."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mtrl" / "torchinductor"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # nowhere to keep it
+    except (OSError, RuntimeError):  # not writable, or no home folder
         return
     if os.access(folder, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def missing_for_compile() -> str | None:
-    """Why torch.compile cannot work on the CPU here, in a few words, or None if it can."""
+    """Return what is missing for torch.compile on the CPU, or None."""
     if compiler() is None:
         named = os.environ.get("CXX")
-        return f"CXX={named} does not run" if named else "there is no C++ compiler (g++ or clang++)"
+        return f"CXX={named} does not run" if named else "no C++ compiler (g++ or clang++)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return "Python's headers (Python.h) are not installed"
+        return "no Python headers (Python.h)"
     return None

@@ -1,4 +1,4 @@
-"""Ending with the process that started this one, however that ends: a pipe between them, which the system closes for the dead."""
+"""Stop this process when its parent dies. A pipe connects the two; the system closes the parent's end with the parent."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import threading
 import time
 
 VARIABLE = "MTRL_PARENT"
-"""In a child's environment: the file descriptor of the pipe's end that it reads; nothing is ever written to the other."""
+"""Environment variable of a child: file descriptor of the read end of the pipe, to which nothing is ever written."""
 
-PATIENCE_SECONDS = 300.0
-"""In which a child that was asked to stop has saved."""
+SAVING_SECONDS = 300.0
+"""Time to save after SIGTERM, before SIGKILL."""
 
 _is_stopping = False
 
 
 def note_stop() -> None:
-    """This process was asked to stop and is saving: it is not to be asked again, as a second signal would end it at once."""
+    """Record that this process is stopping, so that `_follow` sends no second signal, which would end it before it has saved."""
     global _is_stopping
     _is_stopping = True
 
 
 def watch() -> None:
-    """Ask this process to stop (SIGTERM: it saves) as soon as its parent is gone, if the environment says that it has one to follow.
+    """Send this process SIGTERM, on which it saves, when its parent dies. Does nothing unless the environment names a pipe.
 
-    Called by the main thread, before there are others. What it starts later inherits neither the variable nor the pipe.
+    Call this in the main thread before starting other threads. Children of this process inherit neither the variable nor the pipe.
     """
-    named = os.environ.pop(VARIABLE, None)
-    if named is None or not named.isdecimal():
+    descriptor = os.environ.pop(VARIABLE, None)
+    if descriptor is None or not descriptor.isdecimal():
         return
     try:
-        os.set_inheritable(int(named), False)
-    except OSError:  # no descriptor of ours: a variable that was handed on
+        os.set_inheritable(int(descriptor), False)
+    except OSError:  # the variable was inherited, but not the descriptor
         return
-    threading.Thread(target=_follow, args=(int(named),), name="parent", daemon=True).start()
+    threading.Thread(target=_follow, args=(int(descriptor),), name="parent", daemon=True).start()
 
 
 def _follow(pipe: int) -> None:
@@ -45,5 +45,5 @@ def _follow(pipe: int) -> None:
         return
     if not _is_stopping:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE_SECONDS)
+    time.sleep(SAVING_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Random generators that go on from what was saved."""
+"""Restore random generators from saved states."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import torch
 
 
 def restore(generator: torch.Generator, state: torch.Tensor) -> None:
-    """Let a generator go on from a state (uint8 `[bytes]`, on any device).
+    """Restore a generator from a state (uint8 `[bytes]`, on any device).
 
-    The state of another kind of device (the CPU's on a GPU, or the other way round) cannot be taken: it becomes a seed instead, so that
-    what follows still depends on nothing else.
+    CPU and GPU states are incompatible. The state of the other kind is hashed to a seed, so that the result is still deterministic.
 
     Raises:
-        TypeError, RuntimeError: it is no state of a generator.
+        TypeError, RuntimeError: not the state of a generator.
     """
     state = state.cpu()
     if state.shape == generator.get_state().shape:

@@ -52,7 +52,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`worker(script)`: what jobs run in place of `mtrl resume`, in the run's folder."""
 
     def is_now(script: str) -> None:
-        monkeypatch.setattr(slurm, "command", lambda run: ["bash", "-c", f'cd "$0"\n{script}', str(run)])
+        monkeypatch.setattr(slurm, "worker_command", lambda run: ["bash", "-c", f'cd "$0"\n{script}', str(run)])
 
     return is_now
 
@@ -90,10 +90,10 @@ def test_a_job_ends_as_its_worker_did(cluster: None, run: Path, worker: Callable
         folder = run.parent / str(number)
         folder.mkdir()
         jobs.append((folder, queue.start(folder)))
-    assert [end_of(job) for _, job in jobs] == [End(0), End(1), End(2), End(None, "killed by signal 9")]
+    assert [end_of(job) for _, job in jobs] == [End(0), End(1), End(2), End(None, "killed by signal 9 (Killed)")]
     assert (jobs[0][0] / "output.txt").read_text() == "one\ntwo\n"
     again = queue.start(jobs[0][0])
-    assert end_of(again) == End(None, "killed by signal 9")
+    assert end_of(again) == End(None, "killed by signal 9 (Killed)")
     assert (jobs[0][0] / "output.txt").read_text() == "one\ntwo\n", "output is added, never replaced"
     assert sorted(path.name for path in jobs[0][0].iterdir()) == ["output.txt", "slurm"]
 
@@ -133,7 +133,7 @@ def test_jobs_wait_stop_and_are_found_again(cluster: None, run: Path, worker: Ca
     found_first.stop()
     found_first.stop()
     assert end_of(found_first) == end_of(first) == End(143)
-    assert end_of(found_second) == end_of(second) == End(None, "its job was cancelled")
+    assert end_of(found_second) == end_of(second) == End(None, "the job was cancelled")
     assert (run / "saved").read_text() == "saved\n", "asked once"
     assert not (other / "begun").exists()
     assert later.attach(run, first.handle) is None, "it has ended"
@@ -162,14 +162,14 @@ def test_a_worker_saves_and_ends_when_the_process_that_watches_it_is_killed(
     job = launcher().start(run)
     until((run / "begun").exists, "it has not begun")
     os.kill(int((run / "watcher").read_text()), signal.SIGKILL)
-    assert end_of(job) == End(None, "killed by signal 9")
+    assert end_of(job) == End(None, "killed by signal 9 (Killed)")
     until((run / "saved").exists, "the worker lives on")
 
 
 def test_what_slurm_would_refuse_is_refused_before_anything_is_made(cluster: None, run: Path) -> None:
-    with pytest.raises(UserError, match=r"sbatch refuses such a job: .*[Ii]nvalid partition name"):
+    with pytest.raises(UserError, match=r"sbatch refuses the job: .*[Ii]nvalid partition name"):
         launcher(partition="nowhere")
-    with pytest.raises(UserError, match=r"sbatch refuses such a job: .*node configuration is not available"):
+    with pytest.raises(UserError, match=r"sbatch refuses the job: .*node configuration is not available"):
         launcher(cpus_per_task=3)
     with pytest.raises(UserError, match="frobnicate"):
         launcher(extra={"frobnicate": 1})
@@ -185,7 +185,7 @@ def test_a_controller_that_is_lost_ends_no_job(
         lost.setenv("PATH", "/nowhere")
         time.sleep(0.2)
         assert job.poll() is None
-        with pytest.raises(RunError, match=f"what has become of its job {job.handle}"):
+        with pytest.raises(RunError, match=f"does not report the state of job {job.handle}"):
             slurm.SlurmLauncher.attach(launcher_without_slurm(), run, job.handle)
     job.stop()
     assert end_of(job) == End(143)
@@ -250,7 +250,7 @@ def test_a_sweep_that_slurm_would_refuse_makes_nothing(cluster: None, tmp_path: 
 def test_a_machine_without_slurm_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no sbatch on PATH"):
+    with pytest.raises(UserError, match="sbatch is not on PATH"):
         launcher()
 
 

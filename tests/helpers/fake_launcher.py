@@ -30,7 +30,7 @@ class FakeLauncher(local.LocalLauncher):
 
     def __init__(self, *, jobs: PositiveInt):
         super().__init__(jobs=jobs)
-        local.command = lambda run: [sys.executable, "-m", "tests.helpers.fake_launcher", str(run)]  # type: ignore[assignment]
+        local.worker_command = lambda run: [sys.executable, "-m", "tests.helpers.fake_launcher", str(run)]  # type: ignore[assignment]
 
 
 def work(run: Path, seconds: float) -> int:

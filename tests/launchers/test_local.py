@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: what each is given of it, where its printing goes, how it ends, and with whom."""
+"""Local workers: their share of the machine, their output, and how they end."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ GIB = 2**30
 
 
 def wait(job: Job) -> End:
-    """How a job ends."""
+    """Wait for the end of a job."""
     until = time.monotonic() + 120
     while (end := job.poll()) is None:
-        assert time.monotonic() < until, "it did not end"
+        assert time.monotonic() < until, "the job did not end"
         time.sleep(0.02)
     return end
 
@@ -42,19 +42,17 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def does(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Have workers run this Python; their run is sys.argv[1]."""
-    monkeypatch.setattr(local, "command", lambda run: [sys.executable, "-c", code, str(run)])
+def set_worker(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Replace the worker by Python code; the run folder is sys.argv[1]."""
+    monkeypatch.setattr(local, "worker_command", lambda run: [sys.executable, "-c", code, str(run)])
 
 
-def test_a_lone_job_has_the_whole_machine(machine: pytest.MonkeyPatch) -> None:
-    environment = local.LocalLauncher(jobs=1).environment(0)
-    assert not [name for name in environment if name in hardware.SHARES]
-    assert "OMP_NUM_THREADS" not in environment
+def test_single_job_gets_the_whole_machine(machine: pytest.MonkeyPatch) -> None:
+    assert local.LocalLauncher(jobs=1).environment(0) == {}
 
 
 def test_jobs_share_cores_memory_and_disk(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    does(machine, "import os; print({name: os.environ[name] for name in os.environ if name.startswith(('MTRL_', 'OMP_'))})")
+    set_worker(machine, "import os; print({name: os.environ[name] for name in os.environ if name.startswith(('MTRL_', 'OMP_'))})")
     launcher = local.LocalLauncher(jobs=3)
     assert wait(launcher.start(tmp_path)) == End(0)
     environment = launcher.environment(2)
@@ -64,11 +62,11 @@ def test_jobs_share_cores_memory_and_disk(machine: pytest.MonkeyPatch, tmp_path:
     assert "'MTRL_CORES': '2'" in (tmp_path / OUTPUT).read_text()
     assert "CUDA_VISIBLE_DEVICES" not in environment
     machine.setenv("OMP_NUM_THREADS", "1")
-    assert launcher.environment(0)["OMP_NUM_THREADS"] == "1", "what was said stays"
+    assert "OMP_NUM_THREADS" not in launcher.environment(0), "the user's value stays"
     launcher.close()
 
 
-def test_more_jobs_than_cores_have_one_each(machine: pytest.MonkeyPatch) -> None:
+def test_more_jobs_than_cores_get_one_core_each(machine: pytest.MonkeyPatch) -> None:
     assert local.LocalLauncher(jobs=20).environment(0)["MTRL_CORES"] == "1"
 
 
@@ -82,24 +80,26 @@ def test_more_jobs_than_cores_have_one_each(machine: pytest.MonkeyPatch) -> None
         (["MIG-a", "MIG-b"], 3, ["MIG-a", "MIG-b", "MIG-a"], "2"),
     ],
 )
-def test_gpus_go_round(gpus: list[str], jobs: int, expected: list[str], runs_per_gpu: str, machine: pytest.MonkeyPatch) -> None:
+def test_gpus_are_assigned_round_robin(
+    gpus: list[str], jobs: int, expected: list[str], runs_per_gpu: str, machine: pytest.MonkeyPatch
+) -> None:
     machine.setattr(hardware, "gpus", lambda: gpus)
     launcher = local.LocalLauncher(jobs=jobs)
-    environments = [launcher.environment(place) for place in range(jobs)]
+    environments = [launcher.environment(slot) for slot in range(jobs)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == expected
     assert {each["MTRL_RUNS_PER_GPU"] for each in environments} == {runs_per_gpu}
 
 
-def test_a_job_takes_the_place_of_one_that_has_ended(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    does(machine, "import time; time.sleep(600)")
+def test_job_takes_the_slot_of_one_that_has_ended(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_worker(machine, "import time; time.sleep(600)")
     launcher = local.LocalLauncher(jobs=3)
     jobs = [launcher.start(tmp_path) for _ in range(3)]
     try:
-        assert [job.place for job in jobs] == [0, 1, 2]
+        assert [job.slot for job in jobs] == [0, 1, 2]
         jobs[1].stop()
         wait(jobs[1])
         jobs.append(launcher.start(tmp_path))
-        assert jobs[-1].place == 1
+        assert jobs[-1].slot == 1
     finally:
         for job in jobs:
             job.stop()
@@ -107,26 +107,26 @@ def test_a_job_takes_the_place_of_one_that_has_ended(machine: pytest.MonkeyPatch
         launcher.close()
 
 
-def test_how_a_process_ended_is_told_and_what_it_said_is_kept(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_exit_codes_and_output_are_recorded(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     launcher = local.LocalLauncher(jobs=1)
     for code, expected in (
         ("import sys; print('out'); print('err', file=sys.stderr); sys.exit(2)", End(2)),
-        ("import os; os.kill(os.getpid(), 9)", End(None, "killed by SIGKILL")),
+        ("import os; os.kill(os.getpid(), 9)", End(None, "killed by signal 9 (Killed)")),
         ("print('again')", End(0)),
     ):
-        does(machine, code)
+        set_worker(machine, code)
         job = launcher.start(tmp_path)
         assert not job.is_waiting()
         assert wait(job) == expected
-        job.stop()  # of one that has ended: nothing
+        job.stop()  # no effect after the end
     assert sorted((tmp_path / OUTPUT).read_text().split()) == ["again", "err", "out"]
     with pytest.raises(RunError, match="cannot be started"):
         launcher.start(tmp_path / "none")
     launcher.close()
 
 
-def test_workers_are_no_part_of_the_terminals_group(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    does(machine, "import os; print(os.getpgid(0))")
+def test_workers_are_in_their_own_process_group(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_worker(machine, "import os; print(os.getpgid(0))")
     launcher = local.LocalLauncher(jobs=1)
     wait(launcher.start(tmp_path))
     assert int((tmp_path / OUTPUT).read_text()) != os.getpgid(0)
@@ -155,13 +155,13 @@ def test_workers_save_and_end_when_their_parent_dies(number: signal.Signals, tmp
     try:
         until = time.monotonic() + 120
         while not all((run / "saved.json").exists() for run in runs):
-            assert time.monotonic() < until, "the workers did not begin"
+            assert time.monotonic() < until, "the workers did not start"
             time.sleep(0.02)
         process.send_signal(number)
         process.wait(timeout=60)
         until = time.monotonic() + 120
         while not all(file_lock.is_free(run / ".lock") for run in runs):
-            assert time.monotonic() < until, "the workers live on"
+            assert time.monotonic() < until, "the workers did not end"
             time.sleep(0.02)
     finally:
         process.kill()

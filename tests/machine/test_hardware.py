@@ -40,9 +40,9 @@ def eight_cores(monkeypatch):
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
-        # The limit of a group above holds too.
+        # The limit of an ancestor applies, too.
         ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 3),
-        # A container that shows the host's path: our group is the mount's root.
+        # A container that shows the host's path: the process's cgroup is the root of the mount.
         ({"proc/self/cgroup": "0::/docker/1f\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
         (
             {
@@ -62,7 +62,7 @@ def eight_cores(monkeypatch):
         ),
     ],
 )
-def test_cores_are_those_of_affinity_and_quota(tmp_path, content, expected):
+def test_cores_respect_affinity_and_cgroup_quota(tmp_path, content, expected):
     assert hardware.cores(_tree(tmp_path, content)) == expected
 
 
@@ -102,14 +102,14 @@ def test_cores_are_those_of_affinity_and_quota(tmp_path, content, expected):
         ),
     ],
 )
-def test_memory_is_what_the_machine_and_the_cgroup_leave(tmp_path, content, available, total):
+def test_memory_respects_the_cgroup_limit(tmp_path, content, available, total):
     root = _tree(tmp_path, MEMINFO | content)
     assert hardware.memory_available(root) == available
     assert hardware.memory_total(root) == total
 
 
 @pytest.mark.usefixtures("eight_cores")
-def test_a_run_that_shares_its_machine_sees_its_share_and_no_more_than_there_is(tmp_path, monkeypatch):
+def test_share_variables_limit_cores_memory_and_disk(tmp_path, monkeypatch):
     root = _tree(tmp_path, MEMINFO)
     for cores, memory, expected in (("3", str(2 * GIB), (3, 2 * GIB, 2 * GIB)), ("100", str(100 * GIB), (8, 8 * GIB, 16 * GIB))):
         monkeypatch.setenv("MTRL_CORES", cores)
@@ -122,7 +122,7 @@ def test_a_run_that_shares_its_machine_sees_its_share_and_no_more_than_there_is(
     assert hardware.disk_free(tmp_path) == min(whole, 1000)
 
 
-def test_an_auto_capacity_fits_a_share_of_the_memory(monkeypatch):
+def test_auto_replay_capacity_is_proportional_to_the_memory_share(monkeypatch):
     config = compose_training(["env=minatar_pack", "checkpoint.replay=false", "device=cpu", "steps_per_task=1000000"])
     pack, capacities = build_run.make_pack(config), []
     for megabytes in (400, 200):
@@ -142,7 +142,7 @@ def test_an_auto_capacity_fits_a_share_of_the_memory(monkeypatch):
         ("No devices were found\n", []),
     ],
 )
-def test_gpus_are_those_the_driver_lists_unless_some_are_made_visible(listed, expected, tmp_path, monkeypatch):
+def test_gpus_come_from_cuda_visible_devices_or_the_driver(listed, expected, tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listed}END\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
@@ -154,7 +154,7 @@ def test_gpus_are_those_the_driver_lists_unless_some_are_made_visible(listed, ex
     assert hardware.gpus() == []
 
 
-def test_this_machine_gives_sensible_answers():
+def test_values_of_this_machine_are_plausible():
     assert 1 <= hardware.cores() <= (os.cpu_count() or 1)
     assert 0 < hardware.memory_available() <= hardware.memory_total()
     available, total = hardware.device_memory(torch.device("cpu"))
@@ -162,38 +162,38 @@ def test_this_machine_gives_sensible_answers():
     assert isinstance(hardware.cpu_has_bf16(), bool)
 
 
-def test_resident_memory_grows_with_what_is_held():
+def test_resident_memory_grows_with_allocations():
     before = hardware.resident_memory()
-    with mmap.mmap(-1, 64 * 2**20) as held:  # straight from the system: what was freed before may be used again
+    with mmap.mmap(-1, 64 * 2**20) as held:  # directly from the system, not from freed memory
         held.write(os.urandom(1) * len(held))
         assert hardware.resident_memory() - before >= 0.9 * len(held)
 
 
-def test_devices_that_are_there():
+def test_available_devices_are_resolved():
     assert hardware.resolve_device("cpu") == torch.device("cpu")
     assert hardware.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cuda:-1", "", "cpu:0", "meta"])
-def test_unknown_devices_are_refused_by_name(name):
-    with pytest.raises(UserError, match=f"device={name} "):
+def test_unknown_device_names_are_refused(name):
+    with pytest.raises(UserError, match=f"device must be auto, cpu, cuda or cuda:<index>, got {name}"):
         hardware.resolve_device(name)
 
 
-def test_cuda_without_one_is_refused(monkeypatch):
+def test_cuda_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(UserError, match=r"give device=cpu or device=auto"):
+        with pytest.raises(UserError, match="use device=cpu or device=auto"):
             hardware.resolve_device(name)
 
 
-def test_a_cuda_index_that_does_not_exist_is_refused(monkeypatch):
+def test_cuda_index_out_of_range_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert hardware.resolve_device("cuda:1") == torch.device("cuda", 1)
     assert hardware.resolve_device("cuda") == hardware.resolve_device("auto") == torch.device("cuda", 0)
-    with pytest.raises(UserError, match="there are 2 CUDA devices, cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match="the CUDA devices are cuda:0 to cuda:1"):
         hardware.resolve_device("cuda:2")
 
 
@@ -202,7 +202,7 @@ def _program(path: Path, code: int) -> None:
     path.chmod(0o755)
 
 
-def test_a_compiler_is_one_that_runs(tmp_path, monkeypatch):
+def test_only_a_compiler_that_runs_is_returned(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.delenv("CXX", raising=False)
     _program(tmp_path / "g++", 127)
@@ -216,19 +216,19 @@ def test_a_compiler_is_one_that_runs(tmp_path, monkeypatch):
     assert "no C++ compiler" in (hardware.missing_for_compile() or "")
 
 
-def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_cache_is_in_the_users_cache_folder_unless_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what is set below is taken back afterwards
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that the value set below is undone
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     hardware.keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mtrl" / "torchinductor")
-    assert (tmp_path / "mtrl" / "torchinductor").stat().st_mode & 0o077 == 0, "others could put code there"
+    assert (tmp_path / "mtrl" / "torchinductor").stat().st_mode & 0o077 == 0, "other users could place code there"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     hardware.keep_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
-def test_a_cache_folder_that_cannot_be_made_leaves_torchs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_cache_is_torchs_default_if_the_folder_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")

@@ -88,7 +88,7 @@ with StopRequest() as stop:
 def test_who_is_saving_already_is_not_asked_again_when_its_parent_dies(is_asked, expected, monkeypatch):
     sent = []
     monkeypatch.setattr(parent_watchdog, "_is_stopping", False)
-    monkeypatch.setattr(parent_watchdog, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(parent_watchdog, "SAVING_SECONDS", 0)
     with StopRequest():
         if is_asked:
             signal.raise_signal(signal.SIGTERM)

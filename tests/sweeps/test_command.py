@@ -194,8 +194,8 @@ def test_a_trial_whose_process_is_killed_is_gone_on_with_and_one_that_always_die
     once, always = trials(tmp_path / "S")
     assert (once["state"], once["attempts"]) == ("completed", 2)
     assert (always["state"], always["attempts"]) == ("failed", 3)
-    assert "killed by SIGKILL" in always["why"]
-    assert "trial 0: its process died (killed by SIGKILL); going on with it" in stdout
+    assert "killed by signal 9 (Killed)" in always["why"]
+    assert "trial 0: its process died (killed by signal 9 (Killed)); going on with it" in stdout
     steps = [int(line) for line in (tmp_path / "S/trials/0000/steps.log").read_text().split()]
     assert steps == list(range(1, STEPS + 1))
 
