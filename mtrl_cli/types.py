@@ -1,7 +1,7 @@
-"""The types of configuration values, as annotations that constructors and the schema share.
+"""Types of configuration values, as annotations of constructors and of config/schema.py.
 
-A constructor's keyword-only parameters are the keys that its YAML may hold; their annotations, made of these names and of
-builtins, are what the values are checked against (see `schema.py`), without importing the module that defines the class.
+The keyword-only parameters of a constructor are the keys of its YAML. Values are validated against the annotations, which consist of these
+names and builtins, without importing the module of the class (see config/introspection.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropped = Annotated[float, Field(ge=0, le=0.9, description="a share from 0 to 0.9")]
 Auto = Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
-# A number above 0, in full or with one of the units that `budget.parse` knows.
+# A positive number, in full or with a unit that `build.parameter_budget.parse` reads.
 Parameters = Annotated[
     PositiveInt | Annotated[str, Field(pattern=r"^([1-9]\d{0,14}(\.\d+)?|0\.\d*[1-9]\d*)[kKMG]$")],
     Field(description="a number of parameters, such as 1700000, 850k, 1.7M or 2G"),

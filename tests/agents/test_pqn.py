@@ -333,6 +333,6 @@ def test_what_is_left_open_is_settled_by_the_device(monkeypatch: pytest.MonkeyPa
     chosen = resolve_auto.settle(compose.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None)
     assert chosen["agent"]["overlap"] is True
     # 2 rollouts of 32 rows and 3 more of 16 environments; each of 6 numbers, an action, a reward, flags and a value.
-    assert "rollouts: 1,072 transitions per task, 0.1 MiB in all (46 bytes each)" in resolve_auto.describe(
+    assert "rollouts: 1,072 transitions per task, 0.1 MiB in total (46 bytes each)" in resolve_auto.describe(
         settled | {"device": "cpu"}, pack
     )

@@ -295,7 +295,10 @@ def test_ls_tells_sizes_with_a_runs_overrides_and_why_an_option_has_none(mtrl: C
     assert (code, err) == (0, "")
     assert row(out, "mlp")[5] == "classic_pack"
     assert row(out, "nature")[1:5] == ["-"] * 4
-    assert "(not counted: network=NatureCNN reads image observations; those of env=classic_pack are vectors" in row(out, "nature")[-1]
+    assert (
+        "(not counted: network=NatureCNN requires image observations, and env=classic_pack has vector observations"
+        in row(out, "nature")[-1]
+    )
 
 
 def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_other_axes_sizes_and_seeds(here: MtrlHere) -> None:
 
 def test_a_structure_that_cannot_be_so_small_is_left_out_and_named(here: MtrlHere) -> None:
     told = here("study", "sharing", *WORDS, "network/sharing=care,hard", "network.parameters=2k", "seeds=1", "--dry-run").stdout
-    assert "left out: care with network.parameters=2k: network.parameters=2k is too small" in told
+    assert "left out: care with network.parameters=2k: network.parameters must be at least " in told
     assert {each["network/sharing"] for each in trials(told)} == {"independent", "hard"}
 
 
