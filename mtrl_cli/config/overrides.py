@@ -80,7 +80,7 @@ def _parse_simple(text: str) -> Override | None:
         return None
     key, value = match.groups()
     if key in PATHS and value != "null":
-        return None if value.startswith("[") else Override(key, value, f"{key}={quoted(value)}")
+        return None if value.startswith("[") else Override(key, value, f"{key}={hydra_quoted(value)}")
     plain = [_plain(word) for word in value[1:-1].split(",")] if value.startswith("[") else _plain(value)
     return Override(key, plain, text)
 

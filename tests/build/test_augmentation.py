@@ -107,9 +107,9 @@ def test_experiment_may_choose_several_augmentations(tmp_path: Path) -> None:
         (["augmentation=shift", "augmentation.pad=2"], "Keys of an option have the form augmentation.shift.pad"),
         (["augmentation=shift", "augmentation.shift.pad=-1"], "augmentation.shift.pad must be a non-negative integer or auto, got -1"),
         (["augmentation=shift", "augmentation.shift.pad=much"], "shift.pad must be a non-negative integer or auto, got 'much'"),
-        (["augmentation=shift", "augmentation.blur.low=1"], "blur is not chosen here"),
-        (["agent.loss_draws=2"], "agent.loss_draws=2 averages over draws of an augmentation, and there is none"),
-        (["agent.target_draws=3"], "agent.target_draws=3 averages over draws of an augmentation, and there is none"),
+        (["augmentation=shift", "augmentation.blur.low=1"], "blur is not chosen"),
+        (["agent.loss_draws=2"], "agent.loss_draws=2 requires an augmentation"),
+        (["agent.target_draws=3"], "agent.target_draws=3 requires an augmentation"),
         (["agent=pqn", "augmentation=shift", "agent.loss_draws=2"], "unknown key 'agent.loss_draws' in PQN"),
     ],
 )  # fmt: skip
