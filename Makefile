@@ -1,10 +1,10 @@
-# Everything here runs in .venv, which the first call makes. `make help` tells what there is.
+# All targets run in .venv, which the first call creates. `make help` lists the targets.
 
-# Another Python than the first new enough one:  make train PYTHON=/path/to/python3
+# Another Python than the first suitable one:  make train PYTHON=/path/to/python3
 PYTHON ?=
-# Another build of torch than pip's default (on Linux: CUDA), from PyTorch's own index, at the first install:  make train TORCH=cpu
+# Another build of torch than pip's default (on Linux: CUDA), from PyTorch's index, at the first installation:  make train TORCH=cpu
 TORCH ?=
-# More for the command itself:  make train ARGS='seed=1 device=cpu'  ·  make test ARGS='tests/replay -x'
+# Additional arguments:  make train ARGS='seed=1 device=cpu'  ·  make test ARGS='tests/replay -x'
 ARGS ?=
 
 VENV := .venv
@@ -15,41 +15,41 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --constr
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 	@sed -n 's/^# \(.*\):  \(make .*\)/  \1: \2/p' Makefile
 
 train: $(VENV)/.installed ## install, then train one network on eight Atari games for a few minutes
 	$(VENV)/bin/mtrl train env=atari_pack experiment=quickstart $(ARGS)
 
-test: $(VENV)/.installed-dev ## install what tests need, then run them all
+test: $(VENV)/.installed-dev ## install the test dependencies, then run all tests
 	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile $(ARGS)
 
-lint: $(VENV)/.installed-dev ## ruff (lint and format), mypy and import-linter; changes nothing
+lint: $(VENV)/.installed-dev ## run ruff (lint and format), mypy and import-linter without changing files
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
-format: $(VENV)/.installed-dev ## let ruff mend what it can
+format: $(VENV)/.installed-dev ## fix and format with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed-bench ## speed against stable-baselines3 and the machine's limit, cost of weightings, memory, start-up times (40 minutes)
+bench: $(VENV)/.installed-bench ## measure all performance targets: speed, memory, startup times (40 minutes)
 	$(VENV)/bin/python scripts/bench.py $(ARGS)
 
-tensorboard: $(VENV)/.installed ## look at the runs in runs/ with a browser
+tensorboard: $(VENV)/.installed ## start TensorBoard for runs/
 	$(VENV)/bin/tensorboard --logdir runs $(ARGS)
 
-constraints: ## pin anew: the newest releases that pyproject.toml admits
+constraints: ## update the pins to the newest releases that pyproject.toml allows
 	scripts/constraints.sh > constraints.new
 	mv constraints.new constraints.txt
 
-clean: ## remove .venv and caches; runs/ stays
+clean: ## remove .venv and caches, but not runs/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One file per set of packages says that it is installed, as pyproject.toml and constraints.txt are now.
+# A file per set of packages marks the set as installed with the current pyproject.toml and constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[all]'
 	@touch $@
@@ -67,9 +67,9 @@ $(VENV)/bin/python:
 	if [ -n "$(PYTHON)" ]; then set -- "$(PYTHON)"; fi; \
 	for python in "$$@"; do \
 		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
-			echo "Making $(VENV) with $$python ($$("$$python" --version))"; \
+			echo "Creating $(VENV) with $$python ($$("$$python" --version))"; \
 			"$$python" -m venv --clear $(VENV) && exit 0; \
 			rm -rf $(VENV); exit 1; \
 		fi; \
 	done; \
-	echo "mtrl needs Python 3.11 or newer; tried: $$*. Install one, or name yours: make train PYTHON=/path/to/python3" >&2; exit 1
+	echo "mtrl needs Python 3.11 or newer; tried: $$*. Install one, or use make train PYTHON=/path/to/python3" >&2; exit 1

@@ -97,3 +97,8 @@ def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = ""
     listed = f"Expected one of: {', '.join(known)}" if len(known) <= MOST_LISTED else ""
     advice = did_you_mean(near and prefix + near, otherwise or listed)
     return f"unknown {kind} {quoted(f'{prefix}{show(name)}')}{where}. {advice}".rstrip(". ")
+
+
+def printable(text: str) -> str:
+    """Replace characters that could control the terminal, except line ends. Files of a run may come from a stranger."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Every metric that the project promises, measured in one run and printed beside its bar. (A bar missed is shown, not an error.)
+"""Measure every performance target of the project and print the results. A missed target is shown, not an error.
 
-Run it with `make bench`, or as `python scripts/bench.py [--rounds 3] [--json]`.
+make bench
+python scripts/bench.py [--rounds 3] [--json]
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import bench_sb3
 
 
 class Measurement(NamedTuple):
-    """A measured value, and the bound that it is held against."""
+    """A measured value and its target."""
 
     name: str
     value: float
@@ -31,7 +32,7 @@ class Measurement(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """Whether the value is on the right side of its bound."""
+        """Whether the value meets its target."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def __str__(self) -> str:
@@ -40,7 +41,7 @@ class Measurement(NamedTuple):
 
 
 def script(name: str, *arguments: str) -> Any:
-    """What another script here prints as JSON; its progress goes to stderr."""
+    """Return the JSON that another script in this folder prints. Its progress goes to stderr."""
     command = [sys.executable, str(Path(__file__).with_name(name)), "--json", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -57,33 +58,35 @@ def metrics(
     weights: list[dict[str, Any]],
     augmentations: list[dict[str, Any]],
 ) -> list[Measurement]:
-    """All metrics with their bars."""
+    """Return all measurements with their targets."""
     worst = [max((row for row in weights if row["needs"] == needs), key=lambda row: row["ratio"]) for needs in ("gram", "rows")]
-    # Of all but the shift, which has a bar of its own, the slowest.
+    # The slowest augmentation per target; shift has its own.
     slowest = [
         max((row for row in augmentations if (row["env"], row["bar"]) == each), key=lambda row: row["ratio"])
         for each in dict.fromkeys((row["env"], row["bar"]) for row in augmentations)
     ]
     sides = limit["sides"]
     return [
-        Measurement("steps/s over stable-baselines3's DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
-        Measurement("steps/s over stable-baselines3's DQN, all eight games", ratio["mtrl, eight games"], "times", 3.0, True),
-        Measurement("steps/s over stable-baselines3's DQN, pqn, one game", ratio["mtrl pqn, breakout"], "times", 5.5, True),
+        Measurement("speedup over stable-baselines3 DQN, one game", ratio["mtrl, breakout"], "times", 3.5, True),
+        Measurement("speedup over stable-baselines3 DQN, all eight games", ratio["mtrl, eight games"], "times", 3.0, True),
+        Measurement("speedup over stable-baselines3 DQN, pqn, one game", ratio["mtrl pqn, breakout"], "times", 5.5, True),
         *(Measurement(f"share of the limit, {side}", found["share"], "", 0.9, True) for side, found in sides.items()),
-        Measurement("eight games over one with as many environments", limit["eight_over_one"], "times", 0.9, True),
+        Measurement("eight games relative to one game with as many environments", limit["eight_over_one"], "times", 0.9, True),
         Measurement("MinAtar, dqn at 8 samples per step", sides["minatar_pack"]["loop"], "steps/s", 4000, True),
         Measurement("MinAtar, pqn at 4 samples per step", sides["minatar_pack, pqn, 4 epochs"]["loop"], "steps/s", 10_000, True),
         *(
-            Measurement(f"to the first step, {pack}, {way}", found["first_step"], "s", bench_first_step.BARS[way], False)
+            Measurement(f"time to the first step, {pack}, {way}", found["first_step"], "s", bench_first_step.BARS[way], False)
             for pack, ways in first_step.items()
             for way, found in ways.items()
         ),
         *(
-            Measurement(f"an update over uniform's, {row['name']}, the slowest of {row['needs']}", row["ratio"], "times", row["bar"], False)
+            Measurement(
+                f"update time relative to uniform, {row['name']} (slowest of {row['needs']})", row["ratio"], "times", row["bar"], False
+            )
             for row in worst
         ),
         *(
-            Measurement(f"an update over one without, {row['name']}, {row['env']}", row["ratio"], "times", row["bar"], False)
+            Measurement(f"update time relative to no augmentation, {row['name']}, {row['env']}", row["ratio"], "times", row["bar"], False)
             for row in slowest
         ),
         Measurement("resident memory per Atari transition", memory["bytes_per_transition"], "bytes", 7300, False),
@@ -94,7 +97,7 @@ def metrics(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns against stable-baselines3, and of mtrl bench")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the speed measurements")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     found = {
@@ -107,7 +110,7 @@ def main() -> None:
         "augmentation": script("bench_augmentation.py"),
     }
     from bench_augmentation import table as augmentation_table
-    from bench_task_weights import table as weights_table  # imports torch and the peers, which the metrics above do without
+    from bench_task_weights import table as weights_table  # imports torch and TorchJD, which the measurements above do not need
 
     if options.json:
         print(json.dumps(found))

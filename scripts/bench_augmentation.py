@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What an augmentation costs: the time of an update with it over the time of an update without, side by side.
+"""Measure the cost of augmentations: the time of an update with an augmentation relative to an update without.
 
-The learner of `mtrl train` with its sampling, targets, backward pass and optimizer, compiled, in the fastest precision here: on eight Atari
-games (the Nature network, 32 samples each) and on MinAtar (as tuned: 128 samples of each of five games).
+The complete update of `mtrl train` (sampling, targets, backward pass, optimizer), compiled, in the fastest precision: on eight Atari games
+(Nature network, 32 samples per task) and on MinAtar (as tuned: 128 samples per task).
 
     pip install '.[minatar]'
     python scripts/bench_augmentation.py [--pairs 10] [--env atari_pack] [--device cpu] [--busy] [--json] [NAME ...]
 
-Each metric is the median over pairs of one update with it and one without, in turns. With `--busy` one thread works and its CPU time is
-taken, which other processes disturb less.
+Each result is the median over pairs of updates with and without the augmentation, in alternation. `--busy` uses one thread and measures
+its CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ WARM_UPS, ROWS = 2, 40
 
 
 def bar_of(name: str) -> float:
-    """How many times as long an update with it may take."""
+    """Return the target: the maximum ratio of update times."""
     return BARS.get(name, BAR)
 
 
 def make_learner(env: str, options: argparse.Namespace, run_dir: str) -> tuple[Learner, dict[str, Any], Pack]:
-    """The learner of a run, its replay filled with noise, its settled configuration, and its pack."""
+    """Return the learner of a run with a replay of noise, the resolved configuration, and the pack."""
     words = [f"env={env}", *PACKS[env], "replay.capacity=4000", f"device={options.device}", f"run_dir={run_dir}"]
     composed = compose.compose_training([*words, f"threads={1 if options.busy else 'auto'}"])
-    # That no game is the same in a mirror does not matter here.
+    # Treat all games as mirror-symmetric, so that flip can be measured.
     composed["env"]["symmetric"] = composed["env"]["tasks"]
     pack = build_run.make_pack(composed)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = resolve_auto.settle(composed, pack, say)
-    learner = build_run.make_run(settled, pack, say).learner
+    settled = resolve_auto.settle(composed, pack, log)
+    learner = build_run.make_run(settled, pack, log).learner
     spec, random = learner.replay.spec, torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)
     never = torch.zeros(shape, dtype=torch.bool)
@@ -75,7 +75,7 @@ def make_learner(env: str, options: argparse.Namespace, run_dir: str) -> tuple[L
 
 
 def pipeline(name: str, learner: Learner, settled: dict[str, Any], pack: Pack) -> Pipeline:
-    """One augmentation, with its defaults, for the same run."""
+    """Return an augmentation with its defaults for the same run."""
     section = catalogue.read_yaml(catalogue.options("augmentation", [catalogue.conf_folder()])[name])
     chosen = settled | {"augmentation": {name: section}}
     settled = chosen | {"augmentation": build_augmentation.settle(chosen, pack)}
@@ -83,7 +83,7 @@ def pipeline(name: str, learner: Learner, settled: dict[str, Any], pack: Pack) -
 
 
 def measure(env: str, options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
-    """A row for each augmentation."""
+    """Return a row per augmentation."""
     learner, settled, pack = make_learner(env, options, run_dir)
     device, clock = learner.replay.spec.device, time.process_time if options.busy else time.perf_counter
     names = options.names or [name for name in catalogue.options("augmentation", [catalogue.conf_folder()]) if name != "none"]
@@ -118,7 +118,7 @@ def measure(env: str, options: argparse.Namespace, run_dir: str) -> list[dict[st
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Format a row."""
     verdict = f"at most {row['bar']}  {'met' if row['ratio'] <= row['bar'] else 'MISSED'}"
     spread = f"{row['least']:.2f} to {row['most']:.2f}"
     return (
@@ -128,22 +128,22 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows under their titles."""
-    titles = f"{'an update of':<14}{'with':<12}{'takes':>11} {'without':>11}{'ratio':>7}  over pairs"
+    """Format all rows with a header."""
+    titles = f"{'pack':<14}{'augmentation':<12}{'with':>11} {'without':>11}{'ratio':>7}  range"
     return "\n".join([titles, *map(line, rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="augmentations; all where none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="augmentations (default: all)")
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--env", choices=list(PACKS), help="both where none is named")
+    parser.add_argument("--env", choices=list(PACKS), help="pack (default: both)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--busy", action="store_true", help="one thread's CPU time, for a busy machine")
+    parser.add_argument("--busy", action="store_true", help="measure CPU time of one thread, for a busy machine")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args()
     if (load := os.getloadavg()[0]) > 1 and not options.busy:
-        print(f"the machine is busy (load {load:.1f}): no ratio holds", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}); the ratios are not reliable", file=sys.stderr)
     rows = []
     for env in [options.env] if options.env else PACKS:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the diagnostics of sharing take of a run's time at their default interval: at most 2% is the aim.
+"""Measure the share of run time that the sharing diagnostics take at their default interval. The target is at most 2%.
 
     python scripts/bench_diagnostics.py [classic_pack] [minatar_pack] [atari_pack] [--json]
 
-Each pack is trained for a short while by the real command, with diagnostics more often than by default. The rows of its metrics.jsonl tell
-the time of one look (the median) and the speed without it, and so the time that the steps of a default interval take.
+Each pack is trained briefly with the real command and with more frequent diagnostics. The rows of metrics.jsonl give the median time of
+one computation and the speed without it, from which the share at the default interval follows.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import yaml
 
 from bench_sb3 import steady_rates
 
-# Of each pack: steps per task, those before learning starts, those from one look to the next.
+# Per pack: steps per task, steps before learning starts, steps between diagnostics.
 SIZES = {"classic_pack": (20_000, 1000, 1000), "minatar_pack": (6000, 500, 500), "atari_pack": (800, 100, 100)}
-AIM = 0.02
+TARGET = 0.02
 
 
 def mtrl_train(folder: str, *overrides: str) -> str:
-    """What `mtrl train` prints; where it fails, its last words and the end of this script."""
+    """Return the output of `mtrl train`. Exit with its error if it fails."""
     done = subprocess.run([sys.executable, "-m", "mtrl_cli", "train", *overrides], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"mtrl train {' '.join(overrides)} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
@@ -36,7 +36,7 @@ def mtrl_train(folder: str, *overrides: str) -> str:
 
 
 def overrides(pack: str, run_dir: str) -> list[str]:
-    """What the timed run is told."""
+    """Return the overrides of the timed run."""
     steps, starts, every = SIZES[pack]
     lengths = [f"steps_per_task={steps}", f"agent.learning_starts={starts}", f"log.diagnostics={every}", f"log.every={every // 2}"]
     rare = ["eval.every=0", "eval.episodes=1", "eval.max_steps=10", "checkpoint.every=0", "checkpoint.replay=false"]
@@ -44,23 +44,23 @@ def overrides(pack: str, run_dir: str) -> list[str]:
 
 
 def measure(pack: str, folder: str) -> dict[str, float]:
-    """The time of one look, and that of a default interval."""
+    """Return the time of one computation and of a default interval, and their ratio."""
     config = yaml.safe_load(mtrl_train(folder, f"env={pack}", "--dry-run"))
     run_dir, tasks, every = tempfile.mkdtemp(dir=folder), len(config["env"]["tasks"]), config["log"]["diagnostics"]
     mtrl_train(folder, *overrides(pack, run_dir))
     rows: list[dict[str, Any]] = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    # What is done for the first time takes longer, as does an update.
-    looks = [row["perf/seconds/diagnostics"] for row in rows if "perf/seconds/diagnostics" in row][1:]
+    # The first computation includes warm-up.
+    times = [row["perf/seconds/diagnostics"] for row in rows if "perf/seconds/diagnostics" in row][1:]
     speed = steady_rates(rows, 2 * SIZES[pack][1], tasks, config["agent"]["batch_size"])["steps_per_second"]
-    look, interval = statistics.median(looks), every * tasks / speed
+    median, interval = statistics.median(times), every * tasks / speed
     return {
-        "look": look,
-        "longest": max(looks),
-        "looks": len(looks),
+        "median": median,
+        "longest": max(times),
+        "count": len(times),
         "speed": speed,
         "every": every,
         "interval": interval,
-        "share": look / interval,
+        "share": median / interval,
     }
 
 
@@ -74,10 +74,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{'pack':<14}{'one look, s':>12}{'longest':>9}{'looks':>7}{'steps/s':>9}{'every':>8}{'interval, s':>13}{'share':>8}")
-    for pack, its in result.items():
-        line = f"{pack:<14}{its['look']:>12.3f}{its['longest']:>9.3f}{its['looks']:>7.0f}{its['speed']:>9,.0f}{its['every']:>8,.0f}"
-        print(f"{line}{its['interval']:>13.1f}{its['share']:>8.2%} {'met' if its['share'] <= AIM else 'MISSED'}")
+    print(f"{'pack':<14}{'median, s':>12}{'longest':>9}{'count':>7}{'steps/s':>9}{'every':>8}{'interval, s':>13}{'share':>8}")
+    for pack, row in result.items():
+        line = f"{pack:<14}{row['median']:>12.3f}{row['longest']:>9.3f}{row['count']:>7.0f}{row['speed']:>9,.0f}{row['every']:>8,.0f}"
+        print(f"{line}{row['interval']:>13.1f}{row['share']:>8.2%} {'met' if row['share'] <= TARGET else 'MISSED'}")
 
 
 if __name__ == "__main__":

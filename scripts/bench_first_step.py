@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""How long `mtrl train` takes from the end of its imports to its first step and to its first update, in fresh processes.
+"""Measure the time of `mtrl train` from the end of its imports to its first step and first update, in fresh processes.
 
-Eager; compiled with an empty cache (what a new machine sees); compiled again with the cache that this left.
+Three modes: eager; compiled with an empty cache, as on a new machine; compiled with the cache of the second mode.
 
-python scripts/bench_first_step.py [--packs atari_pack classic_pack] [--set KEY=VALUE ...] [--json]
+    python scripts/bench_first_step.py [--packs atari_pack classic_pack] [--set KEY=VALUE ...] [--json]
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any
 
 PACKS = ("atari_pack", "classic_pack")
 BARS = {"eager": 3.0, "compiled, first run": 60.0, "compiled, second run": 15.0}
-"""Seconds to the first step, at most."""
+"""Targets: maximum seconds to the first step."""
 
 
 class _Enough(BaseException):
-    """The first update has been made."""
+    """Raised after the first update to end the run."""
 
 
 def play_until_first_update(overrides: list[str]) -> dict[str, float]:
-    """Run `mtrl train`'s own procedure in this process up to its first update.
+    """Run `mtrl train` in this process up to its first update.
 
     Returns:
-        seconds since the imports to the `first_step` and the `first_update`; `emulators`, those of them in which emulators were started.
+        seconds from the imports to the `first_step` and to the `first_update`, and seconds spent in starting `emulators`.
     """
     from mtrl_cli.commands import train as train_command
     from mtrl_cli.config import compose
@@ -70,14 +70,14 @@ def play_until_first_update(overrides: list[str]) -> dict[str, float]:
     Loop.ticks, Learner.update = timed_ticks, timed_update  # type: ignore[method-assign]
     VectorTasks.__init__, VectorTasks.reset = timed(open_pack), timed(reset)  # type: ignore[method-assign]
     try:
-        train_command.train(compose.compose_training(overrides), command=["mtrl", "train", *overrides])
+        train_command.run(compose.compose_training(overrides), command=["mtrl", "train", *overrides])
     except _Enough:
         return seconds
     raise SystemExit("the run ended before its first update")
 
 
 def in_a_process(overrides: list[str], cache: str) -> dict[str, float]:
-    """`play_until_first_update` in a process of its own, whose compiled code is kept in the folder `cache`."""
+    """Run `play_until_first_update` in a separate process with `cache` as the folder of compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), "--child", *overrides, f"run_dir={folder}/run"]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache) / "triton")}
@@ -89,8 +89,8 @@ def in_a_process(overrides: list[str], cache: str) -> dict[str, float]:
 
 
 def measure(pack: str, settings: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds to the first step and to the first update of a pack, by way."""
-    # Nothing is waited for: what comes before the first update is the start, not the gathering of experience.
+    """Return the seconds to the first step and the first update of a pack, by mode."""
+    # Learning starts immediately, so that the measurement excludes the collection of experience.
     overrides = [f"env={pack}", "agent.learning_starts=0", *settings]
     with tempfile.TemporaryDirectory() as cache:
         ways = (("eager", "compile=false"), ("compiled, first run", "compile=true"), ("compiled, second run", "compile=true"))
@@ -102,12 +102,12 @@ def measure(pack: str, settings: list[str]) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The results as lines, beside their bars."""
-    lines = [f"{'seconds after imports, to':<40}{'first step':>12}{'of it emulators':>17}{'first update':>14}{'bar (step)':>12}"]
+    """Format the results with their targets."""
+    lines = [f"{'seconds after imports to':<40}{'first step':>12}{'emulators':>17}{'first update':>14}{'target (step)':>14}"]
     for pack, ways in results.items():
         for way, found in ways.items():
             met = "met" if found["first_step"] <= BARS[way] else "MISSED"
-            cells = f"{found['first_step']:>12.1f}{found['emulators']:>17.1f}{found['first_update']:>14.1f}{BARS[way]:>12g}"
+            cells = f"{found['first_step']:>12.1f}{found['emulators']:>17.1f}{found['first_update']:>14.1f}{BARS[way]:>14g}"
             lines.append(f"{pack + ', ' + way:<40}{cells} {met}")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""How near `mtrl` comes to the machine's limit, by `mtrl bench` itself: Atari with eight games and with one of as many environments,
-MinAtar, DQN and PQN; in turns, medians of the rounds.
+"""Measure how close `mtrl` is to the limit of the machine, with `mtrl bench`: Atari with eight games and with one game and as many
+environments, MinAtar, DQN and PQN. Results are medians over rounds.
 
     python scripts/bench_limit.py [--rounds 3] [--seconds 20] [--device auto] [--json]
 """
@@ -29,7 +29,7 @@ SIDES = {
 
 
 def bench(overrides: list[str], seconds: float, folder: str) -> dict[str, Any]:
-    """What `mtrl bench` prints as JSON."""
+    """Return the JSON that `mtrl bench` prints."""
     command = [str(Path(sys.executable).parent / "mtrl"), "bench", *overrides, "--json", f"--seconds={seconds:g}"]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
@@ -39,7 +39,7 @@ def bench(overrides: list[str], seconds: float, folder: str) -> dict[str, Any]:
 
 
 def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
-    """Medians of every side's metrics over the rounds, and every round's share."""
+    """Return medians over rounds for every configuration, and the share of the limit in each round."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -58,21 +58,21 @@ def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The metrics as lines of text."""
+    """Format the results."""
     names = ("emulators", "acting", "learning", "limit", "loop")
     lines = [f"{'steps/s, medians':<30}" + "".join(f"{name:>11}" for name in names) + f"{'share':>8}   share by round"]
     for side, metrics in result["sides"].items():
         by_round = " ".join(f"{share:.2f}" for share in result["share_by_round"][side])
         lines.append(f"{side:<30}" + "".join(f"{metrics[name]:>11,.0f}" for name in names) + f"{metrics['share']:>8.2f}   {by_round}")
     by_round = " ".join(f"{ratio:.2f}" for ratio in result["eight_over_one_by_round"])
-    lines.append(f"eight games over one game with as many environments: {result['eight_over_one']:.2f}   by round {by_round}")
+    lines.append(f"eight games relative to one game with as many environments: {result['eight_over_one']:.2f}   by round {by_round}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20, help="of each bench")
+    parser.add_argument("--seconds", type=float, default=20, help="measuring time of each mtrl bench")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

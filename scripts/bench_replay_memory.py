@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Resident bytes per Atari transition of a full replay: what the process grew by, over what it holds.
+"""Measure the resident memory per Atari transition of a full replay: the growth of the process divided by the transitions.
 
 python scripts/bench_replay_memory.py [--transitions 100000] [--json]
 """
@@ -19,13 +19,13 @@ EPISODE_STEPS = 500
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux), without pages of libraries: these come and go with what runs first."""
+    """Return the resident memory of this process (Linux) without pages of libraries, which vary."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def fill(replay: UniformReplay, rows: int) -> None:
-    """Add `rows` rows of random frames, in episodes of EPISODE_STEPS; one and the same buffer is written from."""
+    """Add `rows` rows of random frames, in episodes of EPISODE_STEPS."""
     shape = (GAMES, ENVS)
     frame = torch.empty((*shape, 84, 84), dtype=torch.uint8)
     never = torch.zeros(shape, dtype=torch.bool)
@@ -37,7 +37,7 @@ def fill(replay: UniformReplay, rows: int) -> None:
 
 
 def measure(transitions: int) -> float:
-    """Bytes per transition, all games together, after the ring has been full for a while and a batch was drawn."""
+    """Return the bytes per transition after the ring buffer has wrapped around and a batch was sampled."""
     spec = ReplaySpec(
         num_tasks=GAMES,
         num_envs=ENVS,
@@ -50,7 +50,7 @@ def measure(transitions: int) -> float:
         total_steps=1,
     )
     per_task = transitions // GAMES
-    warm = UniformReplay(spec, capacity=20 * ENVS)  # what torch itself takes at its first operations is not the replay's
+    warm = UniformReplay(spec, capacity=20 * ENVS)  # excludes memory that torch allocates at its first operations
     fill(warm, 20)
     warm.sample(32, 0)
     before = resident_bytes()
@@ -62,7 +62,7 @@ def measure(transitions: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transitions", type=int, default=100_000, help="of all eight games together")
+    parser.add_argument("--transitions", type=int, default=100_000, help="total over all eight games")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(1)

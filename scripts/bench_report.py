@@ -1,6 +1,6 @@
-"""How long `mtrl report` takes, the interpreter's start included, for sweeps of finished trials made by hand, of 50 rows each.
+"""Measure the time of `mtrl report`, including startup, on synthetic sweeps of finished trials with 50 rows each.
 
-python scripts/bench_report.py            # 100 runs, 1,000 trials of a grid, 1,000 trials that all differ
+python scripts/bench_report.py            # 100 runs, 1,000 trials of a grid, 1,000 different trials
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STRUCTURES = ["independent", "hard", "film", "mmoe", "task_embedding"]
 
 
 def grid(folder: Path, seeds: int) -> None:
-    """5 structures x 4 weights x seeds."""
+    """Create 5 structures x 4 task weightings x seeds."""
     axes: dict[str, Sequence[object]] = {
         "network/sharing": STRUCTURES,
         "task_weights": ["uniform", "pcgrad", "dwa", "cagrad"],
@@ -31,7 +31,7 @@ def grid(folder: Path, seeds: int) -> None:
 
 
 def search(folder: Path, trials: int) -> None:
-    """A search in which no two trials have the same learning rate."""
+    """Create a search in which every trial has another learning rate."""
     make_sweep(folder, {"optimizer.lr": ["1e-4"]})
     text = (folder / "trials" / "0000" / "config.yaml").read_text()
     for number in range(1, trials):
@@ -43,13 +43,13 @@ def search(folder: Path, trials: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """What the processes that were waited for have worked: other than the time, it does not depend on who else uses the machine."""
+    """Return the CPU time of finished child processes, which is independent of the machine's load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
-    """Print the seconds of each case."""
+    """Measure and print each case."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for name, make, count in (("grid_100", grid, 5), ("grid_1000", grid, 50), ("search_1000", search, 1000)):
@@ -57,8 +57,8 @@ def main() -> None:
             began, worked = time.perf_counter(), cpu_seconds()
             subprocess.run([sys.executable, "-m", "mtrl_cli", "report", str(folder / name)], check=True, stdout=subprocess.DEVNULL)
             page = folder / name / "report" / "index.html"
-            times = f"{time.perf_counter() - began:.1f} s, of a CPU {cpu_seconds() - worked:.1f} s"
-            print(f"{name}: {times}, a page of {page.stat().st_size / 2**20:.1f} MiB", flush=True)
+            times = f"{time.perf_counter() - began:.1f} s ({cpu_seconds() - worked:.1f} s of CPU time)"
+            print(f"{name}: {times}, page size {page.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Speed against stable-baselines3's DQN at equal work: the same game, the Nature network with a plain head, no double
-Q-learning, one-step returns, 8 replayed samples per step. Each side is a process of its own, in turns; medians of the rounds.
-Beside them `agent=pqn` on the same game, at 4 samples per step (4 epochs), with the LayerNorm that it needs.
+"""Compare the speed with stable-baselines3's DQN at equal work: the same game, the Nature network with a plain head, no double
+Q-learning, one-step returns, 8 replayed samples per step. The sides run in alternation, each in its own process; results are
+medians over rounds. In addition `agent=pqn` on the same game, at 4 samples per step (4 epochs), with its LayerNorm.
 
     pip install '.[bench]'
     python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
 
-`mtrl train` is the real command, with its logging; the metrics are the rows of its metrics.jsonl once it learns and has compiled.
-Evaluation and checkpoints are only at its end. The machine's speed drifts: only the ratios of one run mean something.
+`mtrl train` is the real command with logging. The rates come from the rows of metrics.jsonl after learning has started and the update
+is compiled. Evaluation and checkpoints happen only at the end. The machine's speed drifts, so compare only ratios within one call.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from typing import Any
 from bench_startup import environment
 
 SAMPLES_PER_STEP = 8
-CAPACITY = 10_000  # transitions in all, on either side
-LEARNING_STARTS, WARM_UP = 1000, 1000  # steps in all
+CAPACITY = 10_000  # total transitions, for both sides
+LEARNING_STARTS, WARM_UP = 1000, 1000  # total steps
 EPSILON = 0.05
 ROWS = 8  # of metrics.jsonl, in the timed part
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work.
+    """One configuration.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         games: `env.tasks`.
         batch_size: samples per task and update.
-        agent: of mtrl.
+        agent: `agent`.
     """
 
     name: str
@@ -54,13 +54,13 @@ GAMES = ("pong", "breakout", "space_invaders", "seaquest", "beam_rider", "qbert"
 PEER = Side("stable-baselines3, breakout", ("breakout",), 32)
 ONE = Side("mtrl, breakout", ("breakout",), 128)
 ALL = Side("mtrl, eight games", GAMES, 32)
-# 16 environments, rollouts of 32 steps, 4 minibatches of an epoch: 128 samples each.
+# 16 environments, rollouts of 32 steps, 4 minibatches per epoch: 128 samples each.
 PQN = Side("mtrl pqn, breakout", ("breakout",), 16 * 32 // 4, "pqn")
 SIDES = (PEER, ONE, ALL, PQN)
 
 
 def run(command: list[str], folder: str) -> str:
-    """A command's stdout; where it fails, its last words and the end of this script."""
+    """Return the stdout of a command. Exit with its error if it fails."""
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
@@ -68,7 +68,7 @@ def run(command: list[str], folder: str) -> str:
 
 
 def time_peer(steps: int, folder: str) -> dict[str, float]:
-    """stable-baselines3 in its own process."""
+    """Measure stable-baselines3 in a separate process."""
     script = Path(__file__).with_name("bench_sb3_peer.py")
     sizes = {"steps": steps, "capacity": CAPACITY, "learning-starts": LEARNING_STARTS, "epsilon": EPSILON}
     words = [f"--{name}={value}" for name, value in sizes.items()]
@@ -77,7 +77,7 @@ def time_peer(steps: int, folder: str) -> dict[str, float]:
 
 
 def overrides(side: Side, steps: int, run_dir: str) -> list[str]:
-    """What `mtrl train` is told."""
+    """Return the overrides of `mtrl train`."""
     tasks = len(side.games)
     of_dqn = {
         "agent.double": "false",
@@ -110,7 +110,7 @@ def overrides(side: Side, steps: int, run_dir: str) -> list[str]:
 
 
 def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
-    """`mtrl train` in its own process, from the rows of its metrics."""
+    """Measure `mtrl train` in a separate process, from the rows of metrics.jsonl."""
     run_dir = tempfile.mkdtemp(dir=folder)
     run([str(Path(sys.executable).parent / "mtrl"), "train", *overrides(side, steps, run_dir)], folder)
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +119,7 @@ def time_mtrl(side: Side, steps: int, folder: str) -> dict[str, float]:
 
 
 def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_size: int) -> dict[str, float]:
-    """Rates over the rows that begin at or after step `skipped` (per task): total work over total time."""
+    """Return rates over the rows that begin at or after step `skipped` (per task): total work divided by total time."""
     timed = [row for row in rows if "perf/steps_per_second" in row]
     pairs = [(before, after) for before, after in pairwise(timed) if before["step"] >= skipped]
     steps = [(after["step"] - before["step"]) * tasks for before, after in pairs]
@@ -133,9 +133,9 @@ def steady_rates(rows: list[dict[str, Any]], skipped: int, tasks: int, batch_siz
 
 
 def measure(rounds: int, steps: int) -> dict[str, Any]:
-    """All sides in turns, `rounds` times: every round's rates, and the ratios of the medians to the peer's."""
+    """Measure all sides in alternation, `rounds` times. Returns the rates of each round and the ratios to stable-baselines3."""
     if (load := os.getloadavg()[0]) > 1:
-        print(f"the machine is busy (load {load:.1f}): threads that wait for each other suffer most: no ratio holds", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}); the ratios are not reliable", file=sys.stderr)
     rates: dict[str, list[dict[str, float]]] = {side.name: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -153,7 +153,7 @@ def measure(rounds: int, steps: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The metrics as lines of text."""
+    """Format the results."""
     lines = [f"{'medians':<30}{'batch':>9}{'samples/step':>14}{'updates/s':>11}{'steps/s':>9}{'ratio':>7}   ratio by round"]
     for side in SIDES:
         keys = ("samples_per_step", "updates_per_second", "steps_per_second")
@@ -167,7 +167,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4096, help="timed steps of each side and round, all games together")
+    parser.add_argument("--steps", type=int, default=4096, help="timed steps per side and round, over all games")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     result = measure(options.rounds, options.steps)

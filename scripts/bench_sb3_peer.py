@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The peer's side of bench_sb3.py: stable-baselines3's DQN on one Atari game, timed once it learns. Prints one JSON object.
+"""The stable-baselines3 side of bench_sb3.py: DQN on one Atari game, timed after learning has started. Prints one JSON object.
 
-Hyper-parameters are those of its zoo (batch 32 every 4 steps: 8 replayed samples per step), but for a small buffer and an
-exploration that is the same all along, so that the timed part is steady. Needs only stable-baselines3, ale-py and OpenCV.
+The hyperparameters are those of RL Zoo (batch 32 every 4 steps: 8 replayed samples per step), except for a small buffer and a
+constant exploration rate, so that the speed is constant. Needs only stable-baselines3, ale-py and OpenCV.
 
     python scripts/bench_sb3_peer.py --game Breakout --steps 3000
 """
@@ -24,7 +24,7 @@ BATCH, TRAIN_EVERY = 32, 4
 
 
 class Timer(BaseCallback):
-    """Times the steps after `first`, and counts the updates among them."""
+    """Time the steps after `first` and count the updates."""
 
     def __init__(self, model: DQN, first: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Timer(BaseCallback):
         return True
 
     def result(self) -> dict[str, float]:
-        """Rates from `first` until now."""
+        """Return the rates since `first`."""
         seconds = time.perf_counter() - self._seconds_at_first
         steps, updates = self._model.num_timesteps - self._first, self._model._n_updates - self._updates_at_first
         return {
@@ -51,9 +51,9 @@ class Timer(BaseCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--game", default="Breakout", help="as ale-py names it")
+    parser.add_argument("--game", default="Breakout", help="name in ale-py")
     parser.add_argument("--steps", type=int, default=3000, help="timed steps")
-    parser.add_argument("--warm-up", type=int, default=500, help="steps that learn before these")
+    parser.add_argument("--warm-up", type=int, default=500, help="learning steps before the timed steps")
     parser.add_argument("--learning-starts", type=int, default=1000)
     parser.add_argument("--capacity", type=int, default=10_000)
     parser.add_argument("--epsilon", type=float, default=0.05)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How long `mtrl --help` and `mtrl train --dry-run` take, as medians of wall time.
+"""Measure the wall time of `mtrl --help` and `mtrl train --dry-run` (medians).
 
 python scripts/bench_startup.py [--repeats 7] [--json]
 """
@@ -20,12 +20,12 @@ COMMANDS = {"help": ["--help"], "dry_run": ["train", "--dry-run"]}
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what slows Python down or changes it (PYTHONDONTWRITEBYTECODE and the like)."""
+    """Return this process's environment without PYTHON* variables, some of which slow Python down."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def seconds(arguments: list[str], folder: str) -> float:
-    """Wall time of one `mtrl` command."""
+    """Return the wall time of one `mtrl` command."""
     command = [str(Path(sys.executable).parent / "mtrl"), *arguments]
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, check=True)
@@ -33,7 +33,7 @@ def seconds(arguments: list[str], folder: str) -> float:
 
 
 def measure(repeats: int) -> dict[str, float]:
-    """Median seconds of each command, run in turns, after one call of each that isn't counted (it writes the bytecode)."""
+    """Return the median seconds of each command. The first call of each, which writes bytecode, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats + 1):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a sweep costs besides its runs, and how long a finished sweep of many trials takes to be told again.
+"""Measure the overhead of a sweep per trial, and the time to resume a finished sweep of many trials.
 
-python scripts/bench_sweep.py [--trials 4] [--repeats 3] [--finished 1000] [--json]
+    python scripts/bench_sweep.py [--trials 4] [--repeats 3] [--finished 1000] [--json]
 
-The same runs are trained in turns: as a sweep, one job at a time, and by `mtrl resume` of each folder, one after the other. What a trial
-takes longer in the sweep is its overhead; the sweep's own start is told beside it. Medians of wall time.
+The same runs are trained as a sweep with one job at a time, and one after the other with `mtrl resume`. The difference per trial is the
+overhead; the startup of the sweep is reported separately. Results are medians of wall time.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ RUN = ["env=classic_pack", "steps_per_task=400", "agent.learning_starts=100", "e
 
 
 def seconds(words: list[str], folder: Path) -> float:
-    """Wall time of one `mtrl` command."""
+    """Return the wall time of one `mtrl` command."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "mtrl_cli", *words], cwd=folder, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start
 
 
 def overhead(trials: int, repeats: int) -> dict[str, float]:
-    """Seconds of a sweep's start, of a run by itself, and of what a trial takes besides."""
+    """Return the seconds of the startup of a sweep, of a single run, and of the overhead per trial."""
     starts, alone, extra = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for turn in range(repeats):
             sweep = f"s{turn}"
             whole = seconds(["sweep", *RUN, f"seed=range({trials})", f"run_dir={sweep}"], folder)
-            start = seconds(["resume", sweep], folder)  # with nothing left to do
+            start = seconds(["resume", sweep], folder)  # nothing left to run
             runs = []
             for path in sorted((folder / sweep / "trials").iterdir()):
                 run = folder / f"alone{turn}_{path.name}"
@@ -63,7 +63,7 @@ def overhead(trials: int, repeats: int) -> dict[str, float]:
 
 
 def finished(count: int) -> dict[str, float]:
-    """Seconds that a sweep of so many finished trials takes to be told again."""
+    """Return the seconds to resume a sweep of `count` finished trials."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "sweep"
         folder.mkdir()
@@ -75,7 +75,7 @@ def finished(count: int) -> dict[str, float]:
             run.path.mkdir(parents=True)
             run.write(state="completed", value=float(taken.number % 7), step=400, seconds=1.0)
             atomic.replace(run.path / "run.json", atomic.to_json({"status": "completed", "seconds": 1.0}).encode())
-            book.tell(taken.number, "completed", run.record["value"])
+            book.finish(taken.number, "completed", run.record.value)
         return {f"resume_of_{count}_finished": seconds(["resume", str(folder)], Path(name))}
 
 

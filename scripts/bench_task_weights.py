@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""What a task weighting costs: the time of an update with it over the time of an update with `uniform`, side by side.
+"""Measure the cost of task weightings: the time of an update relative to an update with `uniform`.
 
-Eight tasks, the Nature network with a plain head, 32 samples each, compiled, in the fastest precision here: the learner of `mtrl train`,
-with its sampling, targets, backward pass and optimizer. Beside them the other ways to gradients of tasks: a plain loop over the tasks'
-own batches, and TorchJD's `mtl_backward` and `autogram` with PCGrad.
+The complete update of `mtrl train` (sampling, targets, backward pass, optimizer), compiled, in the fastest precision: eight tasks, the
+Nature network with a plain head, 32 samples per task. For comparison, other implementations of per-task gradients: a loop over tasks,
+and TorchJD's `mtl_backward` and `autogram` with PCGrad.
 
     pip install '.[solvers]'
     python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--busy] [--json] [NAME ...]
 
-Each metric is the median over pairs of one update with the method and one with `uniform`, in turns. Of a method that works only every so
-many updates (`nash_mtl`), a whole period is timed, and its interval is in the table. With `--busy` one thread works and its CPU time is
-taken, which other processes disturb less.
+Each result is the median over pairs of updates with the method and with `uniform`, in alternation. For methods that solve only every few
+updates (`nash_mtl`), a complete period is timed. `--busy` uses one thread and measures its CPU time, which other processes disturb less.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ WARM_UPS, ROWS = 3, 40
 
 
 def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[Learner, dict[str, Any]]:
-    """The learner of a run with this weighting, its replay filled with noise, compiled."""
+    """Return the compiled learner of a run with a replay of noise, and the resolved configuration."""
     overrides = {
         "env": "atari_pack",
         "env.tasks": f"[{','.join(GAMES[: options.tasks])}]",
@@ -57,11 +56,11 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
     composed = compose.compose_training([f"{key}={value}" for key, value in overrides.items()])
     pack = build_run.make_pack(composed)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = resolve_auto.settle(composed, pack, say)
-    learner = build_run.make_run(settled, pack, say).learner
+    settled = resolve_auto.settle(composed, pack, log)
+    learner = build_run.make_run(settled, pack, log).learner
     spec = learner.replay.spec
     random = torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)
@@ -76,20 +75,20 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
 
 
 def settled_every(name: str) -> int:
-    """Updates between two solutions of a method; 1 where it works in each."""
+    """Return the interval in updates at which a method solves for weights."""
     section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
     return int(section.get("every", 1))
 
 
 def with_weights(learner: Learner, settled: dict[str, Any], name: str) -> TaskWeights:
-    """Another weighting for the same run."""
+    """Return another weighting for the same run."""
     section = catalogue.read_yaml(catalogue.options("task_weights", [catalogue.conf_folder()])[name])
     made: TaskWeights = instantiate.make(settled | {"task_weights": section}, "task_weights", learner.task_weights.tasks)
     return made
 
 
 def seconds(act: Callable[[], Any], device: torch.device, clock: Callable[[], float], times: int = 1) -> float:
-    """Mean time of `act`, the device's work included."""
+    """Return the mean time of `act`, including work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = clock()
@@ -101,7 +100,7 @@ def seconds(act: Callable[[], Any], device: torch.device, clock: Callable[[], fl
 
 
 def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
-    """A row for each weighting and each other way."""
+    """Return a row per weighting and per other implementation."""
     plain, settled = make_learner("uniform", options, run_dir)
     taped, _ = make_learner("mgda", options, run_dir)
     device = plain.replay.spec.device
@@ -149,7 +148,7 @@ def measure(options: argparse.Namespace, run_dir: str) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Format a row."""
     verdict = "" if row["bar"] is None else f"at most {row['bar']}  {'met' if row['ratio'] <= row['bar'] else 'MISSED'}"
     every = f"every {row['every']} updates" if row["every"] > 1 else ""
     spread = f"{row['least']:.2f} to {row['most']:.2f}"
@@ -160,23 +159,23 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows under their titles."""
-    titles = f"{'an update with':<36}{'needs':<8}{'takes':>11} {'uniform':>11}{'ratio':>7}  {'over pairs':<14}"
+    """Format all rows with a header."""
+    titles = f"{'weighting':<36}{'needs':<8}{'time':>11} {'uniform':>11}{'ratio':>7}  {'range':<14}"
     return "\n".join([titles.rstrip(), *map(line, rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="weightings; all where none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="weightings (default: all)")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32, help="samples per task")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--busy", action="store_true", help="one thread's CPU time, for a busy machine")
+    parser.add_argument("--busy", action="store_true", help="measure CPU time of one thread, for a busy machine")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     options = parser.parse_args()
     if (load := os.getloadavg()[0]) > 1 and not options.busy:
-        print(f"the machine is busy (load {load:.1f}): no ratio holds", file=sys.stderr)
+        print(f"warning: the machine is busy (load {load:.1f}); the ratios are not reliable", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(options, f"{folder}/run")
     print(json.dumps(rows) if options.json else table(rows))

@@ -1,6 +1,6 @@
-"""Other ways to the gradients of tasks, each as a whole update of the same learner: a loop over tasks, and TorchJD's two engines.
+"""Other implementations of per-task gradients, each as a complete update of the same learner: a loop over tasks, and TorchJD's engines.
 
-They read the parts of a learner that `bench_task_weights.py` has made: hard sharing over one input shape, and a plain head.
+They require the learner of `bench_task_weights.py`: hard sharing with one input shape, and a plain head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GAMMA = 0.99
 
 
 class _Parts:
-    """What every peer needs of a learner: batches, targets, the torso, the head of each task."""
+    """The parts of a learner that the implementations use."""
 
     def __init__(self, learner: Learner):
         self.learner = learner
@@ -38,7 +38,7 @@ class _Parts:
         self.targets = torch.compile(self._targets, dynamic=False)
 
     def batch(self) -> tuple[torch.Tensor, Batch, torch.Tensor]:
-        """Observations as the torso takes them, `[K, B, ...]`, the batch, and its targets `[K, B]`."""
+        """Return observations `[K, B, ...]`, the batch, and its targets `[K, B]`."""
         batch = self.learner.replay.sample(self.agent.batch_size, 0)
         observation, following = batch.observation.flatten(2, 3), batch.next_observation.flatten(2, 3)
         with torch.no_grad():
@@ -51,22 +51,22 @@ class _Parts:
         return value_losses.td_target(targets.n_step_return(rewards, GAMMA), discount_KB, value_KB)
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:
-        """`[B, C, H, W]` bytes to `[B, F]`, in the precision of the run."""
+        """Map `[B, C, H, W]` bytes to features `[B, F]` in the precision of the run."""
         dtype = self.network._autocast or torch.float32
         with torch.autocast(observation.device.type, dtype=dtype, enabled=self.network._autocast is not None):
             return self.torso(observation.to(dtype) * self.scale).float()
 
     def loss(self, q_BA: torch.Tensor, action_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
-        """Each sample's loss, `[B]`."""
+        """Return the loss per sample, `[B]`."""
         return value_losses.huber(target_B - q_BA.gather(-1, action_B[:, None])[:, 0], 1.0)
 
     def step(self) -> None:
-        """Move the parameters."""
+        """Take an optimizer step."""
         self.learner.optimizer.step()
 
 
 def loop(learner: Learner) -> Update:
-    """A forward and a backward pass for each task's own batch, compiled; rows stacked, TorchJD's PCGrad."""
+    """Compiled forward and backward pass per task, with TorchJD's PCGrad on the stacked gradients."""
     parts, aggregator = _Parts(learner), PCGrad()
     shared, own = parts.network.shared_parameters(), parts.network.own_parameters()
     linear = cast(Any, parts.network.head).linear
@@ -98,7 +98,7 @@ def loop(learner: Learner) -> Update:
 
 
 def jacobian(learner: Learner) -> Update:
-    """TorchJD's `mtl_backward` over the joint features, eager (it cannot differentiate compiled code in parallel), and PCGrad."""
+    """TorchJD's `mtl_backward` over the joint features with PCGrad; eager, as it cannot differentiate compiled code in parallel."""
     parts, aggregator = _Parts(learner), PCGrad()
     shared, own = parts.network.shared_parameters(), parts.network.own_parameters()
 
@@ -115,7 +115,7 @@ def jacobian(learner: Learner) -> Update:
 
 
 def gramian(learner: Learner) -> Update:
-    """TorchJD's `autogram` engine over the samples, summed to tasks, and a second backward pass with PCGrad's weights; eager."""
+    """TorchJD's `autogram` engine over samples, summed over tasks, and a second backward pass with PCGrad's weights; eager."""
     parts, weighting = _Parts(learner), PCGradWeighting()
     own = parts.network.own_parameters()
     engine = Engine(parts.torso, batch_dim=0)

@@ -1,9 +1,9 @@
-"""Measure uniform random play on the classic and MinAtar packs, and write it beside the cited references.
+"""Measure uniform random play on the classic and MinAtar packs, and write the scores with the cited references.
 
     python scripts/measure_reference_scores.py             print the table
-    python scripts/measure_reference_scores.py --write     and replace mtrl_cli/envs/data/other_scores.csv
+    python scripts/measure_reference_scores.py --write     replace mtrl_cli/envs/data/other_scores.csv
 
-Each of 16 environments plays the same number of whole episodes, since taking the first to end would favour short ones.
+Each of 16 environments runs the same number of complete episodes. Using the first episodes to end would favor short ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REFERENCES = {
 
 
 def random_returns(pack: Pack, episodes_per_env: int, seed: int) -> list[np.ndarray]:
-    """For each task, the returns of `NUM_ENVS * episodes_per_env` episodes of uniform random play."""
+    """Return the returns of `NUM_ENVS * episodes_per_env` episodes of uniform random play per task."""
     played = VectorTasks(pack, num_envs=NUM_ENVS, seed=seed, num_threads=1, training=False, stream="random-scores")
     played.reset()
     generator = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def random_returns(pack: Pack, episodes_per_env: int, seed: int) -> list[np.ndar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=1024, help="per task (default 1024)")
+    parser.add_argument("--episodes", type=int, default=1024, help="episodes per task (default 1024)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
     options = parser.parse_args()

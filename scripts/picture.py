@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The picture in the README: what a run shows while it trains and when it ends, drawn from its folder.
+"""Draw the figure of the README from a run folder: the live table and the final evaluation.
 
 Usage: scripts/picture.py RUN docs/run.svg
 """
@@ -20,7 +20,7 @@ WIDTH = 100
 
 
 def picture(run: Path) -> str:
-    """An SVG of the live table at the run's last row, and of its last evaluation."""
+    """Return an SVG of the live table at the last row of metrics and of the last evaluation."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     evaluation = json.loads(newest.read_text())
@@ -36,7 +36,7 @@ def picture(run: Path) -> str:
     console.print()
     console.print(evaluation_table(evaluation))
     svg = console.export_svg(title="mtrl")
-    # The fonts that rich names lie on a server; the reader's own monospace will do.
+    # Rich refers to fonts on a server; without them the reader's monospace font is used.
     return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What augmentation does to learning at a small budget: MinAtar's Breakout and Space Invaders, which are the same in a mirror, with one network;
-# none, shift, flip and both, three seeds each, 100 test games per task. Updates as in reproduce_transfer.sh.
-# Usage: scripts/reproduce_augmentation.sh [folder]      (twelve runs; interrupted, it goes on where it was)
-# STEPS: per task. SEEDS: which.
+# Effect of augmentation at a small budget: one network for MinAtar's Breakout and Space Invaders, which are mirror-symmetric;
+# none, shift, flip and both, three seeds each, 100 test episodes per task. Updates as in reproduce_transfer.sh.
+# Usage: scripts/reproduce_augmentation.sh [FOLDER]      (twelve runs; repeat the command to resume)
+# STEPS: steps per task. SEEDS: list of seeds.
 set -euo pipefail
 folder=${1:-runs/reproduce_augmentation}
 for seed in ${SEEDS:-0 1 2}; do

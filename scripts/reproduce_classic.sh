@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CartPole, Acrobot and MountainCar with one network, default configuration, five seeds: the first table of docs/results.md.
-# Usage: scripts/reproduce_classic.sh [folder]      (about 3 minutes a seed on one CPU core; interrupted, it goes on where it was)
+# One network for CartPole, Acrobot and MountainCar, default configuration, five seeds: the first table of docs/results.md.
+# Usage: scripts/reproduce_classic.sh [FOLDER]      (about 3 minutes per seed on one CPU core; repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_classic}
 for seed in 0 1 2 3 4; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pong and Breakout with one network, about an hour on 2 CPU cores: the second table of docs/results.md.
-# Usage: scripts/reproduce_pong_breakout.sh [folder]      (interrupted, it goes on where it was)
+# One network for Pong and Breakout, about an hour on 2 CPU cores: the second table of docs/results.md.
+# Usage: scripts/reproduce_pong_breakout.sh [FOLDER]      (repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_pong_breakout}
 mtrl train experiment=pong_breakout seed=0 run_dir="$folder/s0" --or-resume

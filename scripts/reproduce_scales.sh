@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# CartPole, Acrobot and MountainCar with one network, MountainCar's rewards multiplied by 1000 for the learner: without value scaling,
-# with popart, and with return_norm and an hl_gauss head, three seeds each. The games are counted with their own scores.
-# Usage: scripts/reproduce_scales.sh [folder]      (4 to 5 minutes a run on one CPU core; interrupted, it goes on where it was)
+# One network for CartPole, Acrobot and MountainCar, with MountainCar's rewards multiplied by 1000 for the learner: without value scaling,
+# with popart, and with return_norm and an hl_gauss head, three seeds each. Reported returns are unscaled.
+# Usage: scripts/reproduce_scales.sh [FOLDER]      (4 to 5 minutes per run on one CPU core; repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_scales}
 factor='agent.reward_factors={MountainCar-v0: 1000}'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The study of docs/report: five structures and separate networks of full width, five seeds each, on the classic pack, then its report.
-# Usage, from the project's root: scripts/reproduce_sharing.sh [RUNS_FOLDER]   (STEPS=40000, SEEDS=5, JOBS=1; half an hour of 2 CPU cores)
-# Stopped, the same command goes on. To renew the page in docs: cp RUNS_FOLDER/sharing/report/* docs/report/
+# The study in docs/report: five structures and independent networks of full width, five seeds each, on the classic pack, with its report.
+# Usage, from the project's root: scripts/reproduce_sharing.sh [RUNS_FOLDER]   (STEPS=40000, SEEDS=5, JOBS=1; half an hour on 2 CPU cores)
+# Repeat the command to resume. To update the report in docs: cp RUNS_FOLDER/sharing/report/* docs/report/
 set -euo pipefail
 
 runs=${1:-runs/reproduce}

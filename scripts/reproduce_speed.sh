@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Does speed cost learning? classic_pack and MinAtar's Breakout and Freeway with the fast path (compiled, few large updates, the machine's own
-# precision and threads) against the plain one (eager, float32, updates of 32 samples of each task as published, one thread); three seeds each.
-# Usage: scripts/reproduce_speed.sh [folder]      (twelve runs of 3 to 10 minutes; interrupted, it goes on where it was)
+# Effect of the fast settings on learning: classic_pack and MinAtar's Breakout and Freeway with the fast settings (compiled, few large
+# updates, automatic precision and threads) and with plain ones (eager, float32, 32 samples per task and update as published, one thread);
+# three seeds each.
+# Usage: scripts/reproduce_speed.sh [FOLDER]      (twelve runs of 3 to 10 minutes; repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_speed}
 minatar='env=minatar_pack env.tasks=[breakout,freeway] steps_per_task=200000 eval.episodes=30'

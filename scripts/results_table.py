@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Tables of docs/results.md, in Markdown, from run folders: each run's test or last evaluation, and with --curve how it got there.
+"""Print the Markdown tables of docs/results.md from run folders: the test or last evaluation, and with --curve the training curve.
 
 Usage: scripts/results_table.py [--curve] RUN...
-       scripts/results_table.py --groups FOLDER...     (each FOLDER holds the runs of one condition, a seed each)
+       scripts/results_table.py --groups FOLDER...     (each FOLDER contains the runs of one condition, one per seed)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def last_evaluation(run: Path) -> dict[str, Any]:
-    """What the last network of a run scored: in its test, unless its newest evaluation is of a later step or of more games."""
+    """Return the result of the last network of a run: its test, unless an evaluation has a later step or more episodes."""
     newest = max((run / "eval").glob("[0-9]*.json"), key=lambda path: int(path.stem))
     result: dict[str, Any] = json.loads(newest.read_text())
     test = run / "eval" / "test.json"
@@ -28,13 +28,13 @@ def last_evaluation(run: Path) -> dict[str, Any]:
 
 
 def rows(lines: list[list[str]]) -> str:
-    """A Markdown table; the first line is its header."""
+    """Format a Markdown table. The first line is the header."""
     header, *rest = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rest])
 
 
 def final_table(runs: list[Path]) -> str:
-    """A row for each run: mean return and 95% interval of each task, wall time."""
+    """Return a row per run: mean return and 95% interval per task, and wall time."""
     evaluations = [last_evaluation(run) for run in runs]
     tasks = list(evaluations[0]["tasks"])
     lines = [["run", *tasks, "episodes", "steps per task", "minutes"]]
@@ -50,7 +50,7 @@ def final_table(runs: list[Path]) -> str:
 
 
 def interval_over_runs(returns: list[list[float]], resamples: int = 10_000) -> tuple[float, float]:
-    """95% bootstrap interval of the mean over runs: runs drawn with replacement, then each run's episodes."""
+    """Return the 95% bootstrap interval of the mean: runs are drawn with replacement, then the episodes of each run."""
     random = np.random.default_rng(0)
     episodes = [np.asarray(each) for each in returns]
     means = np.empty(resamples)
@@ -62,17 +62,17 @@ def interval_over_runs(returns: list[list[float]], resamples: int = 10_000) -> t
 
 
 def parameters(run: Path) -> int:
-    """Of a run's network, as its first row has them."""
+    """Return the number of parameters of a run's network, from its first row of metrics."""
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     return int(first["parameters/total"])
 
 
 def group_table(folders: list[Path]) -> str:
-    """A row for each folder of runs: parameters, each task's mean return with its interval, score over tasks, minutes a run."""
+    """Return a row per folder: parameters, mean return and interval per task, score over tasks, minutes per run."""
     groups = {folder.name: sorted(path for path in folder.iterdir() if (path / "run.json").is_file()) for folder in folders}
     found = {name: [last_evaluation(run) for run in runs] for name, runs in groups.items()}
     tasks = list(next(iter(found.values()))[0]["tasks"])
-    lines = [["", "parameters", *tasks, "score over tasks (least to most)", "runs x episodes", "minutes a run"]]
+    lines = [["", "parameters", *tasks, "score over tasks (min to max)", "runs x episodes", "minutes per run"]]
     for name, evaluations in found.items():
         cells = []
         for task in tasks:
@@ -88,7 +88,7 @@ def group_table(folders: list[Path]) -> str:
 
 
 def curve_table(run: Path, points: int = 12) -> str:
-    """How one run got there: the mean return of training episodes over `points` equal parts of the run, and steps per second."""
+    """Return the training curve: mean return of training episodes in `points` equal parts of the run, and steps per second."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tasks = list(last_evaluation(run)["tasks"])
     last = metrics[-1]["step"]
@@ -110,8 +110,8 @@ def curve_table(run: Path, points: int = 12) -> str:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--curve", action="store_true", help="also how each run got there")
-    parser.add_argument("--groups", action="store_true", help="the arguments are folders of runs: a row for each")
+    parser.add_argument("--curve", action="store_true", help="also print the training curve of each run")
+    parser.add_argument("--groups", action="store_true", help="the arguments are folders of runs; print a row per folder")
     parser.add_argument("runs", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.groups:
@@ -119,7 +119,7 @@ def main() -> None:
         return
     print(final_table(arguments.runs))
     for run in arguments.runs if arguments.curve else []:
-        print(f"\n{run.name}, mean returns while training:\n\n{curve_table(run)}")
+        print(f"\n{run.name}, mean returns during training:\n\n{curve_table(run)}")
 
 
 if __name__ == "__main__":

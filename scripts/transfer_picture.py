@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The picture of a study of transfer as an SVG for docs/, from its folder: what `mtrl transfer` draws as a PNG.
+"""Draw the figure of a transfer study as an SVG for docs/.
 
 Usage: scripts/transfer_picture.py STUDY docs/transfer_classic.svg
 """
@@ -16,11 +16,11 @@ from mtrl_cli.studies import transfer_report
 
 
 def main() -> None:
-    """Draw it."""
+    """Draw the figure."""
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     study, target = map(Path, sys.argv[1:])
-    matplotlib.rcParams["svg.hashsalt"] = "mtrl"  # the same study gives the same bytes
+    matplotlib.rcParams["svg.hashsalt"] = "mtrl"  # reproducible bytes
     transfer_report.draw(json.loads((study / "transfer.json").read_text())).savefig(target, metadata={"Date": None})
 
 

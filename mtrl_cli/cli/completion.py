@@ -1,4 +1,4 @@
-"""What the shell offers after TAB: groups, options, keys, values and games."""
+"""Shell completion of groups, options, keys, values and task names."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SWEEP_RESUMABLE = ("sweep.trials", "sweep.retries")
 
 
 def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
-    """The words that may stand where `incomplete` stands, each with a line of help (which may be empty).
+    """Return the completions of `incomplete`, each with a help text that may be empty.
 
     Args:
         command: `train`, `bench`, `transfer`, `sweep`, `sharing` (of `study`), `eval` or `resume`.
-        given: the whole words of the command line before it.
-        incomplete: what has been typed of the word, such as `env=at` or `agent.n_`.
+        given: the complete words before the cursor.
+        incomplete: the beginning of a word, such as `env=at` or `agent.n_`.
     """
-    command = {"bench": "train", "transfer": "train", "sharing": "sweep"}.get(command, command)  # which take the same words
+    command = {"bench": "train", "transfer": "train", "sharing": "sweep"}.get(command, command)  # commands with the same overrides
     try:
         return _complete(command, [word for word in given if "=" in word], incomplete)
     except (UserError, OSError):
         return []
 
 
-def words_of_bash() -> tuple[list[str], str] | None:
-    """The words before the cursor and the word at it, as they were typed, or None outside bash.
+def bash_words() -> tuple[list[str], str] | None:
+    """Return the words before the cursor and the word at the cursor, or None in other shells.
 
-    Bash takes `env=at` apart into three words and expects only what comes after the `=`.
+    Bash splits `env=at` into three words and expects only the part after the `=`. This function joins the words again.
     """
     if "COMP_WORDS" not in os.environ or not os.environ.get("COMP_CWORD", "").isdecimal():
         return None
@@ -44,7 +44,7 @@ def words_of_bash() -> tuple[list[str], str] | None:
     try:
         for word in lexer:
             words.append(word)
-    except ValueError:  # a quotation that is still open
+    except ValueError:  # an unclosed quotation mark
         words.append(lexer.token)
     position = int(os.environ["COMP_CWORD"])
     words = [*words, *[""] * (position + 1 - len(words))][: position + 1]
@@ -94,25 +94,24 @@ def _options(group: str, prefix: str, folders: Sequence[Path]) -> list[tuple[str
 
 
 def _keys(command: str, given: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All keys with their annotations, and the configuration as it would be."""
-    from mtrl_cli.config import compose, validation
-    from mtrl_cli.config import schema as sections
+    """Return all keys with their annotations, and the configuration with the overrides that were given."""
+    from mtrl_cli.config import compose, schema, validation
 
-    if command == "resume":  # of a run, and of a sweep
-        everything = sections.keys_of(sections.Trainer)
+    if command == "resume":  # the argument may be a run or a sweep
+        everything = schema.keys_of(schema.Trainer)
         of_sweeps, content = _keys("sweep", [word for word in given if word.startswith("launcher")])
         changed = {name: key for name, key in of_sweeps.items() if name in SWEEP_RESUMABLE or name.startswith("launcher.")}
         return {**{name: everything[name].annotation for name in compose.RESUMABLE}, **changed}, content
     if command == "sweep":
-        shared, of_sweep = _apart(given)
+        shared, of_sweep = _split(given)
         (annotations, content), sweep = _keys("train", shared), _composed("sweep", of_sweep)
         return {**annotations, **validation.dotted_keys(sweep, command="sweep")}, {**content, **sweep}
     content = _composed(command, given)
     return validation.dotted_keys(content, command=command), content
 
 
-def _apart(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a sweep's first run, and those of the sweep, as far as they can be read."""
+def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split into the overrides of a sweep's first run and those of the sweep. Words that cannot be parsed are skipped."""
     from mtrl_cli.sweeps import search_space
 
     shared: list[str] = []
@@ -128,7 +127,7 @@ def _apart(given: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _composed(command: str, given: Sequence[str]) -> dict[str, Any]:
-    """The configuration as it would be; where there is a mistake in it, what it is by default."""
+    """Return the configuration, without the overrides if they are invalid."""
     from mtrl_cli.config import compose
 
     try:
@@ -146,24 +145,24 @@ def _at(content: Any, key: str) -> Any:
 def _values(
     key: str, prefix: str, annotations: Mapping[str, Any], content: Mapping[str, Any], folders: Sequence[Path]
 ) -> list[tuple[str, str]]:
-    """`key=value` for each value that can be named: choices, games, and else what it is now."""
+    """Return `key=value` for each choice or task name, or else for the current value."""
     if key not in annotations:
         return []
     if key == "env.tasks":
         return _listed(key, prefix, sorted(options.known_tasks(_at(content, "env._target_"), folders) or []))
-    choices, now = _choices(annotations[key]), _at(content, key)
-    if isinstance(now, str | int | float) and not isinstance(now, bool) and str(now) not in choices:
-        choices = ["", *choices, str(now)]  # the empty one keeps the shell from adding a space behind the only value
+    choices, current = _choices(annotations[key]), _at(content, key)
+    if isinstance(current, str | int | float) and not isinstance(current, bool) and str(current) not in choices:
+        choices = ["", *choices, str(current)]  # with two completions, the shell adds no space after the value
     return [(f"{key}={choice}", "") for choice in choices or [""] if choice.startswith(prefix)]
 
 
 def _listed(key: str, prefix: str, known: Sequence[str]) -> list[tuple[str, str]]:
-    """`env.tasks=[pong,br` to `env.tasks=[pong,breakout`."""
+    """Complete the last name of a list: `env.tasks=[pong,br` to `env.tasks=[pong,breakout`."""
     before, _, last = prefix.lstrip("[").rpartition(",")
     start = "[" + (f"{before}," if before else "")
     found = [f"{key}={start}{name}" for name in known if name.startswith(last) and name not in before.split(",")]
     if len(found) == 1:
-        found = [f"{found[0]}]", f"{found[0]},"]  # two, so that the shell adds no space
+        found = [f"{found[0]}]", f"{found[0]},"]  # with two completions, the shell adds no space
     return [(word, "") for word in found]
 
 

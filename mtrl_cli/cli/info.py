@@ -1,8 +1,9 @@
-"""`mtrl info`: what a bug report needs. Versions, this machine, and where the configuration lies."""
+"""`mtrl info`: versions, resources of this machine, and file locations, for bug reports."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +13,20 @@ from mtrl_cli.config import compose, options
 from mtrl_cli.machine import hardware
 from mtrl_cli.runs import run_dir
 
-ALSO = ("omegaconf", "pydantic", "typer", "rich", "pyyaml", "minatar")
-"""Packages besides those that run.json records; minatar is an extra."""
+OTHER_PACKAGES = ("omegaconf", "pydantic", "typer", "rich", "pyyaml", "minatar")
+"""Packages in addition to those that run.json records. minatar is optional."""
+
+
+def run(as_json: bool) -> str:
+    """Return the facts as lines `name  value`, or as one JSON object. Imports torch to list devices."""
+    facts = collect()
+    return json.dumps(facts, indent=2) if as_json else _as_text(facts)
 
 
 def collect() -> dict[str, Any]:
-    """Everything that `mtrl info` tells, as plain values. Imports torch, to ask it for devices."""
+    """Return the facts as JSON values."""
     return {
-        "versions": {**run_dir.versions(), **{name: _version(name) for name in ALSO}},
+        "versions": {**run_dir.versions(), **{name: _version(name) for name in OTHER_PACKAGES}},
         "git": run_dir.git_revision(),
         "platform": platform.platform(),
         "processor": _processor(),
@@ -34,25 +41,23 @@ def collect() -> dict[str, Any]:
     }
 
 
-def as_text(facts: Mapping[str, Any]) -> str:
-    """The facts as lines `name  value`."""
-    git = facts["git"]
-    rows = [(name, version or "not installed") for name, version in facts["versions"].items()]
-    rows += [
-        ("git revision", git["revision"] + (", changed since" if git["changed"] else "") if git else "no checkout"),
-        ("platform", facts["platform"]),
-        ("processor", facts["processor"]),
-        ("cores", f"{facts['cores']} (within affinity and cgroup)"),
-        ("memory", f"{facts['memory']['available'] / 2**30:.1f} GiB free of {facts['memory']['total'] / 2**30:.1f}"),
-        ("devices", ", ".join(facts["devices"])),
-        ("torch.compile", facts["compile"]),
-        ("package", facts["package"]),
-        ("configuration", facts["configuration"]),
-        ("settings", facts["settings"]),
-        ("trusted packages", ", ".join(facts["trusted_packages"]) or "none"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+def _as_text(facts: Mapping[str, Any]) -> str:
+    git, memory = facts["git"], facts["memory"]
+    rows = {name: version or "not installed" for name, version in facts["versions"].items()} | {
+        "git revision": git["revision"] + (" with changes" if git["changed"] else "") if git else "not a checkout",
+        "platform": facts["platform"],
+        "processor": facts["processor"],
+        "cores": f"{facts['cores']} (within affinity and cgroup)",
+        "memory": f"{memory['available'] / 2**30:.1f} GiB available of {memory['total'] / 2**30:.1f}",
+        "devices": ", ".join(facts["devices"]),
+        "torch.compile": facts["compile"],
+        "package": facts["package"],
+        "configuration": facts["configuration"],
+        "settings": facts["settings"],
+        "trusted packages": ", ".join(facts["trusted_packages"]) or "none",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
 
 
 def _version(package: str) -> str | None:
@@ -65,9 +70,8 @@ def _version(package: str) -> str | None:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""`mtrl ls`: the groups, and the options of one, with a line each; of a part of a network, with the size of the whole."""
+"""`mtrl ls`: list the configuration groups, or the options of one group, with network sizes where they apply."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from mtrl_cli.errors import UserError, unknown
 from mtrl_cli.runs.terminal import as_text, table
 
 SIZED = ("network", "network/sharing", "network/head")
-"""The groups whose options are listed with their sizes, which takes building them."""
+"""Groups whose options are listed with the size of the network, for which each network is built."""
 
-LONGEST_REASON = 100
+MAX_REASON_LENGTH = 100
 
 
-def list_words(words: Sequence[str]) -> str:
-    """What `mtrl ls` prints for its words: at most one group, and overrides: those of a run for the groups that are listed with sizes,
-    else only folders of the user's own.
+def run(arguments: Sequence[str]) -> str:
+    """Return the list to print.
+
+    Args:
+        arguments: at most one group, and overrides: those of a run for the groups in `SIZED`, else only hydra.searchpath.
 
     Raises:
-        UserError: there is no such group or folder, a word is something else, or with these overrides no option can be built.
+        UserError: unknown group or folder, invalid argument, or no option can be built with these overrides.
     """
-    overrides = [word for word in words if "=" in word]
-    names = [word for word in words if "=" not in word]
+    overrides = [word for word in arguments if "=" in word]
+    names = [word for word in arguments if "=" not in word]
     if len(names) > 1:
-        raise UserError(f"mtrl ls {' '.join(names)}: expected one group")
+        raise UserError(f"mtrl ls takes one group, got {' '.join(names)}")
     group = names[0].replace(".", "/").strip("/") if names else None
-    stranger = next((word for word in overrides if not word.startswith("hydra.searchpath=")), None)
-    if stranger is not None and group not in SIZED:
-        raise UserError(f"mtrl ls {stranger}: expected a group, or hydra.searchpath=[file:///home/me/conf]")
+    refused = [word for word in overrides if not word.startswith("hydra.searchpath=")]
+    if refused and group not in SIZED:
+        raise UserError(f"mtrl ls: expected a group or hydra.searchpath=[file:///home/me/conf], got {refused[0]}")
     folders = compose.search_path(overrides)
     if group is None:
         return list_groups(folders)
@@ -38,7 +40,7 @@ def list_words(words: Sequence[str]) -> str:
 
 
 def list_groups(folders: Sequence[Path]) -> str:
-    """All groups, what each is by default, and what else it can be."""
+    """List all groups with their default and their other options."""
     defaults = options.default_choices()
     names = options.groups(folders, None)
     lines = []
@@ -47,16 +49,16 @@ def list_groups(folders: Sequence[Path]) -> str:
         others = [option for option in options.options(name, folders) if option != default]
         lines.append((name, f"{default or '-'}", ", ".join(others)))
     return (
-        as_text(table(lines, ("group", "default", "or")))
-        + "\n\nmtrl ls GROUP describes the options of one, mtrl train GROUP=OPTION takes one (launcher: mtrl sweep)."
+        as_text(table(lines, ("group", "default", "other options")))
+        + "\n\nmtrl ls GROUP describes the options of a group. mtrl train GROUP=OPTION selects one (launcher: mtrl sweep)."
     )
 
 
 def list_options(group: str, folders: Sequence[Path]) -> str:
-    """The options of a group, each with the first comment of its file; the default is marked by a star.
+    """List the options of a group, each with the first comment of its file. A star marks the default.
 
     Raises:
-        UserError: there is no such group.
+        UserError: unknown group.
     """
     names = options.groups(folders, None)
     if group not in names:
@@ -66,39 +68,38 @@ def list_options(group: str, folders: Sequence[Path]) -> str:
 
 
 def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) -> str:
-    """The same, each with the parameters and the multiply-adds of a network that has it: by default, or with a run's overrides.
+    """List the options of a group with the parameters and the multiply-adds of a network that uses the option.
 
-    Each torso is counted with the pack that goes with it. An option that cannot be built, for want of a package or because it does not go
-    with the overrides, says why.
+    Each torso is counted with the first pack that has it as default. An option that cannot be built is listed with the reason.
 
     Raises:
-        UserError: none can be built.
+        UserError: no option can be built.
     """
     for word in overrides:
         if word.partition("=")[0] == group:
-            raise UserError(f"mtrl ls {group} {word}: expected no choice of {group}, as all of its options are listed")
+            raise UserError(f"mtrl ls {group} lists all options of {group}; remove {word}")
     size, reasons = _sizes(), []
-    header = ("  ", "parameters", "shared", "each task's own", "multiply-adds", "counted with", "")
+    header = ("  ", "parameters", "shared", "per task", "multiply-adds", "counted with", "")
     rows: list[tuple[str, ...]] = []
     for name, file in options.options(group, folders).items():
         env = () if any(word.startswith(("env=", "experiment=")) for word in overrides) else (f"env={_pack_for(group, name, folders)}",)
         description = options.description(file)
         try:
             rows.append((_starred(group, name), *size([*env, *overrides, f"{group}={name}"]), description))
-        except (ValueError, RuntimeError) as error:  # what torch cannot build is a RuntimeError
-            reasons.append(_in_a_few_words(error))
+        except (ValueError, RuntimeError) as error:  # torch raises RuntimeError
+            reasons.append(_short_message(error))
             rows.append((_starred(group, name), *["-"] * 4, "", f"{description} (not counted: {reasons[-1]})"))
     if len(reasons) == len(rows):
         raise UserError(f"mtrl ls {group}: {reasons[0]}")
     note = (
-        "\n\nNumbers are of the whole network, multiply-adds of a forward per observation."
-        f"\nWith another pack or width: mtrl ls {group} env=minatar_pack network.parameters=300k"
+        "\n\nCounts are for the complete network; multiply-adds are per observation in the forward pass."
+        f"\nFor another pack or size: mtrl ls {group} env=minatar_pack network.parameters=300k"
     )
     return as_text(table(rows, header)) + note + _within(group, folders)
 
 
 def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
-    """What tells, for a run's overrides: parameters in all, shared, each task's own, multiply-adds, and the pack. It imports torch."""
+    """Return a function from overrides to the cells: total, shared and per-task parameters, multiply-adds, pack. Imports torch."""
     from mtrl_cli.build import network as build_network
     from mtrl_cli.build import resolve_auto
     from mtrl_cli.build import run as build_run
@@ -124,7 +125,7 @@ def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
 
 
 def _pack_for(group: str, option: str, folders: Sequence[Path]) -> str | None:
-    """The pack with which an option is counted: for a torso the first that chooses it by default, else the default."""
+    """Return the pack to count an option with: for a torso the first pack that has it as default, else the default pack."""
     default = options.default_choices()["env"]
     if group == "network":
         names = sorted(options.options("env", folders), key=lambda name: name != default)
@@ -132,12 +133,12 @@ def _pack_for(group: str, option: str, folders: Sequence[Path]) -> str | None:
     return default
 
 
-def _in_a_few_words(error: Exception) -> str:
-    """What went wrong, without the advice that follows its colon where it is long."""
+def _short_message(error: Exception) -> str:
+    """Return the message on one line. A long message is cut at a colon, which usually precedes advice."""
     words = " ".join((str(error) or type(error).__name__).split())
-    while len(words) > LONGEST_REASON and ": " in words:
+    while len(words) > MAX_REASON_LENGTH and ": " in words:
         words = words.rpartition(": ")[0]
-    return words[:LONGEST_REASON]
+    return words[:MAX_REASON_LENGTH]
 
 
 def _starred(group: str, option: str) -> str:
@@ -146,4 +147,4 @@ def _starred(group: str, option: str) -> str:
 
 def _within(group: str, folders: Sequence[Path]) -> str:
     within = [name for name in options.groups(folders) if name.startswith(f"{group}/")]
-    return f"\n\nwithin it: {', '.join(within)}" if within else ""
+    return f"\n\nsubgroups: {', '.join(within)}" if within else ""

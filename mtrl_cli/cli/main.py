@@ -1,4 +1,7 @@
-"""The command line: parses, hands over, and turns what went wrong into a line and an exit code. Imports lazily, decides nothing."""
+"""The `mtrl` commands: parse arguments, call the module that does the work, and convert errors to exit codes.
+
+Imports are inside the functions, so that `--help` and completion start fast.
+"""
 
 from __future__ import annotations
 
@@ -11,70 +14,71 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mtrl_cli import __version__
-from mtrl_cli.cli.output import is_first, reader_may_leave, show, tell_error
+from mtrl_cli.cli.output import broken_pipe_ignored, is_first_rank, print_error, print_result
 from mtrl_cli.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
-    help="""One Q-network learns many games, and tells you what sharing it cost and gained.
+    help="""Train one Q-network on many tasks, and measure what sharing the network costs and gains.
 
 \b
 Examples:
-  mtrl ls env                               what there is to learn
-  mtrl train env=atari_pack                 eight Atari games, one network
-  mtrl train env=classic_pack --dry-run     the configuration of a run, without running it
-  mtrl resume runs/atari_pack/…             go on where a run stopped
-  mtrl eval runs/atari_pack/… video=true    play whole games with what was learned
-  mtrl sweep env=classic_pack seed=1,2,3    many runs: grids and searches, here or on a cluster
-  mtrl study sharing env=minatar_pack       what sharing the network is worth, on one page
-  mtrl transfer runs/classic_pack/… env=…   what was learned, used again for other tasks
-  mtrl compare runs/mine runs/yours         two runs side by side
-  mtrl bench env=atari_pack                 how fast this machine trains, and what holds it back
+  mtrl ls env                               list the packs of tasks
+  mtrl train env=atari_pack                 train one network on eight Atari games
+  mtrl train env=classic_pack --dry-run     print the resolved configuration
+  mtrl resume runs/atari_pack/…             resume a run
+  mtrl eval runs/atari_pack/… video=true    evaluate a checkpoint and record videos
+  mtrl sweep env=classic_pack seed=1,2,3    run a grid or a search, locally or on a cluster
+  mtrl study sharing env=minatar_pack       compare sharing structures at equal parameter count
+  mtrl transfer runs/classic_pack/… env=…   measure transfer to other tasks
+  mtrl report runs/sweeps/…                 write an HTML report
+  mtrl compare runs/mine runs/yours         compare two runs
+  mtrl bench env=atari_pack                 measure the training speed on this machine
 
-Every command tells more: mtrl train --help.""",
+Details: mtrl COMMAND --help.""",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-studies = typer.Typer(help="Many runs that answer one question, then the report.", rich_markup_mode=None, no_args_is_help=True)
+studies = typer.Typer(help="Run a complete experiment and write its report.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(studies, name="study")
 
-QUIET_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""What the disk may do to a run: the user's to repair, so a line says it all."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors of the file system that are reported in one line, without a traceback."""
 
 
-def _completions(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+def _complete_overrides(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli.cli import completion
 
     command = ctx.info_name or ""
-    typed = completion.words_of_bash()
+    typed = completion.bash_words()
     if typed is None:
         return completion.complete(command, ctx.params.get("overrides") or [], incomplete)
     given, word = typed
-    before = word[: len(word) - len(incomplete)]  # bash keeps what stands before its own word
-    return [(found.removeprefix(before), line) for found, line in completion.complete(command, given, word)]
+    prefix = word[: len(word) - len(incomplete)]  # bash expects only the part after the last `=`
+    return [(found.removeprefix(prefix), line) for found, line in completion.complete(command, given, word)]
 
 
-def _groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    from mtrl_cli.config import options as catalogue
+def _complete_groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from mtrl_cli.config import options
 
-    return [(name, "") for name in catalogue.groups([catalogue.conf_folder()], None) if name.startswith(incomplete)]
+    return [(name, "") for name in options.groups([options.conf_folder()], None) if name.startswith(incomplete)]
 
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="What to set, in Hydra's grammar.", autocompletion=_completions, show_default=False),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
 def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        show(f"mtrl {__version__}")
+        print_result(f"mtrl {__version__}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
-        show(ctx.get_help())
+        print_result(ctx.get_help())
         raise typer.Exit
 
 
@@ -82,13 +86,13 @@ def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", 
 def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
-    or_resume: Annotated[bool, typer.Option("--or-resume", help="Go on with run_dir if a run is there already.")] = False,
+    or_resume: Annotated[bool, typer.Option("--or-resume", help="Resume the run in run_dir if there is one.")] = False,
 ) -> None:
     """Train one network on a pack of tasks.
 
     \b
-    Choose an option of a group with GROUP=OPTION (mtrl ls), set a value with KEY=VALUE.
-    Counts of steps are per task; a step is one decision in one environment.
+    GROUP=OPTION chooses an option of a group (see mtrl ls); KEY=VALUE sets a value.
+    Step counts are per task. A step is one agent decision in one environment.
 
     \b
     Examples:
@@ -103,20 +107,21 @@ def train(
 
     composed = compose.compose_training(overrides or [])
     if dry_run:
-        show(compose.dump(composed).rstrip("\n"))
+        print_result(compose.dump(composed).rstrip("\n"))
         return
-    from mtrl_cli.commands.train import train as run
+    from mtrl_cli.commands import train
 
-    run(composed, command=_command(), or_resume=or_resume)
+    train.run(composed, command=_command(), or_resume=or_resume)
 
 
 @app.command()
 def resume(run: Run, overrides: Overrides = None) -> None:
-    """Go on with a run that stopped, exactly as if it had not; or with a sweep.
+    """Resume a run or a sweep.
 
     \b
-    A run's configuration stays; steps_per_task may be raised, device and trusted_packages may be given.
-    A sweep's trials stay; launcher=, launcher.* and sweep.retries may be given, sweep.trials may be raised.
+    On a CPU, a resumed run is bit-identical to an uninterrupted one.
+    Run: steps_per_task may be raised; device and trusted_packages may be changed.
+    Sweep: sweep.trials may be raised; sweep.retries, launcher= and launcher.* may be changed.
 
     \b
     Examples:
@@ -129,25 +134,28 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
         go_on_with_sweep(run.expanduser(), overrides or [], command=_command())
         return
-    from mtrl_cli.commands.train import resume as go_on
+    from mtrl_cli.commands import train
 
-    go_on(run, overrides or [], command=_command())
+    train.resume(run, overrides or [], command=_command())
 
 
 @app.command()
 def sweep(
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would run, and how far it is and how long it took where it has begun.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")] = False,
 ) -> None:
-    """Train many runs: seeds, structures, weights, learning rates.
+    """Train many runs: a grid or a hyperparameter search.
 
     \b
-    Takes what mtrl train takes, and several values of a key: a grid of a,b,c and range(5), or, of intervals, sweep.trials of them that
-    a sampler chooses (sweep.sampler=tpe|cmaes|gp|random). sweep.pruner=median|hyperband|halving ends trials that promise nothing.
-    A sweep is a folder of runs. The same command with its run_dir, or mtrl resume, goes on where it was; a second one at the same time
-    is a second worker. launcher= says where runs are worked on (mtrl ls launcher), launcher.jobs= how many at a time.
+    Takes the overrides of mtrl train, with several values per key:
+      a,b,c or range(5)   grid: one run per combination
+      interval(1e-5,1e-3) search: sweep.trials runs, sweep.sampler=tpe|cmaes|gp|random
+    sweep.pruner=median|hyperband|halving stops unpromising trials early.
+    launcher= selects where runs execute (mtrl ls launcher), launcher.jobs= how many at a time.
+
+    \b
+    A sweep is a folder of runs. To resume it, repeat the command with its run_dir, or use mtrl resume.
+    A second process on the same folder adds a worker.
 
     \b
     Examples:
@@ -161,7 +169,7 @@ def sweep(
     if dry_run:
         from mtrl_cli.sweeps import dry_run as sweep_listing
 
-        show(sweep_listing.list_sweep(plan))
+        print_result(sweep_listing.list_sweep(plan))
         return
     from mtrl_cli.sweeps.command import sweep as run
 
@@ -170,12 +178,12 @@ def sweep(
 
 @app.command()
 def transfer(run: Run, overrides: Overrides = None) -> None:
-    """Use a run's network again for other tasks, and show by how much it pays.
+    """Measure transfer from a trained run to other tasks.
 
     \b
-    Over some seeds it evaluates the network on the new tasks as it is, trains on from it, and trains the same budget from scratch. Takes
-    what mtrl train takes, and seeds=3. The network is the source's unless network=, network/sharing= or network/head= is given;
-    transfer.* is for the runs that begin with it. Started again with the same words and run_dir, it goes on where it was.
+    For each seed: evaluate the source network on the new tasks (zero-shot), fine-tune it, and train from scratch with the same budget.
+    Takes the overrides of mtrl train, and seeds=3. The network is the source's unless network=, network/sharing= or network/head= is
+    given. transfer.* applies to the fine-tuned runs. To resume, repeat the command with its run_dir.
 
     \b
     Examples:
@@ -191,14 +199,17 @@ def transfer(run: Run, overrides: Overrides = None) -> None:
 @studies.command("sharing")
 def study_sharing(
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would run, and how far it is where it has begun.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")] = False,
 ) -> None:
-    """Tell what sharing a network is worth: every sharing structure at the same size, over seeds, then the report.
+    """Compare sharing structures at equal parameter count.
 
     \b
-    Beside them, networks that share nothing: of the same size in all, and a full one for each task. Takes what mtrl sweep takes (launcher=,
-    run_dir=, further values to compare with each structure), seeds=3, network/sharing=NAME,NAME for some structures only, and
-    network.parameters=N; else N is what hard sharing has. Stopped, the same command goes on where it was.
+    Trains every structure with several seeds, and two baselines that share nothing: independent networks with the same total number of
+    parameters, and independent networks of full size. Then writes a report. Takes the overrides of mtrl sweep, and:
+      seeds=3                  number of seeds
+      network/sharing=A,B      only these structures
+      network.parameters=N     size of the shared network (default: that of hard sharing)
+    To resume, repeat the command.
 
     \b
     Examples:
@@ -212,7 +223,7 @@ def study_sharing(
     if dry_run:
         from mtrl_cli.sweeps import dry_run as sweep_listing
 
-        show("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
+        print_result("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
         return
     sharing_study.run(made, command=_command())
 
@@ -220,15 +231,15 @@ def study_sharing(
 @app.command()
 def report(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or any with runs below.", show_default=False)
+        list[str],
+        typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or folders that contain some.", show_default=False),
     ],
 ) -> None:
-    """Make one page of what runs have reached, with its metrics beside it.
+    """Write an HTML report of runs, with each table as CSV and Markdown and each figure as SVG and PNG.
 
     \b
-    Runs that differ in their seeds alone are put together. The page works from its file and loads nothing from a network; each table is
-    there as CSV and Markdown, each picture as SVG and PNG. It lies in report/ of the folder given, or in out=PATH; of several folders in
-    ./report.
+    Runs that differ only in their seed form one group. The page is self-contained and works offline.
+    The report is written to report/ in the given folder (./report for several folders), or to out=PATH.
 
     \b
     Examples:
@@ -244,28 +255,30 @@ def report(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The one run's folder.", show_default=False)],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The other's.", show_default=False)],
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of the first run.", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of the second run.", show_default=False)],
 ) -> None:
-    """Show two runs side by side: what was chosen differently, what they score, how fast they were.
+    """Compare two runs: differences in configuration, scores and speed.
 
     \b
     Examples:
       mtrl compare runs/mine runs/yours
       mtrl compare runs/sweeps/sharing/trials/0000 runs/sweeps/sharing/trials/0001
     """
-    from mtrl_cli.reports.compare import compare as side_by_side
+    from mtrl_cli.reports import compare
 
-    show(side_by_side([first, second]))
+    print_result(compare.compare([first, second]))
 
 
 @app.command("eval")
 def evaluate(run: Run, overrides: Overrides = None) -> None:
-    """Play whole games with what a run has learned.
+    """Evaluate a checkpoint of a run.
 
     \b
-    The scores go into the run's folder. What can be set: eval.episodes, eval.max_steps, eval.epsilon, eval.seed, video=true,
-    checkpoint=latest|best|STEP, device, trusted_packages. The rest is as in the run.
+    Scores are printed and written to the run's folder. Overrides:
+      checkpoint=latest|best|STEP, video=true, device, trusted_packages,
+      eval.episodes, eval.max_steps, eval.epsilon, eval.seed
+    All other values are those of the run.
 
     \b
     Examples:
@@ -276,10 +289,10 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     from mtrl_cli.config import compose
 
     options = compose.compose_evaluation(overrides or [])
-    from mtrl_cli.commands.eval import evaluate_run
+    from mtrl_cli.commands import eval
 
-    with reader_may_leave():  # what it prints comes last: the scores are written by then
-        evaluate_run(run, options)
+    with broken_pipe_ignored():  # the scores are written before they are printed
+        eval.run(run, options)
 
 
 @app.command()
@@ -288,17 +301,17 @@ def bench(
     seconds: Annotated[
         float,
         typer.Option(
-            "--seconds", min=0.1, help="About how long to measure, besides starting and compiling; a round does each part once at least."
+            "--seconds", min=0.1, help="Approximate measuring time, without startup and compilation. Each part is measured at least once."
         ),
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how fast a run would be on this machine, part by part, and how near its limit.
+    """Measure the training speed on this machine, and how close it is to the limit.
 
     \b
-    Takes what mtrl train takes, and measures the emulators alone, acting alone, learning alone and the whole loop. The limit follows
-    from the parts: where they share the same cores their times add up; with a GPU the slower side decides.
-    Nothing is kept or waited for: run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts must be valid, and change nothing.
+    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, and the complete loop.
+    The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
+    Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
 
     \b
     Examples:
@@ -309,26 +322,29 @@ def bench(
     from mtrl_cli.config import compose
 
     composed = compose.compose_training(overrides or [])
-    from mtrl_cli.commands.bench import bench as measure
+    from mtrl_cli.commands import bench
 
-    with reader_may_leave():
-        measure(composed, seconds=seconds, as_json=as_json)
+    with broken_pipe_ignored():
+        bench.run(composed, seconds=seconds, as_json=as_json)
 
 
 @app.command()
 def ls(
     group: Annotated[
-        str | None, typer.Argument(metavar="[GROUP]", help="Such as env or network/sharing.", autocompletion=_groups, show_default=False)
+        str | None,
+        typer.Argument(metavar="[GROUP]", help="For example env or network/sharing.", autocompletion=_complete_groups, show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Folders of your own; for a network's sizes, any of a run.", show_default=False),
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="hydra.searchpath, and for network groups any override of mtrl train.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """List what there is to choose: the groups, or the options of one.
+    """List the configuration groups, or the options of one group.
 
     \b
-    network, network/sharing and network/head tell the parameters of each and the multiply-adds of a forward.
+    For network, network/sharing and network/head, the list shows the number of parameters and the multiply-adds of a forward pass.
 
     \b
     Examples:
@@ -337,21 +353,17 @@ def ls(
       mtrl ls network/sharing env=minatar_pack network.parameters=300k
       mtrl ls env 'hydra.searchpath=[file:///home/me/conf]'
     """
-    from mtrl_cli.cli import ls as listing
+    from mtrl_cli.cli import ls
 
-    words = [word for word in (group, *(overrides or [])) if word]
-    show(listing.list_words(words))
+    print_result(ls.run([word for word in (group, *(overrides or [])) if word]))
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print versions and devices, for bug reports."""
-    import json
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print versions and devices for a bug report."""
+    from mtrl_cli.cli import info
 
-    from mtrl_cli.cli import info as facts
-
-    collected = facts.collect()
-    show(json.dumps(collected, indent=2) if as_json else facts.as_text(collected))
+    print_result(info.run(as_json))
 
 
 def _command() -> list[str]:
@@ -359,27 +371,27 @@ def _command() -> list[str]:
 
 
 def main() -> NoReturn:
-    """The entry point of `mtrl`: run the command, and exit with what the design promises."""
+    """Run the command and exit: 0 done, 1 failed while running, 2 wrong input, 130 and 143 stopped by a signal."""
     code = 1
     try:
         result = typer.main.get_command(app).main(prog_name="mtrl", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-    except typer.TyperException as error:  # the parser's own
-        code = tell_error(_in_one_line(error), getattr(error, "exit_code", 2))
+    except typer.TyperException as error:
+        code = print_error(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = tell_error(str(error), error.exit_code, is_ours=getattr(error, "is_ours_to_tell", False))
+        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_ours_to_tell", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told and is_first():
+        if not stopped.told and is_first_rank():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:
-        if error.errno not in QUIET_ERRORS:
+        if error.errno not in DISK_ERRORS:
             raise
-        code = tell_error(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
-    with reader_may_leave():
-        if sys.stdout is not None:  # closed before we began
+        code = print_error(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
+    with broken_pipe_ignored():
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     sys.exit(code)
 

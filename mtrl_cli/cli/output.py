@@ -1,4 +1,4 @@
-"""How a command speaks: its answers on standard output, what went wrong in a line on standard error; of several ranks, only one does."""
+"""Print the results and errors of a command, on the first of several ranks only."""
 
 from __future__ import annotations
 
@@ -8,41 +8,43 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.parallel import torchrun
 
-OTHERS_SECONDS = 10.0
-"""So long the ranks after the first leave it to that one to tell an error, which is most often the same; torchrun ends them by then."""
+ERROR_DELAY_SECONDS = 10.0
+"""Delay before other ranks print an error: it is usually also the first rank's, and torchrun ends them before the delay is over."""
 
 
-def is_first() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun has started."""
+def is_first_rank() -> bool:
+    """Return whether this process is the first of the ranks that torchrun started, or the only one."""
     try:
         return torchrun.place().is_first
     except UserError:
         return True
 
 
-def tell_error(message: str, code: int, is_ours: bool = False) -> int:
-    """One or two plain lines on stderr; returns the exit code. What a stranger's file put into them cannot steer the terminal."""
-    if not is_first() and not is_ours:
-        time.sleep(OTHERS_SECONDS)
-    plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
-    print(f"mtrl: error: {plain}", file=sys.stderr)
-    return code
+def print_error(message: str, exit_code: int, *, delay: bool = True) -> int:
+    """Print an error on stderr and return the exit code. Control characters are replaced, as a message may quote an untrusted file.
+
+    Args:
+        delay: whether ranks other than the first wait for `ERROR_DELAY_SECONDS`.
+    """
+    if delay and not is_first_rank():
+        time.sleep(ERROR_DELAY_SECONDS)
+    print(f"mtrl: error: {printable(message)}", file=sys.stderr)
+    return exit_code
 
 
-def show(text: str) -> None:
-    """Print an answer."""
-    if not is_first():
-        return
-    with reader_may_leave():
-        print(text, flush=True)
+def print_result(text: str) -> None:
+    """Print a result on stdout, on the first rank only."""
+    if is_first_rank():
+        with broken_pipe_ignored():
+            print(text, flush=True)
 
 
 @contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Whoever reads what is printed may have gone (`mtrl ls | head -1`), which is no error."""
+def broken_pipe_ignored() -> Iterator[None]:
+    """Ignore that the reader of stdout has exited, as in `mtrl ls | head -1`."""
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`mtrl bench`: how fast a configuration runs on this machine, part by part, and how near its limit."""
+"""`mtrl bench`: measure the speed of a configuration on this machine, in parts and as a whole, and compare it with the limit."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from mtrl_cli.training import throughput
 from mtrl_cli.training.loop import Loop
 
 ROUNDS = 5
-# Steps per task that are kept: so many that gathering does not live in the processor's caches, and quick to fill.
+# Replay capacity in steps per task: quick to fill, and too large for the processor's caches.
 _CAPACITY = 4096
 _PARTS_OF_CLOCK = {"emulators": "env", "acting": "act", "learning": "learn"}
 _ADVICE = {
-    "emulators": "more cores would help, and nothing else",
-    "acting": "more environments at a time (env.num_envs), a smaller network or a GPU would help",
+    "emulators": "only more cores would help",
+    "acting": "more environments (env.num_envs), a smaller network or a GPU would help",
     "learning": "fewer samples per step (agent.{samples}), a smaller network or a GPU would help",
 }
 
 
-def bench(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
-    """Measure a run without leaving anything behind, and print what came of it. Progress goes to stderr.
+def run(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
+    """Measure a run without writing anything, and print the result. Progress goes to stderr.
 
     Args:
-        config: as of `mtrl train`, composed and validated.
-        seconds: of measuring, in all.
-        as_json: print one JSON object rather than a table.
+        config: the validated configuration of `mtrl train`.
+        seconds: total measuring time.
+        as_json: whether to print one JSON object instead of a table.
 
     Raises:
-        UserError: it cannot be trained so here. Stopped: by a signal.
+        UserError: the configuration cannot be trained on this machine.
+        Stopped: stopped by a signal.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl bench measures one process: start it without torchrun")
+        raise UserError("mtrl bench measures a single process; start it without torchrun")
     with StopRequest() as stop, stop.interruptible():
         if config["init_from"] is not None:
-            _note("init_from: left out, with transfer.freeze and transfer.replay: what is measured is a run in which all is trained")
+            _note("init_from, transfer.freeze and transfer.replay are ignored: the benchmark trains all parameters")
             config = config | {"init_from": None, "transfer": config["transfer"] | {"freeze": "none", "replay": False}}
         pack = build_run.make_pack(config)
         config = resolve_auto.settle(config, pack, _note)
         for line in resolve_auto.describe(config, pack):
             _note(line)
-        small = _at_once(config, pack.num_envs)
-        run = build_run.make_run(small, pack, _note)
-        loop = run.open_loop()
+        parts = build_run.make_run(_without_warmup(config, pack.num_envs), pack, _note)
+        loop = parts.open_loop()
         try:
-            result = _facts(config, run) | _measure(run, loop, config["steps_per_task"], seconds)
+            result = _settings(config, parts) | _measure(parts, loop, config["steps_per_task"], seconds)
         finally:
             loop.close()
     if as_json:
@@ -70,8 +70,8 @@ def _note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _at_once(config: dict[str, Any], num_envs: int) -> dict[str, Any]:
-    """The configuration without waiting for experience, and with a replay that is soon full."""
+def _without_warmup(config: dict[str, Any], num_envs: int) -> dict[str, Any]:
+    """Return the configuration with learning from the first step and a small replay."""
     agent, replay = dict(config["agent"]), dict(config["replay"])
     if "learning_starts" in agent:
         agent["learning_starts"] = 0
@@ -79,27 +79,27 @@ def _at_once(config: dict[str, Any], num_envs: int) -> dict[str, Any]:
         needed = 2 * (agent["n_step"] + config["env"].get("stack", 1) + 1) * num_envs
         replay["capacity"] = min(replay["capacity"], max(_CAPACITY, needed))
         if replay["capacity"] < config["replay"]["capacity"]:
-            _note(f"replay: {replay['capacity']:,} transitions per task are enough to measure with")
+            _note(f"replay: measuring with a capacity of {replay['capacity']:,} transitions per task")
     return config | {"agent": agent, "replay": replay}
 
 
-def _facts(config: dict[str, Any], run: build_run.Run) -> dict[str, Any]:
-    """What was measured, in the configuration's terms."""
-    facts = {key: config[key] for key in ("device", "precision", "compile", "threads")}
+def _settings(config: dict[str, Any], run: build_run.Run) -> dict[str, Any]:
+    """Return the settings that determine the speed."""
+    settings = {key: config[key] for key in ("device", "precision", "compile", "threads")}
     tasks = [task.name for task in run.pack.tasks]
     samples = {"batch_size": run.agent.batch_size, "samples_per_step": run.agent.samples_per_step}
-    return facts | {"tasks": tasks, "num_envs": run.pack.num_envs} | samples
+    return settings | {"tasks": tasks, "num_envs": run.pack.num_envs} | samples
 
 
 def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> dict[str, Any]:
-    """Every part and the loop, in rounds; rates are the middle one of the rounds'."""
+    """Measure every part and the loop in rounds. Rates are medians over rounds."""
     begun = time.perf_counter()
     if run.compiled:
-        _note("compiling the update: seconds where it is cached, a minute where not")
+        _note("compiling the update: seconds if cached, else about a minute")
         run.learner.warm_up()
     compiling = time.perf_counter() - begun
     loop.begin()
-    loop.step = last_step  # at the final epsilon
+    loop.step = last_step  # final epsilon
     meter = throughput.Meter(loop, run.seed)
     meter.fill(run.replay.capacity_rows)
     meter.warm_up()
@@ -128,36 +128,36 @@ def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> 
 
 
 def _limited_by(parts: Mapping[str, float], shared_cores: bool) -> str:
-    """What holds a run back, in a line."""
+    """Describe the bottleneck in one line."""
     if not shared_cores and parts["emulators"] <= throughput.limit(**parts, shared_cores=False):
         return f"the emulators are slower than the device: {_ADVICE['emulators']}"
     shares = throughput.shares_of_limit(**parts)
-    of_what = "of the work"
+    whole = "of the work"
     if not shared_cores:
         together = shares["acting"] + shares["learning"]
         shares = {part: shares[part] / together for part in ("acting", "learning")}
-        of_what = "of the device's work, for which the emulators wait"
+        whole = "of the device's work, for which the emulators wait"
     slowest = max(shares, key=lambda part: shares[part])
-    return f"{slowest} is {shares[slowest]:.0%} {of_what}: {_ADVICE[slowest]}"
+    return f"{slowest} is {shares[slowest]:.0%} {whole}: {_ADVICE[slowest]}"
 
 
 def _table(result: Mapping[str, Any]) -> RenderableType:
     rows = []
     for part in throughput.PARTS:
         split = result["split"].get(_PARTS_OF_CLOCK.get(part, ""))
-        name = "the whole loop" if part == "loop" else f"{part} alone"
+        name = "complete loop" if part == "loop" else f"{part} only"
         rates = [f"{rate:,.0f}" for rate in (result[part], *result["spread"][part])]
         rows.append([name, *rates, "" if split is None else f"{split:.0%}"])
-    header = ("part", "steps/s", "lowest", "highest", "share of a run's time")
+    header = ("part", "steps/s", "lowest", "highest", "share of run time")
     return terminal.table(rows, header, right=header[1:])
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
     compiled = f", compiled in {result['seconds_to_compile']:.0f} s" if result["compile"] else ""
     return [
-        f"limit        {result['limit']:,.0f} steps/s, of which the loop reaches {result['share']:.0%}",
-        f"held back    {result['limited_by']}",
-        f"memory       {result['bytes_per_transition']:,.0f} bytes per transition (the tensors of the replay)",
-        f"a run makes  {result['updates_per_second']:,.1f} updates/s, {result['samples_per_second']:,.0f} samples/s, "
-        f"{result['frames_per_second']:,.0f} frames/s, all {len(result['tasks'])} tasks together{compiled}",
+        f"limit        {result['limit']:,.0f} steps/s; the loop reaches {result['share']:.0%} of it",
+        f"bottleneck   {result['limited_by']}",
+        f"memory       {result['bytes_per_transition']:,.0f} bytes per transition in the replay",
+        f"throughput   {result['updates_per_second']:,.1f} updates/s, {result['samples_per_second']:,.0f} samples/s, "
+        f"{result['frames_per_second']:,.0f} frames/s, over all {len(result['tasks'])} tasks{compiled}",
     ]

@@ -1,4 +1,4 @@
-"""`mtrl eval`: play whole games with a checkpoint of a run."""
+"""`mtrl eval`: evaluate a checkpoint of a run on complete episodes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from mtrl_cli.runs.terminal import console
 from mtrl_cli.training import evaluator
 
 
-def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
-    """Play games with a checkpoint, print the table and write `eval/<step>.json`.
+def run(run_path: Path, options: dict[str, Any]) -> None:
+    """Evaluate a checkpoint, write `eval/<step>.json` and print the scores.
 
     Args:
         run_path: the run folder, or one of its checkpoints.
-        options: `checkpoint`, `video`, `device`, `trusted_packages` and `eval`; None means as the run has it.
+        options: `checkpoint`, `video`, `device`, `trusted_packages` and `eval`; None selects the run's value.
 
     Raises:
-        UserError: no such run or checkpoint. Stopped: by a signal; nothing is written.
+        UserError: the run or the checkpoint does not exist.
+        Stopped: stopped by a signal; nothing was written.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl eval plays in one process: start it without torchrun")
+        raise UserError("mtrl eval runs in a single process; start it without torchrun")
     folder, named = RunFolder.open(run_path)
     config = compose.load(folder.config, trusted=options["trusted_packages"])
     validation_seed = config["eval"]["seed"]
@@ -46,27 +47,27 @@ def evaluate_run(run_path: Path, options: dict[str, Any]) -> None:
         if options["video"]:
             video.require()
             for index in range(len(pack.tasks)):
-                next(iter(pack.render(index, 0, [])))  # what cannot be drawn is said before hours of play
+                next(iter(pack.render(index, 0, [])))  # fail before hours of evaluation
         build_run.check_tasks(state.get("tasks"), pack, folder.path)
         build_network.load_weights(network, state, f"checkpoint {step} of {folder.path}")
         games = player.play(network, stop.check)
         split = "validation" if player.seed == validation_seed else "test"
         summary = evaluator.summarise(games, pack, step, str(step), split=split, seed=player.seed)
-        before = _before(folder, step)
+        previous = _previous(folder, step)
         try:
             folder.write(f"eval/{step}.json", atomic.to_json(summary))
             if options["video"]:
                 _write_videos(folder, pack, games)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{folder.path} cannot be written to: {error.strerror}") from error
+            raise UserError(f"{folder.path} is not writable: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
-    if before and (before["episodes"] > summary["episodes"] or before["split"] != split):
-        print(f"this takes the place of a {before['split']} of {before['episodes']} episodes per task")
+    if previous and (previous["episodes"] > summary["episodes"] or previous["split"] != split):
+        print(f"replaced a {previous['split']} evaluation of {previous['episodes']} episodes per task")
     print(f"written to {folder.evaluations / f'{step}.json'}" + (f" and {folder.videos}/" if options["video"] else ""))
 
 
-def _before(folder: RunFolder, step: int) -> dict[str, Any] | None:
-    """Episodes and split of the evaluation that is already there; None if there is none."""
+def _previous(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """Return episodes and split of an existing evaluation of the checkpoint, or None."""
     try:
         found = atomic.read_json(folder.evaluations / f"{step}.json", folder.path)
     except UserError:
@@ -76,9 +77,9 @@ def _before(folder: RunFolder, step: int) -> dict[str, Any] | None:
 
 
 def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:
-    """The first game of every task, played again from its seed and actions."""
+    """Render the first episode of every task, replayed from its seed and actions."""
     if not atomic.is_inside(folder.videos, folder.path):
-        raise UserError(f"{folder.videos} is a link that leaves the run; nothing is written through it.")
+        raise UserError(f"{folder.videos} is a link out of the run folder; refusing to write there")
     folder.videos.mkdir(exist_ok=True)
     for index, task in enumerate(pack.tasks):
         seed, actions = games.first[task.name]

@@ -1,4 +1,4 @@
-"""What is said at a run's end: where everything is, and the commands to go on with."""
+"""The commands that a finished run suggests."""
 
 from __future__ import annotations
 
@@ -11,34 +11,32 @@ from mtrl_cli.runs.terminal import print_line
 
 
 def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[str], ranks: int) -> None:
-    """Tell it, on standard output.
+    """Print the run folder and the commands to view, evaluate and continue the run.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        command: that started it.
-        ranks: that trained it.
+        command: the command line that started the run.
+        ranks: the number of ranks that trained it.
     """
     quoted, trusted = shlex.quote(str(folder.path)), config["trusted_packages"]
     also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
     print_line(f"run folder   {folder.path}")
-    print_line(f"look at it   tensorboard --logdir {quoted}")
+    print_line(f"curves       tensorboard --logdir {quoted}")
     print_line(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
-    if command[1:2] == ["transfer"]:  # a study compares runs of one budget
+    if command[1:2] == ["transfer"]:  # the runs of a study have the same budget
         return
     more = f" steps_per_task={2 * config['steps_per_task']}{also}"
-    print_line(f"train on     {resume_command(folder, ranks, more)}")
+    print_line(f"continue     {resume_command(folder, ranks, more)}")
     if ranks == 1 and (full := _full_run(command)):
-        print_line(f"a full run   {full}")
+        print_line(f"full run     {full}")
 
 
 def resume_command(folder: RunFolder, ranks: int, more: str = "") -> str:
-    """The command line that goes on with a run."""
+    """Return the command line that resumes a run."""
     return torchrun.command(ranks, f"resume {shlex.quote(str(folder.path))}{more}")
 
 
 def _full_run(command: list[str]) -> str | None:
-    """The command without what made its run a small one; None if there is nothing to leave out."""
+    """Return the command without the overrides that shorten the run, or None if it has none."""
     small = ("experiment=", "steps_per_task=", "run_dir=", "agent.learning_starts=", "eval.", "checkpoint.", "log.", "--")
     kept = [word for word in command if not word.startswith(small)]
     shortened = any(word.startswith(("experiment=", "steps_per_task=")) for word in command)

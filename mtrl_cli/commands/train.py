@@ -1,4 +1,4 @@
-"""`mtrl train` and `mtrl resume`: one run, from its configuration to its end."""
+"""`mtrl train` and `mtrl resume`: build a run, then train it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,34 @@ from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import distributed, torchrun
 from mtrl_cli.parallel.distributed import Ranks
-from mtrl_cli.runs.run_dir import FolderOfTheFirst, RunFolder
+from mtrl_cli.runs.run_dir import ReadOnlyRunFolder, RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training.loop import Loop
 
+# Keys whose differences between the command and the resumed run are not reported.
+_NOT_COMPARED = ("run_dir", "device", "trusted_packages", "ranks")
 
-def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False) -> None:
+
+def run(config: dict[str, Any], *, command: list[str], or_resume: bool = False) -> None:
     """Train a new run.
 
     Args:
-        config: composed and validated.
-        command: the command line, kept with the run.
-        or_resume: go on with the run in `run_dir` if there is one.
+        config: the validated configuration.
+        command: the command line, recorded in run.json.
+        or_resume: whether to resume the run in `run_dir` if there is one.
 
     Raises:
-        UserError: nothing was created. RunError: the run failed. Stopped: by a signal, after saving.
+        UserError: invalid input; nothing was created.
+        RunError: the run failed.
+        Stopped: stopped by a signal, after saving.
     """
     run_dir = config["run_dir"]
     if or_resume and run_dir is None:
-        raise UserError("--or-resume needs run_dir=PATH: which run is it to go on with?")
+        raise UserError("--or-resume needs run_dir=PATH, the run to resume")
     with distributed.meet(torchrun.place()) as ranks:
         if or_resume and ranks.from_first(RunFolder.is_run(Path(run_dir))):
-            _resume_as_asked(Path(run_dir), config, command, ranks)
+            _resume_with_config(Path(run_dir), config, command, ranks)
             return
         with StopRequest() as stop:
             with stop.interruptible():
@@ -45,19 +50,19 @@ def train(config: dict[str, Any], *, command: list[str], or_resume: bool = False
                     if run_dir is not None and ranks.is_first:
                         RunFolder.check_new(Path(run_dir))
                     if config["init_from"] is not None and ranks.is_first:
-                        warm_start.find_source(config)  # before the work of building anything
-                config, run, loop = _prepared(config, ranks)
-                config = _initialised(config, run, ranks)
+                        warm_start.find_source(config)  # fail before the slow construction
+                config, parts, loop = _build(config, ranks)
+                config = _warm_start(config, parts, ranks)
                 loop.begin()
-                folder = _make_folder(run_dir, run, ranks)
+                folder = _create_folder(run_dir, parts, ranks)
             with folder:
                 folder.write("config.yaml", compose.dump(config | {"run_dir": str(folder.path)}))
                 store = build_run.make_store(config, folder.checkpoints, ranks)
-                Trainer(folder, config, run, loop, store, stop, command, ranks).work()
+                Trainer(folder, config, parts, loop, store, stop, command, ranks).work()
 
 
-def _initialised(config: dict[str, Any], run: build_run.Run, ranks: Ranks) -> dict[str, Any]:
-    """Take what `init_from` names into a run that has not begun; the configuration then says which checkpoint that was."""
+def _warm_start(config: dict[str, Any], run: build_run.Run, ranks: Ranks) -> dict[str, Any]:
+    """Load the checkpoint of `init_from` into a new run. Returns the configuration with the exact checkpoint in `init_from`."""
     if config["init_from"] is None:
         return config
     with ranks.together():
@@ -72,25 +77,27 @@ def _initialised(config: dict[str, Any], run: build_run.Run, ranks: Ranks) -> di
     return config
 
 
-def _make_folder(run_dir: str | None, run: build_run.Run, ranks: Ranks) -> RunFolder:
+def _create_folder(run_dir: str | None, run: build_run.Run, ranks: Ranks) -> RunFolder:
     folder: RunFolder | None = None
     with ranks.together():
         if ranks.is_first:
             folder = RunFolder.create(Path(run_dir)) if run_dir else RunFolder.create_default(run.pack.name, run.seed)
     path = ranks.from_first(str(folder.path) if folder else None)
-    return folder or FolderOfTheFirst(Path(path))
+    return folder or ReadOnlyRunFolder(Path(path))
 
 
 def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
-    """Go on with a run from its latest whole checkpoint; without one, start it anew from its configuration.
+    """Resume a run from its latest undamaged checkpoint, or from the beginning if it has none.
 
     Args:
         run_path: the run folder.
         overrides: `steps_per_task`, `device` and `trusted_packages` only.
-        command: the command line, kept with the run.
+        command: the command line, recorded in run.json.
 
     Raises:
-        UserError: it is no run, or may not be resumed so. RunError: it failed. Stopped: by a signal, after saving.
+        UserError: not a run, or the overrides are not allowed.
+        RunError: the run failed.
+        Stopped: stopped by a signal, after saving.
     """
     with distributed.meet(torchrun.place()) as ranks:
         _resume(run_path, overrides, command, ranks)
@@ -99,29 +106,29 @@ def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
 def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ranks) -> None:
     folder, which = RunFolder.open(run_path)
     if which is not None:
-        raise UserError(f"{run_path} is a checkpoint; a run is resumed from its latest: mtrl resume {shlex.quote(str(folder.path))}")
+        raise UserError(f"{run_path} is a checkpoint, not a run; use mtrl resume {shlex.quote(str(folder.path))}")
     config = compose.load_run(folder.path, overrides) | {"run_dir": str(folder.path)}
     if config["ranks"] != ranks.size:
-        right = torchrun.command(config["ranks"], f"resume {shlex.quote(str(folder.path))}")
-        raise UserError(f"{folder.path} is a run of ranks={config['ranks']}, and here are {ranks.size}: go on with {right}")
+        correct = torchrun.command(config["ranks"], f"resume {shlex.quote(str(folder.path))}")
+        raise UserError(f"{folder.path} was started with {config['ranks']} ranks, got {ranks.size}; use {correct}")
     if not ranks.is_first:
-        folder = FolderOfTheFirst(folder.path)
+        folder = ReadOnlyRunFolder(folder.path)
     with ranks.together():
         folder.lock()
     with folder, StopRequest() as stop:
-        with stop.interruptible():  # until the run goes on, what is on disk stays as it was
+        with stop.interruptible():  # nothing on disk changes before training starts
             store = build_run.make_store(config, folder.checkpoints, ranks)
             step, state = _load_latest(folder, store, ranks)
-            if state is not None and (completed := _completed(folder, step, config["steps_per_task"])):
+            if state is not None and (completed := _completion(folder, step, config["steps_per_task"])):
                 budget = 2 * max(step, config["steps_per_task"])
                 more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
-                patient = f" (with {config['early_stopping']['patience']} evaluations of patience anew)" if "early" in completed else ""
-                print_line(f"{folder.path} is completed ({completed}); to train on{patient}: {more}")
+                early = f" Early stopping restarts with {config['early_stopping']['patience']} evaluations." if "early" in completed else ""
+                print_line(f"{folder.path} is completed ({completed}). To continue training: {more}{early}")
                 return
-            config, run, loop = _prepared(config, ranks)
-            training = Trainer(folder, config, run, loop, store, stop, command, ranks)
+            config, parts, loop = _build(config, ranks)
+            training = Trainer(folder, config, parts, loop, store, stop, command, ranks)
             if state is None:
-                config = _initialised(config, run, ranks)
+                config = _warm_start(config, parts, ranks)
                 loop.begin()
             else:
                 with ranks.together():
@@ -130,8 +137,8 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
         training.work()
 
 
-def _completed(folder: RunFolder, step: int, budget: int) -> str | None:
-    """How a run whose latest checkpoint is at `step` was completed, in words; None if it was not, or its budget was raised."""
+def _completion(folder: RunFolder, step: int, budget: int) -> str | None:
+    """Describe how the run with its latest checkpoint at `step` was completed; None if it was not, or if its budget was raised."""
     record = folder.read_record()
     if record.get("status") != "completed":
         return None
@@ -140,11 +147,11 @@ def _completed(folder: RunFolder, step: int, budget: int) -> str | None:
     early = record.get("stopped_early")
     if not isinstance(early, dict) or early.get("step") != step or early.get("steps_per_task") != budget:
         return None
-    return f"stopped early at step {step:,} of {budget:,}; {folder.record} says why"
+    return f"stopped early at step {step:,} of {budget:,}, see {folder.record}"
 
 
 def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tuple[int, dict[str, Any] | None]:
-    """The newest whole checkpoint: the first rank finds it, and the others load the same. (0, None) if there is none."""
+    """Load the newest undamaged checkpoint, the same on all ranks. Returns (step, state), or (0, None) if there is none."""
     step, state = 0, None
     with ranks.together():
         if ranks.is_first:
@@ -153,7 +160,8 @@ def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tup
                 step, state = store.load("latest", warn=print_line)
             except NoCheckpoint:
                 completed = folder.read_record().get("status") == "completed"
-                print_line(f"{folder.path} {'has lost its checkpoints' if completed else 'has no checkpoint yet'}: starting it anew")
+                reason = "is completed, but its checkpoints are missing" if completed else "has no checkpoint"
+                print_line(f"{folder.path} {reason}: starting from the beginning")
     found = ranks.from_first(None if state is None else step)
     with ranks.together():
         if found is not None and not ranks.is_first:
@@ -161,11 +169,11 @@ def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tup
     return step, state
 
 
-def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str], ranks: Ranks) -> None:
-    """`--or-resume` with a run that is there: its own configuration counts, but for what a resume may change."""
+def _resume_with_config(run_path: Path, asked: dict[str, Any], command: list[str], ranks: Ranks) -> None:
+    """Resume an existing run (`--or-resume`) with its own configuration and the changes in `asked` that a resume allows."""
     trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
     own = dict(compose.flat(compose.load_run(run_path, trusted)))
-    free = {*_NOT_COMPARED, *resolve_auto.scaled_keys(asked)}  # those a budget decides on, as auto would
+    free = {*_NOT_COMPARED, *resolve_auto.scaled_keys(asked)}  # auto values scale with the budget
     wanted = {key: value for key, value in compose.flat(asked) if value not in ("auto", None) and key not in free}
     if asked["init_from"] and own["init_from"] and warm_start.is_of(Path(own["init_from"]), Path(asked["init_from"])):
         wanted["init_from"] = own["init_from"]
@@ -177,12 +185,12 @@ def _resume_as_asked(run_path: Path, asked: dict[str, Any], command: list[str], 
     given = {override.partition("=")[0] for override in overrides}
     different = [key for key, value in wanted.items() if own.get(key) != value and key not in given]
     if different:
-        print_line(f"{run_path} goes on as it was started; not taken from this command: {', '.join(different)}")
+        print_line(f"resuming {run_path} with its own configuration; ignored from this command: {', '.join(different)}")
     _resume(run_path, overrides, command, ranks)
 
 
-def _prepared(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], build_run.Run, Loop]:
-    """Settle the configuration and build the run, telling what it is made of and what it takes before it is taken."""
+def _build(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], build_run.Run, Loop]:
+    """Resolve `auto` values, print a summary of the run and its memory use, and build the run."""
     with ranks.together():
         pack = build_run.make_pack(config)
         if ranks.is_first:
@@ -195,7 +203,3 @@ def _prepared(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], bui
         run = build_run.make_run(config, pack, print_line, ranks)
         loop = run.open_loop()
     return config, run, loop
-
-
-# What a command and the run that it resumes may differ in without a word.
-_NOT_COMPARED = ("run_dir", "device", "trusted_packages", "ranks")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping, run_data
@@ -38,8 +38,7 @@ def compare(paths: Sequence[Path]) -> str:
     notes = _notes(ours, theirs, tests, common)
     if any(" to " in cell for row in rows for cell in row[1:3]):
         notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
-    # What a stranger's folder holds cannot steer the terminal.
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in "\n".join([_table(rows), *notes]))
+    return printable("\n".join([_table(rows), *notes]))
 
 
 def _read(path: Path) -> Run:

@@ -18,7 +18,7 @@ from mtrl_cli.files import atomic
 from mtrl_cli.reports import plots, run_data
 from mtrl_cli.reports.elements import Cell, GivenNumber, Picture, Section, Table
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def _trials(sweep: Path, plan: Plan) -> tuple[list[Trial], str, str]:
     return found, ", ".join(sorted(names)[:3]), f"; {' and '.join(words)}" if words else ""
 
 
-def _values(values: Any, axes: Mapping[str, Choices | Interval]) -> dict[str, Any] | None:
+def _values(values: Any, axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any] | None:
     """A trial's values, numbers where the axis is an interval; None if they are not of the axes."""
     if not isinstance(values, dict) or not values.keys() >= axes.keys():
         return None
@@ -140,7 +140,7 @@ def _good(trials: int) -> float:
     return min(0.5, max(0.1, FEWEST_BEST / trials))
 
 
-def _importance(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | Interval]) -> tuple[dict[str, float], str]:
+def _importance(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | NumberRange]) -> tuple[dict[str, float], str]:
     """Each key's importance, which sum up to 1; or none, and why. Nothing is needed but the values: not the study's storage."""
     if len(keys) < 2:
         return {}, f"Importance is of several keys beside each other; {f'only {keys[0]} varies' if keys else 'none varies'}."
@@ -172,7 +172,7 @@ def _importance(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str,
     return {key: float(value) for key, value in found.items() if np.isfinite(value)}, "Importance cannot be told of these trials."
 
 
-def _distribution(axis: Choices | Interval) -> Any:
+def _distribution(axis: Choices | NumberRange) -> Any:
     from optuna import distributions
 
     if isinstance(axis, Choices):
@@ -195,7 +195,7 @@ def _words(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in known]
 
 
-def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | Interval], metric: str) -> Figure:
+def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | NumberRange], metric: str) -> Figure:
     """Each trial's metric against each key: a panel for each; choices as strips with their medians."""
     from matplotlib.figure import Figure
 

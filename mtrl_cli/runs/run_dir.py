@@ -1,7 +1,8 @@
-"""A run is a folder: making it, finding it again, its lock, and `run.json`, which tells how the run was started and ended."""
+"""The folder of a run: creation, lookup, lock, and `run.json`, the record of commands, versions and status."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -19,16 +20,16 @@ from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.files.file_lock import FileLock
 
-PATIENCE_SECONDS = 3.0  # in which a first rank that was killed is gone for certain
+LOCK_TIMEOUT_SECONDS = 3.0  # a killed first rank has released its lock by then
 STATUSES = ("running", "completed", "stopped", "failed")
 IN_USE = "is in use by"
-"""In what `RunFolder.lock` says of a run that another process has: a sweep looks for it."""
+"""Part of the error of `RunFolder.lock` if another process holds the lock. A sweep searches for it in a worker's output."""
 
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "hydra-core", "safetensors", "tensorboard")
 
 
 class RunFolder:
-    """One run's folder. `lock()` before changing anything in it; the lock goes with the process, however that ends."""
+    """The folder of a run. Call `lock` before changing anything in it. The system releases the lock when the process ends."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -42,32 +43,40 @@ class RunFolder:
 
     @classmethod
     def check_new(cls, path: Path) -> None:
-        """Raise UserError unless `create(path)` would succeed. Makes nothing: for before the work of building."""
+        """Raise UserError unless `create(path)` would succeed. Creates nothing."""
         path = Path(path).expanduser()
         if _exists(path):
             if not os.path.isdir(path):
                 raise UserError(f"run_dir={path} is not a folder.")
-            holds = next((entry.name for entry in _list(path) if not _is_unborn(entry)), None)
-            if holds is not None:
-                go_on = f", or mtrl resume {shlex.quote(str(path))}" if cls.is_run(path) else ""
-                raise UserError(f"run_dir={path} is not empty (it holds {holds}): give a new or empty folder{go_on}.")
+            try:
+                found = [entry.name for entry in sorted(path.iterdir()) if not _is_leftover(entry)]
+            except OSError as error:
+                raise UserError(f"run_dir={path} cannot be read: {error.strerror}.") from None
+            if found:
+                resume = f", or mtrl resume {shlex.quote(str(path))}" if cls.is_run(path) else ""
+                raise UserError(f"run_dir={path} is not empty (it contains {found[0]}); use a new or empty folder{resume}.")
         ancestor = path
         while not _exists(ancestor):
             ancestor = ancestor.parent
         if not os.path.isdir(ancestor):
-            raise UserError(f"run_dir={path} cannot be made: {ancestor} is not a folder.")
+            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not a folder.")
         if not os.access(ancestor, os.W_OK | os.X_OK):
-            raise UserError(f"run_dir={path} cannot be made: {ancestor} is not writable.")
+            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not writable.")
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """Make and lock the folder `path`, which must be new or empty. Raises UserError, with nothing left behind."""
+    def create(cls, path: Path, *, exist_ok: bool = True) -> RunFolder:
+        """Create and lock the folder `path`, which must be new or empty.
+
+        Raises:
+            UserError: the folder cannot be created. Nothing is left behind.
+            FileExistsError: the folder exists and not `exist_ok`.
+        """
         cls.check_new(path)
         folder = cls(Path(path).expanduser())
         try:
-            folder._make(exist_ok=True)
+            folder._make(exist_ok)
             folder.lock()
-            cls.check_new(folder.path)  # again under the lock: another process may have been quicker
+            cls.check_new(folder.path)  # again under the lock: another process may have used the folder first
         except BaseException:
             folder.discard()
             raise
@@ -76,30 +85,25 @@ class RunFolder:
 
     @classmethod
     def create_default(cls, env: str, seed: int, runs: Path = Path("runs")) -> RunFolder:
-        """Make and lock `runs/<env>/<time>_s<seed>`, with `_2` and so on added if another run took that name this second."""
+        """Create and lock `runs/<env>/<time>_s<seed>`, with a suffix (`_2`, `_3`, …) if another run started in the same second."""
         name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_s{seed}"
         parent = runs / re.sub(r"[^\w.-]+|^\.+", "_", env)
         for suffix in ["", *(f"_{number}" for number in range(2, 1000))]:
-            folder = cls(parent / (name + suffix))
-            if _exists(folder.path):
-                continue
-            cls.check_new(folder.path)
-            try:
-                folder._make(exist_ok=False)
-                folder.lock()
-            except FileExistsError:
-                continue
-            except BaseException:
-                folder.discard()
-                raise
-            return folder
-        raise UserError(f"{parent / name} and 998 more of that name exist; give run_dir=.")
+            path = parent / (name + suffix)
+            if not _exists(path):
+                with contextlib.suppress(FileExistsError):
+                    return cls.create(path, exist_ok=False)
+        raise UserError(f"{parent / name} and 998 numbered alternatives exist; use run_dir=PATH.")
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, int | str | None]:
-        """The run at RUN or RUN/checkpoints/<step>, and which checkpoint was named: a step, "latest", "best" or None.
+        """Open the run at RUN or RUN/checkpoints/<step>. Neither locks nor changes anything.
 
-        Raises UserError if `path` is no run: one has a `config.yaml`. Neither locks nor changes anything.
+        Returns:
+            the folder, and the checkpoint in the path: a step, "latest", "best" or None.
+
+        Raises:
+            UserError: there is no run, that is no folder with a `config.yaml`.
         """
         path = Path(path).expanduser()
         which: int | str | None = None
@@ -110,25 +114,24 @@ class RunFolder:
             elif absolute.name.isdecimal() and len(absolute.name) <= 18:
                 which, path = int(absolute.name), absolute.parent.parent
         if not _exists(path):
-            raise UserError(f"{path} does not exist; give the folder of a run.")
+            raise UserError(f"{path} does not exist; expected the folder of a run.")
         if not os.path.isdir(path):
-            raise UserError(f"{path} is not the folder of a run.")
+            raise UserError(f"{path} is not a folder; expected the folder of a run.")
         folder = cls(path)
         if not _exists(folder.config):
-            raise UserError(f"{path} is no run: it has no config.yaml. Give a folder that mtrl train made.")
+            raise UserError(f"{path} is not a run: it has no config.yaml.")
         if not os.path.isfile(folder.config) or not atomic.is_inside(folder.config, path):
-            raise UserError(f"{path} is no run: its config.yaml is not a file of its own.")
+            raise UserError(f"{path} is not a run: its config.yaml is not a regular file in the folder.")
         return folder, which
 
     @classmethod
     def is_run(cls, path: Path) -> bool:
-        """Whether there is something at `path` to resume: what `--or-resume` asks."""
+        """Return whether `path` contains a run that `--or-resume` would resume."""
         return _exists(Path(path).expanduser() / "config.yaml")
 
-    def _make(self, *, exist_ok: bool) -> None:
-        """Make the folder and the missing ones above it, remembering them for `discard`."""
-        missing = [self.path, *self.path.parents]
-        missing = [path for path in missing if not _exists(path)]
+    def _make(self, exist_ok: bool) -> None:
+        """Create the folder and its missing parents, and record them for `discard`."""
+        missing = [path for path in (self.path, *self.path.parents) if not _exists(path)]
         try:
             for path in reversed(missing):
                 path.mkdir(exist_ok=exist_ok or path != self.path)
@@ -137,19 +140,17 @@ class RunFolder:
             raise
         except OSError as error:
             self.discard()
-            raise UserError(f"run_dir={self.path} cannot be made: {error.strerror}.") from None
+            raise UserError(f"run_dir={self.path} cannot be created: {error.strerror}.") from None
 
     def discard(self) -> None:
-        """Remove what `create` made, as far as it is still empty: for a run that turned out wrong before it began."""
+        """Remove the folders that `create` created, if they are still empty, after an error before the run started."""
         self.unlock()
-        if self._made and os.path.isdir(self.path) and all(_is_unborn(entry) for entry in self.path.iterdir()):
+        if self.path in self._made and all(_is_leftover(entry) for entry in self.path.iterdir()):
             for entry in self.path.iterdir():
                 entry.unlink()
-        try:
+        with contextlib.suppress(OSError):  # not empty
             for path in reversed(self._made):
                 path.rmdir()
-        except OSError:
-            pass  # something is in it by now
         self._made.clear()
 
     def lock(self) -> None:
@@ -157,7 +158,7 @@ class RunFolder:
         lock = FileLock(self.path / ".lock")
         try:
             if not lock.try_acquire():
-                raise UserError(f"{self.path} {IN_USE} {lock.owner()}: wait for it to end, or stop it.")
+                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait for it to end, or stop it.")
         except RunError as error:
             raise UserError(f"{self.path} cannot be locked: {error}") from None
         self._lock = lock
@@ -175,26 +176,30 @@ class RunFolder:
         self.unlock()
 
     def write(self, name: str, text: str) -> None:
-        """Put a text file at `name` in the run, in one move. Raises OSError, and UserError if a link leads out of the run."""
+        """Write a text file at `name` in the run atomically. Raises OSError, and UserError if the path leads out of the run."""
         path = self.path / name
         if not atomic.is_inside(path.parent, self.path):
-            raise UserError(f"{path.parent} is a link that leaves the run; nothing is written through it.")
+            raise UserError(f"{path.parent} is a link out of the run folder; refusing to write there.")
         path.parent.mkdir(exist_ok=True)
         atomic.replace(path, text.encode())
 
     def read_record(self) -> dict[str, Any]:
-        """What run.json holds; {} if the run was killed before it was written. Raises UserError if it is damaged."""
+        """Return the contents of run.json; {} if the run was killed before it was written. Raises UserError if it is damaged."""
         if not _exists(self.record):
             return {}
         record = atomic.read_json(self.record, self.path)
         if record.get("status") not in STATUSES:
-            raise UserError(f"{self.record} is damaged: its status is none of {', '.join(STATUSES)}.")
+            raise UserError(f"{self.record} is damaged: status must be one of {', '.join(STATUSES)}.")
         return record
 
     def begin(self, *, command: Sequence[str], device: str) -> None:
-        """Write that the run is running. A resume keeps how it first began and adds itself to `resumed`. Raises UserError, OSError.
+        """Set the status to running. A resume keeps the first command and start time and appends itself to `resumed`.
 
-        A status of "running" found here is left from a process that was killed: whoever holds the lock is the only one.
+        An existing status of "running" is that of a killed process, because this process holds the lock.
+
+        Raises:
+            UserError: run.json is damaged.
+            OSError: run.json cannot be written.
         """
         record = self.read_record()
         now, line = _now(), shlex.join(command)
@@ -208,18 +213,21 @@ class RunFolder:
         self._write_record(record)
 
     def finish(self, status: str, *, seconds: float, error: str | None = None, early: dict[str, Any] | None = None) -> None:
-        """Write how the run ended (completed, stopped or failed), after `seconds` of work over all resumes. Raises OSError.
+        """Set the final status. Raises OSError.
 
-        `early`: why and at which step, where it completed before its budget was used up.
+        Args:
+            status: completed, stopped or failed.
+            seconds: total run time over all resumes.
+            early: reason and step, if early stopping completed the run before its budget was used.
         """
         assert status in STATUSES, status
         if not _exists(self.config):
-            return  # the folder was removed: half a run must not come back
+            return  # the folder was deleted; do not recreate a part of it
         ended = {"ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error, "stopped_early": early}
         self._write_record(self.read_record() | ended)
 
     def mark_failed(self, *, seconds: float, error: str) -> bool:
-        """Write that the run failed; returns whether it was for us to write. Raises OSError, UserError."""
+        """Set the status to failed. Returns whether this process wrote it. Raises OSError, UserError."""
         self.finish("failed", seconds=seconds, error=error)
         return True
 
@@ -229,8 +237,8 @@ class RunFolder:
         self.write("run.json", atomic.to_json(ordered))
 
 
-class FolderOfTheFirst(RunFolder):
-    """A run's folder to the ranks after the first: the first rank writes in it, and holds its lock."""
+class ReadOnlyRunFolder(RunFolder):
+    """The run folder on other ranks than the first. The first rank holds the lock and writes; the methods here do nothing."""
 
     def lock(self) -> None:
         pass
@@ -245,15 +253,15 @@ class FolderOfTheFirst(RunFolder):
         pass
 
     def mark_failed(self, *, seconds: float, error: str) -> bool:
-        """Write that the run failed, if the first rank is gone and could not."""
-        folder, until = RunFolder(self.path), time.monotonic() + PATIENCE_SECONDS
+        """Set the status to failed if the first rank died before it could."""
+        folder, until = RunFolder(self.path), time.monotonic() + LOCK_TIMEOUT_SECONDS
         while True:
             try:
                 folder.lock()
                 break
             except UserError:
                 if time.monotonic() > until:
-                    return False  # it lives, or somebody goes on with the run already
+                    return False  # the first rank is alive, or another process resumed the run
                 time.sleep(0.05)
         with folder:
             if folder.read_record().get("status") != "running":
@@ -263,7 +271,7 @@ class FolderOfTheFirst(RunFolder):
 
 
 def versions() -> dict[str, str]:
-    """The versions of mtrl, Python and the packages that decide what a run computes; those not installed are left out."""
+    """Return the versions of mtrl, Python and the installed packages that affect the result of a run."""
     found = {"mtrl_cli": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -274,7 +282,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(package: Path = Path(__file__).parents[1]) -> dict[str, Any] | None:
-    """{"revision", "changed"} of the checkout that mtrl runs from; None if it was installed elsewhere or git is missing."""
+    """Return {"revision", "changed"} of the checkout that mtrl runs from; None without a checkout or git."""
     checkout = package.parent
     if not (checkout / ".git").exists():
         return None
@@ -294,17 +302,10 @@ def _now() -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether anything has that name, a dangling link included."""
+    """Return whether the path exists; a dangling link counts."""
     return os.path.lexists(path)
 
 
-def _list(path: Path) -> list[Path]:
-    try:
-        return sorted(path.iterdir())
-    except OSError as error:
-        raise UserError(f"run_dir={path} cannot be read: {error.strerror}.") from None
-
-
-def _is_unborn(entry: Path) -> bool:
-    """Whether `entry` is all that a process killed in its first moments leaves: its lock, and files it had begun to write."""
+def _is_leftover(entry: Path) -> bool:
+    """Return whether `entry` may be left by a process that was killed at its start: the lock, or an incomplete file."""
     return entry.name == ".lock" or entry.name.startswith(atomic.TEMPORARY)

@@ -17,7 +17,7 @@ import torch
 from mtrl_cli.build import run as build_run
 from mtrl_cli.build.instantiate import class_of
 from mtrl_cli.checkpoints.store import CheckpointStore
-from mtrl_cli.commands.train import train
+from mtrl_cli.commands.train import run as train
 from mtrl_cli.config import compose, validation
 from mtrl_cli.config.introspection import class_name
 from mtrl_cli.errors import Stopped, UserError, show

@@ -5,20 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mtrl_cli.errors import UserError, show
-from mtrl_cli.files import atomic
+from mtrl_cli.errors import UserError, printable
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import as_text, duration, fixed, table
 from mtrl_cli.sweeps.display import ENDED, TrialRow
 from mtrl_cli.sweeps.plan import RECORD, Choices, Plan, check_same
 from mtrl_cli.sweeps.summary import metric_of
-from mtrl_cli.sweeps.trial_run import RECORD as TRIAL_RECORD
-from mtrl_cli.sweeps.trial_run import trial_folder
-
-STATES = ("running", *ENDED)
+from mtrl_cli.sweeps.trial_run import read_record, trial_folder
 
 
 def list_sweep(plan: Plan) -> str:
@@ -43,7 +39,7 @@ def list_sweep(plan: Plan) -> str:
             cells.append([str(row.number), *progress, " ".join(row.overrides) or "(chosen when it starts)"])
         lines.append(as_text(table(cells, header)))
     lines += [f"trial {row.number}: {row.note}" for row in rows if row.note]
-    return "\n".join([*lines, *_times(plan, rows)])
+    return printable("\n".join([*lines, *_times(plan, rows)]))
 
 
 def _head(plan: Plan, folder: Path | None) -> list[str]:
@@ -60,7 +56,7 @@ def _head(plan: Plan, folder: Path | None) -> list[str]:
             if isinstance(axis, Choices):
                 lines.append(f"  {key}: one of {', '.join(axis.words)}")
             else:
-                kinds = [*(["whole"] if axis.whole else []), *(["even on a logarithmic scale"] if axis.log else [])]
+                kinds = [*(["whole"] if axis.is_integer else []), *(["even on a logarithmic scale"] if axis.log else [])]
                 lines.append(f"  {key}: from {axis.low:g} to {axis.high:g}{' (' + ', '.join(kinds) + ')' if kinds else ''}")
     return lines
 
@@ -85,46 +81,25 @@ def _times(plan: Plan, rows: Sequence[TrialRow]) -> list[str]:
     return lines
 
 
-def read_rows(plan: Plan, folder: Path | None) -> list[TrialRow]:
-    """The trials of a sweep, by number, as far as its folder tells of them (None: nothing)."""
-    return [_read_row(plan, number, folder) for number in range(plan.trials)]
+def read_rows(plan: Plan, sweep: Path | None) -> list[TrialRow]:
+    """Read the state of all trials from a sweep's folder; None: nothing has started."""
+    return [_read_row(plan, number, sweep) for number in range(plan.trials)]
 
 
 def _read_row(plan: Plan, number: int, sweep: Path | None) -> TrialRow:
     values = plan.points[number] if plan.points is not None else {}
-    row = TrialRow(number, tuple(plan.overrides(values)), "waiting", steps=plan.steps(values))
-    if sweep is None or not os.path.lexists(path := trial_folder(sweep, number) / TRIAL_RECORD):
-        return row
+    waiting = TrialRow(number, tuple(plan.overrides(values)), "waiting", steps=plan.steps(values))
     try:
-        record = atomic.read_json(path, sweep)
-        return _as_row(plan, row, record, path.parent)
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        why = str(error) if isinstance(error, UserError) else f"{path} is damaged"
-        return TrialRow(number, row.overrides, "unreadable", steps=row.steps, note=show(why))
-
-
-def _as_row(plan: Plan, row: TrialRow, record: dict[str, Any], run: Path) -> TrialRow:
-    state, overrides, value = record["state"], record["overrides"], record["value"]
-    if state not in STATES or not all(isinstance(each, str) for each in overrides):
-        raise ValueError
-    ran = atomic.read_json(run / "run.json", run) if os.path.lexists(run / "run.json") else {}
-    if state == "running" and ran.get("status") == "stopped":
-        state = "stopped"
-    seconds = max((float(each["seconds"]) for each in (record, ran) if _is_number(each.get("seconds"))), default=0.0)
-    steps = plan.steps({key: word for key, _, word in (each.partition("=") for each in overrides)})
-    told = record.get("step")
-    step = told if isinstance(told, int) and not isinstance(told, bool) else 0
-    return TrialRow(
-        row.number,
-        tuple(overrides),
-        state,
-        score=float(value) if _is_number(value) else None,
-        step=step or (steps if state == "completed" else 0),
-        steps=steps,
-        seconds=seconds or None,
-        note=show(record["why"]) if state == "failed" and record.get("why") else "",
+        record = read_record(sweep, number) if sweep is not None else None
+        if sweep is None or record is None:
+            return waiting
+        run = RunFolder(trial_folder(sweep, number)).read_record()
+    except UserError as error:
+        return replace(waiting, state="unreadable", note=str(error))
+    row = record.row(plan)
+    seconds = run.get("seconds")
+    return replace(
+        row,
+        state="stopped" if row.state == "running" and run.get("status") == "stopped" else row.state,
+        seconds=row.seconds or (float(seconds) if isinstance(seconds, int | float) and seconds else None),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

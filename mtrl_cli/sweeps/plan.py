@@ -16,10 +16,10 @@ from mtrl_cli.config import validation
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, Interval, Value, take_apart
+from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, NumberRange, Value, take_apart
 from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, settle_search
 
-__all__ = ["Choices", "Interval", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
+__all__ = ["Choices", "NumberRange", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
 RECORD = "sweep.json"
 FORMAT = 1
@@ -47,7 +47,7 @@ class Plan:
     """
 
     words: tuple[str, ...]
-    axes: Mapping[str, Choices | Interval]
+    axes: Mapping[str, Choices | NumberRange]
     points: tuple[Mapping[str, Value], ...] | None
     search: Mapping[str, Any]
     launcher: Mapping[str, Any]
@@ -154,10 +154,10 @@ def without_password(text: Any) -> Any:
     return _PASSWORD_KEY.sub(r"\1***", re.sub(r"(://[^\s:/@]*):.*@", r"\1:***@", text, flags=re.DOTALL))
 
 
-def _as_json(axis: Choices | Interval) -> dict[str, Any]:
+def _as_json(axis: Choices | NumberRange) -> dict[str, Any]:
     if isinstance(axis, Choices):
         return {"choices": list(axis.words)}
-    return {"low": axis.low, "high": axis.high, "log": axis.log, "whole": axis.whole}
+    return {"low": axis.low, "high": axis.high, "log": axis.log, "integer": axis.is_integer}
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
@@ -315,7 +315,7 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     )
 
 
-def _points(points: Any, axes: Mapping[str, Choices | Interval], trials: int) -> tuple[dict[str, Value], ...]:
+def _points(points: Any, axes: Mapping[str, Choices | NumberRange], trials: int) -> tuple[dict[str, Value], ...]:
     """The points of a grid, which a study may have chosen otherwise than as all combinations."""
     words = {key: axis.words for key, axis in axes.items() if isinstance(axis, Choices)}
     for point in points:
@@ -338,7 +338,7 @@ def _key(key: Any) -> str:
     return str(key)
 
 
-def _axis(axis: Mapping[str, Any]) -> Choices | Interval:
+def _axis(axis: Mapping[str, Any]) -> Choices | NumberRange:
     if "choices" in axis:
         words = tuple(_word(word) for word in axis["choices"])
         if not 0 < len(words) <= MOST_CHOICES:
@@ -347,4 +347,4 @@ def _axis(axis: Mapping[str, Any]) -> Choices | Interval:
     low, high = axis["low"], axis["high"]
     if not all(type(each) in (int, float) for each in (low, high)) or not low < high or (axis["log"] and low <= 0):
         raise TypeError
-    return Interval(low, high, log=axis["log"] is True, whole=axis["whole"] is True)
+    return NumberRange(low, high, log=axis["log"] is True, is_integer=axis["integer"] is True)

@@ -44,13 +44,19 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The numbers that a key may take: from `low` to `high`, both included; `log`: even on a logarithmic scale; `whole`: integers."""
+class NumberRange:
+    """The numbers from `low` to `high`, both included, that a key may take.
+
+    Attributes:
+        low, high: the ends.
+        log: whether numbers are drawn uniformly on a logarithmic scale.
+        is_integer: whether only integers are drawn.
+    """
 
     low: float
     high: float
     log: bool = False
-    whole: bool = False
+    is_integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Words:
 
     sweep: tuple[str, ...]
     shared: tuple[str, ...]
-    axes: Mapping[str, Choices | Interval]
+    axes: Mapping[str, Choices | NumberRange]
 
 
 def take_apart(words: Sequence[str]) -> Words:
@@ -110,7 +116,7 @@ def _refuse_where_never_varied(key: str, word: str) -> None:
         raise UserError(f"{show(word)}: expected one value, as this is of the sweep and not of its runs")
 
 
-def axis_of(word: str) -> Choices | Interval | None:
+def axis_of(word: str) -> Choices | NumberRange | None:
     """The values that a word gives to its key, where these are several in Hydra's grammar; else None.
 
     Raises:
@@ -146,7 +152,7 @@ def _refuse_if_meant(word: str, value: str, error: Exception) -> None:
         raise UserError(f"{show(word)}: expected values between commas, text with other signs in quotes: {word.partition('=')[0]}={quoted}")
 
 
-def _axis(word: str, value: str, sweep: Any) -> Choices | Interval:
+def _axis(word: str, value: str, sweep: Any) -> Choices | NumberRange:
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 
     if not isinstance(sweep, ChoiceSweep | IntervalSweep | RangeSweep):
@@ -173,7 +179,7 @@ def _axis(word: str, value: str, sweep: Any) -> Choices | Interval:
     return Choices(tuple(words))
 
 
-def _interval(word: str, sweep: Any) -> Interval:
+def _interval(word: str, sweep: Any) -> NumberRange:
     low, high, tags = sweep.start, sweep.end, set(sweep.tags)
     if tags - {"log"}:
         raise UserError(
@@ -183,7 +189,7 @@ def _interval(word: str, sweep: Any) -> Interval:
         raise UserError(f"{show(word)}: expected an interval from a number to a larger one, such as interval(0.1,0.9)")
     if "log" in tags and low <= 0:
         raise UserError(f"{show(word)}: a logarithmic scale has no {low:g}; expected an interval that begins above 0")
-    return Interval(low, high, log="log" in tags, whole=isinstance(low, int) and isinstance(high, int))
+    return NumberRange(low, high, log="log" in tags, is_integer=isinstance(low, int) and isinstance(high, int))
 
 
 def _steps(word: str, sweep: Any) -> Iterator[int | float]:

@@ -1,4 +1,4 @@
-"""One trial of a sweep as a run's folder: making it, `trial.json`, which tells what becomes of it, and its evaluations as they come."""
+"""Run folder of a trial, its `trial.json`, and its evaluations as they are written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
@@ -16,86 +18,127 @@ from mtrl_cli.files import atomic, file_lock
 from mtrl_cli.launchers.base import OUTPUT
 from mtrl_cli.metric_names import EVAL_RETURN, MEAN_SCORE
 from mtrl_cli.runs.run_dir import IN_USE, RunFolder
+from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan
 
-if TYPE_CHECKING:  # what only reads a sweep needs no Optuna
-    from mtrl_cli.sweeps.trial_storage import Taken
+if TYPE_CHECKING:  # commands that only read a sweep do not need Optuna
+    from mtrl_cli.sweeps.trial_storage import Assignment
 
 TRIALS = "trials"
 RECORD = "trial.json"
 _LARGEST_READ = 2**24  # bytes of metrics at a time
-_LARGEST_OUTPUT = 2**16  # bytes of output in which the last lines are looked for
+_LARGEST_OUTPUT = 2**16  # bytes at the end of a worker's output that are searched for its last line
+
+
+class TrialRecord(BaseModel):
+    """The content of trial.json.
+
+    Attributes:
+        number: of the trial.
+        overrides: in which it differs from other trials.
+        values: by key, as text.
+        command: that makes the same run alone.
+        state: running, completed, pruned or failed.
+        value: the metric of a trial that was completed or pruned.
+        metric: the metric's name.
+        why: the reason of a failure.
+        attempts: how often a process was started, not counting retries after an interruption.
+        step, seconds: of the run, when the trial ended.
+        handle: by which the launcher finds the trial's job again.
+        pruned: whether the pruner has decided to stop the trial.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1] = 1
+    number: NonNegativeInt
+    overrides: tuple[str, ...]
+    values: dict[str, str]
+    command: str
+    state: Literal["running", "completed", "pruned", "failed"] = "running"
+    value: FiniteFloat | None = None
+    metric: str | None = None
+    why: str | None = None
+    attempts: NonNegativeInt = 1
+    step: NonNegativeInt = 0
+    seconds: FiniteFloat = 0.0
+    handle: str = ""
+    pruned: bool = False
+
+    def row(self, plan: Plan) -> TrialRow:
+        """Return the row of a table."""
+        return TrialRow(
+            self.number,
+            self.overrides,
+            self.state,
+            score=self.value,
+            step=self.step,
+            steps=plan.steps(self.values),
+            seconds=self.seconds or None,
+            note=self.why or "",
+        )
 
 
 def trial_folder(sweep: Path, number: int) -> Path:
-    """Where a trial's run lies."""
+    """Return the run folder of a trial."""
     return sweep / TRIALS / f"{number:04d}"
 
 
-def read_record(sweep: Path, number: int) -> dict[str, Any]:
-    """What a trial's trial.json holds; {} where it has none, or a damaged one."""
+def read_record(sweep: Path, number: int) -> TrialRecord | None:
+    """Read a trial's trial.json; None if there is none. Raises UserError if it is damaged."""
     path = trial_folder(sweep, number) / RECORD
-    if not path.is_file():
-        return {}
+    if not os.path.lexists(path):
+        return None
     try:
-        return atomic.read_json(path, sweep)
-    except UserError:
-        return {}
+        record = TrialRecord.model_validate_json(atomic.read_bytes(path, sweep, atomic.MAX_JSON_BYTES))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}") from None
+    if record.number != number:
+        raise UserError(f"{path} is damaged: it is the record of trial {record.number}")
+    return record
 
 
 class TrialRun:
-    """A trial that this process has, and its folder. Called by whoever holds the trial in the book.
+    """The run of a trial that this process holds.
 
     Args:
         sweep: the sweep's folder.
         plan: of the sweep.
-        taken: the trial.
+        assignment: the trial.
 
     Attributes:
-        steps: its budget, per task.
-        evaluations: its metric by step, as far as they were read.
-        step, seconds: how far it is.
+        steps: the run's budget per task.
+        evaluations: the metric by step, as far as it was read.
+        step, seconds: the run's progress.
 
     Raises:
-        UserError: its folder is a link, which may lead to a run of the user's own.
+        UserError: the run's folder is a link, which may lead to another run of the user, or its trial.json is damaged.
     """
 
-    def __init__(self, sweep: Path, plan: Plan, taken: Taken):
-        self.number, self.path = taken.number, trial_folder(sweep, taken.number)
+    def __init__(self, sweep: Path, plan: Plan, assignment: Assignment):
+        self.number, self.path = assignment.number, trial_folder(sweep, assignment.number)
         for folder in (self.path.parent, self.path):
             atomic.refuse_link(folder)
-        self.overrides = tuple(plan.overrides(taken.values))
-        self.steps = plan.steps(taken.values)
+        self.steps = plan.steps(assignment.values)
         self.evaluations: dict[int, float] = {}
         self.step, self.seconds = 0, 0.0
-        self._plan, self._metric = plan, plan.search["metric"]
-        self._read: tuple[int, int] = (0, 0)  # which file, and up to where
-        self._values = taken.values
-        self.record: dict[str, Any] = {
-            "format": 1,
-            "number": self.number,
-            "overrides": list(self.overrides),
-            "values": {key: str(value) for key, value in taken.values.items()},
-            "command": plan.command(taken.values),
-            "state": "running",
-            "value": None,
-            "metric": None,
-            "why": None,
-            "attempts": 1,
-            "step": 0,
-            "seconds": 0.0,
-            "handle": "",
-        }
-        before = read_record(sweep, self.number)
-        self.record |= {key: before[key] for key in ("state", "value", "metric", "why", "handle") if key in before}
-        if isinstance(before.get("attempts"), int):
-            self.record["attempts"] = before["attempts"]
+        self._plan, self._metric, self._values = plan, plan.search["metric"], assignment.values
+        self._read_to: tuple[int, int] = (0, 0)  # the file's inode, and the position in it
+        self.record = read_record(sweep, self.number) or TrialRecord(
+            number=self.number,
+            overrides=tuple(plan.overrides(assignment.values)),
+            values={key: str(value) for key, value in assignment.values.items()},
+            command=plan.command(assignment.values),
+        )
 
     def make(self) -> None:
-        """Make the run, unless it is there: a folder with the configuration in which `auto` stays open, for its worker to settle.
+        """Create the run's folder unless it exists. Its configuration keeps every `auto`, which the worker resolves on its own machine.
 
         Raises:
-            UserError: what the trial tries is no valid configuration. OSError: the disk is full.
+            UserError: the trial's values are not a valid configuration.
+            OSError: the disk is full.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         atomic.remove_temporaries(self.path)
@@ -106,16 +149,22 @@ class TrialRun:
             atomic.replace(self.path / "config.yaml", compose.dump(config).encode())
 
     def write(self, **changes: Any) -> None:
-        """Take changes into trial.json, in one move. Raises OSError."""
-        self.record |= changes
-        atomic.replace(self.path / RECORD, atomic.to_json(self.record).encode())
+        """Write trial.json with these changes. Raises OSError."""
+        self.record = self.record.model_copy(update=changes)
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic.replace(self.path / RECORD, atomic.to_json(self.record.model_dump()).encode())
+
+    def end(self, state: str, why: str | None = None) -> None:
+        """Write how the trial ended. Raises OSError."""
+        value = None if state == "failed" else self.score
+        self.write(state=state, value=value, step=self.step, seconds=self.seconds, why=why, handle="")
 
     def status(self) -> str | None:
-        """What run.json says of the run; None while it says nothing."""
+        """Return the status in run.json; None before it is written."""
         return self._run_record().get("status")
 
     def is_free(self) -> bool:
-        """Whether no process works on the run, such as the worker of a sweep that was killed, which has yet to save."""
+        """Return whether no process works on the run. The worker of a killed sweep may still be saving."""
         return file_lock.is_free(self.path / ".lock")
 
     def _run_record(self) -> dict[str, Any]:
@@ -124,52 +173,52 @@ class TrialRun:
         except UserError:
             return {}
 
-    def why(self) -> str:
-        """What the worker said last: the run's own error, or the last line that it printed."""
+    def error(self) -> str:
+        """Return the run's error, or else the last line that its worker printed."""
         error = self._run_record().get("error")
         if isinstance(error, str) and error:
             return error.splitlines()[0][:300]
-        return self._last_line() or "it said nothing"
+        return self._last_line() or "no output"
 
     def was_refused(self) -> bool:
-        """Whether the last worker ended because another process had the run, as its last line says."""
+        """Return whether the last worker ended because another process held the run."""
         return self._last_line().startswith(f"{self.path} {IN_USE} ")
 
     def _last_line(self) -> str:
         with contextlib.suppress(OSError), atomic.open_regular(self.path / OUTPUT) as output:
             output.seek(max(0, os.fstat(output.fileno()).st_size - _LARGEST_OUTPUT))
             lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-            told = [line for line in lines if line.startswith("mtrl: error: ")]
-            if told or lines:
-                return re.sub(r"[^\x20-\x7e\xa0-\uffff]", "?", (told or lines)[-1].removeprefix("mtrl: error: "))[:300]
+            errors = [line for line in lines if line.startswith("mtrl: error: ")]
+            if lines:
+                return re.sub(r"[^\x20-\x7e\xa0-\uffff]", "?", (errors or lines)[-1].removeprefix("mtrl: error: "))[:300]
         return ""
 
-    # -- its metrics --------------------------------------------------------------------------------------------------------------
+    # -- metrics ------------------------------------------------------------------------------------------------------------------
 
     def read_metrics(self) -> list[tuple[int, float]]:
-        """The evaluations that came since the last call, (step, metric) each.
+        """Return the evaluations since the last call, as (step, metric).
 
-        A half-written last line is left for the next call; rows that were cut by a resume are read again as they are written again.
+        A line without an end is left to the next call. After a resume has cut the file, its rows are read again.
         """
         found: list[tuple[int, float]] = []
         try:
             with atomic.open_regular(self.path / "metrics.jsonl") as file:
                 status = os.fstat(file.fileno())
-                begin = self._read[1] if self._read[0] == status.st_ino and status.st_size >= self._read[1] else 0
+                begin = self._read_to[1] if self._read_to[0] == status.st_ino and status.st_size >= self._read_to[1] else 0
                 file.seek(begin)
                 while whole := (content := file.read(_LARGEST_READ)).rfind(b"\n") + 1:
                     begin += whole
                     file.seek(begin)
-                    found += self._take_rows(content[:whole])
+                    found += self._parse_rows(content[:whole])
         except OSError:
             return found
-        self._read = (status.st_ino, begin)
+        self._read_to = (status.st_ino, begin)
         return found
 
-    def _take_rows(self, lines: bytes) -> list[tuple[int, float]]:
+    def _parse_rows(self, lines: bytes) -> list[tuple[int, float]]:
         found = []
         for line in lines.splitlines():
-            row = _row(line)
+            row = _parse_row(line)
             if row is None:
                 continue
             self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
@@ -180,7 +229,7 @@ class TrialRun:
         return found
 
     def _value(self, row: dict[str, Any]) -> float | None:
-        """The metric of an evaluation by which trials are judged: the one asked for, or else what ranks checkpoints. None: it has none."""
+        """Return an evaluation's `sweep.metric`, by default the metric that ranks checkpoints; None if it has none."""
         name = self._metric
         if name is None:
             returns = [key for key in row if key.startswith(EVAL_RETURN)]
@@ -188,16 +237,16 @@ class TrialRun:
         value = row.get(name) if name is not None else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None
-        self.record["metric"] = name
+        self.record.metric = name
         return float(value)
 
     @property
     def score(self) -> float | None:
-        """The last evaluation's metric."""
+        """The metric of the last evaluation; None before the first."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,7 +1,11 @@
-"""The book of a sweep's trials, which Optuna keeps: which there are, what each tries, who works on it and how it ended.
+"""Storage of a sweep's trials in an Optuna study: their values, states and owners.
 
-A trial is known by its number, from 0. All are entered when the sweep begins; what a trial tries is chosen when it is taken, from a seed
-that follows from the sweep's and its number, so that a sweep by one worker that was stopped goes on as one that was not.
+A trial is identified by its number, from 0, and enters the study when a process takes it. Its values follow from the sweep's seed, its
+number and the trials that have ended before, so that an interrupted sweep continues like an uninterrupted one.
+
+Optuna has no public way to continue a trial of another process. A trial whose process has died is therefore closed as failed and added
+again with the same values and reports, as Optuna's own RetryHeartbeatStaleTrialCallback does. The study then holds several Optuna trials
+for one trial of the sweep, of which the last counts. Optuna's numbers appear only in this module.
 """
 
 from __future__ import annotations
@@ -19,56 +23,64 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mtrl_cli.build.instantiate import derived_seed
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.files import atomic
+from mtrl_cli.files import atomic, file_lock
 from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.sweeps.optuna_storage import open_storage, reached, storage_url
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan, Value
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan, Value
 
 WORKERS = "workers"
-"""In the sweep's folder: locks, by which its processes know of each other."""
+"""Folder of locks in the sweep's folder. Processes that share the folder see by them which trials are being worked on."""
 
 UNCLAIMED_SECONDS = 60.0
-"""After which a running trial in a database that names no folder is nobody's: whoever took it was killed before it could say so. That takes
-a process milliseconds, and a minute where the database is busy. It is counted from when we first saw it: machines' clocks differ."""
+"""Time after which a running trial without a place belongs to nobody: its process died before it wrote its place, which takes milliseconds,
+or up to a minute with a busy database. The time counts from our first look, because the clocks of machines differ."""
 
-ENDS = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-_WORDS = {state: word for word, state in ENDS.items()} | {TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
+# User attributes of Optuna trials.
+TRIAL = "trial"  # of a retry: the trial's number in the sweep
+PLACE = "place"  # in a database: the folder in which the trial is worked on
+FAILED = "failed"  # the trial ended as failed; without it, a failed Optuna trial was interrupted
+
+STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+_NAMES = {state: name for name, state in STATES.items()} | {TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A trial to work on.
+class Assignment:
+    """A trial that this process has taken.
 
     Attributes:
-        values: what it tries.
-        begun: whether another process has had it before, and left it.
+        number: of the trial.
+        values: by key.
+        is_retry: whether another process took the trial before and died or released it.
     """
 
     number: int
     values: Mapping[str, Value]
-    begun: bool
+    is_retry: bool
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the book says of a trial.
+class TrialStatus:
+    """The state of a trial in the storage.
 
     Attributes:
+        number: of the trial.
         state: waiting, running, completed, pruned or failed.
-        here: whether a process with this folder has it or had it, or nobody yet; others only share the storage.
-        values: what it tries; {} while nobody has taken it.
-        value: its metric, once it has ended.
+        is_here: whether a process with this folder took the trial, or none has yet. Otherwise only the storage is shared.
+        values: by key; empty before the trial is taken, except in a grid.
+        value: the metric of a trial that has ended.
     """
 
     number: int
     state: str
-    here: bool
+    is_here: bool
     values: Mapping[str, Value]
     value: float | None
 
@@ -81,6 +93,7 @@ class _Held:
 
 
 _SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # draws nothing: the plan has the points
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=True),
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
@@ -88,59 +101,46 @@ _SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 }
 
 
-class _Points(BaseSampler):
-    """A grid: what a trial tries stands in the plan."""
+class _SeededSampler(BaseSampler):
+    """An Optuna sampler with seeds of its own for each trial: one for the joint draw, and one for each key that is drawn alone.
 
-    def __init__(self, points: tuple[Mapping[str, Value], ...]):
-        self._points = points
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        return self._points[trial.number][param_name]
-
-
-class _Seeded(BaseSampler):
-    """A sampler of Optuna's whose draws follow from seeds of their own: one for what it draws together, and one for each key that it draws
-    alone. A trial whose process died between two of them goes on to the same.
+    A trial whose process died between two draws continues with the same draws.
 
     Args:
-        make: the sampler with a seed.
+        make: returns the sampler for a seed.
         seed: of the sweep.
-        number: of the trial.
+        number_of: returns the number of a trial in the sweep.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, number: int):
-        self._make, self._seed, self._number = make, seed, number
-        self._together = self._with("")
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, number_of: Callable[[FrozenTrial], int]):
+        self._make, self._seed, self._number_of = make, seed, number_of
+        self._joint = make(0)
 
-    def _with(self, key: str) -> BaseSampler:
-        return self._make(derived_seed(self._seed, f"trial/{self._number}/{key}") % 2**32)
+    def _seeded(self, trial: FrozenTrial, key: str) -> BaseSampler:
+        return self._make(derived_seed(self._seed, f"trial/{self._number_of(trial)}/{key}") % 2**32)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._together.infer_relative_search_space(study, trial)
+        self._joint = self._seeded(trial, "")
+        return self._joint.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return self._together.sample_relative(study, trial, search_space)
+        return self._joint.sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        return self._with(param_name).sample_independent(study, trial, param_name, param_distribution)
+        return self._seeded(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
 
 
 class TrialStorage:
-    """A sweep's trials. `close()` lets go of those that are held, to be gone on with.
+    """The trials of a sweep. Several processes may open one storage, which they share through a folder or a database.
 
     Args:
-        folder: the sweep's, which is there. Processes that share it know when one of them has died.
+        folder: the sweep's folder, which exists.
         plan: of the sweep.
-        first: steps per task at which a run is first evaluated: no pruner judges before.
+        first: steps per task of a run's first evaluation. Pruners do not judge earlier.
 
     Raises:
-        UserError: the storage cannot be reached, is a link, or holds another sweep of this name. RunError: the journal is damaged.
+        UserError: the storage cannot be reached, is a link, or holds another sweep of the same name.
+        RunError: the journal is damaged.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, first: int):
@@ -148,28 +148,25 @@ class TrialStorage:
         self._locks = folder / WORKERS
         atomic.refuse_link(self._locks)
         self._locks.mkdir(exist_ok=True)
-        self._mutex = FileLock(self._locks / "book.lock")
+        self._mutex = FileLock(self._locks / "storage.lock")
         self._held: dict[int, _Held] = {}
-        self._unclaimed: dict[int, float] = {}  # since when we have seen running trials without a place
-        self._distributions = {key: _distribution(axis) for key, axis in plan.axes.items()}
+        self._unclaimed: dict[int, float] = {}  # when we first saw a running trial without a place
+        self._distributions = {} if plan.points is not None else {key: _distribution(axis) for key, axis in plan.axes.items()}
         storage = open_storage(folder, self._url)
         with self._mutex, self._reached():
-            self._place = _place(self._locks) if self._url else ""
+            self._place = _place(self._locks) if self._url else None
             self._study = optuna.create_study(
                 study_name=study_name(folder, self._url),
                 storage=storage,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=self._sampler(0),
+                sampler=_SeededSampler(_SAMPLERS[plan.search["sampler"]], plan.search["seed"], self._number),
                 pruner=_pruner(plan, first),
             )
             self._check_same()
-            missing = plan.trials - len(self._trials())
-            for _ in range(missing):
-                self._study.enqueue_trial({})
 
     def _check_same(self) -> None:
-        """Refuse a study that another sweep has begun under this name."""
+        """Raise UserError if the study belongs to another sweep."""
         about = [sorted(self._plan.words), sorted((key, str(axis)) for key, axis in self._plan.axes.items())]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
         known = self._study.user_attrs.get("plan")
@@ -177,7 +174,7 @@ class TrialStorage:
             self._study.set_user_attr("plan", digest)
         elif known != digest:
             name = show(self._study.study_name)
-            raise UserError(f"sweep.storage holds a study {name} of another sweep: its name is that of the folder; give another run_dir")
+            raise UserError(f"sweep.storage holds a study {name} of another sweep, named after its folder; give another run_dir")
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
@@ -186,99 +183,106 @@ class TrialStorage:
             warnings.simplefilter("ignore", UserWarning)
             yield
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=states or None)
+    def _number(self, trial: FrozenTrial) -> int:
+        """The number in the sweep of an Optuna trial: that of the trial that it retries, or else its rank among those that retry none."""
+        if TRIAL in trial.user_attrs:
+            return int(trial.user_attrs[TRIAL])
+        earlier = self._study.get_trials(deepcopy=False)[: trial.number]
+        return sum(TRIAL not in each.user_attrs for each in earlier)
 
-    def _sampler(self, number: int) -> BaseSampler:
-        """The sampler as it is for one trial: what it draws follows from the seed, the number and the trials that have ended."""
-        points, name = self._plan.points, self._plan.search["sampler"]
-        if points is not None:
-            return _Points(points)
-        return _Seeded(_SAMPLERS[name], self._plan.search["seed"], number)
+    def _current(self) -> dict[int, FrozenTrial]:
+        """The last Optuna trial of each trial that was taken, by number."""
+        found: dict[int, FrozenTrial] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            found[trial.user_attrs.get(TRIAL, len(found))] = trial
+        return found
 
-    # -- whose a trial is ---------------------------------------------------------------------------------------------------------
+    # -- owners -------------------------------------------------------------------------------------------------------------------
 
-    def take(self) -> Taken | None:
-        """A trial for this process to work on: one that a process has left, else the next that waits; None if there is neither.
+    def take(self) -> Assignment | None:
+        """Take a trial for this process: one whose process has died, or else the next new one. Returns None if there is neither.
 
         Raises:
             RunError: the storage cannot be reached.
         """
         with self._mutex, self._reached():
-            for found in self._trials(TrialState.RUNNING):
-                if found.number >= self._plan.trials or found.number in self._held or not self._is_left(found):
-                    continue
-                lock = self._lock(found.number)
-                if lock.try_acquire():
-                    trial = Trial(self._study, found._trial_id)
-                    self._claim(trial)
-                    return self._hold(trial, lock, set(found.intermediate_values), begun=True)
-            for found in self._trials(TrialState.WAITING):
-                # Those beyond ours are of a worker that was told of more, or two machines have entered all of them at the same time.
-                if found.number >= self._plan.trials or not self._pop(found):
-                    continue
-                trial = Trial(self._study, found._trial_id)
-                self._claim(trial)
-                lock = self._lock(found.number)
-                lock.acquire()
-                return self._hold(trial, lock, set(), begun=False)
-        return None
+            current = self._current()
+            if all(trial.state != TrialState.WAITING for trial in current.values()):  # else a process died while it retried a trial
+                interrupted = [number for number, trial in current.items() if self._is_interrupted(number, trial)]
+                if not interrupted and len(current) >= self._plan.trials:
+                    return None
+                if interrupted and not self._retry(interrupted[0], current[interrupted[0]]):
+                    return None
+            return self._hold(self._study.ask(self._distributions))
 
-    def _pop(self, waiting: FrozenTrial) -> bool:
-        """Have a waiting trial run; whether it was us who did, not another machine. `Study.ask` would make one more where none waits."""
-        try:
-            return self._study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-        except optuna.exceptions.UpdateFinishedTrialError:
+    def _is_interrupted(self, number: int, trial: FrozenTrial) -> bool:
+        """Whether a trial's process has died or released it, and a process with this folder may retry it."""
+        if number >= self._plan.trials or number in self._held:
             return False
+        if trial.state != TrialState.RUNNING and not (trial.state == TrialState.FAIL and FAILED not in trial.user_attrs):
+            return False
+        if PLACE in trial.user_attrs or not self._url:
+            self._unclaimed.pop(trial.number, None)
+            return self._is_here(trial) and file_lock.is_free(self._lock(number).path)
+        return time.monotonic() - self._unclaimed.setdefault(trial.number, time.monotonic()) > UNCLAIMED_SECONDS
 
-    def _hold(self, trial: Trial, lock: FileLock, reported: set[int], *, begun: bool) -> Taken:
-        self._held[trial.number] = _Held(trial, lock, reported)
-        self._study.sampler = self._sampler(trial.number)
-        self._study._thread_local.cached_all_trials = None  # as `Study.ask` does: samplers look there
-        values = {key: self._suggested(trial, key, distribution) for key, distribution in self._distributions.items()}
-        return Taken(trial.number, values, begun)
+    def _retry(self, number: int, trial: FrozenTrial) -> bool:
+        """Close an interrupted trial and add it again, to be returned by the next `ask`. Returns False if another machine closed it."""
+        if trial.state == TrialState.RUNNING:
+            try:
+                self._study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, UpdateFinishedTrialError):
+                return False
+        self._add_again(number, trial, TrialState.WAITING)
+        return True
 
-    def _suggested(self, trial: Trial, key: str, distribution: BaseDistribution) -> Value:
-        """What the trial tries for a key: as the storage has it, else as the sampler chooses now."""
-        if isinstance(distribution, CategoricalDistribution):
-            return str(trial.suggest_categorical(key, distribution.choices))
-        if isinstance(distribution, IntDistribution):
-            return trial.suggest_int(key, distribution.low, distribution.high, log=distribution.log)
-        assert isinstance(distribution, FloatDistribution)
-        return trial.suggest_float(key, distribution.low, distribution.high, log=distribution.log)
+    def _add_again(self, number: int, trial: FrozenTrial, state: TrialState, value: float | None = None) -> None:
+        again = optuna.trial.create_trial(
+            state=state,
+            value=value,
+            params=trial.params,
+            distributions=trial.distributions,
+            intermediate_values=trial.intermediate_values,
+            user_attrs={key: each for key, each in trial.user_attrs.items() if key != FAILED} | {TRIAL: number},
+            system_attrs=trial.system_attrs,  # pruners keep the rungs that a trial has passed there
+        )
+        self._study.add_trial(again)
+
+    def _hold(self, trial: Trial) -> Assignment | None:
+        found = self._study.get_trials(deepcopy=False)[trial.number]
+        number = self._number(found)
+        if number >= self._plan.trials:  # another machine took the last trial first; this one waits for a larger sweep.trials
+            return None
+        if self._url:
+            trial.set_user_attr(PLACE, self._place)
+        lock = self._lock(number)
+        lock.acquire()
+        self._held[number] = _Held(trial, lock, set(found.intermediate_values))
+        points, params = self._plan.points, trial.params
+        values = dict(points[number]) if points is not None else {key: params[key] for key in self._distributions}
+        return Assignment(number, values, is_retry=TRIAL in found.user_attrs)
 
     def _lock(self, number: int) -> FileLock:
         return FileLock(self._locks / f"{number:04d}.lock")
 
-    def _claim(self, trial: Trial) -> None:
-        if self._url and trial.user_attrs.get("place") != self._place:
-            trial.set_user_attr("place", self._place)
-
     def _is_here(self, trial: FrozenTrial) -> bool:
-        return not self._url or trial.user_attrs.get("place") in (self._place, None)
-
-    def _is_left(self, trial: FrozenTrial) -> bool:
-        """Whether a running trial is this folder's or nobody's; unless its lock is held, its process is gone."""
-        if not self._url or "place" in trial.user_attrs:
-            self._unclaimed.pop(trial.number, None)
-            return self._is_here(trial)
-        return time.monotonic() - self._unclaimed.setdefault(trial.number, time.monotonic()) > UNCLAIMED_SECONDS
+        return not self._url or trial.user_attrs.get(PLACE) in (self._place, None)
 
     def release(self, number: int) -> None:
-        """Leave a trial as it is, for whoever takes it next."""
+        """Release a held trial without ending it, for the next process that takes it."""
         self._held.pop(number).lock.release()
 
     def close(self) -> None:
-        """Leave all that are held."""
+        """Release all held trials."""
         for number in list(self._held):
             self.release(number)
 
-    # -- what becomes of it -------------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------------------
 
     def report(self, number: int, step: int, value: float, *, is_last: bool = False) -> bool:
-        """Tell an evaluation of a trial that is held, each step once, and return whether the trial is to be pruned; after its last, never.
+        """Report an evaluation of a held trial, each step once. Returns whether to prune the trial, never after its last evaluation.
 
-        Runs of other numbers of environments are evaluated some steps later or earlier, and compared all the same.
+        Steps are rounded down to multiples of the first evaluation's, to compare runs with different numbers of environments.
 
         Raises:
             RunError: the storage cannot be reached.
@@ -290,54 +294,62 @@ class TrialStorage:
         with self._reached():
             held.trial.report(value, at)
             held.reported.add(at)
-            if is_last or not held.trial.should_prune():
-                return False
-            held.trial.set_user_attr("pruned", True)  # a pruner that is asked twice may answer otherwise
-            return True
+            return not is_last and held.trial.should_prune()
 
-    def is_pruned(self, number: int) -> bool:
-        """Whether it was decided before that a trial which is held is to be pruned."""
-        return bool(self._held[number].trial.user_attrs.get("pruned"))
-
-    def tell(self, number: int, state: str, value: float | None = None) -> None:
-        """Tell how a trial that is held has ended (completed, pruned, failed), and let go of it. Told twice, the first counts.
+    def finish(self, number: int, state: str, value: float | None = None) -> None:
+        """Store how a held trial ended (completed, pruned, failed), and release it. A trial without a metric is stored as failed.
 
         Raises:
             RunError: the storage cannot be reached.
         """
-        trial, end = self._held[number].trial, ENDS[state]
-        if end == TrialState.COMPLETE and value is None:  # nothing for a sampler to learn from
+        trial, end = self._held[number].trial, STATES[state]
+        if end == TrialState.COMPLETE and value is None:
             end = TrialState.FAIL
-        with self._mutex, self._reached():  # whoever has seen it running must not find its lock free by now
+        with self._mutex, self._reached():  # no process may see the trial running and its lock free
+            if end == TrialState.FAIL:
+                trial.set_user_attr(FAILED, True)
             self._study.tell(trial, value if end == TrialState.COMPLETE else None, state=end, skip_if_finished=True)
             self.release(number)
 
-    def entries(self) -> list[Entry]:
-        """What the book says of each trial, by number.
+    def complete_failed(self, number: int, value: float) -> None:
+        """Store a failed trial as completed, after a user has completed its run.
+
+        Raises:
+            RunError: the storage cannot be reached.
+        """
+        with self._mutex, self._reached():
+            trial = self._current()[number]
+            if trial.state == TrialState.FAIL:
+                self._add_again(number, trial, TrialState.COMPLETE, value)
+
+    def statuses(self) -> list[TrialStatus]:
+        """Return the state of every trial, ordered by number.
 
         Raises:
             RunError: the storage cannot be reached.
         """
         with self._reached():
-            return [
-                Entry(trial.number, _WORDS[trial.state], self._is_here(trial), dict(trial.params), _value(trial))
-                for trial in self._trials()[: self._plan.trials]
-            ]
+            current = self._current()
+        return [self._status(number, current.get(number)) for number in range(self._plan.trials)]
+
+    def _status(self, number: int, trial: FrozenTrial | None) -> TrialStatus:
+        values: Mapping[str, Value] = self._plan.points[number] if self._plan.points is not None else {}
+        if trial is None:
+            return TrialStatus(number, "waiting", True, values, None)
+        is_interrupted = trial.state == TrialState.FAIL and FAILED not in trial.user_attrs
+        state = "waiting" if is_interrupted else _NAMES[trial.state]
+        return TrialStatus(number, state, self._is_here(trial), values or dict(trial.params), trial.values[0] if trial.values else None)
 
 
 def study_name(folder: Path, url: str | None) -> str:
-    """The name of a sweep's study: in a storage that holds others, that of its folder."""
+    """The name of a sweep's study: the folder's name in a database, which may hold several sweeps."""
     return folder.resolve().name if url else "sweep"
 
 
-def _value(trial: FrozenTrial) -> float | None:
-    return trial.values[0] if trial.values else None
-
-
-def _distribution(axis: Choices | Interval) -> BaseDistribution:
+def _distribution(axis: Choices | NumberRange) -> BaseDistribution:
     if isinstance(axis, Choices):
         return CategoricalDistribution(axis.words)
-    if axis.whole:
+    if axis.is_integer:
         return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
     return FloatDistribution(float(axis.low), float(axis.high), log=axis.log)
 
@@ -356,7 +368,7 @@ def _pruner(plan: Plan, first: int) -> optuna.pruners.BasePruner:
 
 
 def _place(locks: Path) -> str:
-    """What tells this folder from those of other machines with the same storage. Called by whoever has the book's lock."""
+    """The identifier of this folder among those that share a storage. Created on first use, under the storage's lock."""
     path = locks / "place"
     if not path.exists():
         atomic.replace(path, uuid.uuid4().hex.encode())

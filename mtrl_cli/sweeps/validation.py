@@ -14,7 +14,7 @@ from mtrl_cli.config import validation
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.machine import extras
-from mtrl_cli.sweeps.search_space import Choices, Interval, Value, near_miss
+from mtrl_cli.sweeps.search_space import Choices, NumberRange, Value, near_miss
 
 MOST_TRIALS = 100_000
 NEEDED = {"cmaes": "cmaes", "gp": "scipy"}
@@ -27,12 +27,14 @@ _EVALUATIONS = 10  # advised, where there are none before the end
 class Checked:
     """What was found: the axes, intervals of keys that take whole numbers as such; the packs' names and the largest budget."""
 
-    axes: Mapping[str, Choices | Interval]
+    axes: Mapping[str, Choices | NumberRange]
     envs: tuple[str, ...]
     steps_per_task: int
 
 
-def check_runs(words: Sequence[str], axes: Mapping[str, Choices | Interval], trusted: Sequence[str], search: Mapping[str, Any]) -> Checked:
+def check_runs(
+    words: Sequence[str], axes: Mapping[str, Choices | NumberRange], trusted: Sequence[str], search: Mapping[str, Any]
+) -> Checked:
     """Compose the first combination, and every other value of an axis beside the first of the others: their sum, not their product.
 
     Of numbers in a row only the first and the last are composed; all are checked for their type.
@@ -41,7 +43,7 @@ def check_runs(words: Sequence[str], axes: Mapping[str, Choices | Interval], tru
         UserError: one of them cannot be composed, or cannot be judged by what `search` says.
     """
     first: dict[str, Value] = {key: axis.words[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
-    whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, Interval) and axis.low == int(axis.low)}
+    whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
     composed = compose(words, first | whole, trusted)  # a whole number is also one where fractions may be
     annotations = validation.dotted_keys(composed, trusted=trusted)
     typed = {key: _typed(key, axis, annotations.get(key)) for key, axis in axes.items()}
@@ -77,23 +79,23 @@ def _compose_with(words: Sequence[str], base: Mapping[str, Value], key: str, val
         raise UserError(told if str(value) in told else f"with {key}={show(value)}: {told}") from None
 
 
-def typed_low(axis: Choices | Interval, value: Value) -> Value:
+def typed_low(axis: Choices | NumberRange, value: Value) -> Value:
     """The first value of an axis, as its type has it."""
-    return int(value) if isinstance(axis, Interval) and axis.whole else value
+    return int(value) if isinstance(axis, NumberRange) and axis.is_integer else value
 
 
-def _typed(key: str, axis: Choices | Interval, annotation: Any) -> Choices | Interval:
+def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | NumberRange:
     """An interval of whole numbers where the key takes no others."""
-    if not isinstance(axis, Interval) or annotation is None or axis.whole or not validation.takes_int(annotation):
+    if not isinstance(axis, NumberRange) or annotation is None or axis.is_integer or not validation.takes_int(annotation):
         return axis
     if axis.low != int(axis.low) or axis.high != int(axis.high):
         raise UserError(f"{key}=interval({axis.low:g},{axis.high:g}): {key} takes whole numbers; expected whole ones at both ends")
-    return replace(axis, low=int(axis.low), high=int(axis.high), whole=True)
+    return replace(axis, low=int(axis.low), high=int(axis.high), is_integer=True)
 
 
-def _others(key: str, axis: Choices | Interval, annotation: Any) -> Iterator[Value]:
+def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Iterator[Value]:
     """The values of an axis to compose beside the first."""
-    if isinstance(axis, Interval):
+    if isinstance(axis, NumberRange):
         yield axis.high
         return
     numbers = [_number(word) for word in axis.words] if annotation is not None else [None]
@@ -160,13 +162,13 @@ def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
 # -- how trials are chosen ------------------------------------------------------------------------------------------------------
 
 
-def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Interval]) -> dict[str, Any]:
+def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:
     """The section `sweep` with a sampler that is not auto, once it is known to go with the axes.
 
     Raises:
         UserError: it does not, or its package is missing.
     """
-    intervals = [key for key, axis in axes.items() if isinstance(axis, Interval)]
+    intervals = [key for key, axis in axes.items() if isinstance(axis, NumberRange)]
     sampler = search["sampler"] if search["sampler"] != "auto" else "tpe" if intervals else "grid"
     if sampler == "grid":
         if intervals:
@@ -198,7 +200,7 @@ def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Interv
     return {**search, "sampler": sampler}
 
 
-def points_of(axes: Mapping[str, Choices | Interval], trials: int | None) -> tuple[dict[str, Value], ...]:
+def points_of(axes: Mapping[str, Choices | NumberRange], trials: int | None) -> tuple[dict[str, Value], ...]:
     """The first so many points of a grid (None: all), the last key's values changing first."""
     words: Iterable[tuple[str, ...]] = itertools.product(*(axis.words for axis in axes.values() if isinstance(axis, Choices)))
     return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(words, trials))

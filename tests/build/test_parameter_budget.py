@@ -246,7 +246,7 @@ def test_resumed_run_keeps_its_widths(here: MtrlHere) -> None:
     assert abs(counted / 9000 - 1) <= 0.02
     for words in (["resume", "run", "steps_per_task=240"], ["train", *RUN, "run_dir=run", "--or-resume", "steps_per_task=320"]):
         printed = here(*words).stdout
-        assert "not taken from this command" not in printed
+        assert "ignored from this command" not in printed
         after = yaml.safe_load((here.folder / "run" / "config.yaml").read_text())
         assert after["network"] == saved["network"]
     assert (here.folder / "run" / "checkpoints" / "latest").read_text().strip() == "320"

@@ -34,7 +34,7 @@ def test_each_save_writes_only_new_rows_and_covers_the_ring(tmp_path):
         assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
 
 
-def test_pieces_are_of_bounded_size(tmp_path, monkeypatch):
+def test_segments_have_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(replay_segments, "SEGMENT_BYTES", 4 * 2 * 3 * 8)  # four rows
     ring = Ring(50)
     ring.add(30)
@@ -44,7 +44,7 @@ def test_pieces_are_of_bounded_size(tmp_path, monkeypatch):
     assert torch.equal(_restored(tmp_path, record, ring).data, ring.data)
 
 
-def test_after_a_rewind_the_rows_of_the_other_future_are_not_taken(tmp_path):
+def test_rows_written_after_the_loaded_checkpoint_are_discarded(tmp_path):
     ring, segments = Ring(10), ReplaySegments(tmp_path)
     ring.add(5)
     early = segments.write_new(ring, [])
@@ -69,7 +69,7 @@ def _record(tmp_path: Path) -> tuple[Ring, ReplayRecord]:
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "flipped"])
-def test_damaged_segments_are_noticed(tmp_path, damage):
+def test_damaged_segment_is_detected(tmp_path, damage):
     _, record = _record(tmp_path)
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
@@ -102,13 +102,13 @@ def test_damaged_segments_are_noticed(tmp_path, damage):
         {"rows": 7},
     ],
 )
-def test_records_that_are_not_ours_are_refused(tmp_path, change):
+def test_malformed_record_is_refused(tmp_path, change):
     _, record = _record(tmp_path)
     with pytest.raises(ValidationError):
         ReplayRecord.model_validate(record.model_dump() | change)
 
 
-def test_a_gap_between_segments_is_refused(tmp_path):
+def test_gap_between_segments_is_refused(tmp_path):
     _, record = _record(tmp_path)
     with pytest.raises(ValidationError, match="rows are missing"):
         ReplayRecord.model_validate(record.model_dump() | {"segments": {"0-3.safetensors": 1, "4-8.safetensors": 1}})

@@ -26,20 +26,20 @@ TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 @settings(deadline=None)
 @given(TREES)
-def test_a_state_comes_back_from_json_and_named_tensors(state):
+def test_round_trip_through_json_and_named_tensors(state):
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(flatten(state, tensors), allow_nan=False)
     assert same(unflatten(json.loads(text), tensors), state)
-    assert tensors == {}, "every tensor was used once"
+    assert tensors == {}, "every tensor is used once"
 
 
-def test_names_are_paths():
+def test_tensor_names_are_paths():
     tensors: dict[str, torch.Tensor] = {}
     flatten({"torso.0.weight": torch.ones(1), "slots": [{"a/b": torch.ones(2)}]}, tensors)
     assert sorted(tensors) == ["slots/0/a~1b", "torso.0.weight"]
 
 
-def test_numpy_scalars_and_tuples_become_plain():
+def test_numpy_scalars_and_tuples_become_plain_values():
     assert flatten({"a": np.int64(3), "b": (np.float32(0.5), True)}, {}) == {"a": 3, "b": [0.5, True]}
 
 
@@ -47,12 +47,12 @@ def test_numpy_scalars_and_tuples_become_plain():
     ("state", "kind"),
     [({"a": {1: 2}}, TypeError), ({"a": {"$": 2}}, ValueError), ({"a": object()}, TypeError), ({"a": np.array(["x"])}, TypeError)],
 )
-def test_what_cannot_be_saved_is_refused_by_its_path(state, kind):
+def test_unsupported_value_is_refused_with_its_path(state, kind):
     with pytest.raises(kind, match="'a'"):
         flatten(state, {})
 
 
-def test_trees_that_cannot_be_ours_are_refused():
+def test_malformed_trees_are_refused():
     deep: dict = {}
     for _ in range(500):
         deep = {"a": deep}

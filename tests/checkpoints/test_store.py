@@ -36,10 +36,10 @@ def _step_model(state: dict) -> float:
     return state["model"]["torso.weight"][0, 0].item()
 
 
-# -- what is saved comes back ---------------------------------------------------------------------------------------------------
+# -- saving and loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_state_comes_back_as_it_was(tmp_path):
+def test_loaded_state_equals_the_saved_state(tmp_path):
     _saved(tmp_path, [5])
     step, state = store_in(tmp_path).load("latest", warn=refuse_warning)
     assert step == 5
@@ -50,7 +50,7 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert (tmp_path / "checkpoints" / "latest").read_text() == "5\n"
 
 
-def test_loaded_tensors_may_be_changed_and_outlive_their_files(tmp_path):
+def test_loaded_tensors_are_writable_and_independent_of_their_files(tmp_path):
     _saved(tmp_path, [5])
     _, state = store_in(tmp_path).load(5)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -59,7 +59,7 @@ def test_loaded_tensors_may_be_changed_and_outlive_their_files(tmp_path):
     assert _step_model(state) == 6.0
 
 
-def test_equal_models_are_equal_bytes_whatever_their_order_and_memory(tmp_path):
+def test_equal_models_give_equal_bytes(tmp_path):
     values = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.uint8), "c": torch.zeros(0)}
     strided = dict(reversed([(name, torch.stack([value, value])[1]) for name, value in values.items()]))
     strided["a"] = values["a"].T.contiguous().T
@@ -76,10 +76,10 @@ def test_tied_parameters_are_saved(tmp_path):
     assert same(store_in(tmp_path).load(1)[1]["model"], model)
 
 
-# -- which are kept -------------------------------------------------------------------------------------------------------------
+# -- retention ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
+def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     store = store_in(tmp_path, keep=2)
     for step, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.9), (5, float("nan"))]:
         store.save(step, state_of(step), score=score)
@@ -88,7 +88,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert store_in(tmp_path).load("best")[0] == 2
 
 
-def test_a_best_score_below_zero_or_zero_is_remembered_over_a_restart(tmp_path):
+def test_best_score_of_zero_or_below_survives_a_restart(tmp_path):
     store_in(tmp_path).save(1, state_of(1), score=-0.5)
     store_in(tmp_path).save(2, state_of(2), score=0.0)
     store_in(tmp_path).save(3, state_of(3), score=-0.1)
@@ -107,7 +107,7 @@ def test_saving_a_step_again_replaces_it_and_keeps_its_score(tmp_path):
     assert store.best() == 1
 
 
-def test_a_killed_replacement_leaves_one_whole(tmp_path):
+def test_killed_replacement_leaves_a_complete_checkpoint(tmp_path):
     _saved(tmp_path, [1])
     folder = tmp_path / "checkpoints"
     (folder / "1").rename(folder / ".replaced-1")
@@ -118,7 +118,7 @@ def test_a_killed_replacement_leaves_one_whole(tmp_path):
     assert store_in(tmp_path).load("latest", warn=refuse_warning)[0] == 1
 
 
-def test_discarding_goes_back(tmp_path):
+def test_discard_after_rewinds_latest_and_best(tmp_path):
     store = store_in(tmp_path, keep=9)
     for step, score in [(1, 0.1), (2, 0.3), (3, 0.9), (4, None)]:
         store.save(step, state_of(step), score=score)
@@ -131,7 +131,7 @@ def test_discarding_goes_back(tmp_path):
     store_in(tmp_path / "nothing").discard_after(3)
 
 
-def test_names_of_checkpoints():
+def test_parse_which():
     assert [parse_which(text) for text in ("latest", "best", "0", "1000", 7)] == ["latest", "best", 0, 1000, 7]
     for text in ("newest", "-1", "1.5", "", "../1", "01", "9" * 30, True):
         with pytest.raises(UserError, match="latest, best or a step"):
@@ -175,7 +175,7 @@ DAMAGES = [_remove, _truncate, _empty, _flip, _lead_outside, _make_pipe]
 
 @pytest.mark.parametrize("name", [*checkpoint_format.FILES, "COMPLETE"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
-def test_every_damage_is_noticed(tmp_path, name, damage):
+def test_every_damage_is_detected(tmp_path, name, damage):
     _saved(tmp_path, [1, 2, 3])
     damage(tmp_path / "checkpoints" / "3" / name)
     warnings: list[str] = []
@@ -191,7 +191,7 @@ def test_every_damage_is_noticed(tmp_path, name, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_going_back_skips_all_that_are_damaged(tmp_path):
+def test_fallback_skips_all_damaged_checkpoints(tmp_path):
     _saved(tmp_path, [1, 2, 3])
     _truncate(tmp_path / "checkpoints/3/model.safetensors")
     _remove(tmp_path / "checkpoints/2/COMPLETE")
@@ -200,7 +200,7 @@ def test_going_back_skips_all_that_are_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "7\n", "../1\n", "one\n", "\xff" * 99, None])
-def test_a_damaged_pointer_falls_back_to_the_newest(tmp_path, text):
+def test_damaged_pointer_falls_back_to_the_newest_checkpoint(tmp_path, text):
     _saved(tmp_path, [1, 2])
     pointer = tmp_path / "checkpoints" / "latest"
     if text is None:
@@ -213,7 +213,7 @@ def test_a_damaged_pointer_falls_back_to_the_newest(tmp_path, text):
     assert len(warnings) == 1
 
 
-def test_finished_checkpoints_that_are_all_damaged_are_an_error_not_a_new_start(tmp_path):
+def test_all_checkpoints_damaged_is_an_error_not_a_restart(tmp_path):
     _saved(tmp_path, [1, 2])
     for step in "12":
         _truncate(tmp_path / "checkpoints" / step / "model.safetensors")
@@ -222,7 +222,7 @@ def test_finished_checkpoints_that_are_all_damaged_are_an_error_not_a_new_start(
     assert not isinstance(caught.value, NoCheckpoint)
 
 
-def test_unfinished_checkpoints_alone_are_no_checkpoint(tmp_path):
+def test_unfinished_checkpoints_do_not_count(tmp_path):
     _saved(tmp_path, [1])
     (tmp_path / "checkpoints/1/COMPLETE").unlink()
     with pytest.raises(NoCheckpoint):
@@ -233,7 +233,7 @@ def test_unfinished_checkpoints_alone_are_no_checkpoint(tmp_path):
     assert store.load("latest", warn=refuse_warning)[0] == 1
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_checkpoint_error_lists_available_ones(tmp_path):
     for which in ("latest", "best"):
         with pytest.raises(NoCheckpoint):
             store_in(tmp_path).load(which)
@@ -245,7 +245,7 @@ def test_what_is_not_there_is_said(tmp_path):
 
 
 def _forge(folder: Path, change) -> None:
-    """Change state.json and let COMPLETE agree with it, as someone who wants to deceive would."""
+    """Change state.json and update its checksum in COMPLETE, as an attacker would."""
     import hashlib
 
     header = json.loads((folder / "state.json").read_text())
@@ -290,7 +290,7 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("name", FORGERIES)
-def test_forged_checkpoints_give_one_line(tmp_path, name):
+def test_forged_checkpoint_is_refused_in_one_line(tmp_path, name):
     _saved(tmp_path, [1])
     _forge(tmp_path / "checkpoints/1", FORGERIES[name])
     for which in (1, "latest"):
@@ -307,7 +307,7 @@ def test_forged_checkpoints_give_one_line(tmp_path, name):
 @pytest.mark.parametrize(
     "data", [b"", b"\x80\x04.", b"\xff" * 8 + b"{}", (2**40).to_bytes(8, "little") + b"{}", b"PK\x03\x04" + b"\0" * 50]
 )
-def test_files_that_hold_no_tensors_are_refused(tmp_path, data):
+def test_files_that_are_not_safetensors_are_refused(tmp_path, data):
     import hashlib
 
     _saved(tmp_path, [1])
@@ -320,7 +320,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path, data):
         store_in(tmp_path).load(1)
 
 
-def test_folders_that_are_links_out_of_the_run_are_refused(tmp_path):
+def test_links_out_of_the_run_are_refused(tmp_path):
     _saved(tmp_path / "other", [1])
     run = tmp_path / "run"
     run.mkdir()
@@ -350,7 +350,7 @@ def _restored(run: Path, which, ring: Ring) -> Ring:
     return other
 
 
-def test_replay_is_kept_for_the_last_ones_and_not_for_the_best(tmp_path):
+def test_replay_is_kept_for_the_newest_checkpoints_only(tmp_path):
     ring, store = Ring(8), store_in(tmp_path, keep=2, with_replay=True)
     for step in range(1, 12):
         ring.add(3)
@@ -359,10 +359,10 @@ def test_replay_is_kept_for_the_last_ones_and_not_for_the_best(tmp_path):
     assert store.steps() == [1, 10, 11]
     # Rows 25 to 33 for step 11, 22 to 30 for step 10.
     assert sorted(os.listdir(tmp_path / "checkpoints" / "replay")) == [f"{start}-{start + 3}.safetensors" for start in range(21, 33, 3)]
-    assert store_in(tmp_path).load("best")[0] == 1, "who only evaluates needs no replay"
+    assert store_in(tmp_path).load("best")[0] == 1, "evaluation needs no replay"
 
 
-def test_without_replay_nothing_of_it_is_written(tmp_path):
+def test_no_replay_files_without_replay(tmp_path):
     ring, store = Ring(8), store_in(tmp_path)
     ring.add(3)
     store.save(1, state_of(1), replay=ring)
@@ -370,7 +370,7 @@ def test_without_replay_nothing_of_it_is_written(tmp_path):
     assert store.load_replay(store.load("latest")[0], ring) is False
 
 
-def test_a_damaged_new_segment_makes_its_checkpoint_fall_back_and_the_run_goes_on(tmp_path):
+def test_damaged_segment_causes_fallback_and_the_run_continues(tmp_path):
     ring, store = Ring(8), store_in(tmp_path, keep=3, with_replay=True)
     for step in (1, 2, 3):
         ring.add(4)
@@ -395,7 +395,7 @@ def test_a_damaged_new_segment_makes_its_checkpoint_fall_back_and_the_run_goes_o
     assert torch.equal(_restored(tmp_path, "latest", ring).data, ring.data)
 
 
-def test_a_killed_process_s_leavings_are_removed(tmp_path):
+def test_recover_removes_leftovers_of_a_killed_process(tmp_path):
     ring, store = Ring(8), store_in(tmp_path, with_replay=True)
     ring.add(4)
     store.save(1, state_of(1), replay=ring, score=1.0)
@@ -405,7 +405,7 @@ def test_a_killed_process_s_leavings_are_removed(tmp_path):
     (folder / ".saving-2" / "model.safetensors").write_text("half")
     (folder / ".removed-0").mkdir()
     (folder / f"{atomic.TEMPORARY}9-latest").write_text("")
-    (folder / "replay" / "4-8.safetensors").write_text("whole, but nobody names it")
+    (folder / "replay" / "4-8.safetensors").write_text("complete, but unused")
     (folder / "replay" / f"{atomic.TEMPORARY}9-8-12.safetensors").write_text("half")
     (folder / "best").unlink()
     store_in(tmp_path, with_replay=True).recover()
@@ -421,7 +421,7 @@ def _listing(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fails_at", range(8))
-def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch, fails_at):
+def test_full_disk_at_any_file_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch, fails_at):
     ring, store = Ring(8), store_in(tmp_path, with_replay=True)
     ring.add(4)
     store.save(1, state_of(1), replay=ring, score=0.5)
@@ -430,7 +430,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch,
 
     def write(path, chunks):
         if next(count) == fails_at:
-            path.write_bytes(b"as much as there was room for")
+            path.write_bytes(b"incomplete")
             path.unlink()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         whole(path, chunks)
@@ -439,7 +439,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch,
     ring.add(4)
     with pytest.raises(RunError) as caught:
         store.save(2, state_of(2), replay=ring, score=0.9)
-    good = 1 if fails_at < 7 else 2  # the eighth file is `best`, when `latest` already names the new one
+    good = 1 if fails_at < 7 else 2  # the eighth file is `best`, after `latest` was updated
     assert "no space left on device while saving step 2" in str(caught.value)
     assert str(caught.value).endswith(f"the last good checkpoint is {good}.")
     if fails_at < 6:
@@ -451,8 +451,8 @@ def test_a_full_disk_at_any_file_leaves_the_last_good_one(tmp_path, monkeypatch,
     assert store.best() == 2
 
 
-def test_a_limit_on_file_sizes_is_a_plain_failure(tmp_path):
-    """A real refusal of the system, by RLIMIT_FSIZE, not a simulated one."""
+def test_file_size_limit_is_a_run_error(tmp_path):
+    """A real error of the system, by RLIMIT_FSIZE."""
     _saved(tmp_path, [1])
     before = _listing(tmp_path)
     child = os.fork()
@@ -470,7 +470,7 @@ def test_a_limit_on_file_sizes_is_a_plain_failure(tmp_path):
     assert _listing(tmp_path) == before
 
 
-def test_any_other_exception_while_saving_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_exception_during_saving_leaves_nothing_behind(tmp_path, monkeypatch):
     _saved(tmp_path, [1])
     before = _listing(tmp_path)
     with pytest.raises(TypeError):
@@ -497,7 +497,7 @@ for line in sys.stdin:
 """
 
 
-def test_killed_at_random_moments_latest_and_best_are_always_whole(tmp_path):
+def test_kill_at_a_random_moment_leaves_latest_and_best_complete(tmp_path):
     moments = random.Random(int.from_bytes(os.urandom(4)))
     parent = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdin is not None
@@ -534,7 +534,7 @@ def test_killed_at_random_moments_latest_and_best_are_always_whole(tmp_path):
     assert not [name for name in _listing(tmp_path) if Path(name).name.startswith(".")]
 
 
-def test_killed_before_latest_named_the_first_checkpoint_it_is_found(tmp_path):
+def test_first_checkpoint_is_found_if_killed_before_latest_was_written(tmp_path):
     store_in(tmp_path).save(1, state_of(1))
     (tmp_path / "checkpoints" / "latest").unlink()
     step, state = store_in(tmp_path).load("latest", warn=refuse_warning)

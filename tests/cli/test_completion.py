@@ -1,4 +1,4 @@
-"""What TAB offers, asked for as the shells ask."""
+"""Shell completion, through the protocol of each shell."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
 
 
-def offered(command: str, incomplete: str, *given: str) -> list[str]:
+def completions(command: str, incomplete: str, *given: str) -> list[str]:
     return [word for word, _ in completion.complete(command, given, incomplete)]
 
 
-def test_nothing_typed_offers_groups_and_keys_at_the_top() -> None:
-    words = offered("train", "")
+def test_empty_word_completes_to_groups_and_top_level_keys() -> None:
+    words = completions("train", "")
     assert {f"{group}=" for group in options.groups([CONF])} < set(words)
     assert "steps_per_task=" in words
     assert not any("." in word for word in words)
 
 
-def test_options_come_with_their_description() -> None:
+def test_options_have_descriptions() -> None:
     found = dict(completion.complete("train", [], "env=ata"))
     assert set(found) == {"env=atari_pack", "env=atari_26", "env=atari_57"}
     assert found["env=atari_26"] == options.description(CONF / "env" / "atari_26.yaml")
     sharings = sorted(path.stem for path in (CONF / "network" / "sharing").glob("*.yaml"))
-    assert offered("train", "network/sharing=") == [f"network/sharing={name}" for name in sharings]
-    assert offered("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
+    assert completions("train", "network/sharing=") == [f"network/sharing={name}" for name in sharings]
+    assert completions("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
 
 
 NETWORK = ("features", "width", "layer_norm", "dropout", "spectral_norm", "parameters")
@@ -62,49 +62,49 @@ NETWORK = ("features", "width", "layer_norm", "dropout", "spectral_norm", "param
     ],
 )
 def test_keys_and_values_come_from_the_schema(incomplete: str, words: list[str]) -> None:
-    assert offered("train", incomplete) == words
+    assert completions("train", incomplete) == words
 
 
-def test_keys_follow_the_choices_made_so_far() -> None:
-    assert "network.hidden=" in offered("train", "network.", "env=classic_pack")
-    assert "network.hidden=" not in offered("train", "network.")
-    assert "env.tasks=[asterix" in offered("train", "env.tasks=", "env=minatar_pack")
-    assert "network.features=" in offered("train", "network.", "env=no_such"), "a mistake elsewhere takes nothing away"
+def test_keys_depend_on_the_options_given_before() -> None:
+    assert "network.hidden=" in completions("train", "network.", "env=classic_pack")
+    assert "network.hidden=" not in completions("train", "network.")
+    assert "env.tasks=[asterix" in completions("train", "env.tasks=", "env=minatar_pack")
+    assert "network.features=" in completions("train", "network.", "env=no_such"), "an invalid option elsewhere is ignored"
 
 
-def test_folders_of_ones_own_are_offered(tmp_path: Path) -> None:
+def test_user_folders_are_completed(tmp_path: Path) -> None:
     (tmp_path / "env").mkdir()
     (tmp_path / "env" / "mine.yaml").write_text("# Mine\n")
-    assert sorted(offered("train", "env=m", f"hydra.searchpath=[{tmp_path}]")) == ["env=minatar_pack", "env=mine"]
+    assert sorted(completions("train", "env=m", f"hydra.searchpath=[{tmp_path}]")) == ["env=minatar_pack", "env=mine"]
 
 
-def test_the_other_commands_offer_what_they_take() -> None:
-    assert offered("bench", "agent.n_") == offered("train", "agent.n_") != []
-    assert offered("bench", "env=cl") == ["env=classic_pack"]
-    assert offered("resume", "") == ["launcher=", *(f"{key}=" for key in compose.RESUMABLE)]
-    assert offered("resume", "sweep.") == ["sweep.trials=", "sweep.retries="]
-    assert offered("eval", "eval.epi") == ["eval.episodes="]
-    assert offered("eval", "video=") == ["video=true", "video=false"]
-    assert offered("eval", "checkpoint=") == ["checkpoint=latest", "checkpoint=best"]
+def test_other_commands_complete_their_own_keys() -> None:
+    assert completions("bench", "agent.n_") == completions("train", "agent.n_") != []
+    assert completions("bench", "env=cl") == ["env=classic_pack"]
+    assert completions("resume", "") == ["launcher=", *(f"{key}=" for key in compose.RESUMABLE)]
+    assert completions("resume", "sweep.") == ["sweep.trials=", "sweep.retries="]
+    assert completions("eval", "eval.epi") == ["eval.episodes="]
+    assert completions("eval", "video=") == ["video=true", "video=false"]
+    assert completions("eval", "checkpoint=") == ["checkpoint=latest", "checkpoint=best"]
 
 
-def test_a_sweep_is_offered_what_its_runs_take_and_its_own() -> None:
-    assert {*offered("train", ""), "launcher="} == set(offered("sweep", ""))
-    assert "launcher=" not in offered("train", "")
-    assert offered("train", "sweep.") == offered("train", "launcher") == []
-    assert offered("sweep", "sweep.") == [f"sweep.{key}=" for key in schema.keys_of(schema.Search)]
-    assert offered("sweep", "sweep.pruner=h") == ["sweep.pruner=hyperband", "sweep.pruner=halving"]
-    assert offered("sweep", "launcher=") == [f"launcher={name}" for name in options.options("launcher", [CONF])]
-    assert "launcher.jobs=" in offered("sweep", "launcher.", "env=classic_pack", "launcher=local")
-    assert offered("sweep", "env=cl", "seed=range(3)") == ["env=classic_pack"]
-    assert offered("sharing", "env=cl") == ["env=classic_pack"]  # mtrl study sharing
-    # The keys of the first of several choices.
-    assert "network.hidden=" in offered("sweep", "network.", "env=classic_pack,minatar_pack", "sweep.trials=3")
-    assert "network.hidden=" not in offered("sweep", "network.", "env=minatar_pack,classic_pack")
+def test_sweep_completes_the_keys_of_runs_and_its_own() -> None:
+    assert {*completions("train", ""), "launcher="} == set(completions("sweep", ""))
+    assert "launcher=" not in completions("train", "")
+    assert completions("train", "sweep.") == completions("train", "launcher") == []
+    assert completions("sweep", "sweep.") == [f"sweep.{key}=" for key in schema.keys_of(schema.Search)]
+    assert completions("sweep", "sweep.pruner=h") == ["sweep.pruner=hyperband", "sweep.pruner=halving"]
+    assert completions("sweep", "launcher=") == [f"launcher={name}" for name in options.options("launcher", [CONF])]
+    assert "launcher.jobs=" in completions("sweep", "launcher.", "env=classic_pack", "launcher=local")
+    assert completions("sweep", "env=cl", "seed=range(3)") == ["env=classic_pack"]
+    assert completions("sharing", "env=cl") == ["env=classic_pack"]  # mtrl study sharing
+    # With several options, the keys are those of the first.
+    assert "network.hidden=" in completions("sweep", "network.", "env=classic_pack,minatar_pack", "sweep.trials=3")
+    assert "network.hidden=" not in completions("sweep", "network.", "env=minatar_pack,classic_pack")
 
 
 def ask(shell: str, line: str, position: int | None = None) -> list[str]:
-    """What the real program answers the shell's completion function."""
+    """Return the output of the real program for a shell's completion function."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli_main.__file__).parents[2]), "_MTRL_COMPLETE": f"complete_{shell}"}
     if shell == "bash":
         words = line.split(" ")
@@ -116,7 +116,7 @@ def ask(shell: str, line: str, position: int | None = None) -> list[str]:
     return done.stdout.split("\n")
 
 
-def test_bash_takes_words_apart_at_the_equals_sign() -> None:
+def test_bash_completes_words_split_at_the_equals_sign() -> None:
     assert ask("bash", "mtrl train env = mina") == ["minatar_pack", ""]
     assert "atari_pack" in ask("bash", "mtrl train env =", 3)
     assert ask("bash", "mtrl train env = classic_pack agent.n_") == ["agent.n_step=", "agent.n_step=5", ""]
@@ -124,7 +124,7 @@ def test_bash_takes_words_apart_at_the_equals_sign() -> None:
     assert ask("bash", "mtrl ls network/h") == ["network/head", ""]
 
 
-def test_zsh_and_fish_take_whole_words() -> None:
+def test_zsh_and_fish_complete_whole_words() -> None:
     assert "env=minatar_pack" in ask("zsh", "mtrl train env=mina")[0]
     assert ask("fish", "mtrl train env=mina")[0].startswith("env=minatar_pack\t")
 
@@ -139,14 +139,12 @@ def test_zsh_and_fish_take_whole_words() -> None:
         ("mtrl train", 1, (["mtrl"], "train")),
     ],
 )
-def test_words_of_bash_are_put_together(
-    words: str, position: int, expected: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bash_words_are_joined(words: str, position: int, expected: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(position))
-    assert completion.words_of_bash() == expected
+    assert completion.bash_words() == expected
 
 
-def test_outside_bash_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bash_words_are_none_in_other_shells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COMP_WORDS", raising=False)
-    assert completion.words_of_bash() is None
+    assert completion.bash_words() is None

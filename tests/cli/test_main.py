@@ -1,4 +1,4 @@
-"""The command line from outside: what it prints, its exit codes, and what it does not import."""
+"""The command line: output, exit codes, and imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import yaml
 
 from mtrl_cli import __version__
 from mtrl_cli.cli import main as cli_main
+from mtrl_cli.commands import bench, eval, train
 from mtrl_cli.config import compose
 from mtrl_cli.config import options as catalogue
 from mtrl_cli.errors import RunError, Stopped, UserError
+from mtrl_cli.sweeps import command as sweep_command
 from mtrl_cli.sweeps import plan as sweep_plan
 
 Outcome = tuple[int, str, str]
@@ -50,24 +51,18 @@ def mtrl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 
 
 @pytest.fixture
-def procedures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Stands in for the procedures, and notes what they are called with."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replace the functions that the commands call, and record the arguments."""
     calls: list[tuple[Any, ...]] = []
-    train: Any = types.ModuleType("mtrl_cli.commands.train")
-    train.train = lambda config, *, command, or_resume=False: calls.append(("train", compose, command, or_resume))
-    train.resume = lambda run, overrides, *, command: calls.append(("resume", run, overrides, command))
-    evaluate: Any = types.ModuleType("mtrl_cli.commands.eval")
-    evaluate.evaluate_run = lambda run, options: calls.append(("eval", run, options))
-    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.train", train)
-    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.eval", evaluate)
-    bench: Any = types.ModuleType("mtrl_cli.commands.bench")
-    bench.bench = lambda config, *, seconds, as_json: calls.append(("bench", compose, seconds, as_json))
-    monkeypatch.setitem(sys.modules, "mtrl_cli.commands.bench", bench)
+    monkeypatch.setattr(train, "run", lambda config, *, command, or_resume: calls.append(("train", config, command, or_resume)))
+    monkeypatch.setattr(train, "resume", lambda run, overrides, *, command: calls.append(("resume", run, overrides, command)))
+    monkeypatch.setattr(eval, "run", lambda run, options: calls.append(("eval", run, options)))
+    monkeypatch.setattr(bench, "run", lambda config, *, seconds, as_json: calls.append(("bench", config, seconds, as_json)))
     return calls
 
 
 def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Python code in a process of its own, with our package importable."""
+    """Run Python code in a separate process that can import the package."""
     path = os.pathsep.join([str(Path(cli_main.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, **options
@@ -76,14 +71,14 @@ def process(code: str, *words: str, **options: Any) -> subprocess.CompletedProce
 
 IMPORTED = """
 import atexit, json, sys
-from mtrl_cli.cli import main
+from mtrl_cli.cli.main import main
 atexit.register(lambda: print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})), file=sys.stderr))
 main()
 """
 
 
 @pytest.mark.parametrize(
-    ("words", "never"),
+    ("words", "forbidden"),
     [
         (["--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
         (["bench", "--help"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "rich"]),
@@ -100,10 +95,10 @@ main()
         (["train", "--dry-run", "env=minatar_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
     ],
 )
-def test_what_is_slow_to_import_is_not_imported(words: list[str], never: list[str]) -> None:
+def test_slow_imports_are_avoided(words: list[str], forbidden: list[str]) -> None:
     done = process(IMPORTED, *words)
     assert done.returncode == 0, done.stderr
-    assert not set(never) & set(json.loads(done.stderr))
+    assert not set(forbidden) & set(json.loads(done.stderr))
 
 
 def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
@@ -115,10 +110,10 @@ def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
     for command in ("train", "resume", "eval", "transfer", "bench", "ls", "sweep"):
         code, out, err = mtrl(command, "--help")
         assert (code, err) == (0, "")
-        assert f"  mtrl {command}" in out, "examples, each on a line of its own"
+        assert f"  mtrl {command}" in out, "one example per line"
 
 
-def test_version(mtrl: Callable[..., Outcome]) -> None:
+def test_version_option(mtrl: Callable[..., Outcome]) -> None:
     assert mtrl("--version") == (0, f"mtrl {__version__}\n", "")
 
 
@@ -144,16 +139,16 @@ def test_version(mtrl: Callable[..., Outcome]) -> None:
         (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
         (["eval", "nowhere", "eval.episode=3"], "Did you mean 'eval.episodes'?"),
         (["ls", "netwrk"], "Did you mean 'network'?"),
-        (["ls", "env", "network"], "expected one group"),
+        (["ls", "env", "network"], "mtrl ls takes one group, got env network"),
         (["ls", "env=atari_pack"], "expected a group"),
-        (["ls", "agent", "env=atari_pack"], "mtrl ls env=atari_pack: expected a group, or hydra.searchpath"),
-        (["ls", "network", "network=mlp"], "expected no choice of network"),
+        (["ls", "agent", "env=atari_pack"], "expected a group or hydra.searchpath=[file:///home/me/conf], got env=atari_pack"),
+        (["ls", "network", "network=mlp"], "mtrl ls network lists all options of network; remove network=mlp"),
         (["ls", "network/head", "env=atari_pak"], "Did you mean 'env=atari_pack'?"),
         (["ls", "network/head", "network.parameters=lots"], "network.parameters must be a number of parameters"),
         (["ls", "network/head", "agent.n_stp=3"], "Did you mean 'agent.n_step'?"),
     ],
 )
-def test_a_wrong_command_is_a_line_and_exit_code_2_and_creates_nothing(
+def test_invalid_input_is_one_error_with_exit_code_2_and_creates_nothing(
     mtrl: Callable[..., Outcome], words: list[str], message: str
 ) -> None:
     code, out, err = mtrl(*words)
@@ -164,7 +159,7 @@ def test_a_wrong_command_is_a_line_and_exit_code_2_and_creates_nothing(
     assert os.listdir() == []
 
 
-def test_a_dry_run_prints_the_configuration_that_a_run_would_have(mtrl: Callable[..., Outcome]) -> None:
+def test_dry_run_prints_the_configuration_of_the_run(mtrl: Callable[..., Outcome]) -> None:
     overrides = ["env=atari_pack", "network=impala", "agent.n_step=5", "seed=1"]
     code, out, err = mtrl("train", *overrides, "--dry-run")
     assert (code, err) == (0, "")
@@ -172,31 +167,29 @@ def test_a_dry_run_prints_the_configuration_that_a_run_would_have(mtrl: Callable
     assert os.listdir() == []
 
 
-def test_commands_hand_over_plain_values(mtrl: Callable[..., Outcome], procedures: list[tuple[Any, ...]]) -> None:
+def test_commands_pass_plain_values(mtrl: Callable[..., Outcome], calls: list[tuple[Any, ...]]) -> None:
     assert mtrl("train", "env=classic_pack", "--or-resume", "run_dir=r")[0] == 0
     assert mtrl("resume", "r", "device=cpu")[0] == 0
     assert mtrl("eval", "r", "eval.episodes=10", "video=true")[0] == 0
     assert mtrl("bench", "env=classic_pack", "--seconds", "3", "--json")[0] == 0
-    train, resume, evaluate, bench = procedures
-    assert bench == ("bench", compose.compose_training(["env=classic_pack"]), 3.0, True)
-    assert train == (
+    trained, resumed, evaluated, benched = calls
+    assert benched == ("bench", compose.compose_training(["env=classic_pack"]), 3.0, True)
+    assert trained == (
         "train",
         compose.compose_training(["env=classic_pack", "run_dir=r"]),
         ["mtrl", "train", "env=classic_pack", "--or-resume", "run_dir=r"],
         True,
     )
-    assert resume == ("resume", Path("r"), ["device=cpu"], ["mtrl", "resume", "r", "device=cpu"])
-    assert evaluate[:2] == ("eval", Path("r"))
-    assert evaluate[2]["eval"]["episodes"] == 10
-    assert evaluate[2]["video"] is True
+    assert resumed == ("resume", Path("r"), ["device=cpu"], ["mtrl", "resume", "r", "device=cpu"])
+    assert evaluated[:2] == ("eval", Path("r"))
+    assert evaluated[2]["eval"]["episodes"] == 10
+    assert evaluated[2]["video"] is True
 
 
-def test_sweeps_are_handed_over_as_plans(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_passes_a_plan(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    stands_in: Any = types.ModuleType("mtrl_cli.sweeps.command")
-    stands_in.sweep = lambda plan, *, command: calls.append((plan, command))
-    stands_in.go_on = lambda folder, overrides, *, command: calls.append((folder, overrides, command))
-    monkeypatch.setitem(sys.modules, "mtrl_cli.sweeps.command", stands_in)
+    monkeypatch.setattr(sweep_command, "sweep", lambda plan, *, command: calls.append((plan, command)))
+    monkeypatch.setattr(sweep_command, "go_on", lambda folder, overrides, *, command: calls.append((folder, overrides, command)))
     assert mtrl("sweep", "env=classic_pack", "seed=1,2", "run_dir=s")[0] == 0
     Path("s").mkdir()
     Path("s/sweep.json").write_text("{}")
@@ -208,9 +201,9 @@ def test_sweeps_are_handed_over_as_plans(mtrl: Callable[..., Outcome], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "printed"),
     [
-        (UserError("the run is wrong\nmend it"), 2, "mtrl: error: the run is wrong\nmend it\n"),
+        (UserError("the run is wrong\nfix it"), 2, "mtrl: error: the run is wrong\nfix it\n"),
         (RunError("the loss is not finite"), 1, "mtrl: error: the loss is not finite\n"),
         (Stopped(signal.SIGINT), 130, "mtrl: stopped; nothing was changed\n"),
         (Stopped(signal.SIGTERM), 143, "mtrl: stopped; nothing was changed\n"),
@@ -219,26 +212,26 @@ def test_sweeps_are_handed_over_as_plans(mtrl: Callable[..., Outcome], monkeypat
         (UserError("red \x1b[31m\x07"), 2, "mtrl: error: red ?[31m?\n"),
     ],
 )
-def test_what_a_run_ends_with_becomes_an_exit_code(
+def test_exceptions_become_exit_codes(
     mtrl: Callable[..., Outcome],
-    procedures: list[tuple[Any, ...]],
+    calls: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
     raised: BaseException,
     code: int,
-    said: str,
+    printed: str,
 ) -> None:
     def end(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["mtrl_cli.commands.train"], "train", end)
-    assert mtrl("train") == (code, "", said)
+    monkeypatch.setattr(train, "run", end)
+    assert mtrl("train") == (code, "", printed)
 
 
-def test_a_fault_of_our_own_is_not_dressed_up(procedures: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exceptions_keep_their_traceback(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["mtrl_cli.commands.train"], "train", fail)
+    monkeypatch.setattr(train, "run", fail)
     monkeypatch.setattr(sys, "argv", ["mtrl", "train"])
     with pytest.raises(ZeroDivisionError):
         cli_main.main()
@@ -260,12 +253,12 @@ def test_ls_lists_groups_and_describes_options(mtrl: Callable[..., Outcome]) -> 
 
 
 def row(out: str, option: str) -> list[str]:
-    """The cells of an option's row."""
+    """Return the cells of an option's row."""
     line = next(line for line in out.splitlines() if line[2:].split()[:1] == [option])
     return [cell.strip() for cell in line[2:].split("  ") if cell.strip()]
 
 
-def test_ls_tells_the_sizes_of_what_a_network_is_made_of(mtrl: Callable[..., Outcome]) -> None:
+def test_ls_shows_network_sizes(mtrl: Callable[..., Outcome]) -> None:
     # The eight games have 6, 4, 6, 18, 9, 6, 9 and 3 actions; a dueling head has (512 + 1) (1 + actions) parameters.
     shared, heads = 1_684_128, 513 * (8 + 6 + 4 + 6 + 18 + 9 + 6 + 9 + 3)
     torso = 20 * 20 * 32 * 256 + 9 * 9 * 64 * 512 + 7 * 7 * 64 * 576 + 512 * 3136
@@ -284,7 +277,7 @@ def test_ls_tells_the_sizes_of_what_a_network_is_made_of(mtrl: Callable[..., Out
     assert row(out, "independent")[1:5] == [f"{8 * shared + heads:,}", "0", independent, sizes[3]]
 
 
-def test_ls_tells_sizes_with_a_runs_overrides_and_why_an_option_has_none(mtrl: Callable[..., Outcome]) -> None:
+def test_ls_applies_overrides_and_explains_missing_sizes(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("ls", "network/sharing", "env=classic_pack", "env.tasks=[CartPole-v1,Acrobot-v1]", "network.parameters=30k")
     assert (code, err) == (0, "")
     for name in ("hard", "independent"):
@@ -301,7 +294,7 @@ def test_ls_tells_sizes_with_a_runs_overrides_and_why_an_option_has_none(mtrl: C
     )
 
 
-def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ls_shows_the_other_sizes_if_a_package_is_missing(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minatar", None)
     code, out, err = mtrl("ls", "network")
     assert (code, err) == (0, "")
@@ -309,7 +302,7 @@ def test_ls_without_a_packs_package_tells_the_other_sizes(mtrl: Callable[..., Ou
     assert row(out, "nature")[5] == "atari_pack"
 
 
-def test_ls_lists_folders_of_ones_own(mtrl: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_ls_lists_user_folders(mtrl: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "own" / "env").mkdir(parents=True)
     (tmp_path / "own" / "env" / "mine.yaml").write_text("# @package _global_\n# My own games\nenv: {}\n")
     code, out, _ = mtrl("ls", "env", f"hydra.searchpath=[file://{tmp_path}/own]")
@@ -317,7 +310,7 @@ def test_ls_lists_folders_of_ones_own(mtrl: Callable[..., Outcome], tmp_path: Pa
     assert "  mine          My own games" in out
 
 
-def test_info_tells_versions_and_places(mtrl: Callable[..., Outcome]) -> None:
+def test_info_shows_versions_and_locations(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("info", "--json")
     assert (code, err) == (0, "")
     facts = json.loads(out)
@@ -332,7 +325,7 @@ def test_info_tells_versions_and_places(mtrl: Callable[..., Outcome]) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_is_no_error(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_pipe_is_no_error(unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     done = process(
         "import subprocess, sys\n"
@@ -343,14 +336,14 @@ def test_a_reader_that_leaves_is_no_error(unbuffered: str, monkeypatch: pytest.M
     assert done.stdout == " 0\n"
 
 
-def test_the_module_runs_as_the_command_does() -> None:
+def test_python_m_mtrl_cli_is_the_command() -> None:
     done = process("import runpy, sys; sys.argv[0] = 'mtrl'; runpy.run_module('mtrl_cli', run_name='__main__')", "--version")
     assert (done.returncode, done.stdout) == (0, f"mtrl {__version__}\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closes a descriptor as a shell does")
 @pytest.mark.parametrize("words", [["ls"], ["--version"], ["info", "--json"]])
-def test_a_closed_standard_output_is_no_failure(words: list[str], tmp_path: Path) -> None:
+def test_closed_stdout_is_no_error(words: list[str], tmp_path: Path) -> None:
     command = shlex.join([sys.executable, "-m", "mtrl_cli", *words]) + " >&-"
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

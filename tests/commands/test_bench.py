@@ -1,4 +1,4 @@
-"""`mtrl bench` as a user runs it: what it prints, what it leaves alone, and how it ends."""
+"""`mtrl bench`: output, side effects, and signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = ["env=classic_pack", "network.hidden=[16,16]", "device=cpu"]
 PROMISED = {"emulators", "acting", "learning", "loop", "limit", "share", "bytes_per_transition"}
 
 
-def test_json_alone_on_stdout_and_nothing_left_behind(mtrl: Mtrl) -> None:
+def test_json_is_the_only_output_on_stdout_and_nothing_is_written(mtrl: Mtrl) -> None:
     pasted = ["run_dir=run", "checkpoint.every=100", "eval.every=100", "log.every=10", "agent.learning_starts=5000"]
     done = mtrl("bench", *SMALL, *pasted, "--json", "--seconds", "1")
     result = json.loads(done.stdout)
@@ -27,14 +27,14 @@ def test_json_alone_on_stdout_and_nothing_left_behind(mtrl: Mtrl) -> None:
     assert (result["num_envs"], result["device"], result["compile"]) == (8, "cpu", False)
     assert all(low <= result[part] <= high for part, (low, high) in result["spread"].items())
     assert sum(result["split"].values()) == pytest.approx(1.0, abs=0.02)
-    assert "replay: 4,096 transitions per task are enough to measure with" in done.stderr
+    assert "replay: measuring with a capacity of 4,096 transitions per task" in done.stderr
     assert list(mtrl.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("more", [["replay=prioritized"], ["task_weights=pcgrad"], ["steps_per_task=2000", "replay.capacity=200"]])
-def test_a_table_for_a_person(here: MtrlHere, more: list[str]) -> None:
+def test_table_output(here: MtrlHere, more: list[str]) -> None:
     done = here("bench", *SMALL, *more, "--seconds", "0.5")
-    for word in ("emulators alone", "acting alone", "learning alone", "the whole loop", "limit", "bytes per transition", "updates/s"):
+    for word in ("emulators only", "acting only", "learning only", "complete loop", "limit", "bytes per transition", "updates/s"):
         assert word in done.stdout
     assert "of the work: " in done.stdout
     assert list(here.folder.iterdir()) == []
@@ -49,7 +49,7 @@ def test_a_table_for_a_person(here: MtrlHere, more: list[str]) -> None:
         (["replay.capacity=3"], "replay.capacity=3 holds"),
     ],
 )
-def test_a_wrong_configuration_is_refused_as_by_train(here: MtrlHere, words: list[str], said: str) -> None:
+def test_invalid_configuration_is_refused(here: MtrlHere, words: list[str], said: str) -> None:
     done = here("bench", *SMALL, *words, code=2)
     assert done.stdout == ""
     assert said in done.stderr.splitlines()[-1] or said in done.stderr.splitlines()[-2]
@@ -57,11 +57,11 @@ def test_a_wrong_configuration_is_refused_as_by_train(here: MtrlHere, words: lis
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_ends_it_at_once(mtrl: Mtrl) -> None:
+def test_signal_ends_the_benchmark(mtrl: Mtrl) -> None:
     process = mtrl.start("bench", *SMALL, "--seconds", "120", "--json")
     assert process.stderr is not None
     while "measuring" not in (line := process.stderr.readline()):
-        assert line, "it ended before it measured"
+        assert line, "ended before measuring"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     begun = time.monotonic()

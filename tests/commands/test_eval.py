@@ -1,4 +1,4 @@
-"""Train, resume and evaluate on real Atari through the command line, and what evaluation refuses."""
+"""Train, resume and evaluate on Atari through the command line, and errors of `mtrl eval`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, here: MtrlHere) -> Path:
-    """A copy of the trained run, to be damaged."""
+    """A copy of the trained run that a test may change."""
     return Path(shutil.copytree(trained, here.folder / "run"))
 
 
@@ -52,12 +52,12 @@ def test_atari_trains_resumes_and_evaluates(run: Path, here: MtrlHere) -> None:
     evaluation = json.loads((run / "eval" / "160.json").read_text())
     assert evaluation["episodes"] == 3
     assert evaluation["checkpoint"] == "160"
-    # In 50 steps no game of Pong ends, and its score moves by a few points at most.
+    # In 50 steps no episode of Pong ends, and its return is within a few points of zero.
     assert evaluation["tasks"]["pong"]["cut"] == 3
     assert all(-5 <= value <= 1 for value in evaluation["tasks"]["pong"]["returns"])
 
 
-def test_evaluating_twice_gives_the_same_and_another_seed_other_games(run: Path, here: MtrlHere) -> None:
+def test_evaluation_is_deterministic_and_depends_on_the_seed(run: Path, here: MtrlHere) -> None:
     results = []
     for seed in (7, 7, 8):
         here("eval", "run", "eval.episodes=4", "eval.max_steps=120", "eval.epsilon=1.0", f"eval.seed={seed}")
@@ -66,13 +66,13 @@ def test_evaluating_twice_gives_the_same_and_another_seed_other_games(run: Path,
     assert results[0] != results[2]
 
 
-def test_evaluation_leaves_the_runs_metrics_alone(run: Path, here: MtrlHere) -> None:
+def test_evaluation_does_not_change_metrics(run: Path, here: MtrlHere) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     here("eval", "run", "eval.episodes=1", "eval.max_steps=5")
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_videos_are_what_a_browser_plays(run: Path, here: MtrlHere) -> None:
+def test_videos_play_in_a_browser(run: Path, here: MtrlHere) -> None:
     av = pytest.importorskip("av")
     here("eval", "run", "eval.episodes=1", "eval.max_steps=20", "video=true")
     for task in ("pong", "breakout"):
@@ -86,18 +86,18 @@ def test_videos_are_what_a_browser_plays(run: Path, here: MtrlHere) -> None:
 
 
 @pytest.mark.parametrize("name", ["eval", "videos"])
-def test_nothing_is_written_through_a_link_out_of_the_run(run: Path, here: MtrlHere, name: str) -> None:
+def test_link_out_of_the_run_is_not_written_through(run: Path, here: MtrlHere, name: str) -> None:
     pytest.importorskip("av")
     elsewhere = here.folder / "elsewhere"
     elsewhere.mkdir()
     shutil.rmtree(run / name, ignore_errors=True)
     (run / name).symlink_to(elsewhere)
     refused = here("eval", "run", "eval.episodes=1", "eval.max_steps=5", "video=true", code=2)
-    assert "leaves the run" in refused.stderr
+    assert "link out of the run folder" in refused.stderr
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_reader_that_leaves_takes_no_scores_along(run: Path, mtrl: Mtrl) -> None:
+def test_broken_pipe_loses_no_scores(run: Path, mtrl: Mtrl) -> None:
     (run / "eval" / "120.json").unlink()
     process = mtrl.start("eval", "run", "eval.episodes=1", "eval.max_steps=5")
     assert process.stdout is not None
@@ -107,7 +107,7 @@ def test_a_reader_that_leaves_takes_no_scores_along(run: Path, mtrl: Mtrl) -> No
     assert (run / "eval" / "120.json").is_file()
 
 
-def test_which_checkpoint(run: Path, here: MtrlHere) -> None:
+def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
     few = ["eval.episodes=1", "eval.max_steps=5"]
     here("eval", "run", "checkpoint=60", *few)
     here("eval", "run/checkpoints/60", *few)

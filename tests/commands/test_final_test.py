@@ -151,7 +151,7 @@ def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(traine
     few = ["eval.episodes=3", "checkpoint=600"]
     said = here("eval", "run", *few, "eval.seed=2000003").stdout
     assert "Test of the network, step 600 (episodes of seed 2000003" in said
-    assert "takes the place of a validation of 2 episodes" in said
+    assert "replaced a validation evaluation of 2 episodes" in said
     assert read(run, "600")["split"] == "test"
     assert read(run, "600")["tasks"] == test["last"]["tasks"]
     assert "Validation at step 600" in here("eval", "run", "checkpoint=600").stdout

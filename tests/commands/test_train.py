@@ -1,4 +1,4 @@
-"""`mtrl train` through the command line: what it writes, and what it refuses before anything is made."""
+"""`mtrl train` through the command line: files, metrics, errors, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.helpers.tiny_runs import TASKS, TINY, rows
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A whole tiny run, and what it printed."""
+    """A completed tiny run and its output."""
     folder = tmp_path_factory.mktemp("trained")
     done = MtrlHere(folder)("train", *TINY, "run_dir=run")
     return folder / "run", done.stdout
 
 
-def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:
+def test_run_folder_contents(trained: tuple[Path, str]) -> None:
     run, _ = trained
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "completed"
@@ -41,18 +41,18 @@ def test_run_folder_holds_what_is_promised(trained: tuple[Path, str]) -> None:
     assert list((run / "tensorboard").iterdir())
 
 
-def test_configuration_of_a_run_holds_no_auto(trained: tuple[Path, str]) -> None:
+def test_saved_configuration_has_no_auto_values(trained: tuple[Path, str]) -> None:
     run, _ = trained
     text = (run / "config.yaml").read_text()
     assert "auto" not in text
     assert "device: cpu" in text
 
 
-def test_rows_hold_the_promised_metrics(trained: tuple[Path, str]) -> None:
+def test_rows_have_all_metrics(trained: tuple[Path, str]) -> None:
     run, _ = trained
     last = [row for row in rows(run) if "perf/steps_per_second" in row][-1]
     assert last["step"] == last["frames"] == 600
-    # 500 steps of learning at 8 samples each, 16 samples an update; the updates of the last tick would come with the next.
+    # 500 learning steps with 8 samples per step, 16 samples per update. The updates of the last step are due at the next step.
     assert last["updates"] == (600 - 8 - 100) * 8 // 16
     for task in TASKS:
         for name in (f"loss/{task}", f"q/mean/{task}", f"weight/{task}", f"epsilon/{task}"):
@@ -76,12 +76,12 @@ def test_evaluation_file_has_scores_and_intervals(trained: tuple[Path, str]) -> 
         assert result["mean"] == pytest.approx(sum(result["returns"]) / 2)
         assert result["ci"][0] <= result["mean"] <= result["ci"][1]
     assert set(evaluation["over_tasks"]) >= {"mean", "median", "iqm", "min", "ci"}
-    # Acrobot and MountainCar cannot end within 40 steps of a start at rest: their games were cut, and say so.
+    # Acrobot and MountainCar cannot end within 40 steps: their episodes are marked as cut.
     assert evaluation["tasks"]["MountainCar-v0"]["cut"] == 2
     assert evaluation["tasks"]["MountainCar-v0"]["mean"] == -40
 
 
-def test_end_of_a_run_names_the_commands_to_go_on_with(trained: tuple[Path, str]) -> None:
+def test_end_of_a_run_prints_the_next_commands(trained: tuple[Path, str]) -> None:
     _, printed = trained
     assert "tensorboard --logdir" in printed
     assert "mtrl eval" in printed
@@ -89,7 +89,7 @@ def test_end_of_a_run_names_the_commands_to_go_on_with(trained: tuple[Path, str]
     assert "replay:" in printed
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_same_seed_gives_identical_bytes(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
     here("train", *TINY, "run_dir=again", "log.every=37", "checkpoint.every=0")
     here("train", *TINY, "run_dir=other", "seed=1")
@@ -98,7 +98,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(trained: tuple[P
     assert (here.folder / "other" / model).read_bytes() != (run / model).read_bytes()
 
 
-def test_existing_run_is_not_written_over(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_existing_run_is_not_overwritten(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
     before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
     refused = here("train", *TINY, f"run_dir={run}", code=2)
@@ -107,7 +107,7 @@ def test_existing_run_is_not_written_over(trained: tuple[Path, str], here: MtrlH
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["agent.n_stp=3"], "n_step"),
         (["env=atari_pck"], "atari_pack"),
@@ -126,11 +126,11 @@ def test_existing_run_is_not_written_over(trained: tuple[Path, str], here: MtrlH
         (["agent.epsilon_tasks={Pong: 0.1}"], "Pong"),
     ],
 )
-def test_bad_input_is_two_lines_exit_code_2_and_nothing_left(here: MtrlHere, overrides: list[str], says: str) -> None:
+def test_invalid_input_is_two_lines_and_exit_code_2_and_creates_nothing(here: MtrlHere, overrides: list[str], message: str) -> None:
     refused = here("train", "env=classic_pack", *overrides, "run_dir=bad", code=2)
     lines = refused.stderr.strip().splitlines()
     assert 1 <= len(lines) <= 2, refused.stderr
-    assert says in refused.stderr
+    assert message in refused.stderr
     assert list(here.folder.iterdir()) == []
 
 
@@ -140,7 +140,7 @@ def test_unwritable_folder_is_refused(here: MtrlHere) -> None:
     assert "writable" in here("train", *TINY, "run_dir=locked/run", code=2).stderr
 
 
-def test_folder_where_none_can_be_made_is_refused(here: MtrlHere) -> None:
+def test_folder_that_cannot_be_created_is_refused(here: MtrlHere) -> None:
     refused = here("train", *TINY, "run_dir=/proc/nowhere/run", code=2)
     assert "/proc/nowhere/run" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
@@ -174,7 +174,7 @@ def test_second_process_on_a_run_is_refused(mtrl: Mtrl) -> None:
     assert first.returncode == 143
 
 
-def test_stopping_while_evaluating_saves_and_the_evaluation_is_made_up_for(mtrl: Mtrl) -> None:
+def test_evaluation_interrupted_by_a_signal_is_repeated_on_resume(mtrl: Mtrl) -> None:
     long = [
         "eval.every=200",
         "eval.episodes=200",
@@ -197,7 +197,7 @@ def test_stopping_while_evaluating_saves_and_the_evaluation_is_made_up_for(mtrl:
     assert (mtrl.folder / "run" / "eval" / "200.json").exists()
 
 
-def test_folder_removed_while_it_trains_is_told(mtrl: Mtrl) -> None:
+def test_folder_deleted_during_training_is_reported(mtrl: Mtrl) -> None:
     process = mtrl.start("train", *TINY, "run_dir=run", "steps_per_task=1000000", "eval.every=0", "checkpoint.every=100000")
     while not (mtrl.folder / "run" / "metrics.jsonl").exists():
         time.sleep(0.1)
@@ -211,8 +211,8 @@ def test_folder_removed_while_it_trains_is_told(mtrl: Mtrl) -> None:
     assert not (mtrl.folder / "run").exists()
 
 
-def test_or_resume_goes_on_and_tells_what_it_does_not_take(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_or_resume_reports_ignored_overrides(trained: tuple[Path, str], here: MtrlHere) -> None:
     run = shutil.copytree(trained[0], here.folder / "run")
     printed = here("train", *TINY, f"run_dir={run}", "--or-resume", "steps_per_task=700", "agent.gamma=0.5").stdout
-    assert "not taken from this command: agent.gamma" in printed
+    assert "ignored from this command: agent.gamma" in printed
     assert (run / "checkpoints" / "latest").read_text().strip() == "704"

@@ -273,7 +273,7 @@ def test_killed_before_at_or_after_a_thaw_a_run_ends_with_the_same_bytes(here: M
     if step == 0:
         shutil.rmtree(run / "checkpoints")
     said = here("resume", "run").stdout
-    assert ("starting it anew" if step == 0 else f"going on from step {step}") in said
+    assert ("starting from the beginning" if step == 0 else f"going on from step {step}") in said
     assert ("thawed at step 100" in said) == (step <= 100)
     assert bytes_of(run) == bytes_of(thawed)
     assert rows(run) == rows(thawed)
@@ -317,7 +317,7 @@ def test_or_resume_knows_its_source_again(here: MtrlHere, sources: Path) -> None
     command = ["train", *SMALL, *NEVER, TWO, "run_dir=run", "--or-resume"]
     here(*command, f"init_from={sources / 'two'}")
     assert "init_from" not in here(*command, f"init_from={sources / 'two'}").stdout
-    assert "not taken from this command: init_from" in here(*command, f"init_from={sources / 'popart'}").stdout
+    assert "ignored from this command: init_from" in here(*command, f"init_from={sources / 'popart'}").stdout
 
 
 def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlHere, sources: Path) -> None:

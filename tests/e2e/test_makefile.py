@@ -1,4 +1,4 @@
-"""The Makefile's own promises, as far as they can be checked without installing anything."""
+"""The Makefile, checked without installing anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
-    """What make reads of the project, in a path with spaces."""
+    """The files that make reads, in a path with spaces."""
     folder = tmp_path / "a path with spaces"
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -35,7 +35,7 @@ def script(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def test_help_is_the_default_and_names_every_target(checkout: Path) -> None:
+def test_help_is_the_default_target_and_lists_every_target(checkout: Path) -> None:
     listed = make(checkout).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (checkout / "Makefile").read_text(), re.MULTILINE)
     assert phony
@@ -44,10 +44,10 @@ def test_help_is_the_default_and_names_every_target(checkout: Path) -> None:
         assert f"make {target} " in listed
 
 
-def test_installing_once_is_enough_until_the_pins_change(checkout: Path) -> None:
+def test_installs_once_until_the_pins_change(checkout: Path) -> None:
     calls = checkout / "calls"
     script(checkout / ".venv/bin/python", f'echo "$@" >> "{calls}"')
-    for name in ("mtrl", "ruff", "mypy", "tensorboard"):
+    for name in ("mtrl", "ruff", "mypy", "lint-imports", "tensorboard"):
         script(checkout / ".venv/bin" / name, "exit 0")
 
     def installs() -> int:
@@ -62,13 +62,13 @@ def test_installing_once_is_enough_until_the_pins_change(checkout: Path) -> None
     assert installs() == 2
 
 
-def test_an_interrupted_install_is_taken_up_again(checkout: Path) -> None:
+def test_interrupted_installation_is_repeated(checkout: Path) -> None:
     script(checkout / ".venv/bin/python", "exit 1")
     assert make(checkout, "train").returncode != 0
     assert not (checkout / ".venv/.installed").exists()
 
 
-def test_a_python_that_is_too_old_is_refused_in_one_line(checkout: Path) -> None:
+def test_old_python_is_refused_in_one_line(checkout: Path) -> None:
     script(checkout / "old/python3", "exit 1")
     refused = make(checkout, "train", f"PYTHON={checkout / 'old/python3'}")
     assert refused.returncode != 0
@@ -76,7 +76,7 @@ def test_a_python_that_is_too_old_is_refused_in_one_line(checkout: Path) -> None
     assert not (checkout / ".venv").exists()
 
 
-def test_another_index_for_torch_is_passed_to_pip(checkout: Path) -> None:
+def test_torch_index_is_passed_to_pip(checkout: Path) -> None:
     calls = checkout / "calls"
     script(checkout / ".venv/bin/python", f'echo "$@" >> "{calls}"')
     script(checkout / ".venv/bin/mtrl", "exit 0")

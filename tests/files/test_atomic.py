@@ -8,7 +8,7 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic
 
 
-def test_a_file_is_replaced_in_one_move_and_nothing_else_is_left(tmp_path):
+def test_replace_is_atomic_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "x"
     atomic.replace(path, b"old")
     atomic.replace(path, iter([b"n", b"ew"]))
@@ -24,7 +24,7 @@ def test_a_file_is_replaced_in_one_move_and_nothing_else_is_left(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_what_a_killed_process_had_begun_is_removed(tmp_path):
+def test_files_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / f"{atomic.TEMPORARY}123-latest").write_text("half")
     (tmp_path / "latest").write_text("5")
     atomic.remove_temporaries(tmp_path)
@@ -44,7 +44,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_json_that_is_not_ours_gives_one_line(tmp_path, name):
+def test_invalid_json_is_refused_in_one_line(tmp_path, name):
     path = tmp_path / "run.json"
     path.write_bytes(HOSTILE[name])
     with pytest.raises(UserError) as caught:
@@ -53,7 +53,7 @@ def test_json_that_is_not_ours_gives_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_only_regular_files_of_the_folder_are_read(tmp_path):
+def test_only_regular_files_inside_the_folder_are_read(tmp_path):
     run, outside = tmp_path / "run", tmp_path / "outside.json"
     run.mkdir()
     outside.write_text('{"secret": 1}')
@@ -68,7 +68,7 @@ def test_only_regular_files_of_the_folder_are_read(tmp_path):
         assert "secret" not in str(caught.value)
 
 
-def test_a_file_that_is_too_large_is_not_read(tmp_path):
+def test_oversized_file_is_not_read(tmp_path):
     path = tmp_path / "state.json"
     with open(path, "wb") as file:
         file.truncate(atomic.MAX_JSON_BYTES + 1)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan, Value
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan, Value
 from mtrl_cli.sweeps.trial_storage import TrialStorage
 
 SEARCH: dict[str, Any] = {"sampler": "tpe", "trials": 4, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
-AXES: dict[str, Choices | Interval] = {
-    "optimizer.lr": Interval(1e-5, 1e-1, log=True),
-    "agent.n_step": Interval(1, 9, whole=True),
+AXES: dict[str, Choices | NumberRange] = {
+    "optimizer.lr": NumberRange(1e-5, 1e-1, log=True),
+    "agent.n_step": NumberRange(1, 9, is_integer=True),
     "network/sharing": Choices(("hard", "film", "null")),
 }
 GRID: tuple[Mapping[str, Value], ...] = tuple(
@@ -20,7 +20,7 @@ GRID: tuple[Mapping[str, Value], ...] = tuple(
 )
 
 
-def plan(axes: Mapping[str, Choices | Interval] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
+def plan(axes: Mapping[str, Choices | NumberRange] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
     """A plan of four trials, unless told otherwise."""
     return Plan(
         words=("env=classic_pack",),

@@ -13,7 +13,7 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import torchrun
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.parallel.torchrun import Place
-from mtrl_cli.runs.run_dir import FolderOfTheFirst, RunFolder
+from mtrl_cli.runs.run_dir import ReadOnlyRunFolder, RunFolder
 
 
 def test_place_is_read_from_the_variables_of_torchrun() -> None:
@@ -53,11 +53,11 @@ def test_auto_capacity_is_the_total_of_all_ranks(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_ranks_write_run_json_only_after_the_first_rank_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtrl_cli.runs.run_dir.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("mtrl_cli.runs.run_dir.LOCK_TIMEOUT_SECONDS", 0.1)
     first = RunFolder.create(tmp_path / "run")
     first.write("config.yaml", "{}")
     first.begin(command=["mtrl"], device="cpu")
-    others = FolderOfTheFirst(first.path)
+    others = ReadOnlyRunFolder(first.path)
     others.write("config.yaml", "other")
     others.finish("completed", seconds=1.0)
     assert not others.mark_failed(seconds=1.0, error="gone")

@@ -15,13 +15,13 @@ import pytest
 from mtrl_cli.reports import html, hyperparameters
 from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 pytest.importorskip("optuna")
 
-AXES: dict[str, Choices | Interval] = {
-    "optimizer.lr": Interval(1e-5, 1e-2, log=True),
-    "agent.gamma": Interval(0.9, 0.999),
+AXES: dict[str, Choices | NumberRange] = {
+    "optimizer.lr": NumberRange(1e-5, 1e-2, log=True),
+    "agent.gamma": NumberRange(0.9, 0.999),
     "agent.n_step": Choices(("1", "3", "5")),
 }
 
@@ -30,7 +30,7 @@ def make_search(
     folder: Path,
     trials: int,
     value: Callable[[Mapping[str, Any]], float | None],
-    axes: Mapping[str, Choices | Interval] = AXES,
+    axes: Mapping[str, Choices | NumberRange] = AXES,
     states: Mapping[int, str] | None = None,
 ) -> Path:
     """A sweep's folder without runs: what the section reads of it."""
@@ -170,7 +170,7 @@ def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tm
     [(1e-5, 1e-2, {"1e-5", "1e-4", "1e-3", "0.01"}), (1e-9, 1.0, {"1e-9", "1e-6", "1e-3", "1"}), (2e-4, 3e-4, None)],
 )
 def test_logarithmic_axes_have_few_plain_ticks_within(low: float, high: float, ticks: set[str] | None, tmp_path: Path) -> None:
-    axes = {"optimizer.lr": Interval(low, high, log=True), "agent.gamma": Interval(0.9, 0.999)}
+    axes = {"optimizer.lr": NumberRange(low, high, log=True), "agent.gamma": NumberRange(0.9, 0.999)}
     make_search(tmp_path / "S", 12, lambda values: 1.0 + values["agent.gamma"], axes)
     for number, value in ((0, low), (1, high)):
         path = tmp_path / "S" / "trials" / f"{number:04d}" / "trial.json"

@@ -25,27 +25,27 @@ def _run(path: Path) -> RunFolder:
     return folder
 
 
-def test_a_new_and_an_empty_folder_are_taken(tmp_path):
+def test_new_and_empty_folders_are_accepted(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "a" / "b" / "new", tmp_path / "empty"):
         _run(path).unlock()
         assert json.loads((path / "run.json").read_text())["status"] == "running"
 
 
-def test_a_folder_that_holds_something_is_refused_and_untouched(tmp_path):
+def test_non_empty_folder_is_refused_and_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"not empty \(it holds thesis.tex\)"):
+    with pytest.raises(UserError, match=r"not empty \(it contains thesis.tex\)"):
         RunFolder.create(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_an_existing_run_is_refused_with_the_command_that_goes_on(tmp_path):
+def test_existing_run_is_refused_with_the_resume_command(tmp_path):
     _run(tmp_path / "run").unlock()
     with pytest.raises(UserError, match=f"mtrl resume {tmp_path}/run"):
         RunFolder.create(tmp_path / "run")
 
 
-def test_what_a_process_killed_in_its_first_moments_leaves_is_taken_again(tmp_path):
+def test_leftovers_of_a_process_killed_at_its_start_are_ignored(tmp_path):
     (tmp_path / ".lock").write_text("1 host\n")
     (tmp_path / ".writing-1-config.yaml").write_text("se")
     assert not RunFolder.is_run(tmp_path)
@@ -54,7 +54,7 @@ def test_what_a_process_killed_in_its_first_moments_leaves_is_taken_again(tmp_pa
 
 
 @pytest.mark.parametrize("path", ["file", "file/run", "file/a/b", "dangling", "/proc/nothing/run", "/dev/null"])
-def test_a_folder_that_cannot_be_made_is_refused_before_and_at_creation(tmp_path, path):
+def test_folder_that_cannot_be_created_is_refused(tmp_path, path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     before = sorted(os.listdir(tmp_path))
@@ -63,19 +63,19 @@ def test_a_folder_that_cannot_be_made_is_refused_before_and_at_creation(tmp_path
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_no_parent_is_left_when_a_folder_cannot_be_made(tmp_path):
-    with pytest.raises(UserError, match="cannot be made"):
+def test_failed_creation_leaves_no_parent_folder(tmp_path):
+    with pytest.raises(UserError, match="cannot be created"):
         RunFolder.create(tmp_path / "a" / "b" / ("x" * 300))
     assert os.listdir(tmp_path) == []
 
 
-def test_an_unwritable_parent_is_refused(tmp_path, monkeypatch):
+def test_unwritable_parent_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match=f"{tmp_path} is not writable"):
         RunFolder.check_new(tmp_path / "a" / "run")
 
 
-def test_discard_removes_what_was_made_and_only_that(tmp_path):
+def test_discard_removes_only_created_folders(tmp_path):
     RunFolder.create(tmp_path / "a" / "b").discard()
     assert os.listdir(tmp_path) == []
     run = _run(tmp_path / "a" / "b")
@@ -83,7 +83,7 @@ def test_discard_removes_what_was_made_and_only_that(tmp_path):
     assert (tmp_path / "a" / "b" / "config.yaml").exists()
 
 
-def test_default_names_do_not_collide(tmp_path):
+def test_default_names_are_unique(tmp_path):
     made = [RunFolder.create_default("atari_pack", 3, runs=tmp_path / "runs") for _ in range(5)]
     assert len({folder.path for folder in made}) == 5
     for folder in made:
@@ -92,7 +92,7 @@ def test_default_names_do_not_collide(tmp_path):
         folder.unlock()
 
 
-def test_a_pack_of_an_odd_name_stays_among_the_runs(tmp_path):
+def test_unusual_pack_name_stays_inside_the_runs_folder(tmp_path):
     folder = RunFolder.create_default("../../etc", 0, runs=tmp_path / "runs")
     assert folder.path.parent.parent == tmp_path / "runs"
     folder.unlock()
@@ -109,7 +109,7 @@ time.sleep(600)
 """
 
 
-def test_one_process_at_a_time_and_the_lock_dies_with_it(tmp_path):
+def test_lock_is_exclusive_and_released_when_its_process_dies(tmp_path):
     folder = _run(tmp_path / "run")
     folder.unlock()
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True)
@@ -125,14 +125,14 @@ def test_one_process_at_a_time_and_the_lock_dies_with_it(tmp_path):
     folder.unlock()
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+def test_forked_child_does_not_keep_the_lock(tmp_path):
     folder = _run(tmp_path / "run")
     (there, born), (end, alive) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(alive)
         os.write(born, b"x")
-        os.read(end, 1)  # until the parent has locked again
+        os.read(end, 1)  # wait until the parent has locked again
         os._exit(0)
     os.read(there, 1)
     folder.unlock()
@@ -144,7 +144,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, "no file locks"), (errno.ENOSYS, "no file locks"), (errno.EIO, "I/O|Input")])
-def test_a_file_system_without_locks_is_named_and_nothing_is_left(tmp_path, monkeypatch, number, said):
+def test_file_system_without_locks_is_refused_and_nothing_is_left(tmp_path, monkeypatch, number, said):
     def flock(handle, operation):
         raise OSError(number, os.strerror(number))
 
@@ -154,7 +154,7 @@ def test_a_file_system_without_locks_is_named_and_nothing_is_left(tmp_path, monk
     assert os.listdir(tmp_path) == []
 
 
-def test_a_lock_that_is_no_file_is_refused(tmp_path):
+def test_lock_that_is_not_a_regular_file_is_refused(tmp_path):
     folder = _run(tmp_path / "run")
     folder.unlock()
     (folder.path / ".lock").unlink()
@@ -168,7 +168,7 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path):
         folder.lock()
 
 
-def test_the_record_tells_how_a_run_began_and_ended(tmp_path):
+def test_record_has_command_versions_and_status(tmp_path):
     folder = _run(tmp_path / "run")
     record = folder.read_record()
     assert record["command"] == "mtrl train env=atari_pack 'env.tasks=[pong, breakout]'"
@@ -183,17 +183,17 @@ def test_the_record_tells_how_a_run_began_and_ended(tmp_path):
     folder.unlock()
 
 
-def test_nothing_is_written_through_a_link_out_of_the_run(tmp_path):
+def test_link_out_of_the_run_is_not_written_through(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     (folder.path / "eval").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError) as refused:
         folder.write("eval/1.json", "{}")
-    assert "leaves the run" in str(refused.value)
+    assert "link out of the run folder" in str(refused.value)
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_killed_run_reads_running_and_its_resume_keeps_the_first_command(tmp_path):
+def test_killed_run_has_status_running_and_resume_keeps_its_command(tmp_path):
     folder = _run(tmp_path / "run")
     folder.unlock()  # as the kernel does when it is killed
     again, _ = RunFolder.open(tmp_path / "run")
@@ -208,7 +208,7 @@ def test_a_killed_run_reads_running_and_its_resume_keeps_the_first_command(tmp_p
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "odd"}', '{"status": {"a": 1}}', '{"status": ["running"]}', "[" * 100_000])
-def test_a_damaged_record_gives_one_line(tmp_path, text):
+def test_damaged_record_is_refused_in_one_line(tmp_path, text):
     folder = _run(tmp_path / "run")
     folder.record.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -218,7 +218,7 @@ def test_a_damaged_record_gives_one_line(tmp_path, text):
     folder.unlock()
 
 
-def test_a_run_killed_before_its_record_was_written_can_go_on(tmp_path):
+def test_run_killed_before_its_record_was_written_can_be_resumed(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
     folder.write("config.yaml", "seed: 0\n")
     assert folder.read_record() == {}
@@ -227,7 +227,7 @@ def test_a_run_killed_before_its_record_was_written_can_go_on(tmp_path):
     folder.unlock()
 
 
-def test_a_run_and_its_checkpoints_are_found(tmp_path, monkeypatch):
+def test_run_is_opened_by_its_path_or_a_checkpoint_path(tmp_path, monkeypatch):
     _run(tmp_path / "run").unlock()
     path = tmp_path / "run"
     for given, which in ((path, None), (path / "checkpoints" / "400", 400), (path / "checkpoints" / "best", "best")):
@@ -242,7 +242,7 @@ def test_a_run_and_its_checkpoints_are_found(tmp_path, monkeypatch):
     assert found is None
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_anything_but_a_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "strange" / "config.yaml").mkdir(parents=True)
@@ -254,7 +254,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_the_revision_is_that_of_the_checkout_or_none(tmp_path):
+def test_git_revision_is_that_of_the_checkout_or_none(tmp_path):
     package = tmp_path / "mtrl_cli"
     package.mkdir()
     assert run_dir.git_revision(package) is None

@@ -18,7 +18,7 @@ from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, reached
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.trial_run import TrialRun
-from mtrl_cli.sweeps.trial_storage import WORKERS, Taken, TrialStorage
+from mtrl_cli.sweeps.trial_storage import WORKERS, Assignment, TrialStorage
 
 RUN = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=30", "eval.every=10", "agent.learning_starts=10", "device=cpu"]
 
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-LINKS = [JOURNAL, "journal.lock", ".lock", "trials", "trials/0000", WORKERS, f"{WORKERS}/book.lock", f"{WORKERS}/0000.lock"]
+LINKS = [JOURNAL, "journal.lock", ".lock", "trials", "trials/0000", WORKERS, f"{WORKERS}/storage.lock", f"{WORKERS}/0000.lock"]
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -81,7 +81,7 @@ def test_a_trial_is_not_made_in_a_linked_run(plan: Plan, tmp_path: Path) -> None
     (tmp_path / "S/trials").mkdir(parents=True)
     (tmp_path / "S/trials/0000").symlink_to(mine)
     with pytest.raises(UserError, match="is a link"):
-        TrialRun(tmp_path / "S", plan, Taken(0, {"seed": "0"}, begun=False)).make()
+        TrialRun(tmp_path / "S", plan, Assignment(0, {"seed": "0"}, is_retry=False)).make()
     assert list(mine.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_a_process_that_is_overtaken_while_it_looks_goes_on_with_the_others_swee
 
     monkeypatch.setattr(RunFolder, "check_new", overtaken)
     book = enter(plan)
-    assert [entry.state for entry in book.entries()] == ["waiting", "waiting"]
+    assert [status.state for status in book.statuses()] == ["waiting", "waiting"]
 
 
 def test_a_process_that_waited_for_a_folder_which_is_gone_makes_it(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

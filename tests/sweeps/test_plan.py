@@ -14,7 +14,7 @@ from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import extras
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 BASE = ["env=classic_pack", "steps_per_task=1000", "agent.learning_starts=100"]
 LR = "optimizer.lr=tag(log,interval(1e-5,1e-3))"
@@ -65,9 +65,9 @@ def test_intervals_are_searched_and_take_the_type_of_their_key() -> None:
     plan = make(LR, "agent.n_step=interval(1,8)", "agent.gamma=interval(0.9,1)", "agent.double=true,false", "sweep.trials=5")
     assert (plan.search["sampler"], plan.points, plan.trials) == ("tpe", None, 5)
     assert plan.axes == {
-        "optimizer.lr": Interval(1e-5, 1e-3, log=True),
-        "agent.n_step": Interval(1, 8, whole=True),
-        "agent.gamma": Interval(0.9, 1.0),
+        "optimizer.lr": NumberRange(1e-5, 1e-3, log=True),
+        "agent.n_step": NumberRange(1, 8, is_integer=True),
+        "agent.gamma": NumberRange(0.9, 1.0),
         "agent.double": Choices(("true", "false")),
     }
     assert isinstance(plan.axes["agent.n_step"].low, int)  # type: ignore[union-attr]

@@ -19,6 +19,8 @@ from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps import scheduler, trial_run
 from mtrl_cli.sweeps.display import TrialRow
+from mtrl_cli.sweeps.dry_run import read_rows
+from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.scheduler import SweepLoop
 from mtrl_cli.sweeps.trial_storage import TrialStorage
 
@@ -70,14 +72,14 @@ class Silent:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks follow each other without a pause."""
-    for name in ("POLL_SECONDS", "LOOK_SECONDS", "BOOK_SECONDS"):
+    for name in ("POLL_SECONDS", "METRICS_SECONDS", "STORAGE_SECONDS"):
         monkeypatch.setattr(scheduler, name, 0.0)
 
 
 def work(folder: Path, *workers: Worker) -> dict[str, Any]:
     """Have these work on a sweep of one trial; what trial.json says of it then."""
     folder.mkdir(exist_ok=True)
-    plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+    plan = plan_of(folder)
     launcher, book = Scripted(*workers), TrialStorage(folder, plan, first=10)
     with StopRequest() as stop:
         SweepLoop(folder, plan, book, launcher, Silent(), stop).work()
@@ -132,20 +134,40 @@ def test_all_evaluations_are_read_however_many_there_are(tmp_path: Path, monkeyp
     assert (record["value"], record["step"], record["seconds"]) == (30.0, 30, 3.0)
 
 
-def test_a_failed_trial_whose_run_was_completed_since_counts(tmp_path: Path) -> None:
+def plan_of(folder: Path) -> Plan:
+    return sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+
+
+def test_failed_trial_counts_as_completed_once_its_run_was_completed(tmp_path: Path) -> None:
     folder = tmp_path / "S"
     assert work(folder, lambda run: End(2))["state"] == "failed"
+    assert [status.state for status in TrialStorage(folder, plan_of(folder), first=10).statuses()] == ["failed"]
     complete(folder / "trials/0000")
-    record = work(folder)
-    assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
+    for _ in range(2):
+        record = work(folder)
+        assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
+        storage = TrialStorage(folder, plan_of(folder), first=10)
+        assert [(status.state, status.value) for status in storage.statuses()] == [("completed", 30.0)]
+        assert len(storage._study.get_trials()) == 2, "the failed one and the completed one"
+
+
+def test_damaged_trial_record_is_noted_and_ends_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "S"
+    work(folder, complete)
+    (folder / "trials/0000/trial.json").write_text("[]")
+    with StopRequest() as stop:
+        (row,) = SweepLoop(folder, plan_of(folder), TrialStorage(folder, plan_of(folder), first=10), Scripted(), Silent(), stop).work()
+    assert (row.state, row.score) == ("completed", 30.0)
+    assert row.note.startswith(f"{folder}/trials/0000/trial.json is damaged: ")
+    assert read_rows(plan_of(folder), folder)[0].note == row.note
 
 
 def test_a_trial_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
     folder, told = tmp_path / "S", Silent()
     work(folder, complete)
     shutil.rmtree(folder / "trials/0000")
-    plan = sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
+    plan = plan_of(folder)
     with StopRequest() as stop:
         (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), told, stop).work()
     assert (row.state, row.score) == ("completed", 30.0)
-    assert told.told == ["trial 0: its folder is gone; its metric is kept, and its run is not made again"]
+    assert told.told == ["trial 0: its folder is gone; its metric is kept, and it is not run again"]

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from mtrl_cli.config import overrides
 from mtrl_cli.errors import UserError
 from mtrl_cli.sweeps import search_space
-from mtrl_cli.sweeps.search_space import Choices, Interval
+from mtrl_cli.sweeps.search_space import Choices, NumberRange
 
 
-def axis(word: str) -> Choices | Interval | None:
+def axis(word: str) -> Choices | NumberRange | None:
     return search_space.axis_of(word)
 
 
@@ -49,15 +49,15 @@ def test_choices_keep_their_words(value: str, words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("value", "interval"),
     [
-        ("interval(1e-5,1e-3)", Interval(1e-5, 1e-3)),
-        ("tag(log,interval(1e-5,1e-3))", Interval(1e-5, 1e-3, log=True)),
-        ("int(interval(1,8))", Interval(1, 8, whole=True)),
-        ("tag(log,int(interval(1,64)))", Interval(1, 64, log=True, whole=True)),
-        ("int(tag(log,interval(1,64)))", Interval(1, 64, log=True, whole=True)),
-        ("interval(-1,1)", Interval(-1.0, 1.0)),
+        ("interval(1e-5,1e-3)", NumberRange(1e-5, 1e-3)),
+        ("tag(log,interval(1e-5,1e-3))", NumberRange(1e-5, 1e-3, log=True)),
+        ("int(interval(1,8))", NumberRange(1, 8, is_integer=True)),
+        ("tag(log,int(interval(1,64)))", NumberRange(1, 64, log=True, is_integer=True)),
+        ("int(tag(log,interval(1,64)))", NumberRange(1, 64, log=True, is_integer=True)),
+        ("interval(-1,1)", NumberRange(-1.0, 1.0)),
     ],
 )
-def test_intervals(value: str, interval: Interval) -> None:
+def test_intervals(value: str, interval: NumberRange) -> None:
     assert axis(f"key={value}") == interval
 
 

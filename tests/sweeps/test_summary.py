@@ -16,7 +16,7 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.sweeps import dry_run, summary
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import TrialRow
-from mtrl_cli.sweeps.plan import Choices, Interval, Plan
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 SEARCH = {"sampler": "grid", "trials": None, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
 WORDS = ("env=classic_pack", "env.tasks=[CartPole-v1]")
@@ -131,7 +131,10 @@ def begun(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
         number, run = trial["number"], folder / "trials" / f"{trial['number']:04d}"
         run.mkdir(parents=True)
         overrides = plan.overrides(plan.points[number]) if plan.points is not None else trial["overrides"]
-        record = {"format": 1, "overrides": overrides, "state": "completed", "value": None, "why": None, **trial}
+        values = dict(word.split("=", 1) for word in overrides)
+        record = {"overrides": overrides, "values": values, "command": "mtrl train", "state": "completed", **trial}
+        if record["state"] == "completed":
+            record.setdefault("step", plan.steps(values))
         seconds = record.pop("seconds", None)
         (run / "trial.json").write_text(json.dumps(record))
         if seconds is not None:
@@ -174,7 +177,11 @@ def test_a_sweep_that_has_begun_tells_how_far_it_is_and_how_long_the_rest_takes(
 
 
 def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
-    axes = {"optimizer.lr": Interval(1e-5, 1e-3, log=True), "agent.n_step": Interval(1, 8, whole=True), "agent": Choices(("dqn", "pqn"))}
+    axes = {
+        "optimizer.lr": NumberRange(1e-5, 1e-3, log=True),
+        "agent.n_step": NumberRange(1, 8, is_integer=True),
+        "agent": Choices(("dqn", "pqn")),
+    }
     plan = sweep_plan.replace(grid(tmp_path, seed="0"), axes=axes, points=None, search={**SEARCH, "sampler": "tpe", "trials": 3})
     listed = dry_run.list_sweep(plan)
     assert "3 trials, chosen by tpe, seed 0" in listed
@@ -196,7 +203,7 @@ def test_a_damaged_trial_is_named_and_ends_nothing(tmp_path: Path, content: str)
     (tmp_path / "trials" / "0000" / "trial.json").write_text(content)
     listed = dry_run.list_sweep(plan)
     assert "0      unreadable" in listed
-    assert "damaged" in listed
+    assert f"trial 0: {tmp_path}/trials/0000/trial.json is damaged: " in listed
     assert "1      waiting" in listed
 
 

@@ -18,13 +18,11 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from optuna.trial import TrialState
-
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.sweeps import trial_storage
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
 from mtrl_cli.sweeps.plan import Choices, Value
-from mtrl_cli.sweeps.trial_storage import Taken, TrialStorage
+from mtrl_cli.sweeps.trial_storage import Assignment, TrialStorage
 from tests.helpers.command import ROOT
 from tests.helpers.trials import GRID, book, grid, plan
 
@@ -35,12 +33,12 @@ def metric(values: Mapping[str, Value]) -> float:
     return -distance - (values["network/sharing"] != "film")
 
 
-def complete(of: TrialStorage) -> list[Taken]:
+def complete(of: TrialStorage) -> list[Assignment]:
     """Take what there is, and complete it."""
     taken = []
     while (each := of.take()) is not None:
         taken.append(each)
-        of.tell(each.number, "completed", metric(each.values) if "optimizer.lr" in each.values else 1.0)
+        of.finish(each.number, "completed", metric(each.values) if "optimizer.lr" in each.values else 1.0)
     return taken
 
 
@@ -55,7 +53,7 @@ def test_a_sampler_draws_within_its_axes_and_the_same_again_when_each_trial_is_a
         each = book(tmp_path / "many", of)
         taken = each.take()
         assert taken is not None
-        each.tell(taken.number, "completed", metric(taken.values))
+        each.finish(taken.number, "completed", metric(taken.values))
         each.close()
         with_many.append(taken)
     assert with_one == with_many
@@ -89,24 +87,27 @@ def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: st
     url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
     few, more = (book(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
     assert [each.number for each in complete(few)] == [0, 1, 2]
-    assert [entry.state for entry in more.entries()] == ["completed"] * 3 + ["waiting"] * 3
+    assert [status.state for status in more.statuses()] == ["completed"] * 3 + ["waiting"] * 3
     assert [each.number for each in complete(more)] == [3, 4, 5]
-    assert len(more.entries()) == 6
+    assert len(more.statuses()) == 6
 
 
-def test_who_comes_too_late_for_the_last_trial_makes_none_of_its_own(tmp_path: Path) -> None:
-    """Another machine with the same database takes or ends it just after this one has seen it wait."""
+def test_machine_that_is_too_late_for_the_last_trial_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surplus Optuna trial of the late machine is used once the sweep has more trials."""
     of = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     late, early = (book(tmp_path / name / "S", of) for name in ("a", "b"))
-    waiting = late._trials(TrialState.WAITING)
-    assert early.take() is not None
+    seen = late._current()
     complete(early)
-    late._trials = lambda *states: waiting if TrialState.WAITING in states else []  # type: ignore[method-assign]
+    monkeypatch.setattr(late, "_current", lambda: seen)
     assert late.take() is None
     raised = book(tmp_path / "b" / "S", dataclasses.replace(of, search={**of.search, "trials": 4}))
-    assert [entry.state for entry in raised.entries()] == ["running", "completed", "waiting", "waiting"]
+    assert [status.state for status in raised.statuses()] == ["completed", "completed", "running", "waiting"]
+    assert raised._is_interrupted(2, raised._current()[2]) is False, "its process may be about to claim it"
+    now = time.monotonic() + trial_storage.UNCLAIMED_SECONDS + 1
+    monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
+    assert [each.number for each in complete(raised)] == [2, 3]
 
 
 def prefixes(journal: bytes) -> list[bytes]:
@@ -118,22 +119,22 @@ def prefixes(journal: bytes) -> list[bytes]:
 def test_a_book_that_was_killed_while_it_entered_and_took_has_each_trial_once(tmp_path: Path) -> None:
     """At every write: making the study, entering trials, taking one, each value that it tries, telling."""
     (made := book(tmp_path / "made", plan())).take()
-    made.tell(0, "completed", 1.0)
+    made.finish(0, "completed", 1.0)
     made.take()
     made.close()
     whole = (tmp_path / "made" / JOURNAL).read_bytes()
-    values = [dict(entry.values) for entry in book(tmp_path / "made", plan()).entries()]
+    values = [dict(status.values) for status in book(tmp_path / "made", plan()).statuses()]
     for number, journal in enumerate(prefixes(whole)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / JOURNAL).write_bytes(journal)
         again = book(folder, plan())
-        finished = [entry.number for entry in again.entries() if entry.state == "completed"]
+        finished = [status.number for status in again.statuses() if status.state == "completed"]
         taken = complete(again)
         assert sorted([*finished, *(each.number for each in taken)]) == [0, 1, 2, 3], number
-        assert [entry.state for entry in again.entries()] == ["completed"] * 4
-        assert {each.number for each in taken if each.begun} <= {0, 1}
-        assert dict(again.entries()[0].values) == values[0], "what was stored is kept, and what was not is drawn as it had been"
+        assert [status.state for status in again.statuses()] == ["completed"] * 4
+        assert {each.number for each in taken if each.is_retry} <= {0, 1}
+        assert dict(again.statuses()[0].values) == values[0], "what was stored is kept, and what was not is drawn as it had been"
         for line in (folder / JOURNAL).read_bytes().splitlines():
             json.loads(line)
 
@@ -168,7 +169,7 @@ while (taken := of.take()) is not None:
     print(taken.number, flush=True)
     if "hold" in sys.argv:
         time.sleep(600)
-    of.tell(taken.number, "completed", 1.0)
+    of.finish(taken.number, "completed", 1.0)
 """
 
 
@@ -202,14 +203,14 @@ def test_a_trial_is_left_alone_while_its_process_lives_and_gone_on_with_when_tha
         assert [holder.stdout.readline(), holder.stdout.readline()] == ["ready\n", "0\n"]
         mine = book(tmp_path, plan(trials=12))
         taken = mine.take()
-        assert (taken and taken.number, taken and taken.begun) == (1, False)
-        assert [entry.state for entry in mine.entries()][:3] == ["running", "running", "waiting"]
-        values = mine.entries()[0].values
+        assert (taken and taken.number, taken and taken.is_retry) == (1, False)
+        assert [status.state for status in mine.statuses()][:3] == ["running", "running", "waiting"]
+        values = mine.statuses()[0].values
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.communicate(timeout=60)
     again = mine.take()
-    assert again == Taken(0, dict(values), begun=True)
+    assert again == Assignment(0, dict(values), is_retry=True)
 
 
 def test_what_is_released_is_taken_again_with_its_reports(tmp_path: Path) -> None:
@@ -218,8 +219,7 @@ def test_what_is_released_is_taken_again_with_its_reports(tmp_path: Path) -> Non
     first.report(0, 100, 0.5)
     first.close()
     second = book(tmp_path, plan())
-    assert second.take() == Taken(0, taken.values, begun=True)
-    assert not second.is_pruned(0)
+    assert second.take() == Assignment(0, taken.values, is_retry=True)
     before = (tmp_path / JOURNAL).read_bytes()
     second.report(0, 100, 0.5)
     assert (tmp_path / JOURNAL).read_bytes() == before, "each step is told once"
@@ -234,10 +234,9 @@ def judged(of: TrialStorage, curve: Mapping[int, float]) -> int | None:
     assert taken is not None
     for step, value in curve.items():
         if of.report(taken.number, step, value):
-            assert of.is_pruned(taken.number)
-            of.tell(taken.number, "pruned", value)
+            of.finish(taken.number, "pruned", value)
             return step
-    of.tell(taken.number, "completed", list(curve.values())[-1])
+    of.finish(taken.number, "completed", list(curve.values())[-1])
     return None
 
 
@@ -285,9 +284,9 @@ def test_a_database_keeps_the_trials_of_several_sweeps_by_the_names_of_their_fol
     url = f"sqlite:///{tmp_path}/trials.db"
     one, two = (book(tmp_path / name, plan(storage=url, trials=2)) for name in ("one", "two"))
     assert [each.number for each in complete(one)] == [0, 1]
-    assert [entry.state for entry in two.entries()] == ["waiting", "waiting"]
+    assert [status.state for status in two.statuses()] == ["waiting", "waiting"]
     one.close()
-    assert [entry.state for entry in book(tmp_path / "one", plan(storage=url, trials=2)).entries()] == ["completed", "completed"]
+    assert [status.state for status in book(tmp_path / "one", plan(storage=url, trials=2)).statuses()] == ["completed", "completed"]
     assert not (tmp_path / "one" / JOURNAL).exists()
 
 
@@ -301,9 +300,9 @@ def test_machines_with_one_database_and_folders_of_their_own_share_trials_and_le
     assert (taken := first.take()) is not None
     first.close()  # as if its process had died
     assert [each.number for each in complete(second)] == [1, 2, 3]
-    assert [entry.here for entry in second.entries()] == [False, True, True, True]
+    assert [status.is_here for status in second.statuses()] == [False, True, True, True]
     again = book(tmp_path / "a" / "sweep", of)
-    assert again.take() == Taken(0, taken.values, begun=True)
+    assert again.take() == Assignment(0, taken.values, is_retry=True)
 
 
 def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by_another_machine(
@@ -314,24 +313,16 @@ def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by
         (tmp_path / name).mkdir()
     first, second = (book(tmp_path / name / "S", of) for name in ("a", "b"))
 
-    class Killed(BaseException):
-        pass
-
-    def killed(trial: object) -> None:
-        raise Killed
-
-    monkeypatch.setattr(first, "_claim", killed)
-    with pytest.raises(Killed):
-        first.take()
-    assert [(entry.state, entry.here) for entry in second.entries()] == [("running", True)], "it is waited for"
+    first._study.ask()  # and dies before it writes its place
+    assert [(status.state, status.is_here) for status in second.statuses()] == [("running", True)], "it is waited for"
     now = time.monotonic()
     monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
     assert second.take() is None, "its process may be about to say so"
     now += trial_storage.UNCLAIMED_SECONDS + 1
     assert (taken := second.take()) is not None
-    assert (taken.number, taken.begun) == (0, True)
+    assert (taken.number, taken.is_retry) == (0, True)
     again = book(tmp_path / "a" / "S", of)
-    assert [entry.here for entry in again.entries()] == [False]
+    assert [status.is_here for status in again.statuses()] == [False]
     now += trial_storage.UNCLAIMED_SECONDS + 1
     assert again.take() is None
 
