@@ -1,3 +1,3 @@
-"""mtrl: one Q-network learns a pack of games, and its user learns what sharing it cost and gained."""
+"""mtrl: train one Q-network on many tasks, and measure what sharing the network costs and gains."""
 
 __version__ = "0.1.0"

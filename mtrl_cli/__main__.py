@@ -1,4 +1,4 @@
-"""`python -m mtrl_cli` is `mtrl`."""
+"""Run `mtrl` as `python -m mtrl_cli`."""
 
 from mtrl_cli.cli.main import main
 from mtrl_cli.machine import parent_watchdog

@@ -12,31 +12,31 @@ MOST_LISTED = 30
 
 
 class UserError(ValueError):
-    """The command, the configuration or a given folder is wrong; nothing was created. One or two plain lines. Exit code 2."""
+    """Invalid command, configuration or folder; nothing was created. The message has one or two lines. Exit code 2."""
 
     exit_code = 2
 
 
 class RunError(RuntimeError):
-    """The run failed (a non-finite loss, a full disk). One or two plain lines. Exit code 1."""
+    """The run failed, for example because of a non-finite loss or a full disk. The message has one or two lines. Exit code 1."""
 
     exit_code = 1
 
 
 class RanksLost(RunError):
-    """Another rank of the run has ended, so that this rank cannot continue.
+    """Another rank has ended, so this rank cannot continue.
 
     Attributes:
-        is_ours_to_tell: whether this rank prints the error although it is not the first, because the first rank is gone.
+        is_ours_to_tell: whether this rank prints the error because the first rank is gone.
     """
 
     is_ours_to_tell = False
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Exit code 128 + the signal number, after saving.
+    """SIGINT or SIGTERM was received. Exit code 128 + signal number, after saving.
 
-    Not an `Exception`, so that no library's `except Exception` can swallow a request to stop.
+    Not an `Exception`, so that no `except Exception` in a library can swallow it.
 
     Attributes:
         told: whether the state of the run has been printed.
@@ -50,7 +50,7 @@ class Stopped(BaseException):
 
 
 def show(value: Any) -> str:
-    """Format a value for a message: one line of at most 80 characters."""
+    """Format a value for a message: on one line, at most 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else repr(value)
     if not re.fullmatch(r"[\w./:,@+\[\]{} '-]+", text):
         text = repr(text)

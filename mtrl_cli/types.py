@@ -1,7 +1,7 @@
-"""Types of configuration values, as annotations of constructors and of config/schema.py.
+"""Annotations of configuration values, shared by constructors and the schema.
 
-The keyword-only parameters of a constructor are the keys of its YAML. Values are validated against the annotations, which consist of these
-names and builtins, without importing the module of the class (see config/introspection.py).
+The keyword-only parameters of a constructor are the keys of its YAML. Their annotations consist of these names and builtins, so that
+values can be validated without importing the module of the class (see `config/validation.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Dropped = Annotated[float, Field(ge=0, le=0.9, description="a share from 0 to 0.9")]
+Dropped = Annotated[float, Field(ge=0, le=0.9, description="a fraction from 0 to 0.9")]
 Auto = Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
-# A positive number, in full or with a unit that `build.parameter_budget.parse` reads.
+# A positive number, optionally with a unit of `parameter_budget.parse`.
 Parameters = Annotated[
     PositiveInt | Annotated[str, Field(pattern=r"^([1-9]\d{0,14}(\.\d+)?|0\.\d*[1-9]\d*)[kKMG]$")],
     Field(description="a number of parameters, such as 1700000, 850k, 1.7M or 2G"),

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Transfer to other tasks, compared with training from scratch: MinAtar with three source games and the other two as targets; CartPole and
 # Acrobot as sources and MountainCar as target. Three seeds each, 100 test episodes per task.
-# Usage: scripts/reproduce_transfer.sh [folder]      (interrupted, it goes on where it was; the tables are in folder/*/transfer.md)
-# MINATAR_STEPS, CLASSIC_STEPS: steps per task, for sources and targets. SEEDS: number of seeds. PACKS: classic, minatar or both.
+# Usage: scripts/reproduce_transfer.sh [folder]      (repeat the command to resume; the reports are in folder/*/report)
+# MINATAR_STEPS, CLASSIC_STEPS: steps per task, for sources and targets. SEEDS: number of seeds. PACKS: classic, minatar.
+# JOBS: runs at a time.
 set -euo pipefail
 folder=${1:-runs/reproduce_transfer}
 
 study() { # name, tasks of the source, tasks of the target, overrides of both
   local test=eval.test_episodes=100
   mtrl train "${@:4}" $test "env.tasks=[$2]" run_dir="$folder/$1_source" --or-resume
-  mtrl transfer "$folder/$1_source" "${@:4}" $test "env.tasks=[$3]" "seeds=${SEEDS:-3}" run_dir="$folder/$1"
+  mtrl transfer "$folder/$1_source" "${@:4}" $test "env.tasks=[$3]" "seeds=${SEEDS:-3}" "launcher.jobs=${JOBS:-1}" run_dir="$folder/$1"
 }
 
 for pack in ${PACKS:-classic minatar}; do

@@ -24,7 +24,7 @@ def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[
         given: the complete words before the cursor.
         incomplete: the beginning of a word, such as `env=at` or `agent.n_`.
     """
-    command = {"bench": "train", "transfer": "train", "sharing": "sweep"}.get(command, command)  # commands with the same overrides
+    command = {"bench": "train", "transfer": "sweep", "sharing": "sweep"}.get(command, command)  # commands with the same overrides
     try:
         return _complete(command, [word for word in given if "=" in word], incomplete)
     except (UserError, OSError):

@@ -69,6 +69,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
+StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with their progress where the study has begun.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -148,8 +149,8 @@ def sweep(
 
     \b
     Takes the overrides of mtrl train, with several values per key:
-      a,b,c or range(5)   grid: one run per combination
-      interval(1e-5,1e-3) search: sweep.trials runs, sweep.sampler=tpe|cmaes|gp|random
+      a,b,c or range(5)      grid: one run per combination
+      interval(1e-5,1e-3)    search: sweep.trials runs, chosen by sweep.sampler=tpe|cmaes|gp|random
     sweep.pruner=median|hyperband|halving stops unpromising trials early.
     launcher= selects where runs execute (mtrl ls launcher), launcher.jobs= how many at a time.
 
@@ -177,30 +178,27 @@ def sweep(
 
 
 @app.command()
-def transfer(run: Run, overrides: Overrides = None) -> None:
+def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
     """Measure transfer from a trained run to other tasks.
 
     \b
-    For each seed: evaluate the source network on the new tasks (zero-shot), fine-tune it, and train from scratch with the same budget.
-    Takes the overrides of mtrl train, and seeds=3. The network is the source's unless network=, network/sharing= or network/head= is
-    given. transfer.* applies to the fine-tuned runs. To resume, repeat the command with its run_dir.
+    For each seed: evaluate the source network on the new tasks (zero-shot), fine-tune it, and train from scratch with the same budget. Then
+    writes a report. Takes the overrides of mtrl sweep, and seeds=3. The network is the source's unless network=, network/sharing= or
+    network/head= is given. transfer.* applies to the fine-tuned runs. To resume, repeat the command.
 
     \b
     Examples:
       mtrl transfer runs/mine env=minatar_pack 'env.tasks=[asterix,seaquest]'
       mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=torso seeds=5 run_dir=runs/transfer/mine
+      mtrl transfer runs/mine env=minatar_pack transfer.freeze=none,torso launcher.jobs=2 --dry-run
     """
+    from mtrl_cli.studies import transfer as transfer_study
 
-    from mtrl_cli.studies.transfer import transfer as study
-
-    study(run, overrides or [], command=_command())
+    _study(transfer_study.make(run, overrides or []), dry_run)
 
 
 @studies.command("sharing")
-def study_sharing(
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")] = False,
-) -> None:
+def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
     """Compare sharing structures at equal parameter count.
 
     \b
@@ -219,13 +217,13 @@ def study_sharing(
     """
     from mtrl_cli.studies import sharing as sharing_study
 
-    made = sharing_study.make(overrides or [])
-    if dry_run:
-        from mtrl_cli.sweeps import dry_run as sweep_listing
+    _study(sharing_study.make(overrides or []), dry_run)
 
-        print_result("\n".join([*made.lines, sweep_listing.list_sweep(made.plan)]))
-        return
-    sharing_study.run(made, command=_command())
+
+def _study(study: Any, dry_run: bool) -> None:
+    from mtrl_cli.studies import engine
+
+    print_result(study.listing()) if dry_run else engine.run(study, command=_command())
 
 
 @app.command()
@@ -235,10 +233,11 @@ def report(
         typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or folders that contain some.", show_default=False),
     ],
 ) -> None:
-    """Write an HTML report of runs, with each table as CSV and Markdown and each figure as SVG and PNG.
+    """Write an HTML report of runs.
 
     \b
     Runs that differ only in their seed form one group. The page is self-contained and works offline.
+    Each table is also written as CSV and Markdown, each figure as SVG and PNG.
     The report is written to report/ in the given folder (./report for several folders), or to out=PATH.
 
     \b
@@ -258,7 +257,7 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of the first run.", show_default=False)],
     second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of the second run.", show_default=False)],
 ) -> None:
-    """Compare two runs: differences in configuration, scores and speed.
+    """Compare configuration, scores and speed of two runs.
 
     \b
     Examples:
@@ -306,11 +305,11 @@ def bench(
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the training speed on this machine, and how close it is to the limit.
+    """Measure the training speed on this machine.
 
     \b
-    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, and the complete loop.
-    The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
+    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, then the complete loop and its share of the
+    limit. The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
     Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
 
     \b

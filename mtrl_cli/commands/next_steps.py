@@ -22,8 +22,6 @@ def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[st
     print_line(f"run folder   {folder.path}")
     print_line(f"curves       tensorboard --logdir {quoted}")
     print_line(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")
-    if command[1:2] == ["transfer"]:  # the runs of a study have the same budget
-        return
     more = f" steps_per_task={2 * config['steps_per_task']}{also}"
     print_line(f"continue     {resume_command(folder, ranks, more)}")
     if ranks == 1 and (full := _full_run(command)):

@@ -96,7 +96,7 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
         UserError: the two do not fit together.
     """
     what = f"init_from={source.path}"
-    _check_torso(config, source.config, what)
+    check_torso(config, source.config, what)
     pack = build_run.make_pack(source.config)
     build_run.check_tasks(source.state.get("tasks"), pack, source.path)
     network = make_network(build_run.for_evaluation(source.config, "cpu"), pack, torch.device("cpu"))
@@ -123,8 +123,8 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
         print_line(line)
 
 
-def _check_torso(config: Config, source: Config, what: str) -> None:
-    """Refuse a torso of another class or size."""
+def check_torso(config: Config, source: Config, what: str) -> None:
+    """Raise UserError where the torso of a run has another class or size than its source's."""
     mine, theirs = ({key: value for key, value in each["network"].items() if key not in _NOT_COMPARED} for each in (config, source))
     if mine == theirs:
         return

@@ -13,9 +13,10 @@ from pathlib import Path
 from mtrl_cli import __version__
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
-from mtrl_cli.reports import html, hyperparameters, run_data
+from mtrl_cli.reports import grouping, html, hyperparameters, run_data
 from mtrl_cli.reports import scores as report_scores
 from mtrl_cli.reports import sharing as report_sharing
+from mtrl_cli.reports import transfer as report_transfer
 from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
 from mtrl_cli.reports.run_data import Group, Run
@@ -84,10 +85,10 @@ def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> N
 
 
 def _compared(groups: Sequence[Group]) -> list[Section]:
-    """Scores and what sharing was worth; this is the first to be asked where structures were compared."""
+    """Return the sections on transfer, sharing and scores, in this order where structures were compared; else diagnostics come last."""
     scores, sharing = report_scores.sections(groups), report_sharing.sections(groups)
-    is_asked = any(part.name == "sharing" for section in sharing for part in section.parts)
-    return [*sharing, *scores] if is_asked else [*scores, *sharing]
+    has_structures = any(part.name == "sharing" for section in sharing for part in section.parts)
+    return [*report_transfer.sections(groups), *([*sharing, *scores] if has_structures else [*scores, *sharing])]
 
 
 def _searches(runs: Sequence[Run]) -> list[Section]:
@@ -129,7 +130,9 @@ def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[st
         lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
     if len(arenas) > 1:
         lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
-    lines += [*_differences(groups), *report_sharing.in_short(groups)]
+    lines += _differences(groups)
+    if len({grouping.option("init_from", group.first) for group in groups}) == 1:  # else the report is about transfer
+        lines += report_sharing.summary(groups)
     bad = [run for run in runs if run.status in ("failed", "unreadable")]
     if bad:
         named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")

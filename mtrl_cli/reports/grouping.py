@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from mtrl_cli.config import introspection
@@ -23,6 +24,7 @@ SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.c
 """Keys whose `auto` is what a machine makes of it, as are all that a run has yet to settle. They count where somebody has set one."""
 FRACTION = re.compile(r"-?\d*\.\d{4,}(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 ABSENT = "-"
+FROM_SCRATCH = "from scratch"
 SIZE = "network.parameters"
 LONGEST = 60  # letters of one value in a label
 
@@ -148,8 +150,15 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
     words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
     for key in words[0]:
         if key != "seed" and all(key in of_group for of_group in words):
-            yield key, [_rounded(_clipped(of_group[key])) for of_group in words]
+            yield (
+                key,
+                [
+                    option(key, run) if key == "init_from" else _rounded(_clipped(of_group[key]))
+                    for run, of_group in zip(firsts, words, strict=True)
+                ],
+            )
     yield "env", [_clipped(run.env) for run in firsts]
+    yield "init_from", [initialisation(run) for run in firsts]
     for group in introspection.KINDS:
         key = f"{group.replace('/', '.')}._target_"
         if group != "env" and any(key in of_group for of_group in own):
@@ -168,21 +177,43 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
 
 
 def option(group: str, run: Run) -> str:
-    """The name of the option that a run has chosen, by its class; of several of one class the one whose values are most like the run's."""
+    """Return the name of the option that a run has chosen; for `init_from`, the source of its network."""
+    if group == "init_from":
+        return initialisation(run)
+    target = run.config.get(f"{group.replace('/', '.')}._target_")
+    return "none" if target is None else option_of(group, run.config) or _clipped(str(target).rpartition(".")[2])
+
+
+def option_of(group: str, config: Mapping[str, Any], folders: tuple[Path, ...] = ()) -> str | None:
+    """Return the name of the option of a group that a configuration has chosen, or None where no option has its class.
+
+    Of several options with that class it is the one that agrees with the configuration in most values.
+
+    Args:
+        group: such as network/sharing.
+        config: by dotted key.
+        folders: of the user's configuration.
+    """
     prefix = group.replace("/", ".")
-    target = run.config.get(f"{prefix}._target_")
-    if target is None:
-        return "none"
-    options = _options(group).get(str(target), {})
-    alike = {name: sum(run.config.get(f"{prefix}.{key}") == value for key, value in own.items()) for name, own in options.items()}
-    return max(alike, key=lambda name: alike[name]) if alike else _clipped(str(target).rpartition(".")[2])
+    options = _options(group, folders).get(str(config.get(f"{prefix}._target_")), {})
+    alike = {name: sum(config.get(f"{prefix}.{key}") == value for key, value in own.items()) for name, own in options.items()}
+    return max(alike, key=lambda name: alike[name]) if alike else None
+
+
+def initialisation(run: Run) -> str:
+    """Return `from scratch`, or `fine-tuned from RUN` with the name of the source's folder."""
+    source = run.config.get("init_from")
+    if not source:
+        return FROM_SCRATCH
+    path = Path(str(source))
+    return _clipped(f"fine-tuned from {path.parents[1].name if path.parent.name == 'checkpoints' else path.name}")
 
 
 @cache
-def _options(group: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The options of a group that we bring, by class and name, with what they set."""
+def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the options of a group by class and name, with the values that they set."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, file in catalogue.options(group, [catalogue.conf_folder()]).items():
+    for name, file in catalogue.options(group, [catalogue.conf_folder(), *folders]).items():
         content = catalogue.read_yaml(file)
         if isinstance(content.get(group), dict):
             content = content[group]
@@ -220,7 +251,7 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[
     """A choice is its name alone, where it can be nothing else; any other value stands behind its key."""
     if not values[0]:  # one group
         return [option("network/sharing", run) for run in firsts]
-    choices = {*introspection.KINDS, "augmentation", "experiment"}
+    choices = {*introspection.KINDS, "augmentation", "experiment", "init_from"}
     used: dict[str, set[str]] = {}
     for of_group in values:
         for key, value in of_group.items():

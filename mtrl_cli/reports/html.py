@@ -59,10 +59,11 @@ def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> dict
     """Render all files of a report, by name: index.html and the files of each table and picture.
 
     Raises:
-        ValueError: two parts have the same name, or two sections the same anchor.
+        ValueError: two tables or two pictures have the same name, or two sections the same anchor.
     """
     parts = [part for section in sections for part in section.parts]
-    for names in ([part.name for part in parts], [section.anchor for section in sections]):
+    tables, pictures = ([part.name for part in parts if isinstance(part, kind)] for kind in (Table, Picture))
+    for names in (tables, pictures, [section.anchor for section in sections]):
         if len(set(names)) < len(names):
             raise ValueError(f"two parts of a report have the same name: {sorted(names)}")
     files: dict[str, bytes] = {}
@@ -82,6 +83,7 @@ def _template() -> Template:
     )
     environment.filters |= {"cell_text": cell_text, "bounds_text": _bounds_text, "number_columns": _number_columns}
     environment.tests |= {"interval": lambda cell: isinstance(cell, Estimate), "bounded": _is_bounded}
+    environment.tests |= {"picture": lambda part: isinstance(part, Picture)}
     return environment.get_template("page.html.jinja")
 
 

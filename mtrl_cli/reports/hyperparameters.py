@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TOLD_ELSEWHERE = {"seed", "network/sharing", "network.parameters", "task_weights"}
-"""Keys that other parts of a report are about."""
+OTHER_SECTIONS = ("seed", "network/sharing", "network.parameters", "task_weights", "init_from", "transfer.")
+"""Keys that other sections of a report compare, and prefixes of keys."""
 FEWEST = 10  # trials, of which an importance says anything
 FEWEST_BEST = 5  # trials that count as good: what the authors of the evaluator advise
 BEST = 10  # trials in the table
@@ -56,7 +56,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     except UserError as error:
         return [Section(f"search{suffix}", f"Hyper-parameters of {sweep.name}", [f"The sweep's plan cannot be read: {error}"])]
     keys = [key for key in plan.axes if key != "seed"]
-    if set(keys) <= TOLD_ELSEWHERE:
+    if all(key.startswith(OTHER_SECTIONS) for key in keys):
         return []
     trials, metric, others = _trials(sweep, plan)
     lines = [f"{len(trials):,} completed trials of {plan.trials:,}, judged by {metric or 'nothing yet'}{others}."]

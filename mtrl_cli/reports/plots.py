@@ -26,12 +26,13 @@ LONGEST_LABEL = 44
 
 @dataclass(frozen=True)
 class Curve:
-    """One line with its band, all [P]. There is no band with one seed."""
+    """One line with its band: all [P]; no band for a single seed. `final`: a test result, drawn as a star at the end."""
 
     x: Any
     y: Any
     low: Any = None
     high: Any = None
+    final: float | None = None
 
 
 def short(label: str, most: int = LONGEST_LABEL) -> str:
@@ -116,6 +117,8 @@ def _line(panel: Axes, curve: Curve, colour: str, is_named: bool) -> None:
     panel.plot(curve.x, curve.y, color=colour, linewidth=1.8 if is_named else 0.7, alpha=1 if is_named else 0.5)
     if is_named and curve.low is not None:
         panel.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+    if curve.final is not None:
+        panel.plot(curve.x[-1:], [curve.final], "*", color=colour, markersize=9, clip_on=False)
 
 
 def _legend(figure: Figure, named: Sequence[str], of: Mapping[str, str], others: int, one: bool) -> None:

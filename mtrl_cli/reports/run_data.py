@@ -38,12 +38,13 @@ PASSED_OVER = ("train/", TEST, EPSILON, "eval/", "parameters/")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of a run's validation: `step` per task, `seconds` of work until then, mean return and normalised score by task."""
+    """One evaluation: `step` per task, `seconds` of work until then, mean return and normalised score by task, episodes that were cut."""
 
     step: int
     seconds: float
     returns: Mapping[str, float]
     scores: Mapping[str, float]
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Run:
         step: per task, that it has reached; `seconds` of work until then.
         evaluations: in order of their steps.
         final_returns, final_scores: by task, of the test of the last network, or else of the last evaluation; `is_tested` says which.
+        cut_episodes: of the test, those that ended at eval.max_steps.
         parameters: "total", "shared" and each task's own; empty where a run does not tell.
         metrics: all others by name as (step, value) in order: grad/cosine/a~b, routing/…, features/…, perf/….
     """
@@ -85,6 +87,7 @@ class Run:
     final_returns: Mapping[str, float] = field(default_factory=dict)
     final_scores: Mapping[str, float] = field(default_factory=dict)
     is_tested: bool = False
+    cut_episodes: int = 0
     parameters: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
@@ -295,6 +298,7 @@ def _measured(path: Path, run: Run) -> dict[str, Any]:
         "final_returns": last.returns if test is None else test.returns,
         "final_scores": last.scores if test is None else test.scores,
         "is_tested": test is not None,
+        "cut_episodes": 0 if test is None else test.cut,
         "parameters": counts,
         "metrics": _metrics(rows),
     }
@@ -334,7 +338,8 @@ def _test(path: Path, step: int) -> Evaluation | None:
     own = {short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
     metrics = {name: {task: _number(of_task.get(name)) for task, of_task in own.items()} for name in ("mean", "score")}
     known = {name: {task: value for task, value in of_name.items() if value is not None} for name, of_name in metrics.items()}
-    return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"])
+    cut = sum(_number(of_task.get("cut")) or 0 for of_task in own.values())
+    return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"], int(cut))
 
 
 def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:

@@ -1,312 +1,257 @@
-"""What sharing was worth: each structure beside networks that share nothing, of the same size in all or a full one for each task."""
+"""Report sections on sharing structures and task weights, each compared with its baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE
-from mtrl_cli.reports import grouping, sharing_comparison, sharing_plots
-from mtrl_cli.reports import scores as report_scores
+from mtrl_cli.reports import comparison, grouping, sharing_plots
+from mtrl_cli.reports.comparison import Ablation, Comparison, Variant, at_the_end, over_training
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.run_data import Group
-from mtrl_cli.reports.sharing_comparison import Comparison, Setting, Way, at_the_end, over_training
+from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some, titled
 from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats.sharing import nearest_size
 
 BASELINE, UNIFORM = "independent", "uniform"
-MOST_SETTINGS = 6
-"""So many settings (such as learning rates) are compared on a page; the others are in its files by their scores."""
-ADVICE = "mtrl study sharing env=… trains every structure at the same size, and networks that share nothing beside them"
+MAX_ABLATIONS = 6
+"""Ablations (such as one per learning rate) on a page; all runs are in its tables of scores."""
+TITLE, WEIGHTS_TITLE = "Sharing compared with independent networks", "Task weights compared with uniform weights"
+ADVICE = "mtrl study sharing env=… trains all structures and independent networks at one size"
 INTERVALS = (
-    "In brackets 95% bootstrap intervals of differences, for which runs are drawn whole, within each side: the tasks of a run were learned "
-    "by one network, and equal seeds make no pairs of networks of different shapes."
+    "In brackets: 95% bootstrap intervals of differences. Runs are resampled whole within each configuration: the tasks of a run share one "
+    "network, and runs of equal seeds are no pairs."
 )
-EFFICIENCY = "Times fewer steps: the baseline's steps to the score that it ends with over our steps to the same; 0: never in this budget."
+EFFICIENCY = "Times fewer steps: the baseline's steps to its own final score over the structure's steps to that score; 0: not reached."
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
-    """The part of a report on sharing, and one on task weights where these differ; a section for each setting that is alike in all else.
-
-    Runs that are not completed count nowhere, and are named.
-    """
+    """Return a section on sharing structures for each ablation, and those on task weights."""
     if not any(group.runs for group in groups):
         return []
-    settings = sharing_comparison.settings(groups, "network/sharing", sizes=True)
-    compared = [each for each in settings if len({way.option for way in each.ways}) > 1]
-    if compared:
-        found = [_of_sharing(each, number) for number, each in enumerate(compared[:MOST_SETTINGS])]
-        found[-1] = _with_lines(found[-1], _not_shown(settings, compared))
-    else:
-        found = _of_no_comparison(settings)
-    return [*found, *_of_weights(groups)]
+    found = comparison.ablations(groups, "network/sharing")
+    compared = [each for each in found if len({variant.option for variant in each.variants}) > 1]
+    if not compared:
+        return [*_without_comparison(found), *_weights(groups)]
+    made = [_sharing(each, number) for number, each in enumerate(compared[:MAX_ABLATIONS])]
+    last = made.pop()
+    made.append(Section(last.anchor, last.title, [*last.lines, *_not_shown(found, compared)], last.parts))
+    return [*made, *_weights(groups)]
 
 
-def _with_lines(section: Section, lines: Sequence[str]) -> Section:
-    return Section(section.anchor, section.title, [*section.lines, *lines], section.parts)
+def summary(groups: Sequence[Group]) -> list[str]:
+    """Return a line for a report whose runs all have one sharing structure, so that it compares none."""
+    options = {grouping.option("network/sharing", group.first) for group in groups}
+    return [f"All runs have one sharing structure, {options.pop()}, so sharing is not compared: {ADVICE}."] if len(options) == 1 else []
 
 
-def _not_shown(settings: Sequence[Setting], compared: Sequence[Setting]) -> list[str]:
+def _not_shown(found: Sequence[Ablation], compared: Sequence[Ablation]) -> list[str]:
     lines = []
-    if len(compared) > MOST_SETTINGS:
-        lines.append(
-            f"{len(compared) - MOST_SETTINGS} more settings are not shown here: {_some([each.about for each in compared[MOST_SETTINGS:]])}."
-        )
-    alone = [f"{each.about or each.env} ({each.ways[0].option})" for each in settings if each not in compared]
+    if len(compared) > MAX_ABLATIONS:
+        rest = [each.about for each in compared[MAX_ABLATIONS:]]
+        lines.append(f"{len(rest)} more comparisons are not shown here: {some(rest, separator='; ')}.")
+    alone = [f"{each.about or each.env} ({each.variants[0].option})" for each in found if each not in compared]
     if alone:
-        lines.append(f"With one structure only, and so nothing to compare: {_some(alone)}.")
+        lines.append(f"One structure only, so not compared: {some(alone, separator='; ')}.")
     return lines
 
 
-def _some(words: Sequence[str], most: int = 8) -> str:
-    return "; ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+def _without_comparison(found: Sequence[Ablation]) -> list[Section]:
+    """Explain why structures are not compared, or show the diagnostics of the only one."""
+    if len({variant.option for ablation in found for variant in ablation.variants}) > 1:
+        line = f"Runs with different structures also differ in tasks, budget or other values, so sharing is not compared. {ADVICE}."
+        return [Section("sharing", TITLE, [line])]
+    parts = _diagnostics(found[0], [variant for variant in found[0].variants if variant.runs], "") if len(found) == 1 else []
+    return [Section("diagnostics", "Gradients, features and routing", [], parts)] if parts else []
 
 
 # -- sharing --------------------------------------------------------------------------------------------------------------------
 
 
-def _of_sharing(setting: Setting, number: int) -> Section:
-    ways = [way for way in setting.ways if way.runs]
+def _sharing(ablation: Ablation, number: int) -> Section:
+    variants = [variant for variant in ablation.variants if variant.runs]
     suffix = f"_{number + 1}" if number else ""
-    lines = [*_introduction(setting), *_left_out(setting)]
-    parts: list[Table | Picture] = [_table_of_ways(setting, ways, f"sharing{suffix}")]
-    baselines = [way for way in ways if way.option == BASELINE]
+    lines = introduction(ablation)
+    parts: list[Table | Picture] = [_results_table(ablation, variants, f"sharing{suffix}", "structure")]
+    baselines = [variant for variant in variants if variant.option == BASELINE]
     if not baselines:
-        lines.append(f"No completed run has network/sharing={BASELINE}, so what sharing was worth cannot be told: {ADVICE}.")
-    for title, name, pairs, missing in _pairs(ways, baselines):
+        lines.append(f"No completed run has network/sharing={BASELINE}, the baseline, so sharing is not compared: {ADVICE}.")
+    for title, name, pairs, missing in _pairs(variants, baselines):
         if pairs:
-            parts += _beside(setting, [sharing_comparison.compare(setting, *pair) for pair in pairs], title, f"{name}{suffix}")
+            parts += _compared(ablation, [comparison.compare(ablation, *pair) for pair in pairs], title, f"{name}{suffix}")
         elif baselines:
             lines.append(missing)
-        alone = [way.name for way in ways if way.option != BASELINE and way not in [ours for ours, _ in pairs]]
+        alone = [variant.name for variant in variants if variant.option != BASELINE and variant not in [ours for ours, _ in pairs]]
         if pairs and alone:
-            lines.append(f"{title}: not {_some(alone)}, as no such network is there to be beside.")
-    parts += _inside(setting, ways, suffix)
-    about = f": {setting.about}" if setting.about else ""
-    return Section(f"sharing{suffix}".replace("_", "-"), f"What sharing was worth{about}", lines, parts)
+            lines.append(f"{title}: no baseline of that size for {some(alone)}.")
+    parts += _diagnostics(ablation, variants, suffix)
+    return Section(f"sharing{suffix}".replace("_", "-"), titled(TITLE, ablation.about), lines, parts)
 
 
-def _pairs(ways: Sequence[Way], baselines: Sequence[Way]) -> list[tuple[str, str, list[tuple[Way, Way]], str]]:
-    """Each kind of comparison: its title, the name of its files, each structure with its baseline, and what is said where there is none."""
-    sizes = [way.total or math.inf for way in baselines]
+def _pairs(variants: Sequence[Variant], baselines: Sequence[Variant]) -> list[tuple[str, str, list[tuple[Variant, Variant]], str]]:
+    """Return each kind of comparison: title, file name, each structure with its baseline, and the line for where there is no baseline."""
+    sizes = [variant.total or math.inf for variant in baselines]
     same, full = [], []
-    for way in ways:
-        nearest = nearest_size(way.total, sizes) if way.total else None
-        of_same = None if nearest is None else baselines[nearest]
-        largest = max((each for each in baselines if each is not of_same), key=lambda each: each.total or 0, default=None)
-        if of_same is not None and way.option != BASELINE:
-            same.append((way, of_same))
-        if largest is not None and largest is not way and (way.total is None or (largest.total or math.inf) > way.total):
-            full.append((way, largest))
+    for variant in variants:
+        nearest = nearest_size(variant.total, sizes) if variant.total else None
+        equal = None if nearest is None else baselines[nearest]
+        largest = max((each for each in baselines if each is not equal), key=lambda each: each.total or 0, default=None)
+        if equal is not None and variant.option != BASELINE:
+            same.append((variant, equal))
+        if largest is not None and largest is not variant and (variant.total is None or (largest.total or math.inf) > variant.total):
+            full.append((variant, largest))
     return [
         (
-            "Beside networks that share nothing, of the same size in all",
+            "Compared with independent networks, same total parameters",
             "sharing_same_size",
             same,
-            f"No run with network/sharing={BASELINE} has as many parameters as a structure that shares (within 5%): "
-            "network.parameters=… makes them alike.",
+            f"No run with network/sharing={BASELINE} has the parameter count of another structure (within 5%): "
+            "network.parameters=N equalises them.",
         ),
         (
-            "Beside a full network for each task",
+            "Compared with one full network per task",
             "sharing_full",
             full,
-            f"No run with network/sharing={BASELINE} has a larger network, such as a full one for each task: network.parameters=null "
-            "gives that.",
+            f"No run with network/sharing={BASELINE} has a larger network, such as one full network per task (network.parameters=null).",
         ),
     ]
 
 
-def _introduction(setting: Setting) -> list[str]:
-    ways = setting.ways
-    seeds = {len(way.runs) for way in ways if way.runs}
-    counts = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}" if seeds else "no"
-    tasks = f"{len(setting.tasks)} tasks" if len(setting.tasks) > 1 else "one task"
-    lines = [
-        f"{setting.env}, {tasks}, {setting.steps:,} steps per task, {counts} completed {'run' if seeds == {1} else 'runs'} of each; "
-        "all else is the same."
-    ]
+def introduction(ablation: Ablation) -> list[str]:
+    """Describe an ablation: tasks, budget, runs, and everything that limits the comparison."""
+    variants = [variant for variant in ablation.variants if variant.runs]
+    seeds = {len(variant.runs) for variant in variants}
+    runs = "no completed run" if not seeds else counted(min(seeds), "completed run")
+    if len(seeds) > 1:
+        runs = f"{min(seeds)} to {max(seeds)} completed runs"
+    tasks = counted(len(ablation.tasks), "task")
+    lines = [f"{ablation.env}, {tasks}, {ablation.steps:,} steps per task, {runs} of each configuration; all other values are equal."]
     if seeds and min(seeds) == 1:
-        lines.append("Where there is one seed only, a difference may be chance alone: there is no interval, and nothing is marked.")
-    elif seeds and min(seeds) < report_scores.FEW_SEEDS:
-        lines.append(report_scores.few_seeds(min(seeds)))
-    unscored = [task for task, known in zip(setting.tasks, setting.scored, strict=True) if not known]
-    if unscored and any(way.runs for way in ways):
-        lines.append(f"Without a reference, and so in no mean over tasks: {_some(unscored)}; told by their returns.")
-    if not all(way.is_tested for way in ways if way.runs):
-        lines.append("Some runs have no test: their last validation stands for it.")
-    runs = [run for way in ways for run in way.runs]
-    settled = (*grouping.MACHINES, *grouping.SETTLED)
-    machines = [key for key in settled if len({str(run.config.get(key)) for run in runs}) > 1]
+        lines.append("With one seed a difference may be chance alone: there is no interval, and no task counts as gained or lost.")
+    elif seeds and min(seeds) < FEW_SEEDS:
+        lines.append(few_seeds(min(seeds)))
+    unscored = [task for task in ablation.tasks if task not in ablation.scored_tasks]
+    if unscored and variants:
+        lines.append(f"Without reference scores, so compared by returns and in no mean over tasks: {some(unscored)}.")
+    if not all(variant.is_tested for variant in variants):
+        lines.append("Some runs have no test: their last validation is used.")
+    configs = [run.config for variant in variants for run in variant.runs]
+    machines = [key for key in (*grouping.MACHINES, *grouping.SETTLED) if len({str(config.get(key)) for config in configs}) > 1]
     if machines:
-        lines.append(f"The runs differ in {', '.join(machines)}: their times do not compare.")
-    return lines
+        lines.append(f"The runs differ in {', '.join(machines)}: their times are not comparable.")
+    left_out = [f"{variant.name}: {', '.join(variant.left_out)}" for variant in ablation.variants if variant.left_out]
+    return [*lines, *([f"Left out: {some(left_out, 20, '; ')}."] if left_out else [])]
 
 
-def _left_out(setting: Setting) -> list[str]:
-    own = [f"{way.name}: {', '.join(way.left_out)}" for way in setting.ways if way.left_out]
-    return [f"Left out: {_some(own, 20)}."] if own else []
-
-
-def _table_of_ways(setting: Setting, ways: Sequence[Way], name: str) -> Table:
-    """What each came to, and what it took."""
-    first = "structure" if name.startswith("sharing") else "task weights"
+def _results_table(ablation: Ablation, variants: Sequence[Variant], name: str, first: str) -> Table:
     header = [first, "runs", "score, mean", "score, IQM", "parameters", "shared", "own, each task", "ms per step", "budget, s"]
-    scored = [k for k, known in enumerate(setting.scored) if known]
+    scored = [k for k, is_scored in enumerate(ablation.scored) if is_scored]
     rows: list[list[Cell]] = []
-    for way in ways:
-        aggregates = score_stats.aggregates(way.scores_SK[:, scored]) if scored else {}
-        step, own = sharing_comparison.step_seconds(way), None if way.own is None else round(way.own)
-        cost = sharing_comparison.budget_seconds(way)
-        rows.append(
-            [
-                way.name,
-                len(way.runs),
-                aggregates.get("mean"),
-                aggregates.get("iqm"),
-                way.total,
-                way.shared,
-                own,
-                None if step is None else 1000 * step,
-                cost,
-            ]
-        )
-    notes = ["Milliseconds of a step in one task's environment while training; seconds of the whole budget with evaluating and saving."]
-    return Table(name, "What each came to, and what it took", header, rows, notes)
+    for variant in variants:
+        aggregates = score_stats.aggregates(variant.scores_SK[:, scored]) if scored else {}
+        scores = [aggregates.get("mean"), aggregates.get("iqm")]
+        step, own = comparison.step_seconds(variant), None if variant.own is None else round(variant.own)
+        costs = [None if step is None else 1000 * step, comparison.budget_seconds(variant)]
+        rows.append([variant.name, len(variant.runs), *scores, variant.total, variant.shared, own, *costs])
+    notes = ["Milliseconds per training step of one task's environment; seconds of the whole budget with evaluating and saving."]
+    return Table(name, "Results and cost", header, rows, notes)
 
 
-def _beside(setting: Setting, compared: Sequence[Comparison], title: str, name: str) -> list[Table | Picture]:
-    """Each way beside its baseline: over tasks, and task by task."""
-    header = ["", "beside", "score, mean", "score, IQM", "times fewer steps", "time per step", "training cost", "gained", "lost"]
+def _compared(ablation: Ablation, compared: Sequence[Comparison], title: str, name: str) -> list[Table | Picture]:
+    """Return the differences from the baseline over tasks and per task."""
+    header = ["", "baseline", "score, mean", "score, IQM", "times fewer steps", "time per step", "training cost", "gained", "lost"]
     rows: list[list[Cell]] = []
     for each in compared:
-        gained, lost = (_named(setting, each, sign) for sign in (1, -1))
-        over_tasks = [each.mean, each.iqm, each.efficiency]
-        rows.append([each.way.name, each.baseline.name, *over_tasks, each.time, each.cost, gained, lost])
-    notes = ["Scores: differences, ours less the baseline's. Times and costs: ours over the baseline's.", EFFICIENCY, INTERVALS]
-    notes.append(
-        "Gained and lost: the tasks whose whole interval lies above or below 0; of 20 that nothing has changed in, one does by chance."
-    )
+        gained, lost = (_changed(ablation, each, sign) for sign in (1, -1))
+        rows.append([each.variant.name, each.baseline.name, each.mean, each.iqm, each.efficiency, each.time, each.cost, gained, lost])
+    notes = [
+        "Scores: differences from the baseline. Times and costs: ratios to the baseline's.",
+        EFFICIENCY,
+        INTERVALS,
+        "Gained and lost: tasks whose whole interval lies above or below 0; without any effect this happens to 1 task in 20.",
+    ]
     table = Table(name, title, header, rows, notes)
-    by_task: list[list[Cell]] = [[each.way.name, *each.tasks] for each in compared]
-    units = [task if known else f"{task} (return)" for task, known in zip(setting.tasks, setting.scored, strict=True)]
-    tasks = Table(
-        f"{name}_tasks", f"{title}: task by task", ["", *units], by_task, ["Differences of final scores, ours less the baseline's."]
-    )
+    by_task: list[list[Cell]] = [[each.variant.name, *each.tasks] for each in compared]
+    units = [ablation.named(task) for task in ablation.tasks]
+    tasks = Table(f"{name}_tasks", f"{title}: per task", ["", *units], by_task, ["Differences of final scores from the baseline."])
+    changes = [f"{row[0]}: gained {row[-2] or 'none'}; lost {row[-1] or 'none'}" for row in rows]
     picture = Picture(
         f"{name}_transfer",
-        f"{title}: which tasks gained, which lost",
-        _in_words(setting, compared),
-        lambda: sharing_plots.transfer(setting, compared),
-        ["Framed and bold where the interval excludes 0."],
+        f"{title}: tasks gained and lost",
+        f"Differences from the baseline, a row for each variant and a column for each task. Significant: {'. '.join(changes)}.",
+        lambda: sharing_plots.transfer(ablation, compared),
+        ["Framed and bold: the interval excludes 0."],
     )
     return [table, picture, tasks]
 
 
-def _named(setting: Setting, compared: Comparison, sign: int) -> str:
-    return ", ".join(task for task, own in zip(setting.tasks, compared.tasks, strict=True) if own.sign == sign)
+def _changed(ablation: Ablation, compared: Comparison, sign: int) -> str:
+    return ", ".join(task for task, own in zip(ablation.tasks, compared.tasks, strict=True) if own.sign == sign)
 
 
-def _in_words(setting: Setting, compared: Sequence[Comparison]) -> str:
-    told = []
-    for each in compared:
-        gained, lost = (_named(setting, each, sign) or "none" for sign in (1, -1))
-        told.append(f"{each.way.name}: gained {gained}; lost {lost}")
-    return f"A table of differences, a row for each way and a column for each task. For certain: {'. '.join(told)}."
+# -- diagnostics ----------------------------------------------------------------------------------------------------------------
 
 
-# -- what is inside -------------------------------------------------------------------------------------------------------------
-
-
-def _inside(setting: Setting, ways: Sequence[Way], suffix: str) -> list[Table | Picture]:
-    """How gradients agree, how tasks are routed, and how alike their features are."""
-    if len(setting.tasks) == 1 or not ways:
+def _diagnostics(ablation: Ablation, variants: Sequence[Variant], suffix: str) -> list[Table | Picture]:
+    """Return gradient conflict, routing of tasks and similarity of features."""
+    if len(ablation.tasks) == 1 or not variants:
         return []
-    parts: list[Table | Picture] = []
-    columns: dict[str, Callable[[Way], float | None]] = {
-        "pairs in conflict, over training": lambda way: over_training(way, GRAD_CONFLICT),
-        "at the end": lambda way: at_the_end(way, GRAD_CONFLICT),
-        "cosine of gradients, at the end": lambda way: at_the_end(way, f"{GRAD_COSINE}/mean"),
-        "similarity of features (CKA)": lambda way: at_the_end(way, "features/cka"),
-        "rank of features": lambda way: at_the_end(way, "features/rank"),
-        "dormant neurons": lambda way: at_the_end(way, "features/dormant"),
+    columns: dict[str, Callable[[Variant], float | None]] = {
+        "conflicting pairs, over training": lambda variant: over_training(variant, GRAD_CONFLICT),
+        "conflicting pairs, at the end": lambda variant: at_the_end(variant, GRAD_CONFLICT),
+        "gradient cosine, at the end": lambda variant: at_the_end(variant, f"{GRAD_COSINE}/mean"),
+        "feature similarity (CKA)": lambda variant: at_the_end(variant, "features/cka"),
+        "feature rank": lambda variant: at_the_end(variant, "features/rank"),
+        "dormant neurons": lambda variant: at_the_end(variant, "features/dormant"),
     }
-    rows: list[list[Cell]] = [[way.name, *(read(way) for read in columns.values())] for way in ways]
+    rows: list[list[Cell]] = [[variant.name, *(read(variant) for read in columns.values())] for variant in variants]
     if all(cell is None for row in rows for cell in row[1:]):
         return []
     notes = [
-        "Means over runs. In conflict: gradients of two tasks, over the parameters that they share, with a negative cosine; networks that "
-        "share nothing have none.",
-        "CKA: of the features that two tasks' paths make of the same observations, 1: the same but for rotation and scale.",
+        "Means over runs. Conflicting pairs: pairs of tasks whose gradients of the shared parameters have a negative cosine; independent "
+        "networks have none.",
+        "CKA: similarity of two tasks' features for the same observations; 1: equal up to rotation and scale.",
     ]
-    parts.append(Table(f"sharing_inside{suffix}", "Inside the networks", ["", *columns], rows, notes))
-    in_conflict = [way for way in ways if any(len(run.metrics.get(GRAD_CONFLICT, ())) > 1 for run in way.runs)]
-    if in_conflict:
-        text = "Lines of the share of pairs of tasks whose gradients are in conflict, over training, one for each way."
-        parts.append(
-            Picture(f"sharing_conflict{suffix}", "Conflict over training", text, lambda: sharing_plots.conflict(setting, in_conflict))
-        )
+    parts: list[Table | Picture] = [Table(f"sharing_inside{suffix}", "Gradients and features", ["", *columns], rows, notes)]
+    conflicts = [variant for variant in variants if any(len(run.metrics.get(GRAD_CONFLICT, ())) > 1 for run in variant.runs)]
+    if conflicts:
+        text = "Share of task pairs with conflicting gradients over training, a line for each variant."
+        draw = partial(sharing_plots.conflict, ablation, conflicts)
+        parts.append(Picture(f"sharing_conflict{suffix}", "Gradient conflict over training", text, draw))
     for metric, name, title, text in (
-        (GRAD_COSINE, "gradients", "Agreement of the tasks' gradients at the end", "cosines of the tasks' gradients"),
-        ("features/cka", "features", "Similarity of the tasks' features at the end", "CKA of the tasks' features"),
+        (GRAD_COSINE, "gradients", "Gradient cosines of task pairs at the end", "cosines of the tasks' gradients"),
+        ("features/cka", "features", "Feature similarity of task pairs at the end", "CKA of the tasks' features"),
     ):
-        tables = {way.name: table for way in ways if (table := sharing_comparison.between_tasks(setting, way, metric)) is not None}
+        tables = {each.name: table for each in variants if (table := comparison.between_tasks(ablation, each, metric)) is not None}
         if tables:
-            draw = _drawing(lambda own: sharing_plots.between_tasks(setting, own), tables)
-            parts.append(Picture(f"sharing_{name}{suffix}", title, f"For each way a table of tasks by tasks with the {text}.", draw))
-    return parts + _routing(setting, ways, suffix)
-
-
-def _routing(setting: Setting, ways: Sequence[Way], suffix: str) -> list[Table | Picture]:
-    gates = {f"{way.name}: {name}": table for way in ways for name, table in sharing_comparison.routings(setting, way).items()}
-    if not gates:
-        return []
-    text = "For each gate a table of tasks by choices: the share of a task's samples, or of its weight, that goes to each."
-    draw = _drawing(lambda own: sharing_plots.routing(setting, own), gates)
-    return [Picture(f"sharing_routing{suffix}", "How tasks are routed at the end", text, draw)]
-
-
-def _drawing(draw: Callable, tables: object) -> Callable:  # type: ignore[type-arg]
-    return lambda: draw(tables)
-
-
-def in_short(groups: Sequence[Group]) -> list[str]:
-    """For the summary: that all runs share alike, so that a report has no part on what sharing was worth."""
-    options = {grouping.option("network/sharing", group.first) for group in groups}
-    return (
-        [f"All have one sharing structure, {options.pop()}, so nothing tells what sharing was worth: {ADVICE}."]
-        if len(options) == 1
-        else []
-    )
-
-
-def _of_no_comparison(settings: Sequence[Setting]) -> list[Section]:
-    """A report without two structures in one setting: that is said where there are several at all, and else what is inside the one."""
-    if len({way.option for setting in settings for way in setting.ways}) > 1:
-        line = f"Structures differ only where tasks, budgets or other values do, too: there is nothing to compare. {ADVICE}."
-        return [Section("sharing", "What sharing was worth", [line])]
-    parts = _inside(settings[0], [way for way in settings[0].ways if way.runs], "") if len(settings) == 1 else []
-    return [Section("inside", "Inside the networks", [], parts)] if parts else []
+            draw = partial(sharing_plots.between_tasks, ablation, tables)
+            parts.append(Picture(f"sharing_{name}{suffix}", title, f"A matrix of tasks by tasks for each variant: {text}.", draw))
+    gates = {f"{each.name}: {name}": table for each in variants for name, table in comparison.routings(ablation, each).items()}
+    if gates:
+        text = "A matrix of tasks by choices for each gate: the share of a task's samples, or of its weight, that each choice gets."
+        parts.append(Picture(f"sharing_routing{suffix}", "Routing at the end", text, partial(sharing_plots.routing, ablation, gates)))
+    return parts
 
 
 # -- task weights ---------------------------------------------------------------------------------------------------------------
 
 
-def _of_weights(groups: Sequence[Group]) -> list[Section]:
-    """Task weights beside uniform ones, in each setting in which there are both."""
+def _weights(groups: Sequence[Group]) -> list[Section]:
+    """Compare task weights with uniform ones, in each ablation that has both."""
     found: list[Section] = []
-    for setting in sharing_comparison.settings(groups, "task_weights", sizes=False):
-        ways = [way for way in setting.ways if way.runs]
-        baseline = next((way for way in ways if way.option == UNIFORM), None)
-        others = [way for way in ways if way.option != UNIFORM]
-        if baseline is None or not others or len(found) == MOST_SETTINGS:
+    for ablation in comparison.ablations(groups, "task_weights"):
+        variants = [variant for variant in ablation.variants if variant.runs]
+        baseline = next((variant for variant in variants if variant.option == UNIFORM), None)
+        others = [variant for variant in variants if variant.option != UNIFORM]
+        if baseline is None or not others or len(found) == MAX_ABLATIONS:
             continue
         suffix = f"_{len(found) + 1}" if found else ""
-        compared = [sharing_comparison.compare(setting, way, baseline) for way in others]
+        compared = [comparison.compare(ablation, variant, baseline) for variant in others]
         parts = [
-            _table_of_ways(setting, ways, f"weights{suffix}"),
-            *_beside(setting, compared, "Beside uniform weights", f"weights_uniform{suffix}"),
+            _results_table(ablation, variants, f"weights{suffix}", "task weights"),
+            *_compared(ablation, compared, "Compared with uniform weights", f"weights_uniform{suffix}"),
         ]
-        about = f": {setting.about}" if setting.about else ""
-        anchor, title = f"weights{suffix}".replace("_", "-"), f"What task weights were worth{about}"
-        found.append(Section(anchor, title, [*_introduction(setting), *_left_out(setting)], parts))
+        found.append(Section(f"weights{suffix}".replace("_", "-"), titled(WEIGHTS_TITLE, ablation.about), introduction(ablation), parts))
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtrl_cli.metric_names import GRAD_CONFLICT
-from mtrl_cli.reports.sharing_comparison import Comparison, Setting, Way
+from mtrl_cli.reports.comparison import Ablation, Comparison, Variant
 from mtrl_cli.stats.bootstrap import Floats
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ NAMED_TASKS = 20
 """More tasks than these have no room for their names, nor for numbers in the cells."""
 
 
-def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
-    """Each task's difference in each way: blue where it gained, red where it lost; in a frame where the interval excludes 0."""
+def transfer(ablation: Ablation, compared: Sequence[Comparison]) -> Figure:
+    """Each task's difference in each variant: blue where it gained, red where it lost; in a frame where the interval excludes 0."""
     from matplotlib.figure import Figure
 
     values_RK = np.array([[task.value for task in each.tasks] for each in compared])
@@ -31,9 +31,9 @@ def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
     rows, columns = values_RK.shape
     figure = Figure(figsize=(max(4.5, 2.6 + 0.85 * min(columns, NAMED_TASKS)), 1.8 + 0.42 * rows), layout="constrained")
     axes = figure.subplots()
-    shades_RK = values_RK / _scales(setting, values_RK)
+    shades_RK = values_RK / _scales(ablation, values_RK)
     image = _cells(axes, shades_RK, COLOURS, -1.0)
-    _name_cells(axes, [each.way.name for each in compared], setting.tasks)
+    _name_cells(axes, [each.variant.name for each in compared], ablation.tasks)
     for row, column in np.argwhere(signs_RK != 0):
         _frame(axes, row, column)
     if columns <= NAMED_TASKS:
@@ -54,10 +54,10 @@ def transfer(setting: Setting, compared: Sequence[Comparison]) -> Figure:
     return figure
 
 
-def _scales(setting: Setting, values_RK: Floats) -> Floats:
+def _scales(ablation: Ablation, values_RK: Floats) -> Floats:
     """What differences are divided by for their colour, `[K]`: one number for all scores, of each return its own."""
     largest_K = np.abs(values_RK).max(axis=0)
-    scored = np.array(setting.scored, bool)
+    scored = np.array(ablation.scored, bool)
     largest_K[scored] = largest_K[scored].max(initial=0)
     return np.where(largest_K > 0, largest_K, 1)
 
@@ -75,14 +75,14 @@ def _signed(value: float) -> str:
     return text if float(text.replace(",", "")) else text[1:]
 
 
-def between_tasks(setting: Setting, tables: Mapping[str, Floats]) -> Figure:
-    """A table of tasks by tasks for each way, whose numbers are from -1 to 1."""
-    return _panels({name: (table, setting.tasks, setting.tasks) for name, table in tables.items()}, COLOURS, -1.0)
+def between_tasks(ablation: Ablation, tables: Mapping[str, Floats]) -> Figure:
+    """A table of tasks by tasks for each variant, whose numbers are from -1 to 1."""
+    return _panels({name: (table, ablation.tasks, ablation.tasks) for name, table in tables.items()}, COLOURS, -1.0)
 
 
-def routing(setting: Setting, tables: Mapping[str, Floats]) -> Figure:
+def routing(ablation: Ablation, tables: Mapping[str, Floats]) -> Figure:
     """A table of tasks by choices for each structure's gate, whose numbers are shares."""
-    panels = {name: (table, setting.tasks, [str(choice) for choice in range(table.shape[1])]) for name, table in tables.items()}
+    panels = {name: (table, ablation.tasks, [str(choice) for choice in range(table.shape[1])]) for name, table in tables.items()}
     return _panels(panels, "Blues", 0.0)
 
 
@@ -131,17 +131,17 @@ def _name_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], fontsiz
     axes.tick_params(length=0)
 
 
-def conflict(setting: Setting, ways: Sequence[Way]) -> Figure:
+def conflict(ablation: Ablation, variants: Sequence[Variant]) -> Figure:
     """The share of pairs of tasks whose gradients point apart, over training: the mean over runs."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["tab20" if len(ways) > 10 else "tab10"]
-    for number, way in enumerate(ways):
-        steps_P, shares_P = conflict_over_training(way)
-        axes.plot(steps_P, shares_P, label=way.name, color=colours(number % 20), linewidth=1.6)
+    colours = colormaps["tab20" if len(variants) > 10 else "tab10"]
+    for number, variant in enumerate(variants):
+        steps_P, shares_P = conflict_over_training(variant)
+        axes.plot(steps_P, shares_P, label=variant.name, color=colours(number % 20), linewidth=1.6)
     axes.set_xlabel("steps per task")
     axes.set_ylabel("pairs in conflict")
     axes.set_ylim(0, 1)
@@ -150,12 +150,12 @@ def conflict(setting: Setting, ways: Sequence[Way]) -> Figure:
     return figure
 
 
-def conflict_over_training(way: Way) -> tuple[Floats, Floats]:
+def conflict_over_training(variant: Variant) -> tuple[Floats, Floats]:
     """Steps `[P]`, and there the mean over runs of the share of pairs in conflict `[P]`, between a run's own steps on a straight line.
 
     From the first step that all runs have reached to the last one: runs need not have been looked at at the same steps.
     """
-    series = [np.array(run.metrics[GRAD_CONFLICT], float) for run in way.runs if run.metrics.get(GRAD_CONFLICT)]
+    series = [np.array(run.metrics[GRAD_CONFLICT], float) for run in variant.runs if run.metrics.get(GRAD_CONFLICT)]
     first, last = max(own[0, 0] for own in series), min(own[-1, 0] for own in series)
     steps = np.unique(np.concatenate([own[:, 0] for own in series]))
     steps_P = steps[(steps >= first) & (steps <= last)]

@@ -1,1 +1,1 @@
-"""Sweeps that answer one question: `mtrl study` and `mtrl transfer`."""
+"""Sweeps that answer one question and end with a report: `mtrl study` and `mtrl transfer`."""

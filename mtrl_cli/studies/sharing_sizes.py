@@ -1,7 +1,6 @@
-"""How large the networks of a study are: a process of its own, as counting them takes torch, and the study's own process stays light.
+"""Parameter counts of a study's networks. They need torch, so they are computed in a process of their own and the study's stays light.
 
-`python -m mtrl_cli.studies.sharing_sizes` reads {"words", "structures", "parameters"} and
-writes {"parameters", "sizes", "full"}, or {"error"}.
+`python -m mtrl_cli.studies.sharing_sizes` reads the arguments of `measure` as JSON from standard input and writes its result, or {"error"}.
 """
 
 from __future__ import annotations
@@ -14,43 +13,43 @@ from typing import Any
 
 from mtrl_cli.errors import UserError
 
-BASIS, BASELINE = "hard", "independent"
+REFERENCE, BASELINE = "hard", "independent"
 
 
 def measure(words: Sequence[str], structures: Sequence[str], parameters: Sequence[str]) -> dict[str, Any]:
-    """Count, in a process that ends with this call, the networks of a study.
+    """Count the parameters of a study's networks, in another process.
 
     Args:
-        words: of a run, without sharing structure and number of parameters.
+        words: overrides of a run, without sharing structure and parameter count.
         structures: options of network/sharing.
-        parameters: sizes, as `network.parameters` takes them; none: that of hard sharing at the widths of the words.
+        parameters: parameter counts, as `network.parameters` takes them; empty: the count of hard sharing.
 
-    Returns: "parameters": the sizes, as words; "sizes": by structure and size, how many parameters it comes to, or why it cannot;
-        "full": of networks that share nothing, at the widths of the words.
+    Returns:
+        "parameters": the parameter counts as text; "sizes": by structure and parameter count, the resulting count, or why it cannot be
+        reached; "full": the count of independent networks at the widths of the overrides.
 
     Raises:
-        UserError: the words make no network.
+        UserError: the overrides give no network.
     """
-    asked = json.dumps({"words": list(words), "structures": list(structures), "parameters": list(parameters)})
-    done = subprocess.run([sys.executable, "-m", "mtrl_cli.studies.sharing_sizes"], input=asked, capture_output=True, text=True)
+    request = json.dumps({"words": list(words), "structures": list(structures), "parameters": list(parameters)})
+    done = subprocess.run([sys.executable, "-m", "mtrl_cli.studies.sharing_sizes"], input=request, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            f"the networks of the study cannot be counted: {(done.stderr.strip().splitlines() or ['the process was killed'])[-1]}"
-        )
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in told:
-        raise UserError(told["error"])
-    return told
+        reason = (done.stderr.strip().splitlines() or ["the process was killed"])[-1]
+        raise UserError(f"the parameters of the study's networks cannot be counted: {reason}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in result:
+        raise UserError(result["error"])
+    return result
 
 
 def main() -> None:
-    """Count what is asked on standard input."""
-    asked = json.load(sys.stdin)
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
     try:
-        told = _count(**asked)
+        result = _count(**request)
     except UserError as error:
-        told = {"error": str(error)}
-    print(json.dumps(told))
+        result = {"error": str(error)}
+    print(json.dumps(result))
 
 
 def _count(words: list[str], structures: list[str], parameters: list[str]) -> dict[str, Any]:
@@ -59,26 +58,24 @@ def _count(words: list[str], structures: list[str], parameters: list[str]) -> di
     from mtrl_cli.build import run as build_run
     from mtrl_cli.config import compose
 
-    composed = compose.compose_training(words)
-    pack = build_run.make_pack(composed)
+    pack = build_run.make_pack(compose.compose_training(words))
 
     def total(*more: str) -> int:
         config = resolve_auto.fit_network(compose.compose_training([*words, *more]), pack)
         return build_network.empty_network(config, pack).parameter_counts().total
 
-    def tried(*more: str) -> int | str:
+    def total_or_reason(*more: str) -> int | str:
         try:
             return total(*more)
-        except (UserError, RuntimeError) as error:  # what torch cannot build is a RuntimeError
+        except (UserError, RuntimeError) as error:  # torch raises RuntimeError for impossible shapes
             return " ".join(str(error).split())
 
     full = total(f"network/sharing={BASELINE}")
-    sizes = parameters or [str(total(f"network/sharing={BASIS}"))]
-    return {
-        "parameters": sizes,
-        "sizes": {each: {size: tried(f"network/sharing={each}", f"network.parameters={size}") for size in sizes} for each in structures},
-        "full": full,
+    counts = parameters or [str(total(f"network/sharing={REFERENCE}"))]
+    sizes = {
+        each: {count: total_or_reason(f"network/sharing={each}", f"network.parameters={count}") for count in counts} for each in structures
     }
+    return {"parameters": counts, "sizes": sizes, "full": full}
 
 
 if __name__ == "__main__":

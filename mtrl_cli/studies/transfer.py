@@ -1,297 +1,157 @@
-"""`mtrl transfer`: what a trained network gains on other tasks, against training on them from scratch."""
+"""`mtrl transfer`: fine-tune a trained network on other tasks, and compare with training from scratch on the same budget."""
 
 from __future__ import annotations
 
-import gc
-import json
+import itertools
 import os
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mtrl_cli.build import run as build_run
 from mtrl_cli.build.instantiate import class_of
 from mtrl_cli.checkpoints.store import CheckpointStore
-from mtrl_cli.commands.train import run as train
-from mtrl_cli.config import compose, validation
-from mtrl_cli.config.introspection import class_name
-from mtrl_cli.errors import Stopped, UserError, show
-from mtrl_cli.files import atomic
-from mtrl_cli.parallel import torchrun
+from mtrl_cli.commands import warm_start
+from mtrl_cli.config import compose
+from mtrl_cli.errors import UserError, show
+from mtrl_cli.reports import grouping, html
 from mtrl_cli.runs.run_dir import RunFolder
-from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import print_line
-from mtrl_cli.studies import transfer_report
-from mtrl_cli.studies.transfer_report import KINDS
+from mtrl_cli.studies import engine
+from mtrl_cli.studies.engine import Study, key_of
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.plan import Axes, Choices, Value
+from mtrl_cli.sweeps.search_space import Words, as_word, take_apart
 
-RECORD = "study.json"
-EVALUATIONS = 10  # at least, over the budget, unless the user says how often
-_PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}
-_NOT_COMPARED = ("run_dir", "device", "trusted_packages", "ranks")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a study is to do.
-
-    Attributes:
-        source: the run whose network is used again, absolute.
-        which: of its checkpoints: a step, latest or best.
-        seeds: a pair of runs for each.
-        configs: by kind (fine_tuned, scratch), the configuration of its runs but for seed and folder.
-        run_dir: the study's folder; None: a new one.
-    """
-
-    source: Path
-    which: int | str
-    seeds: list[int]
-    configs: dict[str, dict[str, Any]]
-    run_dir: Path | None
+SOURCE = "init_from"
+PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}
 
 
-def transfer(run_path: Path, overrides: Sequence[str], *, command: list[str]) -> None:
-    """Compare fine-tuning a run's network with training from scratch, over seeds, and write a table and a picture.
+def make(run_path: Path, overrides: Sequence[str]) -> Study:
+    """Plan the study that the arguments of `mtrl transfer` ask for.
+
+    Each seed has one run that starts from the source's network (one for each combination of the given `transfer.*`), and one from scratch.
 
     Args:
         run_path: the source, or one of its checkpoints.
-        overrides: of the runs on the new tasks, and `seeds` and `run_dir` of the study.
-        command: the command line.
+        overrides: of the runs on the new tasks and of the sweep, and `seeds`.
 
     Raises:
-        UserError: the words, the source or the folder are wrong; runs that the study had made before stay.
-        RunError: a run failed.
-        Stopped: by a signal, after saving; the same command goes on.
+        UserError: an override or the source is wrong.
     """
-    if torchrun.place().size > 1:
-        raise UserError("mtrl transfer trains its runs in one process, one after the other: start it without torchrun")
-    transfer_report.require()
-    with StopRequest() as stop:
-        with stop.interruptible():
-            plan = _plan(run_path, overrides)
-            folder = _open(plan)
-        with folder:
-            try:
-                _work(folder, plan, stop, command)
-            except Stopped as stopped:
-                stopped.told = True
-                given = [] if plan.run_dir else [f"run_dir={folder.path}"]
-                print_line(f"the study goes on where it was with: {shlex.join([*command, *given])}")
-                raise
-            except UserError:
-                if not any((folder.path / kind).exists() for kind in KINDS):
-                    (folder.path / RECORD).unlink(missing_ok=True)
-                    folder.discard()
-                raise
+    html.require()
+    source, which = RunFolder.open(run_path)
+    words, seeds = engine.split_seeds(overrides)
+    split = take_apart(words)
+    engine.refuse_intervals(split)
+    given = {key_of(word) for word in words}
+    _check_given(given)
+    trained = compose.load(source.config, trusted=compose.trusted_packages(split.sweep))
+    base = engine.first_trial(split)
+    scratch = compose.compose_training([word for word in base if not _is_transfer(key_of(word))])
+    _check(scratch, trained, given)
+    name = os.path.basename(os.path.abspath(source.path))
+    path = _checkpoint(source, "latest" if which is None else which, split, f"transfer_{name}_to_{scratch['env']['name']}")
+    base.append(f"{SOURCE}={path}")
+    network, line = _network_of(trained, base, given, split)
+    tuned = compose.compose_training([*base, *network])
+    if tuned["network"].get("parameters") is None:
+        warm_start.check_torso(tuned, trained, f"{SOURCE}={path}")
+
+    values = {key: _values(split, key) for key in sorted(given) if _is_transfer(key)}
+    defaults = {key: as_word(scratch["transfer"].get(key.partition(".")[2])) for key in values}
+    as_choice = path if re.fullmatch(r"[\w./+-]+", path) else as_word(path)
+    axes = [f"{SOURCE}=choice({as_choice},null)"]
+    axes += [f"{key}={','.join(dict.fromkeys([*own, defaults[key]]))}" for key, own in values.items()]
+    rest = [word for word in words if not _is_transfer(key_of(word))] + network
+    intervals = ["eval.at_start=true", *engine.evaluation_overrides(scratch, given, ("eval.every",))]
+    rest += [word for word in intervals if key_of(word) not in given]
+    plan = engine.plan([*axes, *rest, *seeds], lambda found: _points(found, values, defaults), f"transfer_{name}_to_{{env}}")
+    return Study(plan, (f"transfer from {path} to {plan.env}: {engine.extent(plan)}", line))
 
 
-# -- what is to be done ---------------------------------------------------------------------------------------------------------
+# -- checks ---------------------------------------------------------------------------------------------------------------------
 
 
-def _plan(run_path: Path, overrides: Sequence[str]) -> Plan:
-    source, named = RunFolder.open(run_path)
-    words, seeds = _seeds(overrides)
-    given = {word.lstrip("+~").partition("=")[0] for word in words}
+def _check_given(given: set[str]) -> None:
     if "env" not in given:
-        raise UserError("mtrl transfer needs env=NAME, the tasks to use the network again for, such as env=minatar_pack; see mtrl ls env")
-    if "init_from" in given:
-        raise UserError("init_from: mtrl transfer begins with the network of RUN; leave init_from out")
-    trained = compose.load(source.config, trusted=compose.trusted_packages(words))
-    which = "latest" if named is None else named
-    composed = compose.compose_training([*words, f"init_from={os.path.abspath(source.path)}/checkpoints/{which}"])
-    _check(composed, given)
-    _check_kind(trained, composed, given)
-    config = _evaluated_often(_with_network_of(trained, composed, given), given)
-    run_dir = config["run_dir"]
-    trusted = config["trusted_packages"]
-    # What transfer.* says is of a source, and of the runs that have one.
-    scratch = {key: value for key, value in config.items() if key != "transfer"} | {"init_from": None}
-    return Plan(
-        source=Path(os.path.abspath(source.path)),
-        which=which,
-        seeds=[config["seed"] + index for index in range(seeds)],
-        configs={"fine_tuned": validation.validate(config, trusted=trusted), "scratch": validation.validate(scratch, trusted=trusted)},
-        run_dir=None if run_dir is None else Path(run_dir),
-    )
+        raise UserError("env is missing: name the tasks to transfer to, such as env=minatar_pack (mtrl ls env)")
+    if SOURCE in given:
+        raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN; leave {SOURCE} out")
 
 
-def _seeds(overrides: Sequence[str]) -> tuple[list[str], int]:
-    """The overrides of the runs, and how many seeds the study has."""
-    words = [word for word in overrides if not word.startswith("seeds=")]
-    given = [word.partition("=")[2] for word in overrides if word.startswith("seeds=")] or ["3"]
-    if not given[-1].isdecimal() or not 0 < int(given[-1]) <= 1000:
-        raise UserError(f"seeds={show(given[-1])}: expected how many runs of each kind there are to be, a whole number from 1 to 1000")
-    return words, int(given[-1])
-
-
-def _check(config: dict[str, Any], given: set[str]) -> None:
-    """Refuse what would make the runs of a study incomparable."""
-    if config["early_stopping"]["metric"] is not None:
-        raise UserError("early_stopping.metric: mtrl transfer compares runs of the same budget; leave early stopping out")
+def _check(config: Mapping[str, Any], trained: dict[str, Any], given: set[str]) -> None:
+    """Refuse runs that cannot be compared, and a source whose torso cannot read the new tasks' observations."""
+    engine.refuse_early_stopping(config)
     if config["eval"]["test_episodes"] == 0:
-        raise UserError("eval.test_episodes=0: mtrl transfer compares final scores by test games; give another number, or leave it out")
+        raise UserError("eval.test_episodes=0: final scores come from test episodes; give another number, or leave it out")
     if "eval.at_start" in given and not config["eval"]["at_start"]:
-        raise UserError("eval.at_start=false: mtrl transfer begins its curves before the first step; leave it out")
-
-
-def _check_kind(trained: dict[str, Any], config: dict[str, Any], given: set[str]) -> None:
-    """Refuse a source whose torso cannot read what the new tasks show."""
-    torso, pack = class_of(trained, "network")[0], build_run.make_pack(config)
+        raise UserError("eval.at_start=false: zero-shot scores need an evaluation before the first step; leave it out")
+    torso, pack = class_of(trained, "network")[0], build_run.make_pack(dict(config))
     reads, shown = getattr(torso, "observation_kind", None), pack.observation_kind
     if reads != shown and "network" not in given:
-        raise UserError(
-            f"the source's network reads {reads}s, and env={config['env']['name']} shows {shown}s: there is nothing to transfer"
-        )
+        raise UserError(f"the source's network reads {reads}s, but env={config['env']['name']} shows {shown}s: nothing can be transferred")
 
 
-def _with_network_of(trained: dict[str, Any], config: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """A configuration with the torso, sharing structure and head of the source's, but for what was given."""
-    kept = [group for group in _PARTS if group not in given]
-    network = {key: config["network"][key] for key in ("sharing", "head")}
-    for group in kept:
-        if group != "network":
-            part = group.rpartition("/")[2]
-            network[part] = dict(trained["network"][part])
-    own, others = trained["network"] if "network" in kept else config["network"], ("sharing", "head")
-    network = {key: value for key, value in own.items() if key not in others} | network
-    if "network" in kept:
-        network["parameters"] = None  # the source's widths are those that its parameters have
-    for key in (key for key in given if key.startswith("network.")):
-        *path, last = key.split(".")[1:]
-        from_node, to_node = config["network"], network
-        for part in path:
-            from_node, to_node = from_node[part], to_node[part]
-        to_node[last] = from_node[last]
-    told = [f"{', '.join(_PARTS[group] for group in kept)} as in the source"] if kept else []
-    chosen = [f"{group}={_word(config, group)}" for group in _PARTS if group not in kept]
-    print_line("network: " + "; ".join([*told, *([f"{', '.join(chosen)} as given"] if chosen else [])]))
-    return config | {"network": network}
+def _is_transfer(key: str) -> bool:
+    return key.startswith("transfer.")
 
 
-def _word(config: dict[str, Any], group: str) -> str:
-    node = config
-    for part in group.split("/"):
-        node = node[part]
-    return class_name(node)
+# -- the source -----------------------------------------------------------------------------------------------------------------
 
 
-def _evaluated_often(config: dict[str, Any], given: set[str]) -> dict[str, Any]:
-    """A configuration whose run is evaluated before its first step, and often enough for a curve."""
-    games = config["eval"] | {"at_start": True}
-    if "eval.every" not in given:
-        often = max(1, config["steps_per_task"] // EVALUATIONS)
-        games["every"] = min(games["every"] or often, often)
-    return config | {"eval": games}
+def _checkpoint(source: RunFolder, which: int | str, split: Words, folder: str) -> str:
+    """Return the path of the source's checkpoint. A study that is resumed keeps its own, even if the source was trained further."""
+    checkpoints = Path(os.path.abspath(source.checkpoints))
+    given = next((word.partition("=")[2] for word in split.sweep if key_of(word) == "run_dir"), f"runs/studies/{folder}")
+    study = Path(given).expanduser()
+    if not isinstance(which, int) and os.path.lexists(study / sweep_plan.RECORD):
+        axis = sweep_plan.read(study).axes.get(SOURCE)
+        path = str(axis.words[0]).strip("'") if isinstance(axis, Choices) else ""
+        if warm_start.is_of(Path(path), checkpoints / which):
+            return path
+    step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=print_line)  # type: ignore[arg-type]
+    return str(checkpoints / str(step))
 
 
-# -- the study's folder ---------------------------------------------------------------------------------------------------------
+def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], split: Words) -> tuple[list[str], str]:
+    """Return overrides with the source's torso, sharing structure and head, except for what the user gave, and a line on them."""
+    kept = [group for group in PARTS if group not in given]
+    config = dict(compose.flat(trained))
+    folders = tuple(compose.search_path(split.sweep)[1:])
+    names = {group: grouping.option_of(group, config, folders) for group in kept}
+    if None in names.values():
+        group = next(group for group, name in names.items() if name is None)
+        target = config[f"{group.replace('/', '.')}._target_"]
+        raise UserError(f"{group}: no option has the source's class {show(target)}; give hydra.searchpath as for the source")
+    words = [f"{group}={name}" for group, name in names.items()]
+    composed = dict(compose.flat(compose.compose_training([*base, *words])))
+    config["network.parameters"] = None  # the widths are those of the source's parameters
+    for key, value in config.items():
+        part = next((group for group in reversed(PARTS) if key.startswith(f"{group.replace('/', '.')}.")), None)
+        if part in kept and key not in given and composed.get(key) != value:
+            words.append(f"{key}={as_word(value)}")
+    chosen = [f"{group} as given" for group in PARTS if group not in kept]
+    as_source = [f"{', '.join(PARTS[group] for group in kept)} as in the source"] if kept else []
+    return words, f"network: {'; '.join([*as_source, *chosen])}"
 
 
-def _open(plan: Plan) -> RunFolder:
-    """The study's folder, locked: a new one, or that of the same study, to go on in.
-
-    Raises:
-        UserError: it is of another study, or holds something else.
-    """
-    path = plan.run_dir or Path("runs/transfer") / (
-        f"{plan.source.name}_to_{plan.configs['scratch']['env']['name']}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    )
-    if not os.path.lexists(path / RECORD):
-        step = CheckpointStore(plan.source / "checkpoints", keep=1, with_replay=False).load(plan.which, warn=print_line)[0]  # type: ignore[arg-type]
-        folder = RunFolder.create(path)
-        _write_record(folder, plan, step)
-        return folder
-    folder = RunFolder(path)
-    folder.lock()
-    try:
-        before = atomic.read_json(path / RECORD, path)
-        _check_same(path, plan, before)
-        if len(before["seeds"]) < len(plan.seeds):
-            _write_record(folder, plan, before["checkpoint"])
-    except BaseException:
-        folder.unlock()
-        raise
-    print_line(f"going on in {path}")
-    return folder
+# -- trials ---------------------------------------------------------------------------------------------------------------------
 
 
-def _write_record(folder: RunFolder, plan: Plan, checkpoint: int) -> None:
-    about = {"format": 1, "source": str(plan.source), "which": plan.which, "checkpoint": checkpoint, "seeds": plan.seeds}
-    folder.write(RECORD, atomic.to_json(about | {"configs": plan.configs}))
+def _values(split: Words, key: str) -> list[str]:
+    axis = split.axes.get(key)
+    return list(axis.words) if isinstance(axis, Choices) else [word.partition("=")[2] for word in split.shared if key_of(word) == key]
 
 
-def _check_same(path: Path, plan: Plan, before: dict[str, Any]) -> None:
-    """Refuse to go on with a study as another one."""
-    elsewhere = "give another run_dir"
-    if (before.get("source"), before.get("which")) != (str(plan.source), plan.which):
-        raise UserError(f"run_dir={path} holds a study of {show(before.get('source'))}, {show(before.get('which'))}: {elsewhere}")
-    seeds, configs = before.get("seeds"), before.get("configs")
-    if not isinstance(seeds, list) or not isinstance(configs, dict) or not isinstance(before.get("checkpoint"), int):
-        raise UserError(f"{path / RECORD} is damaged: {elsewhere}")
-    if plan.seeds[: len(seeds)] != seeds:
-        raise UserError(f"run_dir={path} holds a study of the seed(s) {show(seeds)}: others or fewer make another study; {elsewhere}")
-    for kind in KINDS:
-        old, new = (dict(compose.flat(configs.get(kind, {}))), dict(compose.flat(json.loads(json.dumps(plan.configs[kind])))))
-        different = sorted(key for key in {*old, *new} - {*_NOT_COMPARED} if old.get(key) != new.get(key))
-        if different:
-            raise UserError(
-                f"run_dir={path} holds a study with other values of {', '.join(different[:5])}: "
-                f"give these as they were (see {path / RECORD}), or another run_dir"
-            )
-
-
-# -- the work -------------------------------------------------------------------------------------------------------------------
-
-
-def _work(folder: RunFolder, plan: Plan, stop: StopRequest, command: list[str]) -> None:
-    """Train what is not trained yet, and tell what came out."""
-    record = atomic.read_json(folder.path / RECORD, folder.path)
-    runs = {kind: [folder.path / kind / f"s{seed}" for seed in plan.seeds] for kind in KINDS}
-    todo = [(kind, seed, folder.path / kind / f"s{seed}") for seed in plan.seeds for kind in KINDS]
-    for number, (kind, seed, path) in enumerate(todo, 1):
-        stop.check()
-        label = f"{number} of {len(todo)}: {KINDS[kind]}, seed {seed}"
-        if _is_completed(path):
-            print_line(f"{label}: done before")
-            continue
-        print_line(label)
-        config = plan.configs[kind] | {"seed": seed, "run_dir": str(path)}
-        if kind == "fine_tuned":
-            config["init_from"] = str(plan.source / "checkpoints" / str(record["checkpoint"]))
-        train(_with_replay_of(todo[0][2], config), command=command, or_resume=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    with stop.interruptible():
-        scratch = plan.configs["scratch"]
-        told = transfer_report.report(
-            runs,
-            {
-                "source": str(plan.source),
-                "checkpoint": record["checkpoint"],
-                "env": scratch["env"]["name"],
-                "steps_per_task": scratch["steps_per_task"],
-                "seeds": plan.seeds,
-            },
-        )
-        in_markdown, picture = transfer_report.table(told), transfer_report.picture(told)
-    folder.write("transfer.json", atomic.to_json(told))
-    folder.write("transfer.md", in_markdown)
-    atomic.replace(folder.path / "transfer.png", picture)
-    print_line(f"\n{in_markdown}\nwritten to {folder.path}: transfer.md, transfer.png, transfer.json")
-
-
-def _with_replay_of(first: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the replay's capacity that the study's first run settled on: memory that is free changes from run to run."""
-    if config["replay"].get("capacity") != "auto" or not RunFolder.is_run(first):
-        return config
-    settled = compose.load(first / "config.yaml", trusted=config["trusted_packages"])["replay"]["capacity"]
-    return config | {"replay": config["replay"] | {"capacity": settled}}
-
-
-def _is_completed(path: Path) -> bool:
-    return RunFolder.is_run(path) and RunFolder(path).read_record().get("status") == "completed"
+def _points(axes: Axes, values: Mapping[str, Sequence[str]], defaults: Mapping[str, str]) -> list[dict[str, Value]]:
+    """Return the trials: fine-tuned runs with each combination of `transfer.*`, and one from scratch, for each seed and other value."""
+    source = axes[SOURCE]
+    assert isinstance(source, Choices)
+    points: list[dict[str, Value]] = []
+    for rest in engine.combinations(axes, without=(SOURCE, *values)):
+        for own in itertools.product(*values.values()):
+            points.append({SOURCE: source.words[0], **dict(zip(values, own, strict=True)), **rest})
+        points.append({SOURCE: "null", **defaults, **rest})
+    return points

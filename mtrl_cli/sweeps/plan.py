@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from mtrl_cli.parallel import torchrun
 from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, NumberRange, Value, take_apart
 from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, settle_search
 
-__all__ = ["Choices", "NumberRange", "Plan", "Value", "check_same", "load", "make", "points_of", "read", "save"]
+__all__ = ["Axes", "Choices", "NumberRange", "Plan", "Points", "Value", "check_same", "load", "make", "points_of", "read", "save"]
+
+Axes = Mapping[str, Choices | NumberRange]
+Points = Callable[[Axes], Sequence[Mapping[str, Value]]]
+"""Chooses the trials of a study from the axes."""
 
 RECORD = "sweep.json"
 FORMAT = 1
@@ -90,8 +94,12 @@ class Plan:
         return shlex.join(["mtrl", "train", *self.words, *self.overrides(values), *trusted])
 
 
-def make(overrides: Sequence[str]) -> Plan:
+def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
     """What the words of `mtrl sweep` ask for, once all of it is known to make sense.
+
+    Args:
+        overrides: the words.
+        choose: of a study, chooses the trials from the axes; None: all combinations, or those of a sampler.
 
     Raises:
         UserError: a word is wrong, nothing varies, or a run cannot be composed.
@@ -104,12 +112,16 @@ def make(overrides: Sequence[str]) -> Plan:
         raise UserError("there is nothing to vary: give a key several values, such as 'seed=range(5)' or network/sharing=hard,film")
     trusted = section["trusted_packages"]
     search = settle_search(section["sweep"], words.axes)
-    checked = check_runs(words.shared, words.axes, trusted, search)
+    if choose is not None and (search["sampler"] != "grid" or section["sweep"]["trials"] is not None):
+        raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; leave them out")
+    chosen = None if choose is None else tuple({key: point[key] for key in words.axes} for point in choose(words.axes))
+    checked = check_runs(words.shared, words.axes, trusted, search, chosen)
+    points = chosen or (points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None)
     return Plan(
         words=words.shared,
         axes=checked.axes,
-        points=points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None,
-        search=search,
+        points=points,
+        search=search if chosen is None else {**search, "trials": len(chosen)},
         launcher=section["launcher"],
         trusted_packages=tuple(trusted),
         env="+".join(checked.envs),

@@ -128,8 +128,10 @@ def axis_of(word: str) -> Choices | NumberRange | None:
     key, _, value = word.partition("=")
     if key in PATHS and not (key == "init_from" and value.startswith("choice(")):
         return None  # a path may hold anything
+    is_list_of_paths = key in PATHS and "," in value and value.endswith(")")
     try:
-        parsed = OverridesParser.create().parse_override(word)
+        # Hydra's choice() takes no null, the same values without it do.
+        parsed = OverridesParser.create().parse_override(f"{key}={value[len('choice(') : -1]}" if is_list_of_paths else word)
     except HydraException as error:
         _refuse_if_meant(word, value, error)
         return None  # text, as for a run

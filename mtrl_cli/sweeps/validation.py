@@ -33,15 +33,25 @@ class Checked:
 
 
 def check_runs(
-    words: Sequence[str], axes: Mapping[str, Choices | NumberRange], trusted: Sequence[str], search: Mapping[str, Any]
+    words: Sequence[str],
+    axes: Mapping[str, Choices | NumberRange],
+    trusted: Sequence[str],
+    search: Mapping[str, Any],
+    points: Sequence[Mapping[str, Value]] | None = None,
 ) -> Checked:
     """Compose the first combination, and every other value of an axis beside the first of the others: their sum, not their product.
+
+    Of `points`, which a study has chosen, those are composed that hold a value that none before them has.
 
     Of numbers in a row only the first and the last are composed; all are checked for their type.
 
     Raises:
         UserError: one of them cannot be composed, or cannot be judged by what `search` says.
     """
+    if points is not None:
+        first_with = {value: point for point in reversed(points) for value in point.items()}
+        needed = [point for point in points if any(point is other for other in first_with.values())]
+        return _checked([compose(words, point, trusted) for point in needed], axes, search)
     first: dict[str, Value] = {key: axis.words[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
     whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
     composed = compose(words, first | whole, trusted)  # a whole number is also one where fractions may be
@@ -51,10 +61,14 @@ def check_runs(
     for key, axis in typed.items():
         base = {other: typed_low(typed[other], value) for other, value in first.items()}
         configs += [_compose_with(words, base, key, value, trusted) for value in _others(key, axis, annotations.get(key))]
+    return _checked(configs, typed, search)
+
+
+def _checked(configs: Sequence[Mapping[str, Any]], axes: Mapping[str, Choices | NumberRange], search: Mapping[str, Any]) -> Checked:
     for config in configs:
         check_judged(config, search)
     envs = tuple(dict.fromkeys(str(config["env"]["name"]) for config in configs))
-    return Checked(typed, envs, max(int(config["steps_per_task"]) for config in configs))
+    return Checked(axes, envs, max(int(config["steps_per_task"]) for config in configs))
 
 
 def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:

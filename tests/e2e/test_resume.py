@@ -1,4 +1,4 @@
-"""Resuming is exact: a run that was killed and resumed ends with the bytes of one that was left alone."""
+"""Exact resume: a run that was killed and resumed ends with the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL = Path("checkpoints") / "latest"
 
 
 def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, longest: float) -> int:
-    """Start a run and kill it at random moments until it has survived; returns how often it was killed while it ran."""
+    """Start a run and kill it at random moments until it completes. Returns the number of kills."""
     moments, killed = random.Random(seed), 0
     for attempt in range(kills + 1):
         process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
@@ -62,18 +62,18 @@ def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, lon
     ],
     ids=["classic", "pqn", "pqn-overlap", "prioritized", "atari", "atari-nature"],
 )
-def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+def test_run_killed_at_random_moments_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     killed = kill_and_resume(mtrl, overrides, kills, seed=len(overrides), longest=longest)
     assert killed > 0
-    alone, resumed = mtrl.folder / "alone", mtrl.folder / "run"
+    alone, resumed = mtrl.folder / "uninterrupted", mtrl.folder / "run"
     assert model(resumed) == model(alone)
     assert learning_rows(resumed) == learning_rows(alone)
 
 
-def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
+def test_run_stopped_by_sigterm_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
     overrides = [*CLASSIC, "checkpoint.every=0"]
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     process = mtrl.start("train", *overrides, "run_dir=run")
     metrics = mtrl.folder / "run" / "metrics.jsonl"
     while not metrics.exists():
@@ -86,8 +86,8 @@ def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(m
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "stopped"
     assert "mtrl resume" in output
     MtrlHere(mtrl.folder)("resume", "run")
-    assert model(mtrl.folder / "run") == model(mtrl.folder / "alone")
-    assert learning_rows(mtrl.folder / "run") == learning_rows(mtrl.folder / "alone")
+    assert model(mtrl.folder / "run") == model(mtrl.folder / "uninterrupted")
+    assert learning_rows(mtrl.folder / "run") == learning_rows(mtrl.folder / "uninterrupted")
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "completed"
 
 
@@ -96,7 +96,7 @@ def short(here: MtrlHere, *overrides: str) -> Path:
     return here.folder / "run"
 
 
-def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> None:
+def test_completed_run_is_reported_and_its_budget_may_be_raised(here: MtrlHere) -> None:
     run = short(here)
     before = model(run)
     assert "completed" in here("resume", "run").stdout
@@ -113,7 +113,7 @@ def test_other_overrides_are_refused(here: MtrlHere) -> None:
     assert "steps_per_task" in here("resume", "run", "steps_per_task=100", code=2).stderr
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_same(here: MtrlHere) -> None:
+def test_damaged_latest_checkpoint_falls_back_and_ends_with_the_same_bytes(here: MtrlHere) -> None:
     run = short(here)
     before = model(run)
     newest = run / "checkpoints" / "480" / "model.safetensors"
@@ -123,7 +123,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_sam
     assert model(run) == before
 
 
-def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
+def test_anything_but_a_run_is_refused(here: MtrlHere) -> None:
     (here.folder / "empty").mkdir()
     for name in ("nowhere", "empty"):
         refused = here("resume", name, code=2)
@@ -142,7 +142,7 @@ def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
         assert "MountainCar-v0" in refused.stderr, refused.stderr
 
 
-def test_run_without_saved_replay_gathers_anew(here: MtrlHere) -> None:
+def test_run_without_saved_replay_refills_the_replay(here: MtrlHere) -> None:
     run = short(here, "checkpoint.replay=false")
     assert not list((run / "checkpoints").glob("replay/*"))
     assert "gathering anew" in here("resume", "run", "steps_per_task=800").stdout

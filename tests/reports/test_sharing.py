@@ -1,4 +1,4 @@
-"""What sharing was worth, of runs whose scores are known."""
+"""Report sections on sharing, from runs whose scores are known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtrl_cli.reports import grouping, run_data, sharing_comparison, sharing_plots
+from mtrl_cli.reports import comparison, grouping, run_data, sharing_plots
 from mtrl_cli.reports import sharing as report_sharing
 from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.stats.bootstrap import Estimate
@@ -68,9 +68,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
+def test_structures_are_compared_with_independent_networks(study: Path) -> None:
     (section,) = sections(study)
-    assert section.title == "What sharing was worth"
+    assert section.title == "Sharing compared with independent networks"
     own = table(section, "sharing")
     assert list(own) == ["independent (300k)", "hard", "film", "independent (1.4M)"]
     assert own["film"]["runs"] == 5
@@ -81,7 +81,7 @@ def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
 
     same = table(section, "sharing_same_size")
     assert list(same) == ["hard", "film"]
-    assert {row["beside"] for row in same.values()} == {"independent (300k)"}
+    assert {row["baseline"] for row in same.values()} == {"independent (300k)"}
     assert same["film"]["score, mean"].value == pytest.approx(0.3, abs=0.03)
     assert same["film"]["gained"] == ", ".join(TASKS)
     assert same["film"]["lost"] == ""
@@ -99,7 +99,7 @@ def test_structures_beside_networks_that_share_nothing(study: Path) -> None:
     assert full["film"]["training cost"] == pytest.approx(0.5, abs=0.01)
 
 
-def test_differences_of_each_task(study: Path) -> None:
+def test_differences_per_task_have_intervals(study: Path) -> None:
     (section,) = sections(study)
     own = table(section, "sharing_same_size_tasks")
     assert list(own["hard"])[1:] == TASKS
@@ -130,20 +130,20 @@ def test_every_picture_can_be_drawn(tmp_path: Path) -> None:
     assert framed == 2 * len(TASKS) - 1  # all but the one task of hard's that nothing happened to
 
 
-def test_what_is_inside(tmp_path: Path) -> None:
+def test_diagnostics_are_means_over_runs(tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH, extra={"grad/conflict": 0.25, "features/cka": 0.6})
     (section,) = sections(tmp_path)
     inside = table(section, "sharing_inside")
-    assert inside["film"]["pairs in conflict, over training"] == pytest.approx(0.25)
-    assert inside["film"]["similarity of features (CKA)"] == pytest.approx(0.6)
+    assert inside["film"]["conflicting pairs, over training"] == pytest.approx(0.25)
+    assert inside["film"]["feature similarity (CKA)"] == pytest.approx(0.6)
 
 
-def test_conflict_of_runs_that_were_looked_at_at_other_steps(study: Path) -> None:
-    (setting,) = sharing_comparison.settings(grouping.grouped(run_data.read([study])), "network/sharing", sizes=True)
-    way = setting.ways[1]
+def test_conflict_curves_of_runs_with_other_steps_are_interpolated(study: Path) -> None:
+    (ablation,) = comparison.ablations(grouping.grouped(run_data.read([study])), "network/sharing")
+    variant = ablation.variants[1]
     own = [((0, 0.0), (10, 1.0), (20, 0.0)), ((5, 0.2), (15, 0.4))]
-    runs = tuple(replace(run, metrics={"grad/conflict": points}) for run, points in zip(way.runs, own, strict=False))
-    steps, shares = sharing_plots.conflict_over_training(replace(way, runs=runs))
+    runs = tuple(replace(run, metrics={"grad/conflict": points}) for run, points in zip(variant.runs, own, strict=False))
+    steps, shares = sharing_plots.conflict_over_training(replace(variant, runs=runs))
     np.testing.assert_array_equal(steps, [5, 10, 15])
     np.testing.assert_allclose(shares, [(0.5 + 0.2) / 2, (1.0 + 0.3) / 2, (0.5 + 0.4) / 2])
 
@@ -154,13 +154,13 @@ def test_routings_are_tables_of_tasks_by_choices(tmp_path: Path) -> None:
     }
     make_study(tmp_path / "S", REACH, extra=shares | {"routing/layer1/stranger/0": 1.0})
     groups = grouping.grouped(run_data.read([tmp_path]))
-    (setting,) = sharing_comparison.settings(groups, "network/sharing", sizes=True)
-    (found,) = sharing_comparison.routings(setting, setting.ways[1]).items()
+    (ablation,) = comparison.ablations(groups, "network/sharing")
+    (found,) = comparison.routings(ablation, ablation.variants[1]).items()
     assert found[0] == "layer1/module0"
     np.testing.assert_allclose(found[1], [[(row + 1) / 100, (row + 1) / 50] for row in range(len(TASKS))])
 
 
-# -- what is missing is said ----------------------------------------------------------------------------------------------------
+# -- missing runs and values  ----------------------------------------------------------------------------------------------------
 
 
 def test_one_seed_has_no_intervals_and_marks_nothing(tmp_path: Path) -> None:
@@ -175,12 +175,12 @@ def test_one_seed_has_no_intervals_and_marks_nothing(tmp_path: Path) -> None:
     assert not pictures(section)[0].draw().axes[0].patches
 
 
-def test_few_seeds_are_a_hint(tmp_path: Path) -> None:
+def test_few_seeds_are_cautioned_about(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["independent", "film"], "seed": [0, 1]}, WORDS)
     assert any("too narrow" in line for line in sections(tmp_path)[0].lines)
 
 
-def test_without_networks_that_share_nothing(tmp_path: Path) -> None:
+def test_missing_baseline_is_reported_with_advice(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0, 1]}, WORDS)
     (section,) = sections(tmp_path)
     assert any("network/sharing=independent" in line and "mtrl study sharing" in line for line in section.lines)
@@ -188,15 +188,15 @@ def test_without_networks_that_share_nothing(tmp_path: Path) -> None:
     assert not [name for name in names(section) if "same_size" in name or "full" in name]
 
 
-def test_a_baseline_of_another_size_is_no_baseline_of_the_same(tmp_path: Path) -> None:
+def test_baseline_of_another_size_is_not_of_the_same_size(tmp_path: Path) -> None:
     make_study(tmp_path / "S", {"independent": [0.5] * 5, "hard": [0.6] * 5}, sizes={"independent": 320_000})
     (section,) = sections(tmp_path)
     assert "sharing_same_size" not in names(section)
     assert list(table(section, "sharing_full")) == ["hard"]
-    assert any("as many parameters" in line for line in section.lines)
+    assert any("has the parameter count of" in line for line in section.lines)
 
 
-def test_runs_that_were_not_completed_are_left_out_and_named(tmp_path: Path) -> None:
+def test_incomplete_runs_are_left_out_and_listed(tmp_path: Path) -> None:
     states = {7: "failed", 9: "running", 10: "pruned", 11: "waiting"}
     make_study(tmp_path / "S", REACH, states=states)
     (section,) = sections(tmp_path)
@@ -207,7 +207,7 @@ def test_runs_that_were_not_completed_are_left_out_and_named(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("states", [{5: "queued"}, {5: "lost"}, {5: "lost", 6: "queued", 0: "queued"}])
-def test_a_trial_whose_configuration_is_not_settled_takes_nothing_away(states: Mapping[int, str], tmp_path: Path) -> None:
+def test_trial_with_unresolved_auto_values_stays_in_its_group(states: Mapping[int, str], tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH, states=states)
     (section,) = sections(tmp_path)
     assert list(table(section, "sharing")) == list(REACH)
@@ -215,7 +215,7 @@ def test_a_trial_whose_configuration_is_not_settled_takes_nothing_away(states: M
     assert list(table(section, "sharing_same_size")) == ["hard", "film"]
 
 
-def test_a_trial_whose_pad_is_not_settled_is_of_its_group(tmp_path: Path) -> None:
+def test_trial_with_unresolved_pad_stays_in_its_group(tmp_path: Path) -> None:
     axes = {"network/sharing": list(REACH), "seed": [0, 1]}
     folder = make_sweep(tmp_path / "S", axes, [*WORDS, "+augmentation=shift"], states={2: "queued"})
     for number in (0, 1, 3, 4, 5):
@@ -225,16 +225,16 @@ def test_a_trial_whose_pad_is_not_settled_is_of_its_group(tmp_path: Path) -> Non
     assert list(table(sections(tmp_path)[0], "sharing")) == list(REACH)
 
 
-def test_values_that_somebody_has_set_are_settings_of_their_own(tmp_path: Path) -> None:
+def test_values_set_by_the_user_make_another_ablation(tmp_path: Path) -> None:
     for name in ("independent", "film"):
         make_run(tmp_path / name, [*WORDS, f"network/sharing={name}"])
     make_run(tmp_path / "large", [*WORDS, "network/sharing=hard", "agent.batch_size=256"])
     (section,) = sections(tmp_path)
     assert list(table(section, "sharing")) == ["film", "independent"]
-    assert any("With one structure only" in line and "hard" in line for line in section.lines)
+    assert any("One structure only" in line and "hard" in line for line in section.lines)
 
 
-def test_a_run_without_results_is_left_out_and_takes_no_scores_away(tmp_path: Path) -> None:
+def test_run_without_results_is_left_out(tmp_path: Path) -> None:
     folder = make_study(tmp_path / "S", REACH) / "trials" / "0006"
     (folder / "eval" / "test.json").unlink()
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -245,15 +245,15 @@ def test_a_run_without_results_is_left_out_and_takes_no_scores_away(tmp_path: Pa
     assert any("hard: seed 1 (no results of all tasks)" in line for line in section.lines)
 
 
-def test_a_seed_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+def test_duplicate_seed_counts_once(tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH)
     make_run(tmp_path / "again", [*WORDS, "network/sharing=film"], seed=3, reaches=0.1)
     (section,) = sections(tmp_path)
     assert table(section, "sharing")["film"]["runs"] == 5
-    assert any("film: seed 3 (another run of it counts)" in line for line in section.lines)
+    assert any("film: seed 3 (superseded by another run)" in line for line in section.lines)
 
 
-def test_no_completed_run(tmp_path: Path) -> None:
+def test_no_completed_run_gives_an_empty_table(tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH, states=dict.fromkeys(range(15), "failed"))
     (section,) = sections(tmp_path)
     assert any("no completed run" in line for line in section.lines)
@@ -261,46 +261,46 @@ def test_no_completed_run(tmp_path: Path) -> None:
     assert pictures(section) == []
 
 
-def test_one_structure_is_compared_with_nothing(tmp_path: Path) -> None:
+def test_single_structure_shows_diagnostics_only(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path / str(seed), WORDS, seed=seed)
     (section,) = sections(tmp_path)
-    assert section.title == "Inside the networks"
+    assert section.title == "Gradients, features and routing"
     assert "sharing_inside" in names(section)
     assert report_sharing.sections([]) == []
     make_sweep(tmp_path / "S", {"optimizer.lr": ["0.1", "0.01"], "seed": [0]}, WORDS)
     assert sections(tmp_path / "S") == []
-    (line,) = report_sharing.in_short(grouping.grouped(run_data.read([tmp_path / "S"])))
-    assert line.startswith("All have one sharing structure, hard, so nothing tells what sharing was worth")
+    (line,) = report_sharing.summary(grouping.grouped(run_data.read([tmp_path / "S"])))
+    assert line.startswith("All runs have one sharing structure, hard, so sharing is not compared")
 
 
-def test_other_packs_budgets_and_values_are_not_compared(tmp_path: Path) -> None:
+def test_different_packs_budgets_and_values_are_not_compared(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [*WORDS, "network/sharing=independent"])
     make_run(tmp_path / "b", [*WORDS, "network/sharing=film", "steps_per_task=50000"])
     make_run(tmp_path / "c", ["env=classic_pack", "network/sharing=hard"])
     make_run(tmp_path / "d", [*WORDS, "network/sharing=mmoe", "optimizer.lr=0.01"])
     (section,) = sections(tmp_path)
-    assert "nothing to compare" in section.lines[0]
+    assert "sharing is not compared" in section.lines[0]
     make_run(tmp_path / "e", [*WORDS, "network/sharing=hard", "optimizer.lr=0.01"])
     (section,) = sections(tmp_path)
     assert list(table(section, "sharing")) == ["mmoe", "hard"]
-    assert any("With one structure only" in line for line in section.lines)
+    assert any("One structure only" in line for line in section.lines)
 
 
-def test_settings_of_other_values_have_sections_of_their_own(tmp_path: Path) -> None:
+def test_each_ablation_has_its_own_section(tmp_path: Path) -> None:
     axes = {"network/sharing": ["independent", "film"], "optimizer.lr": ["0.001", "0.0001"], "seed": [0, 1]}
     make_sweep(tmp_path / "S", axes, WORDS)
     first, second = sections(tmp_path)
     assert (first.anchor, second.anchor) == ("sharing", "sharing-2")
-    assert first.title == "What sharing was worth: optimizer.lr=0.001"
-    assert second.title == "What sharing was worth: optimizer.lr=0.0001"
+    assert first.title == "Sharing compared with independent networks: optimizer.lr=0.001"
+    assert second.title == "Sharing compared with independent networks: optimizer.lr=0.0001"
     assert not set(names(first)) & set(names(second))
 
 
-def test_tasks_without_reference_are_told_by_their_returns(tmp_path: Path) -> None:
+def test_tasks_without_reference_are_compared_by_returns(tmp_path: Path) -> None:
     make_study(tmp_path / "S", REACH, scored=False)
     (section,) = sections(tmp_path)
-    assert any("Without a reference" in line for line in section.lines)
+    assert any("Without reference scores" in line for line in section.lines)
     own = table(section, "sharing_same_size_tasks")["film"]
     assert own[f"{TASKS[0]} (return)"].value == pytest.approx(30, abs=3)
     assert table(section, "sharing_same_size")["film"]["score, mean"] is None
@@ -308,15 +308,15 @@ def test_tasks_without_reference_are_told_by_their_returns(tmp_path: Path) -> No
     pictures(section)[0].draw()
 
 
-def test_task_weights_beside_uniform_ones(tmp_path: Path) -> None:
+def test_task_weights_are_compared_with_uniform_ones(tmp_path: Path) -> None:
     axes = {"network/sharing": ["independent", "hard"], "task_weights": ["uniform", "pcgrad"], "seed": [0, 1, 2]}
     reach = {"uniform": 0.4, "pcgrad": 0.7}
     make_sweep(tmp_path / "S", axes, WORDS, reaches=lambda values: reach[values["task_weights"]], spread=0.01)
     found = sections(tmp_path)
     assert [section.title for section in found] == [
-        "What sharing was worth: task_weights=uniform",
-        "What sharing was worth: task_weights=pcgrad",
-        "What task weights were worth: network/sharing=independent",
-        "What task weights were worth: network/sharing=hard",
+        "Sharing compared with independent networks: task_weights=uniform",
+        "Sharing compared with independent networks: task_weights=pcgrad",
+        "Task weights compared with uniform weights: network/sharing=independent",
+        "Task weights compared with uniform weights: network/sharing=hard",
     ]
     assert table(found[3], "weights_uniform_2")["pcgrad"]["score, mean"].value == pytest.approx(0.3, abs=0.03)

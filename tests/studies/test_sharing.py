@@ -1,4 +1,4 @@
-"""`mtrl study sharing`: which trials it has, how it goes on, and what it leaves."""
+"""`mtrl study sharing`: its trials, resuming, its report and what it refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAKE = ["launcher._target_=tests.helpers.fake_launcher.FakeLauncher", "trusted_p
 
 @pytest.fixture(autouse=True)
 def counted_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks are counted by this checkout's code."""
+    """Count networks with the code of this checkout."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
@@ -41,9 +41,9 @@ def trials(listing: str) -> list[dict[str, str]]:
     return [dict(word.split("=", 1) for word in words) for _, *words in rows]
 
 
-def test_every_structure_at_the_size_of_hard_sharing(here: MtrlHere) -> None:
-    told = here("study", "sharing", *SMALL, "seeds=2", "--dry-run").stdout
-    found = trials(told)
+def test_every_structure_has_the_parameter_count_of_hard_sharing(here: MtrlHere) -> None:
+    listing = here("study", "sharing", *SMALL, "seeds=2", "--dry-run").stdout
+    found = trials(listing)
     size = next(values["network.parameters"] for values in found if values["network/sharing"] == "hard")
     own = ["independent", "hard", "film"]
     expected = [*((name, size) for name in own), ("independent", "null")]
@@ -54,55 +54,55 @@ def test_every_structure_at_the_size_of_hard_sharing(here: MtrlHere) -> None:
     sizes = here("ls", "network/sharing", "env=classic_pack", "network.hidden=[32,32]").stdout
     assert f"{int(size):,}" in next(line for line in sizes.splitlines() if line.startswith("* hard"))
     full = next(line for line in sizes.splitlines() if "independent" in line).split()[1]
-    assert f"independent, hard, film with {int(size):,} parameters each, and independent with {full}; 2 seeds" in told
+    assert f"independent, hard, film with {int(size):,} parameters each, and independent with {full}" in listing
     # Evaluated and looked into ten times at least.
-    assert f"eval.every={STEPS} log.diagnostics={STEPS}" in told
+    assert f"eval.every={STEPS} log.diagnostics={STEPS}" in listing
     assert not (here.folder / "runs").exists()
 
 
 def test_other_axes_sizes_and_seeds(here: MtrlHere) -> None:
     words = [*SMALL, "task_weights=uniform,pcgrad", "network.parameters=3k,4k", "seed=7,9", "log.diagnostics=5"]
-    told = here("study", "sharing", *words, "--dry-run").stdout
-    found = trials(told)
+    listing = here("study", "sharing", *words, "--dry-run").stdout
+    found = trials(listing)
     assert len(found) == 2 * 2 * (3 * 2 + 1)
     assert {each["network.parameters"] for each in found} == {"3k", "4k", "null"}
     assert [each["seed"] for each in found] == ["7"] * 14 + ["9"] * 14
     assert [each["task_weights"] for each in found[:14]] == ["uniform"] * 7 + ["pcgrad"] * 7
     assert len({tuple(each.items()) for each in found}) == len(found)
-    assert "log.diagnostics=5" in told
+    assert "log.diagnostics=5" in listing
 
 
-def test_a_structure_that_cannot_be_so_small_is_left_out_and_named(here: MtrlHere) -> None:
-    told = here("study", "sharing", *WORDS, "network/sharing=care,hard", "network.parameters=2k", "seeds=1", "--dry-run").stdout
-    assert "left out: care with network.parameters=2k: network.parameters must be at least " in told
-    assert {each["network/sharing"] for each in trials(told)} == {"independent", "hard"}
+def test_structure_that_cannot_be_so_small_is_left_out_with_its_reason(here: MtrlHere) -> None:
+    listing = here("study", "sharing", *WORDS, "network/sharing=care,hard", "network.parameters=2k", "seeds=1", "--dry-run").stdout
+    assert "left out: care with network.parameters=2k: network.parameters must be at least " in listing
+    assert {each["network/sharing"] for each in trials(listing)} == {"independent", "hard"}
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["network/sharing=independent"], "that is what structures are compared with"),
-        (["network/sharing=hard,fim"], "did you mean film"),
+        (["network/sharing=independent"], "is the baseline of the comparison"),
+        (["network/sharing=hard,fim"], "Did you mean 'network/sharing=film'?"),
         (["seeds=0"], "a whole number from 1"),
-        (["seeds=2", "seed=1,2"], "expected one of them"),
-        (["network.parameters=null"], "at their own widths are in a study of sharing anyway"),
-        (["optimizer.lr=interval(0.001,0.01)"], "search intervals with mtrl sweep"),
-        (["env.tasks=[CartPole-v1]"], "needs two tasks at least"),
+        (["seeds=2", "seed=1,2"], "both choose the seeds"),
+        (["network.parameters=null"], "of full width are always trained"),
+        (["optimizer.lr=interval(0.001,0.01)"], "mtrl sweep takes intervals"),
+        (["env.tasks=[CartPole-v1]"], "at least two tasks"),
         (["early_stopping.metric=eval/score/mean"], "of the same budget"),
         (["network/sharing=care", "network.parameters=1k"], "no structure can be trained at that size"),
-        (["sweep.trials=3"], "has trials of its own"),
+        (["sweep.trials=3"], "a study chooses its own trials"),
         (["optimizer.lrr=1"], "optimizer.lr"),
         (["network.hidden=[0]"], "network.hidden"),
     ],
 )
-def test_what_makes_no_study_is_refused(here: MtrlHere, words: list[str], told: str) -> None:
+def test_mistakes_are_refused_and_nothing_is_created(here: MtrlHere, words: list[str], message: str) -> None:
     given = {word.partition("=")[0] for word in words}
     base = [word for word in SMALL if word.partition("=")[0] not in given]
-    assert told in here("study", "sharing", *base, *words, code=2).stderr
+    assert message in here("study", "sharing", *base, *words, code=2).stderr
     assert list(here.folder.iterdir()) == []
 
 
-def test_counting_says_what_is_wrong() -> None:
+def test_counting_reports_a_wrong_override() -> None:
     with pytest.raises(UserError, match="there is no"):
         sharing_sizes.measure(["env=classic_pack", "networc=mlp"], ["hard"], [])
 
@@ -131,7 +131,7 @@ def test_chosen_points_are_kept(tmp_path: Path) -> None:
     assert sweep_plan.check_same(plan, tmp_path).points == plan.points
 
 
-def test_chosen_points_are_not_those_of_another_sweep(tmp_path: Path) -> None:
+def test_sweep_with_other_points_is_refused(tmp_path: Path) -> None:
     sweep_plan.save(plan_of(tmp_path, chosen()), tmp_path, ["mtrl", "study", "sharing"])
     for other in (plan_of(tmp_path), plan_of(tmp_path, chosen()[::-1]), plan_of(tmp_path, chosen()[:-1])):
         with pytest.raises(UserError, match="other trials"):
@@ -151,7 +151,7 @@ def test_chosen_points_are_not_those_of_another_sweep(tmp_path: Path) -> None:
         ["hard"],
     ],
 )
-def test_points_of_a_stranger_are_checked(tmp_path: Path, points: Any) -> None:
+def test_damaged_points_are_refused(tmp_path: Path, points: Any) -> None:
     sweep_plan.save(plan_of(tmp_path, chosen()[:1]), tmp_path, ["mtrl", "study", "sharing"])
     record = json.loads((tmp_path / "sweep.json").read_text())
     (tmp_path / "sweep.json").write_text(json.dumps(record | {"points": points}))
@@ -180,7 +180,7 @@ def steps_taken(study: Path) -> dict[str, int]:
     return {path.parent.name: len(path.read_text().splitlines()) for path in sorted(study.glob("trials/*/steps.log"))}
 
 
-def test_a_study_ends_with_its_report_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_study_ends_with_its_report_and_the_same_command_resumes(tmp_path: Path) -> None:
     # One seed's runs fail: that is said at the end, after a report that names them.
     told, error = mtrl(tmp_path, code=1, FAKE_WORKER=json.dumps({"1": "fail"}))
     assert "8 runs" in told

@@ -134,6 +134,7 @@ def test_each_word_goes_where_it_belongs() -> None:
 
 def test_sources_differ_where_that_is_said() -> None:
     assert search_space.take_apart(["init_from=choice(a,b)"]).axes == {"init_from": Choices(("a", "b"))}
+    assert search_space.take_apart(["init_from=choice(/a/b-1,null)"]).axes == {"init_from": Choices(("/a/b-1", "null"))}
 
 
 @pytest.mark.parametrize("words", [["seed=1,2", "seed=3"], ["seed=1", "++seed=2"], ["sweep.trials=1", "sweep.trials=1"]])

@@ -182,7 +182,7 @@ def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case:
         (["optimizer.schedule=cosine", "optimizer.lr_final=1"], "optimizer.lr_final=0"),
         (["optimizer=sgd", "optimizer.eps=1e-5"], "optimizer.eps"),
         (["optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=true"], "optimizer.momentum"),
-        (["network.dropout=1"], "a share from 0 to 0.9"),
+        (["network.dropout=1"], "a fraction from 0 to 0.9"),
         (["network.dropout=0.1", "task_weights=famo"], "FAMO"),
         (["network.spectral_norm=true", "network/sharing=paco"], "network/sharing=paco"),
     ],

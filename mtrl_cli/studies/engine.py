@@ -1,0 +1,144 @@
+"""The study engine: a sweep of chosen trials, then its report. Studies differ only in the trials that they choose."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mtrl_cli.errors import RunError, Stopped, UserError, show
+from mtrl_cli.reports import command as report
+from mtrl_cli.runs.terminal import print_line
+from mtrl_cli.sweeps import command as sweep
+from mtrl_cli.sweeps import dry_run
+from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points
+from mtrl_cli.sweeps.search_space import Words
+
+DEFAULT_SEEDS, MAX_SEEDS = 3, 1000
+EVALUATIONS = 10
+"""Evaluations and diagnostics over the budget, at least, unless the user sets their intervals."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A sweep of chosen trials, and the lines that describe it."""
+
+    plan: Plan
+    lines: tuple[str, ...]
+
+    def listing(self) -> str:
+        """Describe the study and list its trials, for `--dry-run`."""
+        return "\n".join([*self.lines, dry_run.list_sweep(self.plan)])
+
+
+def run(study: Study, *, command: Sequence[str]) -> None:
+    """Train the trials that are not completed yet, then write the report into the study's folder.
+
+    Raises:
+        UserError: the folder holds something else.
+        RunError: a trial failed for good; the report, which names it, is written first.
+        Stopped: by a signal, after saving; the same command resumes.
+    """
+    for line in study.lines:
+        print_line(line)
+    folder = study.plan.run_dir
+    assert folder is not None
+    failed = None
+    try:
+        sweep.sweep(study.plan, command=command)
+    except RunError as error:
+        failed = error
+    except Stopped:
+        print_line("or with the same command, which also writes the report")
+        raise
+    report.report([folder.expanduser()], None, command)
+    if failed is not None:
+        raise failed
+
+
+def plan(overrides: Sequence[str], points: Points, folder: str) -> Plan:
+    """Plan the sweep of a study.
+
+    Args:
+        overrides: of the sweep, with several values for each key that trials differ in.
+        points: chooses the trials from the axes.
+        folder: name of the default folder under runs/studies; `{env}` is the environment's name.
+    """
+    made = sweep_plan.make(overrides, points)
+    return replace(made, run_dir=made.run_dir or Path("runs/studies") / folder.format(env=made.env))
+
+
+# -- overrides ------------------------------------------------------------------------------------------------------------------
+
+
+def key_of(word: str) -> str:
+    """Return the key of an override."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `seeds=N` and `seed=FIRST` off the overrides and return the other overrides and the seed axis: N seeds from FIRST on.
+
+    A list of seeds (`seed=1,5`) stays as it is; it takes no `seeds`.
+    """
+    words = [word for word in overrides if key_of(word) != "seeds"]
+    counts = [word.partition("=")[2] for word in overrides if key_of(word) == "seeds"]
+    first = next((word.partition("=")[2] for word in words if key_of(word) == "seed"), "0")
+    if len(counts) > 1 or (counts and not (counts[0].isdecimal() and 0 < int(counts[0]) <= MAX_SEEDS)):
+        raise UserError(f"seeds must be a whole number from 1 to {MAX_SEEDS}, given once; got {show(counts[-1])}")
+    if not re.fullmatch(r"\d{1,15}", first):
+        if counts:
+            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds: give one of them")
+        return words, []
+    number = int(counts[0]) if counts else DEFAULT_SEEDS
+    values = ",".join(str(int(first) + index) for index in range(number))
+    return [word for word in words if key_of(word) != "seed"], [f"seed={values}"]
+
+
+def first_trial(words: Words, without: Sequence[str] = ()) -> list[str]:
+    """Return the overrides of the run with the first value of each axis, without some keys."""
+    axes = [f"{key}={axis.words[0]}" for key, axis in words.axes.items() if isinstance(axis, Choices)]
+    trusted = [word for word in words.sweep if key_of(word) == "trusted_packages"]
+    return [*(word for word in [*words.shared, *axes] if key_of(word) not in without), *trusted]
+
+
+def refuse_intervals(words: Words) -> None:
+    """Raise UserError where a key is to be drawn from an interval."""
+    for key, axis in words.axes.items():
+        if not isinstance(axis, Choices):
+            raise UserError(f"{key}: a study trains the same values in each of its configurations: give values; mtrl sweep takes intervals")
+
+
+def refuse_early_stopping(config: Mapping[str, Any]) -> None:
+    """Raise UserError where runs may end before their budget."""
+    if config["early_stopping"]["metric"] is not None:
+        raise UserError("early_stopping.metric: a study compares runs of the same budget; leave early stopping out")
+
+
+def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Sequence[str]) -> list[str]:
+    """Return overrides that make intervals short enough for curves, for those of `keys` that the user has not given."""
+    longest = max(1, config["steps_per_task"] // EVALUATIONS)
+    intervals = {key: config[key.partition(".")[0]][key.partition(".")[2]] for key in keys if key not in given}
+    return [f"{key}={longest}" for key, every in intervals.items() if not 0 < every <= longest]
+
+
+# -- trials ---------------------------------------------------------------------------------------------------------------------
+
+
+def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield the combinations of all axes but some, seeds changing last."""
+    others = {key: axis.words for key, axis in axes.items() if key not in without and isinstance(axis, Choices)}
+    keys = sorted(others, key=lambda key: key != "seed")
+    for values in itertools.product(*(others[key] for key in keys)):
+        yield dict(zip(keys, values, strict=True))
+
+
+def extent(plan: Plan) -> str:
+    """Describe how much a study trains: `12 runs of 40,000 steps per task, 3 seeds`."""
+    seeds = plan.axes.get("seed")
+    number = len(seeds.words) if isinstance(seeds, Choices) else 1
+    return f"{plan.trials} runs of {plan.steps_per_task:,} steps per task, {number} {'seed' if number == 1 else 'seeds'}"
