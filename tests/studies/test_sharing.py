@@ -103,7 +103,7 @@ def test_mistakes_are_refused_and_nothing_is_created(here: MtrlHere, words: list
 
 
 def test_counting_reports_a_wrong_override() -> None:
-    with pytest.raises(UserError, match="there is no"):
+    with pytest.raises(UserError, match="unknown key 'networc'"):
         sharing_sizes.measure(["env=classic_pack", "networc=mlp"], ["hard"], [])
 
 
