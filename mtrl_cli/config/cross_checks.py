@@ -166,5 +166,3 @@ def _check_transfer(init_from: str | None, transfer: Mapping[str, Any]) -> None:
         raise UserError(
             f"transfer.unfreeze_at={unfreeze_at} has no effect with transfer.freeze=none. Set transfer.freeze=torso, for example"
         )
-    if transfer["gradual"] and unfreeze_at is None:
-        raise UserError("transfer.gradual=true requires transfer.unfreeze_at=STEPS")

@@ -38,7 +38,6 @@ class Transfer:
 
     freeze: Freeze
     unfreeze_at: PositiveInt | None
-    gradual: bool
     adapters: Literal["none", "lora"]
     rank: PositiveInt
     replay: bool

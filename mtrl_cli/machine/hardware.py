@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
-SHARES = ("MTRL_CORES", "MTRL_MEMORY", "MTRL_DISK", "MTRL_RUNS_PER_GPU")
-"""Environment variables of a run that shares its machine: its number of cores, its bytes of memory and disk, and the number of runs that
-share the memory of its GPU."""
+# Environment variables of a run that shares its machine: MTRL_CORES (a number), MTRL_MEMORY and MTRL_DISK (bytes), and MTRL_RUNS_PER_GPU
+# (the number of runs that share the memory of its GPU).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 

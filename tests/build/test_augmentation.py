@@ -261,7 +261,7 @@ def test_every_augmentation_changes_training_and_resumes_exactly(words: list[str
     last = here.folder / "run" / "checkpoints" / "96"
     before = [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
     shutil.rmtree(last)  # as if it had been killed before
-    assert "going on from step 48" in here("resume", "run").stdout
+    assert "resuming from step 48" in here("resume", "run").stdout
     assert [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before
     if augmentation == ["augmentation=shift"]:
         here("train", *words, "run_dir=plain")

@@ -211,5 +211,5 @@ def test_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_pa
     assert [record["state"] for record in told] == ["completed"] * 3
     assert [record["attempts"] for record in told] == [2 if each == number else 1 for each in range(3)]
     assert f"trial {number}: its process died (Ray lost its machine" in (tmp_path / "output").read_text()
-    assert "going on from step" in (run / "output.txt").read_text(), "the run restarted from the beginning"
+    assert "resuming from step" in (run / "output.txt").read_text(), "the run restarted from the beginning"
     assert processes_of(folder) == set()

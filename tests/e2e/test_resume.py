@@ -145,7 +145,7 @@ def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
 def test_run_without_saved_replay_refills_the_replay(here: MtrlHere) -> None:
     run = short(here, "checkpoint.replay=false")
     assert not list((run / "checkpoints").glob("replay/*"))
-    assert "gathering anew" in here("resume", "run", "steps_per_task=800").stdout
+    assert "with an empty replay" in here("resume", "run", "steps_per_task=800").stdout
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = {row["step"]: row["updates"] for row in rows}
     assert updates[560] == updates[480]

@@ -226,7 +226,7 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
     assert [(record["state"], record["attempts"]) for record in records(folder)] == [("completed", 1)] * 3
     assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
     assert "Restarts=1" in slurm_output("scontrol", "show", "job", handle)
-    restarted = [path.parent.name for path in folder.glob("trials/*/output.txt") if "going on from step" not in path.read_text()]
+    restarted = [path.parent.name for path in folder.glob("trials/*/output.txt") if "resuming from step" not in path.read_text()]
     assert "0000" not in restarted, "the requeued job restarted from the beginning"
 
     plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)

@@ -15,7 +15,7 @@ import pytest
 
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import extras
-from mtrl_cli.reports import command as procedure
+from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 
 pytest.importorskip("matplotlib")
@@ -24,7 +24,7 @@ QUICK = {"evaluations": 2, "rows": 6}
 
 def report(*words: object) -> None:
     """What the command does, in this process."""
-    procedure.report(*procedure.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
+    report_command.run(*report_command.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
 
 
 def test_the_command_makes_a_page_without_torch_and_says_where(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
     storage = "postgresql://me:PASSWORD@host/sweeps"
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, plan={"storage": storage}, **QUICK)
     command = ["mtrl", "study", "sharing", "env=minatar_pack", f"sweep.storage={storage}"]
-    procedure.report([tmp_path / "S"], None, command)
+    report_command.run([tmp_path / "S"], None, command)
     made = [path for path in (tmp_path / "S").rglob("*") if path.is_file()]
     assert (tmp_path / "S" / "report" / "report.json") in made
     assert [path for path in made if b"PASSWORD" in path.read_bytes()] == []
@@ -191,7 +191,7 @@ def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path:
     words, message = {
         "no_run": ([tmp_path / "empty"], "no run lies there"),
         "a_file": ([tmp_path / "file"], "file is no folder"),
-        "a_typo": ([run, "otu=x"], "did you mean out="),
+        "a_typo": ([run, "otu=x"], "unknown key 'otu'. Did you mean 'out'?"),
         "unwritable": ([run], "cannot be written"),
         "no_file_system": ([run, "out=/proc/x"], "cannot be written"),
     }[kind]
@@ -200,7 +200,7 @@ def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path:
         def refuse(**_: object) -> str:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(procedure.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(report_command.tempfile, "mkdtemp", refuse)
     if kind == "no_file_system" and not Path("/proc").is_dir():
         pytest.skip("no /proc here")
     with pytest.raises(UserError, match=message):
