@@ -11,6 +11,7 @@ from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
 from mtrl_cli.checkpoints.state_tree import flatten, unflatten
+from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
@@ -301,7 +302,7 @@ def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda package: None)
     done = here("train", *TINY, f"task_weights={name}", "run_dir=run", code=2)
     assert done.stderr.splitlines()[-1].endswith(
-        f"task_weights={name} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'"
+        f"task_weights={name} requires a convex solver, which is not installed. Install it with: {extras.install_command('solvers')}"
     )
     assert not (here.folder / "run").exists()
 
