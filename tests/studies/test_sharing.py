@@ -136,7 +136,7 @@ def test_sweep_with_other_points_is_refused(tmp_path: Path) -> None:
     for other in (plan_of(tmp_path), plan_of(tmp_path, chosen()[::-1]), plan_of(tmp_path, chosen()[:-1])):
         with pytest.raises(UserError, match="other combinations"):
             sweep_plan.check_same(other, tmp_path)
-    with pytest.raises(UserError, match=r"sweep.trials=7.*trials of its own"):
+    with pytest.raises(UserError, match=r"sweep.trials=7.*number of trials is fixed"):
         sweep_plan.load(tmp_path, ["sweep.trials=7"])
 
 
