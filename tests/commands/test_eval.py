@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared
 
 TINY = [
     "env=atari_pack",
@@ -29,11 +30,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("atari")
-    MtrlHere(folder)("train", *TINY, "run_dir=run")
-    return folder / "run"
+@pytest.fixture
+def trained(shared: Shared) -> Path:
+    return shared.run(*TINY).path
 
 
 @pytest.fixture
