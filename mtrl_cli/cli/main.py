@@ -131,9 +131,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
       mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
     if os.path.lexists(run.expanduser() / "sweep.json"):
-        from mtrl_cli.sweeps import command as sweep_command
+        from mtrl_cli.sweeps import command
 
-        sweep_command.resume(run.expanduser(), overrides or [], command=_command())
+        command.resume(run.expanduser(), overrides or [], command=_command())
         return
     from mtrl_cli.commands import train
 
@@ -164,17 +164,17 @@ def sweep(
       mtrl sweep env=classic_pack 'optimizer.lr=tag(log,interval(1e-5,1e-3))' sweep.trials=50 sweep.pruner=hyperband
       mtrl sweep env=classic_pack agent.n_step=1,3,5 launcher.jobs=2 --dry-run
     """
-    from mtrl_cli.sweeps import plan as sweep_plan
+    from mtrl_cli.sweeps import plan
 
-    plan = sweep_plan.make(overrides or [])
+    planned = plan.make(overrides or [])
     if dry_run:
-        from mtrl_cli.sweeps import dry_run as sweep_listing
+        from mtrl_cli.sweeps.dry_run import list_sweep
 
-        print_result(sweep_listing.list_sweep(plan))
+        print_result(list_sweep(planned))
         return
-    from mtrl_cli.sweeps.command import run
+    from mtrl_cli.sweeps import command
 
-    run(plan, command=_command())
+    command.run(planned, command=_command())
 
 
 @app.command()
@@ -381,10 +381,10 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         code = print_error(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_ours_to_tell", False))
+        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_reported_here", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told and is_first_rank():
+        if not stopped.is_reported and is_first_rank():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

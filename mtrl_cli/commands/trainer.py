@@ -153,18 +153,18 @@ class Trainer:
                     self._finish()
             self._part()
         except Stopped as stopped:
-            stopped.told = True
+            stopped.is_reported = True
             self.folder.finish("stopped", seconds=self.seconds)
             print_line(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
-            told = RanksLost(
+            failure = RanksLost(
                 f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            told.is_ours_to_tell = self._mark_failed(str(lost))
-            raise told from None
+            failure.is_reported_here = self._mark_failed(str(lost))
+            raise failure from None
         except Exception as error:
             with suppress(OSError, UserError):  # such as a full disk: the first error matters to the user
                 self.folder.finish("failed", seconds=self.seconds, error=str(error))

@@ -307,9 +307,9 @@ def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
     ("overrides", "says"),
     [
         (["agent.minibatches=5"], "agent.minibatches must divide agent.rollout_length * env.num_envs = 8 * "),
-        (["agent.rollout_length=60"], "steps_per_task=240: agent.rollout_length=60 with env.num_envs=4 needs 244 steps per task"),
+        (["agent.rollout_length=60"], "steps_per_task must be at least (agent.rollout_length + 1) * env.num_envs = 244, got 240"),
         (["replay=uniform"], "agent's PQN requires rollouts, and replay's UniformReplay keeps none"),
-        (["replay=prioritized"], "which replay's PrioritizedReplay does not keep"),
+        (["replay=prioritized"], "replay's PrioritizedReplay keeps none"),
         (["agent.n_step=3"], "unknown key 'agent.n_step' in PQN"),
         (["replay.capacity=100"], "unknown key 'replay.capacity' in Rollouts"),
         (["agent.overlap=maybe"], "agent.overlap must be true or false or auto, got 'maybe'"),

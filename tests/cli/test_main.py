@@ -136,7 +136,7 @@ def test_version_option(mtrl: Callable[..., Outcome]) -> None:
         (["sweep", "env=classic_pack"], "no key has several values"),
         (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "Did you mean 'sweep.trials'?"),
         (["sweep", "env=classic_pak", "seed=1,2"], "Did you mean 'env=classic_pack'?"),
-        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
+        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not supported"),
         (["eval", "nowhere", "eval.episode=3"], "Did you mean 'eval.episodes'?"),
         (["ls", "netwrk"], "Did you mean 'network'?"),
         (["ls", "env", "network"], "mtrl ls takes one group, got env network"),

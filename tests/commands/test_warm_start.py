@@ -16,6 +16,7 @@ from mtrl_cli.build import run as build_run
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.config import compose
 from tests.helpers.command import MtrlHere
+from tests.helpers.shared import Shared
 
 SMALL = [
     "env=classic_pack",
@@ -39,13 +40,15 @@ NEVER = ["steps_per_task=16", "agent.learning_starts=16", "checkpoint.every=0", 
 """No update is made: what a run ends with is what it was given."""
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def sources(shared: Shared) -> Path:
     """`two`, a run of two tasks, and `popart`, one that normalises its values."""
-    folder = tmp_path_factory.mktemp("sources")
-    MtrlHere(folder)("train", *SMALL, TWO, "run_dir=two")
-    MtrlHere(folder)("train", *SMALL, TWO, "run_dir=popart", "agent/value_scale=popart", "replay=prioritized")
-    return folder
+
+    def train(folder: Path) -> None:
+        MtrlHere(folder)("train", *SMALL, TWO, "run_dir=two")
+        MtrlHere(folder)("train", *SMALL, TWO, "run_dir=popart", "agent/value_scale=popart", "replay=prioritized")
+
+    return shared.folder("warm-start", train)
 
 
 def lines(text: str) -> list[str]:
@@ -239,14 +242,14 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(here: MtrlHere, 
 FROZEN = ["transfer.freeze=torso", "transfer.unfreeze_at=100", "task_weights=pcgrad"]
 
 
-@pytest.fixture(scope="module")
-def unfrozen(sources: Path) -> Path:
+@pytest.fixture
+def unfrozen(sources: Path, shared: Shared) -> Path:
     """A run of three tasks with a torso that is frozen until step 100."""
-    done = MtrlHere(sources)("train", *SMALL, *FROZEN, f"init_from={sources / 'two'}", "run_dir=unfrozen")
-    said = lines(done.stdout)
+    trained = shared.run(*SMALL, *FROZEN, f"init_from={sources / 'two'}")
+    said = lines(trained.printed)
     assert "unfroze layers 1, 2 of the torso at step 100; all parameters are trained" in said
     assert "task weights: the tasks share no trained parameters until step 100, so PCGrad equals uniform" in said
-    return sources / "unfrozen"
+    return trained.path
 
 
 def test_parameters_change_after_they_are_unfrozen_and_not_before(unfrozen: Path, sources: Path) -> None:

@@ -35,6 +35,7 @@ from mtrl_cli.training.diagnostics import (
 )
 from tests.helpers.command import MtrlHere
 from tests.helpers.learners import fill, learner_of
+from tests.helpers.shared import Shared
 from tests.helpers.structures import STRUCTURES, structure
 from tests.helpers.tiny_runs import TASKS, TINY, learning_rows, model, rows
 
@@ -397,15 +398,18 @@ def test_diagnostics_are_ready_once_the_replay_can_be_sampled() -> None:
 # -- through the command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny runs: with diagnostics, without, and with nothing shared."""
-    here = MtrlHere(tmp_path_factory.mktemp("runs"))
+@pytest.fixture
+def runs(shared: Shared) -> Path:
+    """Three tiny runs: with diagnostics, without, and with independent networks."""
     tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized", "agent/value_scale=popart"]
-    here("train", *tiny, "run_dir=with", "log.diagnostics=150")
-    here("train", *tiny, "run_dir=without", "log.diagnostics=0")
-    here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
-    return here.folder
+
+    def train(folder: Path) -> None:
+        here = MtrlHere(folder)
+        here("train", *tiny, "run_dir=with", "log.diagnostics=150")
+        here("train", *tiny, "run_dir=without", "log.diagnostics=0")
+        here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
+
+    return shared.folder("diagnostics", train)
 
 
 def diagnosed(run: Path) -> list[dict[str, float]]:

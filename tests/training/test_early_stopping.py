@@ -12,8 +12,8 @@ import pytest
 
 from mtrl_cli.training.early_stopping import EarlyStopping
 from tests.helpers.command import MtrlHere
-from tests.helpers.ranks import Torchrun
-from tests.helpers.tiny_runs import TINY, rows
+from tests.helpers.shared import Shared
+from tests.helpers.tiny_runs import STOPS, TINY, rows
 
 
 def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -> int | None:
@@ -80,15 +80,11 @@ def test_without_a_metric_nothing_stops() -> None:
 
 # -- through the command line ---------------------------------------------------------------------------------------------------
 
-STOPS = [*TINY, "eval.every=200", "early_stopping.metric=eval/score/iqm", "early_stopping.patience=1", "early_stopping.min_delta=10"]
 
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that stops after its second evaluation, and what it printed."""
-    folder = tmp_path_factory.mktemp("stopped")
-    done = MtrlHere(folder)("train", *STOPS, "run_dir=run")
-    return folder / "run", done.stdout
+@pytest.fixture
+def stopped(shared: Shared) -> tuple[Path, str]:
+    """A run that stops after its second evaluation, and its output."""
+    return shared.run(*STOPS)
 
 
 def bytes_of(run: Path, step: int) -> bytes:
@@ -141,19 +137,10 @@ def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes
     assert told == [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(stopped[0])]
 
 
-def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere) -> None:
-    here("train", *TINY, "run_dir=plain")
+def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere, shared: Shared) -> None:
     here("train", *TINY, "run_dir=patient", "early_stopping.metric=eval/return/CartPole-v1", "early_stopping.patience=3")
-    assert bytes_of(here.folder / "plain", 600) == bytes_of(here.folder / "patient", 600)
+    assert bytes_of(shared.run(*TINY).path, 600) == bytes_of(here.folder / "patient", 600)
     assert json.loads((here.folder / "patient" / "run.json").read_text())["stopped_early"] is None
-
-
-def test_all_ranks_stop_together(tmp_path: Path) -> None:
-    printed, _ = Torchrun(tmp_path)("train", *STOPS, "run_dir=run", seconds=120)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (record["status"], record["stopped_early"]["step"]) == ("completed", 400)
-    assert printed.count("stopped early at step 400") == 1
-    assert json.loads((tmp_path / "run" / "eval" / "test.json").read_text())["last"]["step"] == 400
 
 
 @pytest.mark.parametrize(
