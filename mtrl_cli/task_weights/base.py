@@ -110,8 +110,9 @@ class TaskWeights(Saved, ABC):
     Attributes:
         needs: required form of the gradients, which sets the cost of an update: "losses" (one backward pass), "gram" (little more) or
             "rows" (the gradient of every task).
-        uses_scores: whether the method requires `update_scores`.
-        uses_losses_after_step: whether the method requires `after_step`, at the cost of one more forward pass per update.
+        uses_scores: whether the training loop calls `update_scores`.
+        uses_losses_after_step: whether `after_step` is called with the losses of the batch after the optimizer step, at the cost of one
+            more forward pass.
         capturable: whether CUDA graphs can record an update (`machine/cuda_graphs.py`): state lives in tensors that are changed in place,
             and computations on the host go through `cuda_graphs.on_host`. Otherwise updates run eagerly.
     """
@@ -133,7 +134,7 @@ class TaskWeights(Saved, ABC):
         """
 
     def after_step(self, loss_K: torch.Tensor) -> None:
-        """Update the state with the losses (float32 `[K]`) of the same batch after the optimizer step."""
+        """Update the weights with the losses (float32 `[K]`) of the same batch after the optimizer step."""
 
     def update_scores(self, recent: dict[str, float]) -> None:
-        """Update the state with mean unscaled returns of recent training episodes by task. Tasks without an episode are missing."""
+        """Update the weights with mean unscaled returns of recent training episodes, by task; tasks without episodes are missing."""

@@ -27,7 +27,7 @@ class ScoreGap(TaskWeights):
 
     uses_scores = True
     capturable = True
-    saved = ("_recent_gap_K", "_gap_K")
+    saved = ("_newest_K", "_gap_K")
 
     def __init__(self, tasks: Tasks, *, temperature: PositiveFloat, half_life: PositiveInt):
         super().__init__(tasks)
@@ -41,11 +41,11 @@ class ScoreGap(TaskWeights):
                     "choose other task weights (mtrl ls task_weights) or remove the task"
                 )
             self._scores[name] = random, reference
-        self._recent_gap_K = torch.ones(len(tasks), device=tasks.device)
-        self._gap_K = torch.ones_like(self._recent_gap_K)
+        self._newest_K = torch.ones(len(tasks), device=tasks.device)
+        self._gap_K = torch.ones_like(self._newest_K)
 
     def update_scores(self, recent: dict[str, float]) -> None:
-        self._recent_gap_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]), non_blocking=True)
+        self._newest_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]), non_blocking=True)
 
     def _gap(self, name: str, score: float | None) -> float:
         if score is None:
@@ -54,7 +54,7 @@ class ScoreGap(TaskWeights):
         return 1.0 - min(1.0, max(0.0, (score - random) / (reference - random)))
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._recent_gap_K)
+        self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._newest_K)
         weight_K = finite_or_uniform((self._gap_K / self._temperature).softmax(0))
         gradients.weigh(weight_K)
         return weight_K

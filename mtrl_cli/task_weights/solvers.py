@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.common import WeightsOfGram, combine_on_host
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -147,7 +147,7 @@ def _torchjd(option: str, name: str, *args: Any, **options: Any) -> Any:
 
         return getattr(torchjd.aggregation, name)(*args, **options)
     except ImportError as error:
-        raise UserError(f"task_weights={option} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'") from error
+        raise extras.missing(f"task_weights={option}", "a convex solver", "solvers") from error
 
 
 @cache

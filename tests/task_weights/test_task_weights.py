@@ -11,6 +11,7 @@ from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
 from mtrl_cli.checkpoints.state_tree import flatten, unflatten
+from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
@@ -254,7 +255,7 @@ def test_loop_passes_training_scores_to_score_gap() -> None:
     recent = loop.statistics.recent()
     assert len(recent) == len(GAMES)
     gap_K = [1 - min(1.0, max(0.0, recent[name] / (10.0 * (k + 1)))) for k, name in enumerate(GAMES)]
-    assert weights.state_dict()["recent_gap_K"].tolist() == pytest.approx(gap_K)
+    assert weights.state_dict()["newest_K"].tolist() == pytest.approx(gap_K)
     assert max(gap_K) > min(gap_K)
 
 
@@ -301,7 +302,7 @@ def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda package: None)
     done = here("train", *TINY, f"task_weights={name}", "run_dir=run", code=2)
     assert done.stderr.splitlines()[-1].endswith(
-        f"task_weights={name} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'"
+        f"task_weights={name} requires a convex solver, which is not installed. Install it with: {extras.install_command('solvers')}"
     )
     assert not (here.folder / "run").exists()
 
