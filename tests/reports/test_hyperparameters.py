@@ -120,7 +120,7 @@ def test_pruned_failed_and_damaged_trials_are_told_or_passed_over(tmp_path: Path
 
 def test_trials_without_a_metric(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 3, lambda _: None))
-    assert "nothing to tell" in section.lines[-1]
+    assert "None of them has a metric" in section.lines[-1]
     assert section.parts == ()
 
 
