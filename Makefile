@@ -23,7 +23,7 @@ train: $(VENV)/.installed ## install, then train one network on eight Atari game
 	$(VENV)/bin/mtrl train env=atari_pack experiment=quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## install the test dependencies, then run all tests
-	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -q --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev ## run ruff (lint and format), mypy and import-linter without changing files
 	$(VENV)/bin/ruff check .

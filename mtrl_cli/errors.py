@@ -20,10 +20,10 @@ class RanksLost(RunError):
     """Another rank has ended, so this rank cannot continue.
 
     Attributes:
-        is_ours_to_tell: whether this rank prints the error because the first rank is gone.
+        is_reported_here: whether this rank prints the error, because the first rank is gone.
     """
 
-    is_ours_to_tell = False
+    is_reported_here = False
 
 
 class Stopped(BaseException):
@@ -32,14 +32,14 @@ class Stopped(BaseException):
     Not an `Exception`, so that no `except Exception` in a library can swallow it.
 
     Attributes:
-        told: whether the state of the run has been printed.
+        is_reported: whether the state of the run has been printed.
     """
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
-        self.told = False
+        self.is_reported = False
 
 
 def show(value: Any) -> str:
@@ -51,5 +51,5 @@ def show(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace characters that could control the terminal, except line ends. Files of a run may come from a stranger."""
+    """Replace characters that could control the terminal, except line ends. Files of a run may be untrusted."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

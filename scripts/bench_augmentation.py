@@ -33,6 +33,7 @@ from mtrl_cli.config import compose
 from mtrl_cli.config import options as catalogue
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.parallel.distributed import ALONE
+from mtrl_cli.replay.buffers import Transition
 from mtrl_cli.training.learner import Learner
 
 PACKS = {
@@ -68,8 +69,8 @@ def make_learner(env: str, options: argparse.Namespace, run_dir: str) -> tuple[L
     for _ in range(ROWS):
         frame = torch.randint(int(pack.observation_scale) + 1, (*shape, *spec.frame_shape), dtype=torch.uint8, generator=random)
         reward = torch.rand(shape, generator=random)
-        row = (frame, never, torch.zeros(shape, dtype=torch.int64), reward, never, never)
-        learner.replay.add(*(each.to(spec.device) for each in row))
+        row = (frame, never, torch.zeros(shape, dtype=torch.int64), reward, never, never, never, torch.zeros(shape))
+        learner.replay.add(Transition(*(each.to(spec.device) for each in row)))
     learner.warm_up()
     return learner, settled, pack
 
@@ -90,7 +91,7 @@ def measure(env: str, options: argparse.Namespace, run_dir: str) -> list[dict[st
     rows = []
 
     def timed(augmentation: Pipeline) -> float:
-        learner._augmentation = augmentation
+        learner.augmentation = augmentation
         return seconds(lambda: learner.update(ROWS), device, clock)
 
     none = Pipeline()

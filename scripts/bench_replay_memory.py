@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mtrl_cli.replay.buffers import ReplaySpec, UniformReplay
+from mtrl_cli.replay.buffers import ReplaySpec, Transition, UniformReplay
 
 GAMES, ENVS = 8, 8
 EPISODE_STEPS = 500
@@ -33,7 +33,8 @@ def fill(replay: UniformReplay, rows: int) -> None:
         frame.random_(0, 256)
         start, end = row % EPISODE_STEPS == 0, row % EPISODE_STEPS == EPISODE_STEPS - 1
         action, reward = torch.randint(4, shape), torch.randn(shape)
-        replay.add(frame, never | start, action, reward, never | end, never)
+        ends = never | end
+        replay.add(Transition(frame, never | start, action, reward, ends, never, ends, torch.zeros(shape)))
 
 
 def measure(transitions: int) -> float:

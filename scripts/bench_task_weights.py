@@ -32,6 +32,7 @@ from mtrl_cli.build import run as build_run
 from mtrl_cli.config import compose
 from mtrl_cli.config import options as catalogue
 from mtrl_cli.errors import UserError
+from mtrl_cli.replay.buffers import Transition
 from mtrl_cli.task_weights.base import TaskWeights
 from mtrl_cli.training.learner import Learner
 
@@ -68,8 +69,8 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
     for _ in range(ROWS):
         frame = torch.randint(256, (*shape, *spec.frame_shape), dtype=torch.uint8, generator=random)
         reward = torch.rand(shape, generator=random)
-        row = (frame, never, torch.zeros(shape, dtype=torch.int64), reward, never, never)
-        learner.replay.add(*(each.to(spec.device) for each in row))
+        row = (frame, never, torch.zeros(shape, dtype=torch.int64), reward, never, never, never, torch.zeros(shape))
+        learner.replay.add(Transition(*(each.to(spec.device) for each in row)))
     learner.warm_up()
     return learner, settled
 

@@ -39,7 +39,7 @@ class _Parts:
 
     def batch(self) -> tuple[torch.Tensor, Batch, torch.Tensor]:
         """Return observations `[K, B, ...]`, the batch, and its targets `[K, B]`."""
-        batch = self.learner.replay.sample(self.agent.batch_size, 0)
+        batch = cast(Batch, self.learner.replay.sample(self.agent.batch_size, 0))
         observation, following = batch.observation.flatten(2, 3), batch.next_observation.flatten(2, 3)
         with torch.no_grad():
             target_KB = self.targets(following, batch.rewards, batch.steps, batch.terminated)
@@ -62,6 +62,7 @@ class _Parts:
 
     def step(self) -> None:
         """Take an optimizer step."""
+        self.learner.optimizer.clip_gradients()
         self.learner.optimizer.step()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -97,6 +98,17 @@ def test_numpy_reads_no_objects_and_no_shell_reads_a_string() -> None:
         if isinstance(node, ast.Call)
         for word in node.keywords
         if word.arg in ("allow_pickle", "shell") and isinstance(word.value, ast.Constant) and word.value.value is True
+    ]
+    assert found == []
+
+
+def test_modules_that_use_optuna_read_no_private_attributes() -> None:
+    found = [
+        f"{module}:{node.lineno} {ast.unparse(node)}"
+        for module, path in MODULES.items()
+        if any(name.split(".")[0] == "optuna" for name in imported(path))
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr) and ast.unparse(node.value) not in ("self", "cls")
     ]
     assert found == []
 

@@ -1,4 +1,4 @@
-"""Choosing actions: greedy, or at random with a probability per task."""
+"""Epsilon-greedy actions with an epsilon per task."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 
 
 class EpsilonGreedy:
-    """Actions for K x N environments; never one that a task does not have.
+    """Epsilon-greedy actions for K x N environments. Invalid actions are never chosen.
 
     Args:
-        network: action values, minus infinity where invalid.
-        num_actions: each task's number of actions.
-        device: where the network is.
+        network: action values, minus infinity for invalid actions.
+        num_actions: number of actions of each task.
+        device: of the network.
         seed: of the exploration.
     """
 
@@ -27,19 +27,19 @@ class EpsilonGreedy:
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def act(self, observation: torch.Tensor, epsilon_K: np.ndarray) -> torch.Tensor:
-        """Actions int64 `[K, N]` for observations `[K, N, S, *frame]`; epsilon is float32 `[K]`."""
+        """Choose actions int64 `[K, N]` for observations `[K, N, S, *frame]`; epsilon is float32 `[K]`."""
         return self.choose(observation, torch.as_tensor(epsilon_K, device=observation.device))[0]
 
     @torch.no_grad()
     def choose(self, observation: torch.Tensor, epsilon_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions, and the values of the best.
+        """Choose actions, and return them with the values of the best actions.
 
         Args:
             observation: `[K, N, S, *frame]`.
             epsilon_K: float32 `[K]`, share of random actions.
 
         Returns:
-            int64 `[K, N]` and float32 `[K, N]`, on the learner's scale.
+            int64 `[K, N]` and float32 `[K, N]`, in units of the network.
         """
         value_KN, greedy_KN = self._network(observation.flatten(2, 3)).max(-1)
         draw_2KN = torch.rand((2, *greedy_KN.shape), generator=self._generator, device=observation.device)

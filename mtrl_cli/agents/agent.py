@@ -1,4 +1,4 @@
-"""What a learning algorithm is to the loop and to the learner."""
+"""Base class of learning algorithms."""
 
 from __future__ import annotations
 
@@ -10,45 +10,56 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from mtrl_cli.agents.epsilon import EpsilonSchedule
+from mtrl_cli.agents.reward_transform import RewardTransform
 from mtrl_cli.agents.value_scale import ValueScale
+from mtrl_cli.networks.heads import Head
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.replay.buffers import Batch, Replay
+from mtrl_cli.replay.buffers import Replay, Samples
 
 
 @dataclass
 class Losses:
-    """What one batch says.
+    """Losses of one batch, and the values that they were computed from.
 
     Attributes:
-        loss_KB: float32 `[K, B]`, with its gradient.
+        loss_KB: float32 `[K, B]`, with gradient.
         error_KB: float32 `[K, B]`, absolute temporal-difference errors.
-        q_K: float32 `[K]`, mean value of the batch's actions, on the scale of the rewards that the value scale gives.
+        q_K: float32 `[K]`, mean value of the chosen actions, in units of scaled rewards.
+        target_KB: float32 `[K, B]`, training targets of the network: (target - mean) / scale of the value scale.
     """
 
     loss_KB: torch.Tensor
     error_KB: torch.Tensor
     q_K: torch.Tensor
+    target_KB: torch.Tensor
 
 
 class Agent(ABC):
-    """An algorithm over a multi-task network.
+    """A learning algorithm over a multi-task network.
+
+    The loop calls `observe` after each environment step. The learner calls `losses` and, after the optimizer step, `after_step`.
 
     Attributes:
         network: the network that acts and is trained.
+        epsilon_schedule: shares of random actions.
+        reward_transform: reward factors and value scale; None: rewards are used unscaled.
         batch_size: samples per task and update.
         samples_per_step: replayed samples per environment step.
         learning_starts: steps per task before the first update.
         n_step: rewards per sample.
-        batch_key: what a message calls the samples of an update.
-        from_rollouts: whether it learns from rollouts rather than from a replay.
-        capturable: whether `losses` and `follow` can be recorded once and replayed (`capture.py`).
-        updates_per_rollout: after so many updates other samples are needed, where an agent learns from rollouts; 0: it does not.
-        loss_draws, target_draws: how often an augmentation is to draw each observation, and each next one; what they say is averaged.
-        period: steps per task from one burst of updates to the next; 1: updates are made as soon as they are due.
-        value_scale: the learner's view of rewards; None: it has none that others may take statistics from.
+        batch_key: name of the samples of an update in messages.
+        from_rollouts: whether the agent learns from rollouts instead of a replay.
+        capturable: whether a CUDA graph can record `losses` and `after_step` (`machine/cuda_graphs.py`).
+        updates_per_rollout: updates from each rollout; 0: the agent does not learn from rollouts.
+        loss_draws, target_draws: augmented draws of each observation and of each next observation; their losses and targets are averaged.
+        period: steps per task between bursts of updates; 1: updates are made as soon as they are due.
+        target_period: updates between copies to the target network (`sync_target`); 0: none.
     """
 
     network: MultiTaskNetwork
+    epsilon_schedule: EpsilonSchedule
+    reward_transform: RewardTransform | None = None
     batch_size: int
     samples_per_step: float
     learning_starts: int
@@ -60,48 +71,75 @@ class Agent(ABC):
     target_draws: int = 1
     updates_per_rollout: int = 0
     period: int = 1
-    value_scale: ValueScale | None = None
+    target_period: int = 0
 
-    @abstractmethod
+    @property
+    def value_scale(self) -> ValueScale | None:
+        """Scale of the rewards and values."""
+        return self.reward_transform.scale if self.reward_transform else None
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """Heads that are rescaled when the value scale changes."""
+        return (self.network.head,)
+
     def epsilon(self, step: int) -> np.ndarray:
-        """Each task's share of random actions at a step, float32 `[K]`."""
+        """Share of random actions of each task at a step (per task), float32 `[K]`."""
+        return self.epsilon_schedule(step)
 
-    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        """What K x N environments just gave (float32, the game's own) and which episodes ended with it (bool), once per step of each."""
+    # -- acting -------------------------------------------------------------------------------------------------------------
 
-    def kept_value(self, value_KN: torch.Tensor) -> torch.Tensor | None:
-        """What the replay is to keep of the best values (float32 `[K, N]`, as the network just gave them) beside a step; None: nothing."""
+    def value_to_store(self, value_KN: torch.Tensor) -> torch.Tensor | None:
+        """Convert greedy values (float32 `[K, N]`) to the values that the replay stores; None: the replay stores none."""
         return None
 
-    def prepare(self, replay: Replay, step: int, batch_size: int) -> None:
-        """Make the replay ready to draw so many samples of each task for the next update, at a step (per task)."""
-        replay.prepare(step, batch_size)
+    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
+        """Update reward statistics with unscaled rewards (float32) and ends of episodes (bool) of one step of K x N environments."""
+        if self.reward_transform:
+            self.reward_transform.observe(reward_KN, done_KN)
 
-    def begin(self, batch: Batch) -> None:
-        """Take what must be known of the first batch before anything is learned from it. Called once in a run."""
+    # -- learning -----------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def losses(self, batch: Batch) -> Losses:
-        """Losses of every sample of every task."""
-
-    def follow(self) -> None:
-        """Take in what the losses of an update were worked out from, once its step is made; a part of what is recorded (`capture.py`)."""
+    def before_update(self, replay: Replay) -> None:
+        """Prepare the replay for the next update. Not recorded in the CUDA graph of the update."""
 
     @abstractmethod
-    def after_update(self, updates: int) -> None:
-        """What follows the `updates`-th update (the target network)."""
+    def losses(self, batch: Any) -> Losses:
+        """Compute the losses of a `Batch` or, for agents that learn from rollouts, a `RolloutBatch`. Changes no state."""
 
-    def sync_target(self, names: Collection[str]) -> None:
-        """Some of the network's parameters, by name, were changed, not learned (a reset, a source): what follows takes them at once."""
+    def after_step(self, batch: Samples, losses: Losses) -> None:
+        """Update value statistics, and a target network that is a moving average, after an optimizer step.
+
+        Args:
+            batch, losses: of the update.
+        """
+        if (scale := self.value_scale) is not None and scale.uses_targets:
+            scale.update(losses.target_KB, batch.weight > 0, self.heads)
+
+    def initialise_value_scale(self, batch: Samples) -> None:
+        """Initialise value statistics with the targets of the first batch of a run."""
+        if (scale := self.value_scale) is not None and scale.uses_targets:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled: a single call without gradients
+                losses = self.losses(batch)
+            scale.update(losses.target_KB, batch.weight > 0, self.heads)
+
+    def sync_target(self, names: Collection[str] | None = None) -> None:
+        """Copy the network to the target network.
+
+        Args:
+            names: parameters that were changed by a reset; None: all parameters and buffers.
+        """
+
+    # -- state --------------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """What it has to tell of itself now, by name, each float `[K]`."""
-        return {}
+        """Return current statistics by name, each float `[K]`."""
+        return {} if self.value_scale is None else self.value_scale.metrics()
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """State besides the network's."""
+        """Return the state without the network."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Restore a state of `state_dict`."""

@@ -1,4 +1,4 @@
-"""Quantities that change over a run, as functions of the step."""
+"""Schedule of the share of random actions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 
 
 class EpsilonSchedule:
-    """Each task's share of random actions: linear from `start` to that task's end over `steps`, then constant.
+    """Share of random actions of each task: linear from `start` to the final value of the task over `steps`, then constant.
 
     Args:
-        start: epsilon at step 0, for every task.
-        ends: each task's final epsilon, `[K]`.
-        steps: steps per task over which it falls; 0: the final values from the start.
+        start: epsilon at step 0.
+        ends: final epsilon of each task, `[K]`.
+        steps: steps per task of the linear part; 0: the final values from the start.
     """
 
     def __init__(self, start: float, ends: Sequence[float], steps: int):
-        self._start, self._ends, self._steps = start, np.asarray(ends, dtype=np.float32), steps
+        self._start = start
+        self._ends = np.asarray(ends, dtype=np.float32)
+        self._steps = steps
 
     def __call__(self, step: int) -> np.ndarray:
         """Epsilon of each task at a step, float32 `[K]`."""

@@ -1,4 +1,4 @@
-"""Parallelised Q-learning (Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning"), over all tasks at once."""
+"""Parallelised Q-learning (Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning"), for all tasks at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mtrl_cli.agents import targets
@@ -14,41 +13,43 @@ from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.agents.reward_transform import RewardTransform, epsilon_schedule
 from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.replay.buffers import Batch, Replay
+from mtrl_cli.replay.buffers import Replay
 from mtrl_cli.replay.rollout_buffer import Rollouts
+from mtrl_cli.replay.types import RolloutBatch
 from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class PQN(Agent):
-    """Parallelised Q-learning: no replay and no target network, but many environments, returns of whole rollouts, and a normalised network.
+    """Parallelised Q-learning: many environments, lambda-returns of rollouts and a normalised network; no replay, no target network.
 
-    Every rollout of `rollout_length` steps of each environment is given its lambda-returns once, by the values that the network had
-    while it played, and is learned from in `epochs` of `minibatches` updates. LayerNorm is what keeps this from diverging
-    (section 3 of the paper): `network.layer_norm=true`.
+    The lambda-returns of a rollout of `rollout_length` steps of each environment are computed once, from the values of the network at the
+    time of acting. Each rollout is learned from in `epochs` of `minibatches` updates. LayerNorm (`network.layer_norm=true`) keeps the
+    updates from diverging (section 3 of the paper).
 
     Args:
         network: action values of all tasks.
-        value_scale: the learner's view of rewards.
+        value_scale: scale of rewards and values.
         task_names: for settings by task.
-        compile_with: what makes a fast function of the losses (torch.compile), or the identity.
+        compile_with: torch.compile, or the identity.
         rollout_length: steps of each environment in a rollout.
-        epochs: how often every step of a rollout is learned from.
+        epochs: passes over each rollout.
         minibatches: updates per epoch.
         gamma: discount per step.
-        trace_decay: lambda of the returns; 0: of one step, 1: of all steps up to the rollout's end.
-        huber: as DQN's; 0: squared error, the paper's.
-        overlap: whether a rollout is learned from bit by bit while the next one is played, so that the emulators never wait and steps are
-            up to a rollout older; false: at once when it is complete, as in the paper. "auto" is decided before an agent is made.
+        trace_decay: lambda of the returns; 0: one-step returns, 1: returns up to the end of the rollout.
+        huber: error beyond which the loss is linear; 0: squared error, as in the paper.
+        overlap: spread the updates from a rollout over the collection of the next one, so that the emulators never wait and samples are up
+            to a rollout older; false: make all updates when a rollout is complete, as in the paper.
         epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
         epsilon_tasks: final epsilon of single tasks, by name.
-        reward_factors: as DQN's.
+        reward_factors: factors of the rewards of single tasks, by name, applied before the value scale.
 
     Raises:
-        ValueError: epsilon_tasks or reward_factors name no task of the pack, or a rollout cannot be cut into equal minibatches.
+        ValueError: epsilon_tasks or reward_factors names an unknown task, or a rollout cannot be divided into equal minibatches.
     """
 
     from_rollouts = True
     batch_key = "a minibatch (agent.rollout_length times env.num_envs, by agent.minibatches)"
+    reward_transform: RewardTransform
 
     def __init__(
         self,
@@ -74,88 +75,60 @@ class PQN(Agent):
         samples = rollout_length * num_envs
         if samples % minibatches:
             raise ValueError(
-                f"agent.minibatches={minibatches} cannot cut a rollout into equal parts: it has agent.rollout_length={rollout_length} "
-                f"times env.num_envs={num_envs} steps, {samples}; expected a number that divides them"
+                f"agent.minibatches={minibatches} cannot divide a rollout into equal parts: agent.rollout_length={rollout_length} "
+                f"times env.num_envs={num_envs} is {samples}; expected a divisor of {samples}"
             )
-        self.network, self.value_scale, self.capturable = network, value_scale, value_scale.capturable
-        self.batch_size, self.samples_per_step, self.n_step = samples // minibatches, float(epochs), 1
-        # The first rollout is complete when rollout_length + 1 steps are made. Of those updates that are spread over the next rollout
-        # the first is due at once, so that the last is made no later than in the step that completes that one.
+        self.network = network
+        self.capturable = value_scale.capturable
+        self.batch_size = samples // minibatches
+        self.samples_per_step = float(epochs)
+        self.n_step = 1
+        self.updates_per_rollout = epochs * minibatches
+        # The first rollout is complete after rollout_length + 1 steps. Updates that are spread over the next rollout start at once, so that
+        # the last of them is made no later than in the step that completes that rollout.
         self.period = 1 if overlap else samples
         self.learning_starts = num_envs + (samples - math.ceil(self.batch_size / epochs) if overlap else 0)
-        self.updates_per_rollout = epochs * minibatches
-        self._gamma, self._trace_decay, self._huber = gamma, trace_decay, huber
-        self._view = RewardTransform(value_scale, task_names, reward_factors)
-        self._seen: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._epsilon = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
+        self.reward_transform = RewardTransform(value_scale, task_names, reward_factors)
+        self.epsilon_schedule = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
+        self._epochs = epochs
+        self._gamma = gamma
+        self._trace_decay = trace_decay
+        self._huber = huber
         self._compiled_losses = compile_with(self._losses)
 
-    def epsilon(self, step: int) -> np.ndarray:
-        return self._epsilon(step)
-
-    def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        self._view.observe(reward_KN, done_KN)
-
-    def kept_value(self, value_KN: torch.Tensor) -> torch.Tensor | None:
-        scale = self._view.scale
+    def value_to_store(self, value_KN: torch.Tensor) -> torch.Tensor:
+        scale = self.reward_transform.scale
         return value_KN * scale.scale_K[:, None] + scale.mean_K[:, None]
 
-    def prepare(self, replay: Replay, step: int, batch_size: int) -> None:
+    def before_update(self, replay: Replay) -> None:
+        """Compute the returns of the next rollout once all epochs over the open one are drawn."""
         assert isinstance(replay, Rollouts)
-        if not replay.is_open or replay.drawn == self.updates_per_rollout * batch_size:
-            rewards, values, terminated, truncated = replay.next_rollout()
-            rewards = self._view.rewards(rewards)
-            replay.open_next(targets.lambda_returns(rewards, values, terminated, truncated, self._gamma, self._trace_decay))
-        super().prepare(replay, step, batch_size)
+        if not replay.is_open or replay.epochs_drawn == self._epochs:
+            rollout = replay.next_rollout()
+            rewards = self.reward_transform(rollout.rewards)
+            replay.open_next(
+                targets.lambda_returns(rewards, rollout.values, rollout.terminated, rollout.truncated, self._gamma, self._trace_decay)
+            )
 
-    def begin(self, batch: Batch) -> None:
-        scale = self._view.scale
-        scale.follow(_normalised(batch.rewards[..., 0], scale.mean_K, scale.scale_K), batch.weight > 0, (self.network.head,))
+    def losses(self, batch: RolloutBatch) -> Losses:
+        return self._compiled_losses(batch)  # type: ignore[no-any-return]
 
-    def losses(self, batch: Batch) -> Losses:
-        scale = self._view.scale
-        loss_KB, error_KB, q_K, target_KB = self._compiled_losses(
-            batch.observation.flatten(2, 3), batch.action, batch.rewards[..., 0], batch.weight, scale.mean_K, scale.scale_K
+    def _losses(self, batch: RolloutBatch) -> Losses:
+        head, scale = self.network.head, self.reward_transform.scale
+        target_KB = (batch.returns - scale.mean_K[:, None]) / scale.scale_K[:, None]
+        outputs = targets.of_action(self.network.outputs(batch.observation.flatten(2, 3)), batch.action)
+        # Returns need no bootstrap value: the discount is 0, and the outputs stand in for those of a next state.
+        loss_KB = head.loss(outputs, outputs.detach(), target_KB, torch.zeros_like(target_KB), self._huber)
+        q_KB = head.expectation(outputs.detach())
+        return Losses(
+            loss_KB=batch.weight * loss_KB,
+            error_KB=(target_KB - q_KB).abs(),
+            q_K=q_KB.mean(1) * scale.scale_K + scale.mean_K,
+            target_KB=target_KB,
         )
-        if torch.is_grad_enabled():  # a look back at the batch of an update is none
-            self._seen = target_KB, batch.weight > 0
-        return Losses(loss_KB, error_KB, q_K)
-
-    def _losses(
-        self,
-        observation: torch.Tensor,
-        action: torch.Tensor,
-        return_KB: torch.Tensor,
-        weight: torch.Tensor,
-        mean_K: torch.Tensor,
-        scale_K: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        head = self.network.head
-        target_KB = _normalised(return_KB, mean_K, scale_K)
-        outputs = targets.of_action(self.network.outputs(observation), action)
-        said = outputs.detach()  # in the place of the next state's, which counts nothing
-        loss_KB = weight * head.loss(outputs, said, target_KB, torch.zeros_like(target_KB), self._huber)
-        q_KB = head.expectation(said)
-        return loss_KB, (target_KB - q_KB).abs(), q_KB.mean(1) * scale_K + mean_K, target_KB
-
-    def follow(self) -> None:
-        if self._seen is not None:
-            self._view.scale.follow(*self._seen, (self.network.head,))
-            self._seen = None
-
-    def after_update(self, updates: int) -> None:
-        """There is no target network."""
-
-    def metrics(self) -> dict[str, torch.Tensor]:
-        return self._view.scale.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value_scale": self._view.scale.state_dict()}
+        return {"value_scale": self.reward_transform.scale.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._view.scale.load_state_dict(state["value_scale"])
-
-
-def _normalised(return_KB: torch.Tensor, mean_K: torch.Tensor, scale_K: torch.Tensor) -> torch.Tensor:
-    """Returns as the network is to say them."""
-    return (return_KB - mean_K[:, None]) / scale_K[:, None]
+        self.reward_transform.scale.load_state_dict(state["value_scale"])

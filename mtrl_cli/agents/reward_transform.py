@@ -1,4 +1,4 @@
-"""What agents have in common beside the network: settings by task, and rewards as the learner sees them."""
+"""Reward factors and value scale of an agent, and its epsilon schedule."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mtrl_cli.agents.value_scale import ValueScale
 
 
 class RewardTransform:
-    """Rewards of all tasks as the learner sees them: each task's are multiplied by a factor, and then brought to the value scale.
+    """Rewards that the agent learns from: the environment's rewards, multiplied by a factor per task and then scaled.
 
     Args:
-        scale: of the values.
+        scale: of rewards and values.
         task_names: of the K tasks.
-        reward_factors: of single tasks, by name.
+        reward_factors: factors of single tasks, by name.
 
     Raises:
-        ValueError: reward_factors name no task of the run.
+        ValueError: reward_factors names an unknown task.
     """
 
     def __init__(self, scale: ValueScale, task_names: Sequence[str], reward_factors: Mapping[str, float]):
@@ -29,19 +29,19 @@ class RewardTransform:
         self._factor_K = torch.tensor(factors, device=scale.mean_K.device) if reward_factors else None
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        """As `Agent.observe`."""
+        """Update the statistics of the scale (see `Agent.observe`)."""
         self.scale.observe(reward_KN if self._factor_K is None else reward_KN * self._factor_K[:, None], done_KN)
 
-    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
-        """The game's own rewards (float32 `[K, B, n]`) on the learner's scale."""
-        return self.scale.rewards(rewards_KBn if self._factor_K is None else rewards_KBn * self._factor_K[:, None, None])
+    def __call__(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Scale rewards, float32 `[K, ..., ...]`."""
+        return self.scale.rewards(rewards if self._factor_K is None else rewards * self._factor_K[:, None, None])
 
 
 def epsilon_schedule(task_names: Sequence[str], start: float, end: float, steps: int, tasks: Mapping[str, float]) -> EpsilonSchedule:
-    """Every task's share of random actions; `tasks` are the ends of single ones, by name.
+    """Build an epsilon schedule; `tasks` holds final values of single tasks, by name.
 
     Raises:
-        ValueError: it names no task of the run.
+        ValueError: epsilon_tasks names an unknown task.
     """
     _check_names("epsilon_tasks", tasks, task_names)
     return EpsilonSchedule(start, [tasks.get(name, end) for name in task_names], steps)

@@ -1,4 +1,4 @@
-"""What action values are trained towards, as pure functions."""
+"""Training targets of action values, as pure functions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def n_step_return(rewards_KBn: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def discount(steps_KB: torch.Tensor, terminated_KB: torch.Tensor, gamma: float) -> torch.Tensor:
-    """What the state at a window's end counts: gamma^m, and nothing where it is terminal.
+    """Discount of the state at the end of a window: gamma^m, or 0 where the state is terminal.
 
     Args:
-        steps_KB: int64 `[K, B]`, the windows' lengths m.
+        steps_KB: int64 `[K, B]`, lengths m of the windows.
         terminated_KB: bool `[K, B]`.
 
     Returns:
@@ -32,29 +32,29 @@ def discount(steps_KB: torch.Tensor, terminated_KB: torch.Tensor, gamma: float) 
 
 
 def of_action(outputs_KBA: torch.Tensor, action_KB: torch.Tensor) -> torch.Tensor:
-    """What is said of one action: outputs `[K, B, A]` or `[K, B, A, Z]` and int64 `[K, B]` to `[K, B]` or `[K, B, Z]`."""
+    """Outputs of one action: `[K, B, A]` or `[K, B, A, Z]` and int64 `[K, B]` to `[K, B]` or `[K, B, Z]`."""
     index = action_KB.reshape(*action_KB.shape, *[1] * (outputs_KBA.ndim - 2))
     return outputs_KBA.gather(2, index.expand(-1, -1, 1, *outputs_KBA.shape[3:])).squeeze(2)
 
 
-def bootstrap_value(next_outputs: torch.Tensor, choosing_q_KBA: torch.Tensor) -> torch.Tensor:
-    """Value of the next state: what one network says of the action that another (or the same) finds best.
+def bootstrap_value(next_outputs: torch.Tensor, selection_q_KBA: torch.Tensor) -> torch.Tensor:
+    """Value of the next state: the output of one network for the best action of another (or the same) network.
 
-    With the online network choosing this is double Q-learning (van Hasselt et al. 2016, equation 4); with the same network
-    twice it is the maximum (Mnih et al. 2015). Minus infinity marks invalid actions, which are never chosen.
+    Selection by the online network is double Q-learning (van Hasselt et al. 2016, equation 4); with the same network twice the result
+    is the maximum (Mnih et al. 2015). Invalid actions are minus infinity and never selected.
 
     Args:
-        next_outputs: float32 `[K, B, A]`, the values, or `[K, B, A, Z]`, their distributions.
-        choosing_q_KBA: float32 `[K, B, A]`, whose maximum chooses.
+        next_outputs: float32 `[K, B, A]`, values, or `[K, B, A, Z]`, distributions.
+        selection_q_KBA: float32 `[K, B, A]`, values whose maximum selects the action.
 
     Returns:
         float32 `[K, B]` or `[K, B, Z]`.
     """
-    return of_action(next_outputs, choosing_q_KBA.argmax(-1))
+    return of_action(next_outputs, selection_q_KBA.argmax(-1))
 
 
 def mean_of_draws(tensor: torch.Tensor, draws: int) -> torch.Tensor:
-    """`[K, draws * B]`, draw after draw, to the means of each sample, `[K, B]`."""
+    """Average the draws of each sample: `[K, draws * B]`, draw after draw, to `[K, B]`."""
     return tensor.unflatten(1, (draws, -1)).mean(1)
 
 
@@ -66,15 +66,15 @@ def lambda_returns(
     gamma: float,
     trace_decay: float,
 ) -> torch.Tensor:
-    """Returns of a rollout, each step's a mixture of its n-step returns: Peng's Q(lambda) (Peng and Williams 1994; Gallici et al. 2024).
+    """Lambda-returns of a rollout, mixtures of n-step returns: Peng's Q(lambda) (Peng and Williams 1994; Gallici et al. 2024).
 
-    G_t = r_t + gamma ((1 - lambda) v_t+1 + lambda G_t+1), without what is in brackets where the step terminated, and G_T = v_T.
-    What follows a truncated step was never stored: it has no return of its own, and G_t = v_t is what the step before bootstraps from.
+    G_t = r_t + gamma ((1 - lambda) v_t+1 + lambda G_t+1), without the bracket where the step terminated, and G_T = v_T.
+    The successor of a truncated step is not stored: the step has no return, and G_t = v_t is the bootstrap value of the step before.
 
     Args:
         rewards_KTN: float32 `[K, T, N]`.
-        values_KTN: float32 `[K, T + 1, N]`, v_t, the greedy values of the observations in which the steps were made and of the last one.
-        terminated_KTN, truncated_KTN: bool `[K, T, N]`, what followed the step; not both.
+        values_KTN: float32 `[K, T + 1, N]`, v_t, greedy values of the observations of the steps and of the observation after the last step.
+        terminated_KTN, truncated_KTN: bool `[K, T, N]`; never both.
         gamma: discount per step.
         trace_decay: lambda.
 
@@ -82,7 +82,7 @@ def lambda_returns(
         float32 `[K, T, N]`.
     """
     next_value_KTN = values_KTN[:, 1:].masked_fill(terminated_KTN, 0.0)
-    # Every step is G_t = known_t + weight_t G_t+1, from the last to the first.
+    # G_t = known_t + weight_t G_t+1, from the last step to the first.
     known_KTN = torch.where(truncated_KTN, values_KTN[:, :-1], rewards_KTN + gamma * (1 - trace_decay) * next_value_KTN)
     weight_KTN = (~(terminated_KTN | truncated_KTN)).to(rewards_KTN.dtype) * (gamma * trace_decay)
     returns, following_KN = [], values_KTN[:, -1]

@@ -1,7 +1,7 @@
-"""How the scales of tasks' rewards are kept apart. Only the learner sees it: reports show the game's own score.
+"""Scales of rewards and values. Only the learner uses them: metrics and reports show unscaled returns.
 
-Which scale goes with which head. Heads of a distribution over fixed returns (`Head.bounded`: c51, hl_gauss) need returns of a known
-range, which only some scales see to (`ValueScale.bounds_returns`); `schema.py` refuses the rest by these two attributes.
+Supported heads of each scale. Heads that predict a distribution over fixed returns (`Head.bounded`: c51, hl_gauss) require returns of a
+known range, which some scales guarantee (`ValueScale.bounds_returns`). `config/cross_checks.py` refuses all other pairs.
 
     none, popart        plain, dueling, quantile
     clip, return_norm   plain, dueling, quantile, c51, hl_gauss
@@ -23,13 +23,13 @@ from mtrl_cli.types import Fraction, PositiveFloat
 
 @dataclass(frozen=True)
 class RewardStream:
-    """What a scale must know of the rewards that it will see.
+    """Source of the rewards of a scale.
 
     Attributes:
         num_tasks, num_envs: K and N; N counts the environments of all ranks.
-        gamma: the agent's discount per step.
+        gamma: discount per step.
         device: of the learner.
-        ranks: that play these environments; their statistics are one.
+        ranks: processes whose environments share statistics.
     """
 
     num_tasks: int
@@ -40,18 +40,18 @@ class RewardStream:
 
 
 class ValueScale(ABC):
-    """Rewards and values as the learner sees them.
+    """Scale of rewards and values.
 
     Attributes:
-        bounds_returns: whether it brings returns into a range that is known beforehand.
-        follows_targets: whether `follow` has anything to do.
-        capturable: whether `rewards` and `follow` can be recorded once and replayed (`capture.py`).
+        bounds_returns: whether scaled returns have a range that is known in advance.
+        uses_targets: whether `update` does anything.
+        capturable: whether a CUDA graph can record `rewards` and `update` (`machine/cuda_graphs.py`).
         num_envs: N.
-        mean_K, scale_K: float32 `[K]`; the network's values are (value - mean) / scale.
+        mean_K, scale_K: float32 `[K]`; outputs of the network are (value - mean) / scale.
     """
 
     bounds_returns: ClassVar[bool] = False
-    follows_targets: ClassVar[bool] = False
+    uses_targets: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
 
     def __init__(self, stream: RewardStream):
@@ -60,45 +60,55 @@ class ValueScale(ABC):
         self.scale_K = torch.ones(stream.num_tasks, device=stream.device)
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
-        """Rewards of one step of this rank's environments (float32), and which episodes ended with it (bool)."""
+        """Update reward statistics with one step of this rank's environments.
+
+        Args:
+            reward_KN: float32 `[K, N]`, unscaled.
+            done_KN: bool `[K, N]`, ends of episodes.
+        """
 
     @abstractmethod
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
-        """Sampled rewards (float32 `[K, B, n]`) on the learner's scale."""
+        """Scale sampled rewards (float32 `[K, B, n]`)."""
 
-    def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
-        """Take in an update's targets, once it is made (and the first one's before).
+    def update(self, target_KB: torch.Tensor, valid_KB: torch.Tensor, heads: Sequence[Head]) -> None:
+        """Update target statistics and rescale the heads so that their values stay the same.
 
         Args:
-            target_KB: float32 `[K, B]`, as the network was given them: (target - mean) / scale.
-            seen_KB: bool `[K, B]`, which samples there were.
-            heads: the online and the target network's.
+            target_KB: float32 `[K, B]`, normalised targets of an update: (target - mean) / scale.
+            valid_KB: bool `[K, B]`, valid samples.
+            heads: of the online and of the target network.
         """
 
     def takes_from(self, other: ValueScale) -> bool:
-        """Whether values mean the same here once `take` has the other's statistics."""
+        """Whether values have the same meaning after `take(other)`."""
         return type(self) is type(other)
 
     def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
-        """Take another run's statistics of some tasks (their numbers here and there), for heads that were trained with them."""
+        """Copy statistics of another run.
+
+        Args:
+            other: scale of the other run.
+            tasks: pairs of task numbers, in this run and in the other.
+        """
 
     def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a network's values are multiplied by and moved by to be values of the game's own rewards, float32 `[K]` each."""
+        """Return the factor and the offset, float32 `[K]` each, that convert outputs of a network to values of unscaled rewards."""
         return self.scale_K, self.mean_K
 
     def metrics(self) -> dict[str, torch.Tensor]:
-        """Its statistics by name, each float `[K]`."""
+        """Return statistics by name, each float `[K]`."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Restore a state of `state_dict`."""
 
 
 class NoValueScale(ValueScale):
-    """Rewards as they are."""
+    """Unscaled rewards."""
 
     capturable = True
 
@@ -107,10 +117,10 @@ class NoValueScale(ValueScale):
 
 
 class ClipRewards(ValueScale):
-    """Rewards clipped to [-limit, limit] (Mnih et al. 2015, Methods). Returns lie within limit / (1 - gamma), in practice far within.
+    """Rewards clipped to [-limit, limit] (Mnih et al. 2015, Methods). Returns are at most limit / (1 - gamma), in practice far smaller.
 
     Args:
-        limit: the largest reward that counts in full.
+        limit: the largest reward that is not clipped.
     """
 
     bounds_returns = True
@@ -130,53 +140,55 @@ class ClipRewards(ValueScale):
 class PopArt(ValueScale):
     """Targets of each task normalised by their running mean and spread (van Hasselt et al. 2016; per task: Hessel et al. 2019).
 
-    The first and second moments of a task's targets move with every update, and the last layers of both networks with them, so
-    that no value changes because of it (proposition 1 there). They move after the update, by the targets that it saw: an
-    update's own targets are normalised by the moments before it, where the paper takes the moments that include them. With a small
-    step this is the same. Only the very first targets are taken in before they are learned from (`Agent.begin`).
+    Each update moves the first and second moments of the targets of a task, and rescales the last layers of both networks so that no value
+    changes (proposition 1). The moments change after the update: the targets of an update are normalised by the moments before it, whereas
+    the paper includes them. With a small step the difference is negligible. Only the first targets of a run are included before they are
+    learned from (`Agent.initialise_value_scale`).
 
-    The spread starts as the root mean square of the first targets, and becomes their standard deviation as more are taken in: the first
-    may all but agree, and in units of their own spread the network would at once be very far from all it has to say.
+    The spread starts as the root mean square of the first targets and becomes their standard deviation as more targets arrive. The first
+    targets may be almost equal: normalised by their own spread, they would be very far from the outputs of the network.
 
     Args:
-        step_size: how far the moments move towards those of an update's targets. The first steps are larger, so that what the
-            moments began with does not count. Published: 3e-4, for runs that are hundreds of times
-            longer; where values grow faster than the moments follow, the growth is taken for spread.
-        min_scale: bound below on the spread.
+        step_size: share by which the moments move towards those of an update. The first steps are larger, so that the initial moments have
+            no weight. The published value is 3e-4, for runs that are hundreds of times longer. Where values grow faster than the moments
+            follow, the growth is counted as spread.
+        min_scale: lower bound of the spread.
     """
 
-    follows_targets = True
+    uses_targets = True
     capturable = True
 
     def __init__(self, stream: RewardStream, *, step_size: Fraction = 0.01, min_scale: PositiveFloat = 1e-4):
         super().__init__(stream)
         if not step_size:
-            raise ValueError("agent.value_scale.step_size=0 would never see a target: expected a number above 0 and at most 1")
-        self._step_size, self._min_scale, self._ranks = step_size, min_scale, stream.ranks
-        # In float64: the spread is a small difference of the moments where a task's targets are far from zero.
+            raise ValueError("agent.value_scale.step_size must be above 0 and at most 1, got 0")
+        self._step_size = step_size
+        self._min_scale = min_scale
+        self._ranks = stream.ranks
+        # float64, because the spread is a small difference of large moments when targets are far from zero.
         self._moments_2K = torch.zeros(2, stream.num_tasks, dtype=torch.float64, device=stream.device)
         self._weight_K = torch.zeros(stream.num_tasks, dtype=torch.float64, device=stream.device)
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn
 
-    def follow(self, target_KB: torch.Tensor, seen_KB: torch.Tensor, heads: Sequence[Head]) -> None:
+    def update(self, target_KB: torch.Tensor, valid_KB: torch.Tensor, heads: Sequence[Head]) -> None:
         mean_K, scale_K = self.mean_K.double(), self.scale_K.double()
         value_KB = self._ranks.joined(target_KB.double() * scale_K[:, None] + mean_K[:, None], 1)
-        seen_KB = self._ranks.joined(seen_KB.to(torch.uint8), 1).bool()
-        number_K = seen_KB.sum(1)
-        of_batch_2K = torch.stack([value_KB, value_KB.square()]).where(seen_KB, 0.0).sum(2) / number_K.clamp_min(1)
+        valid_KB = self._ranks.joined(valid_KB.to(torch.uint8), 1).bool()
+        number_K = valid_KB.sum(1)
+        batch_moments_2K = torch.stack([value_KB, value_KB.square()]).where(valid_KB, 0.0).sum(2) / number_K.clamp_min(1)
         step_K = torch.where(number_K > 0, self._step_size, 0.0).double()
         self._weight_K += step_K * (1 - self._weight_K)
-        self._moments_2K.lerp_(of_batch_2K, step_K / self._weight_K.clamp_min(1e-300))
-        self._settle()
+        self._moments_2K.lerp_(batch_moments_2K, step_K / self._weight_K.clamp_min(1e-300))
+        self._set_scale()
         factor_K = scale_K / self.scale_K.double()
         offset_K = (mean_K - self.mean_K.double()) / self.scale_K.double()
         for head in heads:
             head.rescale(factor_K.float(), offset_K.float())
 
-    def _settle(self) -> None:
-        """Mean and scale as the moments have them; 0 and 1 for a task without any."""
+    def _set_scale(self) -> None:
+        """Compute mean and scale from the moments; 0 and 1 for a task without targets."""
         mean_K, square_K = self._moments_2K
         variance_K = square_K - self._weight_K * mean_K.square()
         scale_K = variance_K.clamp_min(0).sqrt().clamp_min(self._min_scale)
@@ -188,7 +200,7 @@ class PopArt(ValueScale):
         for here, there in tasks:
             self._moments_2K[:, here] = other._moments_2K[:, there]
             self._weight_K[here] = other._weight_K[there]
-        self._settle()
+        self._set_scale()
 
     def metrics(self) -> dict[str, torch.Tensor]:
         return {"value/mean": self.mean_K, "value/scale": self.scale_K}
@@ -199,18 +211,18 @@ class PopArt(ValueScale):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._moments_2K.copy_(state["moments"])
         self._weight_K.copy_(state["weight"])
-        self._settle()
+        self._set_scale()
 
 
 class ReturnNorm(ValueScale):
     """Rewards of each task divided by the size of its returns (Lee et al. 2025, "SimbaV2"; Nauman et al. 2025, "BRC").
 
-    Every environment's discounted return of what lies behind, G <- gamma G + reward, runs on, and starts anew with each episode. A task's
-    rewards are divided by the standard deviation of all its G so far, or by the largest |G| / limit where that is more, so that no
-    return seen so far goes beyond limit. It happens as they are sampled: the replay keeps the game's own.
+    Every environment has a running discounted return of past rewards, G <- gamma G + reward, which is reset at the start of an episode.
+    The rewards of a task are divided by the standard deviation of all its G so far, or by the largest |G| / limit if that is larger, so
+    that no return so far exceeds the limit. Rewards are divided when they are sampled: the replay stores unscaled rewards.
 
     Args:
-        limit: the largest return; no more than the v_max of a bounded head.
+        limit: the largest return; at most the v_max of a bounded head.
         eps: added to the variance.
     """
 
@@ -219,18 +231,21 @@ class ReturnNorm(ValueScale):
 
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 10.0, eps: PositiveFloat = 1e-8):
         super().__init__(stream)
-        self._gamma, self._limit, self._eps, self._ranks = stream.gamma, limit, eps, stream.ranks
+        self._gamma = stream.gamma
+        self._limit = limit
+        self._eps = eps
+        self._ranks = stream.ranks
         shape = (stream.num_tasks, stream.num_envs)
         self._return_KN = torch.zeros(shape, dtype=torch.float64, device=stream.device)
-        # Number of returns so far, their mean, sum of squared deviations from it, and largest magnitude.
+        # Count, mean, sum of squared deviations from the mean, and largest magnitude of all returns so far.
         self._count_K, self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(4, stream.num_tasks)
         self._divisor_K = torch.ones(stream.num_tasks, device=stream.device)
-        self._settle()
+        self._set_divisor()
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
         reward_KN, ended_KN = self._ranks.joined(torch.stack([reward_KN, done_KN.to(reward_KN.dtype)]), 2)
         self._return_KN.mul_(self._gamma).add_(reward_KN)
-        # Chan et al. 1979: the moments of two sets, from those of each.
+        # Chan et al. 1979: combine the moments of two sets.
         number = self._return_KN.shape[1]
         variance_K, mean_K = torch.var_mean(self._return_KN, 1, correction=0)
         apart_K = mean_K - self._mean_K
@@ -240,10 +255,10 @@ class ReturnNorm(ValueScale):
         self._count_K += number
         torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
         self._return_KN.masked_fill_(ended_KN.bool(), 0.0)
-        self._settle()
+        self._set_divisor()
 
-    def _settle(self) -> None:
-        """What rewards are divided by, as the moments have it."""
+    def _set_divisor(self) -> None:
+        """Compute the divisor of the rewards from the moments."""
         spread_K = (self._deviation_K / self._count_K.clamp_min(1) + self._eps).sqrt()
         self._divisor_K.copy_(torch.maximum(spread_K, self._largest_K / self._limit))
 
@@ -258,7 +273,7 @@ class ReturnNorm(ValueScale):
         for here, there in tasks:
             for name in ("count", "mean", "deviation", "largest"):
                 getattr(self, f"_{name}_K")[here] = getattr(other, f"_{name}_K")[there]
-        self._settle()
+        self._set_divisor()
 
     def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._divisor_K, self.mean_K
@@ -277,7 +292,6 @@ class ReturnNorm(ValueScale):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._return_KN.copy_(state["returns"])
-        self._count_K.copy_(torch.as_tensor(state["count"]))  # one number for all tasks in older checkpoints
-        for name in ("mean", "deviation", "largest"):
+        for name in ("count", "mean", "deviation", "largest"):
             getattr(self, f"_{name}_K").copy_(state[name])
-        self._settle()
+        self._set_divisor()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from mtrl_cli.machine import rng
-from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.replay.buffers import Batch, Samples
+
+SamplesT = TypeVar("SamplesT", bound=Samples)
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ class Augmentation(ABC):
         self.seen = seen
         self._generator = torch.Generator(seen.device).manual_seed(seen.seed)
 
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch with other observations. Shapes stay; a dtype may become float32, where bytes are too coarse."""
-        observation = self.augment(batch.observation)
-        if batch.next_observation is batch.observation:  # of rollouts, whose samples have no next state
-            return replace(batch, observation=observation, next_observation=observation)
-        return replace(batch, observation=observation, next_observation=self.augment(batch.next_observation))
+    def __call__(self, batch: SamplesT) -> SamplesT:
+        """Augment the observations of a batch. Shapes stay the same; bytes may become float32."""
+        augmented = replace(batch, observation=self.augment(batch.observation))
+        if isinstance(augmented, Batch):
+            augmented.next_observation = self.augment(augmented.next_observation)
+        return augmented
 
     @abstractmethod
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
@@ -114,13 +116,13 @@ class Pipeline:
         """Whether it can be recorded once and replayed (`capture.py`)."""
         return all(part.capturable for part in self.parts.values())
 
-    def __call__(self, batch: Batch) -> Batch:
-        """A batch with other observations: `[K, M * B, ...]`, as their actions, and next observations `[K, K' * B, ...]`."""
+    def __call__(self, batch: SamplesT) -> SamplesT:
+        """Augment a batch: observations and actions `[K, M * B, ...]`, next observations `[K, K' * B, ...]`."""
+        batch = replace(batch)
         if self._loss_draws > 1:
-            observation, action = (repeated(each, self._loss_draws) for each in (batch.observation, batch.action))
-            batch = replace(batch, observation=observation, action=action)
-        if self._target_draws > 1:
-            batch = replace(batch, next_observation=repeated(batch.next_observation, self._target_draws))
+            batch.observation, batch.action = repeated(batch.observation, self._loss_draws), repeated(batch.action, self._loss_draws)
+        if self._target_draws > 1 and isinstance(batch, Batch):
+            batch.next_observation = repeated(batch.next_observation, self._target_draws)
         for part in self.parts.values():
             batch = part(batch)
         return batch
@@ -129,10 +131,9 @@ class Pipeline:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave. Older states know of none."""
+        """Restore a state of `state_dict`."""
         for name, part in self.parts.items():
-            if name in state:
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
 
 
 def repeated(tensor: torch.Tensor, draws: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from mtrl_cli.augmentation.base import Augmentation, Observations
+from mtrl_cli.augmentation.base import Augmentation, Observations, SamplesT
 from mtrl_cli.replay.buffers import Batch
 from mtrl_cli.types import Fraction
 
@@ -56,16 +56,16 @@ class Flip(Augmentation):
         tables = [mirrored_actions(actions) for actions in seen.actions]
         self._mirrored_KA = torch.tensor([[*table, *range(len(table), most)] for table in tables], device=seen.device)
 
-    def __call__(self, batch: Batch) -> Batch:
-        draws = max(batch.observation.shape[1], batch.next_observation.shape[1])
+    def __call__(self, batch: SamplesT) -> SamplesT:
+        next_observation = batch.next_observation if isinstance(batch, Batch) else batch.observation
+        draws = max(batch.observation.shape[1], next_observation.shape[1])
         flip = self.uniform((batch.observation.shape[0], draws)) < self._probability
         flip_KB = flip[:, : batch.action.shape[1]]
         action = torch.where(flip_KB, self._mirrored_KA.gather(1, batch.action), batch.action)
-        observation = _flipped(batch.observation, flip_KB)
-        if batch.next_observation is batch.observation:
-            return replace(batch, observation=observation, action=action, next_observation=observation)
-        next_observation = _flipped(batch.next_observation, flip[:, : batch.next_observation.shape[1]])
-        return replace(batch, observation=observation, action=action, next_observation=next_observation)
+        flipped = replace(batch, observation=_flipped(batch.observation, flip_KB), action=action)
+        if isinstance(flipped, Batch):
+            flipped.next_observation = _flipped(next_observation, flip[:, : next_observation.shape[1]])
+        return flipped
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
         """The pictures alone, as where they have no actions."""

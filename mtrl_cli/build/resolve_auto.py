@@ -212,7 +212,7 @@ def describe(config: Config, pack: Pack) -> list[str]:
     env, replay = config["env"], config["replay"]
     spec = build_run.replay_spec(config, pack, torch.device(config["device"]))
     each = _bytes_per_transition(config, spec)
-    capacity = replay.get("capacity") or _replay_kind(config).fixed_capacity(spec) or 0
+    capacity = replay.get("capacity") or _replay_kind(config).fixed_capacity(spec)
     taken = capacity * each * spec.num_tasks
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")

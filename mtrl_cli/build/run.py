@@ -1,4 +1,4 @@
-"""Configuration to the objects of a run. Beside it `instances`, `build_network`, `build_augmentation` and `settling` read its values."""
+"""Build the objects of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from mtrl_cli.machine import hardware
 from mtrl_cli.machine.cuda_graphs import CudaGraphs, generators_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import dropout_generator
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 from mtrl_cli.replay.buffers import Replay, ReplaySpec
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import Tape
+from mtrl_cli.training.callbacks import Callback, DropoutState, SpectralNorm
 from mtrl_cli.training.diagnostics import Diagnostics
 from mtrl_cli.training.early_stopping import EarlyStopping
 from mtrl_cli.training.env_group import make_group
@@ -44,23 +46,33 @@ from mtrl_cli.training.resets import Resets
 
 @dataclass(frozen=True)
 class Intervals:
-    """When things happen, in steps per task; 0: only at the end. `evaluate_at_start`: also before the first step."""
+    """Intervals of a run in steps per task.
+
+    Attributes:
+        total: steps of the run.
+        log: between rows of metrics; 0: only at the end.
+        evaluate, checkpoint: 0: only at the end.
+        diagnostics: 0: never.
+        evaluate_at_start: whether to evaluate before the first step.
+    """
 
     total: int
     log: int
     evaluate: int
     checkpoint: int
+    diagnostics: int
     evaluate_at_start: bool
 
 
 @dataclass
 class Run:
-    """Everything that a training run is made of, before its emulators are started."""
+    """All objects of a training run, before its emulators are started."""
 
     pack: Pack
     agent: Agent
     replay: Replay
     learner: Learner
+    freezing: Freezing
     evaluator: Evaluator
     tester: Evaluator | None
     early_stopping: EarlyStopping
@@ -73,15 +85,15 @@ class Run:
 
 
 def make_store(config: Config, folder: Path, ranks: Ranks = ALONE) -> CheckpointStore:
-    """The checkpoints of a run, in `folder`."""
+    """Make the checkpoint store of a run in `folder`."""
     return CheckpointStore(folder, keep=config["checkpoint"]["keep"], with_replay=config["checkpoint"]["replay"], ranks=ranks)
 
 
 def make_pack(config: Config) -> Pack:
-    """The tasks. Packages that the user trusts are imported first, so that environments which they register can be named.
+    """Make the tasks. Trusted packages are imported first, because they may register environments.
 
     Raises:
-        UserError: such a package is not installed, or the tasks do not make a pack.
+        UserError: a trusted package is not installed, or the tasks do not form a pack.
     """
     for package in config["trusted_packages"]:
         try:
@@ -92,7 +104,7 @@ def make_pack(config: Config) -> Pack:
 
 
 def set_up_torch(config: Config, device: torch.device) -> None:
-    """What torch keeps for the whole process: threads, the compiler, the current GPU, and in what precision that multiplies float32."""
+    """Set the global state of torch: threads, compiler, current GPU and precision of float32 products."""
     torch.set_num_threads(config["threads"])
     if config["compile"]:
         hardware.keep_compiled()
@@ -108,46 +120,46 @@ def set_up_torch(config: Config, device: torch.device) -> None:
 
 
 def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
-    """What plays the evaluation games."""
-    return _make_player(config["eval"], pack, device)
+    """Make the evaluator of validation episodes."""
+    return _make_evaluator(config["eval"], pack, device)
 
 
 def make_tester(config: Config, pack: Pack, device: torch.device) -> Evaluator | None:
-    """What plays the test games at the end: as many, unless it is told otherwise, with seeds of their own. None: there is no test."""
-    games = config["eval"]
-    episodes = games["episodes"] if games["test_episodes"] is None else games["test_episodes"]
-    return _make_player(games | {"episodes": episodes, "seed": games["test_seed"]}, pack, device) if episodes else None
+    """Make the evaluator of the final test, with other seeds than validation; None: there is no test."""
+    keys = config["eval"]
+    episodes = keys["episodes"] if keys["test_episodes"] is None else keys["test_episodes"]
+    return _make_evaluator(keys | {"episodes": episodes, "seed": keys["test_seed"]}, pack, device) if episodes else None
 
 
-def _make_player(games: Config, pack: Pack, device: torch.device) -> Evaluator:
+def _make_evaluator(keys: Config, pack: Pack, device: torch.device) -> Evaluator:
     return Evaluator(
         pack,
-        episodes=games["episodes"],
-        max_steps=games["max_steps"],
-        epsilon=games["epsilon"],
-        seed=games["seed"],
+        episodes=keys["episodes"],
+        max_steps=keys["max_steps"],
+        epsilon=keys["epsilon"],
+        seed=keys["seed"],
         num_threads=hardware.cores(),
         device=device,
     )
 
 
 def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
-    """What stops a run whose evaluations no longer improve.
+    """Make the early stopping of a run.
 
     Raises:
-        UserError: its metric is none that an evaluation of these tasks has.
+        UserError: evaluations of these tasks do not have its metric.
     """
     section, names = config["early_stopping"], metric_names(pack)
     if section["metric"] not in (None, *names):
-        raise UserError(f"early_stopping.metric={show(section['metric'])}: an evaluation of these tasks has {', '.join(names)}")
+        raise UserError(f"early_stopping.metric={show(section['metric'])}: expected one of {', '.join(names)}")
     return EarlyStopping(**section)
 
 
 def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
-    """How the tasks' losses become one gradient.
+    """Make the task weights, uniform if they require gradients and the tasks share no parameters.
 
     Raises:
-        UserError: values that it refuses, or a solver that is not installed.
+        UserError: invalid values, or a solver that is not installed.
     """
     task_weights: TaskWeights = make(config, "task_weights", tasks)
     if task_weights.needs not in ("losses", "gram", "rows"):
@@ -159,11 +171,13 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, s
 
 
 def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Run:
-    """All parts of a training run; of several ranks, this one's. Nothing is written, and no emulator started. What the user should
-    know is told by `say`.
+    """Make all objects of a training run on this rank, without writing files or starting emulators.
+
+    Args:
+        say: prints a line.
 
     Raises:
-        UserError: parts that do not fit together.
+        UserError: incompatible parts.
     """
     device = device_of(config, ranks)
     num_envs = ranks.share("env.num_envs", pack.num_envs)
@@ -174,7 +188,8 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
     agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
-    learner = _make_learner(config, pack, agent, replay, ranks, say)
+    freezing = _make_freezing(config, network)
+    learner = _make_learner(config, pack, agent, replay, freezing, ranks, say)
 
     def open_loop() -> Loop:
         exploration = derived_seed(config["seed"], ranks.label("exploration"))
@@ -182,7 +197,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         threads, size = max(1, hardware.cores() // ranks.place.local_size), num_envs // config["groups"]
         firsts = range(ranks.rank * num_envs, (ranks.rank + 1) * num_envs, size)
         groups = [make_group(pack, actor, agent, first, size, config["seed"], threads, device) for first in firsts]
-        # The last hundred episodes of each task are those of all ranks.
+        # Recent means are over about 100 episodes of each task on all ranks.
         statistics = EpisodeStatistics(names, num_envs, window=max(1, 100 // ranks.size))
         return Loop(groups, actor, replay, learner, statistics, overlapped=device.type == "cuda", ranks=ranks)
 
@@ -191,15 +206,17 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
         agent=agent,
         replay=replay,
         learner=learner,
+        freezing=freezing,
         evaluator=make_evaluator(config, pack, device),
         tester=make_tester(config, pack, device),
         early_stopping=make_early_stopping(config, pack),
-        diagnostics=_make_diagnostics(config, pack, agent, replay),
+        diagnostics=Diagnostics(agent, replay, names, seed=derived_seed(config["seed"], "diagnostics")),
         intervals=Intervals(
             config["steps_per_task"],
             config["log"]["every"],
             config["eval"]["every"],
             config["checkpoint"]["every"],
+            config["log"]["diagnostics"],
             config["eval"]["at_start"],
         ),
         device=device,
@@ -209,13 +226,9 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     )
 
 
-def _make_diagnostics(config: Config, pack: Pack, agent: Agent, replay: Replay) -> Diagnostics:
-    every, seed = config["log"]["diagnostics"], derived_seed(config["seed"], "diagnostics")
-    return Diagnostics(agent, replay, [task.name for task in pack.tasks], every=every, seed=seed, steps_per_tick=pack.num_envs)
-
-
-def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, ranks: Ranks, say: Callable[[str], None]) -> Learner:
-    """What trains the agent's network from the replay."""
+def _make_learner(
+    config: Config, pack: Pack, agent: Agent, replay: Replay, freezing: Freezing, ranks: Ranks, say: Callable[[str], None]
+) -> Learner:
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
     optimizer = make(config, "optimizer", list(network.parameters()), [part.kind for part in parts_of(network).values()])
     tasks = Tasks(
@@ -227,21 +240,21 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
     )
     augmentation = make_augmentation(config, pack, agent, device, ranks)
     task_weights = make_task_weights(config, tasks, network, say)
-    if network.has_dropout and task_weights.looks_back:
+    if network.has_dropout and task_weights.uses_losses_after_step:
         raise UserError(
-            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares a batch's losses before and after "
-            "an update, which dropout would change as well: choose other task_weights, or network.dropout=0"
+            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares the losses of a batch before and "
+            "after an update, which dropout also changes: choose other task_weights, or network.dropout=0"
         )
 
-    def tape_of_trained() -> Tape | None:
-        return make_tape(config, network, pack, device) if task_weights.needs != "losses" and network.shared_parameters() else None
-
-    def anew() -> Tape | None:
+    def tape_of_trained_parameters() -> Tape | None:
         if config["compile"]:
-            torch.compiler.reset()  # each set of trained parameters is code of its own, and only so many are kept
-        return tape_of_trained()
+            torch.compiler.reset()  # every set of trained parameters is compiled separately, and the number of compiled variants is limited
+        if task_weights.needs == "losses" or not network.shared_parameters():
+            return None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # keeps the generator of dropout
+            return make_tape(config, network, pack, device)
 
-    # Exchanges between ranks are made one at a time.
+    # Exchanges between ranks are not recorded.
     recorded = device.type == "cuda" and ranks.size == 1
     recorder = (lambda: CudaGraphs(device, generators_of(replay, task_weights, *augmentation.parts.values()))) if recorded else None
     return Learner(
@@ -251,29 +264,39 @@ def _make_learner(config: Config, pack: Pack, agent: Agent, replay: Replay, rank
         task_weights,
         optimizer,
         names,
-        tape=tape_of_trained(),
+        callbacks=_make_callbacks(config, pack, network, freezing, device, ranks),
+        make_tape=tape_of_trained_parameters,
         recorder=recorder,
         ranks=ranks,
-        resets=_make_resets(config, pack, device),
-        dropout=dropout_generator(device, derived_seed(config["seed"], ranks.label("dropout"))) if network.has_dropout else None,
-        freezing=_make_freezing(config, network),
-        make_tape=anew,
     )
+
+
+def _make_callbacks(
+    config: Config, pack: Pack, network: MultiTaskNetwork, freezing: Freezing, device: torch.device, ranks: Ranks
+) -> list[Callback]:
+    """Make the callbacks of the learner. Freezing follows spectral normalisation, whose changes to frozen rows it reverts."""
+    callbacks: list[Callback] = []
+    if layers := spectral_layers(network):
+        callbacks.append(SpectralNorm(layers))
+    callbacks.append(freezing)
+    if config["resets"]["every"]:
+        callbacks.append(_make_resets(config, pack, device))
+    if network.has_dropout:
+        callbacks.append(DropoutState(dropout_generator(device, derived_seed(config["seed"], ranks.label("dropout")))))
+    return callbacks
 
 
 def _make_freezing(config: Config, network: MultiTaskNetwork) -> Freezing:
     keys = config["transfer"]
     try:
-        return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"], gradual=keys["gradual"])
+        return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"])
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets | None:
-    """Resets of the network, whose new parameters are drawn from the run's seed and the number of the reset."""
+def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets:
+    """Make the resets of the network. New parameters depend on the seed of the run and the number of the reset."""
     resets = config["resets"]
-    if not resets["every"]:
-        return None
 
     def fresh(number: int) -> MultiTaskNetwork:
         return make_network(config | {"seed": derived_seed(config["seed"], f"reset {number}")}, pack, device)
@@ -283,7 +306,7 @@ def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets | N
 
 
 def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) -> Replay:
-    """A rank's part of the replay."""
+    """Make the replay of a rank."""
     spec = replace(spec, num_envs=num_envs, seed=derived_seed(config["seed"], ranks.label("replay")))
     capacity = config["replay"].get("capacity")
     part = config["replay"] | ({} if capacity is None else {"capacity": capacity // ranks.size})
@@ -291,42 +314,46 @@ def _make_replay(config: Config, spec: ReplaySpec, num_envs: int, ranks: Ranks) 
         replay: Replay = make(config | {"replay": part}, "replay", spec)
         return replay
     except UserError as error:
-        raise UserError(str(error) if ranks.size == 1 else f"of each of {ranks.size} ranks: {error}") from error
+        raise UserError(str(error) if ranks.size == 1 else f"on each of {ranks.size} ranks: {error}") from error
 
 
 def device_of(config: Config, ranks: Ranks) -> torch.device:
-    """Where a rank trains: on the GPU of its number on this machine, where the configuration says `cuda` for all.
+    """Return the device of a rank: with `device=cuda` and several ranks, the GPU of its local rank.
 
     Raises:
-        UserError: it is not there.
+        UserError: there is no such device.
     """
     named = config["device"]
     return hardware.resolve_device(f"cuda:{ranks.place.local_rank}" if named == "cuda" and ranks.size > 1 else named)
 
 
 def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
-    """Refuse a checkpoint that was trained on other tasks than a configuration names.
+    """Check that a checkpoint was trained on the tasks of a configuration.
 
     Raises:
-        UserError: names the tasks.
+        UserError: with the differing tasks.
     """
     names = [task.name for task in pack.tasks]
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        raise UserError(f"the checkpoint of {run} does not tell its tasks: no run of ours")
+        raise UserError(f"the checkpoint of {run} has no list of tasks")
     if saved != names:
         added, missing = [name for name in names if name not in saved], [name for name in saved if name not in names]
-        what = f"adds {', '.join(added)}" if added else f"leaves out {', '.join(missing)}" if missing else "has them in another order"
-        raise UserError(f"{run} was trained on {', '.join(saved)}, and its config.yaml {what}: tasks of a run cannot be changed")
+        change = f"adds {', '.join(added)}" if added else f"omits {', '.join(missing)}" if missing else "has them in another order"
+        raise UserError(f"{run} was trained on {', '.join(saved)}, and its config.yaml {change}: the tasks of a run cannot be changed")
 
 
 def for_evaluation(config: Config, device: str | None) -> Config:
-    """A run's configuration as this machine evaluates it: on `device` (None: the run's own, where it is here)."""
+    """Adapt the configuration of a run to its evaluation on this machine.
+
+    Args:
+        device: None: the device of the run, if this machine has it.
+    """
     try:
         resolved = hardware.resolve_device(device or config["device"])
     except UserError:
         if device is not None:
             raise
-        resolved = hardware.resolve_device("auto")  # a run from a GPU, looked at on a laptop
+        resolved = hardware.resolve_device("auto")  # such as a run on a GPU, evaluated on a laptop
     return config | {
         "device": str(resolved),
         "precision": config["precision"] if config["device"] in (str(resolved), resolved.type) else "fp32",
@@ -334,7 +361,7 @@ def for_evaluation(config: Config, device: str | None) -> Config:
 
 
 def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:
-    """The parts of an evaluation: the tasks, a network to load weights into, and what plays."""
+    """Make the tasks, a network to load weights into, and the evaluator."""
     device = torch.device(config["device"])
     torch.set_num_threads(min(config["threads"], hardware.cores()))
     pack = make_pack(config)
@@ -342,7 +369,7 @@ def make_evaluation(config: Config) -> tuple[Pack, MultiTaskNetwork, Evaluator]:
 
 
 def replay_spec(config: Config, pack: Pack, device: torch.device) -> ReplaySpec:
-    """What a run's replay holds, and of how many."""
+    """Return the sizes of a run's replay."""
     return ReplaySpec(
         num_tasks=len(pack.tasks),
         num_envs=pack.num_envs,

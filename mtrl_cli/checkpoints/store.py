@@ -95,11 +95,6 @@ class CheckpointStore:
         """Return the step of the checkpoint with the highest score, or None if no checkpoint has a score."""
         return self._read_pointer("best")
 
-    def best_score(self) -> float | None:
-        """Return the score of the best checkpoint."""
-        step = self.best()
-        return None if step is None else self._score(step)
-
     def _read_pointer(self, name: str) -> int | None:
         try:
             text = atomic.read_bytes(self.folder / name, self.folder, 32).decode("ascii").strip()
@@ -134,7 +129,9 @@ class CheckpointStore:
             with self._ranks.together(), self._disk_errors_as_run_errors(step):
                 if self._ranks.is_first:
                     theirs = [ReplayRecord.model_validate(record) for other in others for record in other["replays"]]
-                    self._write(step, score, self._with_others(state, others), [*records, *theirs])
+                    if others:
+                        state = state | {"others": {str(rank): other["state"] for rank, other in enumerate(others, 1)}}
+                    self._write(step, score, state, [*records, *theirs])
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
@@ -146,10 +143,6 @@ class CheckpointStore:
                 atomic.replace(self.folder / "latest", f"{step}\n".encode())
                 self._update_best()
                 self._prune()
-
-    @staticmethod
-    def _with_others(state: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
-        return state | {"others": {str(rank): other["state"] for rank, other in enumerate(others, 1)}} if others else state
 
     def _write(self, step: int, score: float | None, state: dict[str, Any], replays: list[ReplayRecord]) -> None:
         """Write the folder of the checkpoint."""

@@ -118,10 +118,13 @@ def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
     of_sweep: list[str] = []
     for word in given:
         try:
-            apart = search_space.take_apart([word])
+            apart = search_space.split_overrides([word])
         except UserError:
             continue
-        shared += [*apart.shared, *(f"{key}={axis.words[0]}" for key, axis in apart.axes.items() if isinstance(axis, search_space.Choices))]
+        shared += [
+            *apart.shared,
+            *(f"{key}={axis.values[0]}" for key, axis in apart.axes.items() if isinstance(axis, search_space.Choices)),
+        ]
         of_sweep += apart.sweep
     return shared, of_sweep
 

@@ -69,7 +69,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
-StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with their progress where the study has begun.")]
+StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -131,9 +131,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
       mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
     if os.path.lexists(run.expanduser() / "sweep.json"):
-        from mtrl_cli.sweeps.command import go_on as go_on_with_sweep
+        from mtrl_cli.sweeps import command
 
-        go_on_with_sweep(run.expanduser(), overrides or [], command=_command())
+        command.resume(run.expanduser(), overrides or [], command=_command())
         return
     from mtrl_cli.commands import train
 
@@ -164,17 +164,17 @@ def sweep(
       mtrl sweep env=classic_pack 'optimizer.lr=tag(log,interval(1e-5,1e-3))' sweep.trials=50 sweep.pruner=hyperband
       mtrl sweep env=classic_pack agent.n_step=1,3,5 launcher.jobs=2 --dry-run
     """
-    from mtrl_cli.sweeps import plan as sweep_plan
+    from mtrl_cli.sweeps import plan
 
-    plan = sweep_plan.make(overrides or [])
+    planned = plan.make(overrides or [])
     if dry_run:
-        from mtrl_cli.sweeps import dry_run as sweep_listing
+        from mtrl_cli.sweeps.dry_run import list_sweep
 
-        print_result(sweep_listing.list_sweep(plan))
+        print_result(list_sweep(planned))
         return
-    from mtrl_cli.sweeps.command import sweep as run
+    from mtrl_cli.sweeps import command
 
-    run(plan, command=_command())
+    command.run(planned, command=_command())
 
 
 @app.command()
@@ -189,12 +189,11 @@ def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False
     \b
     Examples:
       mtrl transfer runs/mine env=minatar_pack 'env.tasks=[asterix,seaquest]'
-      mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=torso seeds=5 run_dir=runs/transfer/mine
-      mtrl transfer runs/mine env=minatar_pack transfer.freeze=none,torso launcher.jobs=2 --dry-run
+      mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=none,torso seeds=5 launcher.jobs=2 --dry-run
     """
-    from mtrl_cli.studies import transfer as transfer_study
+    from mtrl_cli.studies import transfer
 
-    _study(transfer_study.make(run, overrides or []), dry_run)
+    _run_study(transfer.make(run, overrides or []), dry_run)
 
 
 @studies.command("sharing")
@@ -215,12 +214,12 @@ def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> 
       mtrl study sharing env=classic_pack network/sharing=hard,film seeds=5 launcher.jobs=2
       mtrl study sharing env=minatar_pack task_weights=uniform,pcgrad steps_per_task=200000 --dry-run
     """
-    from mtrl_cli.studies import sharing as sharing_study
+    from mtrl_cli.studies import sharing
 
-    _study(sharing_study.make(overrides or []), dry_run)
+    _run_study(sharing.make(overrides or []), dry_run)
 
 
-def _study(study: Any, dry_run: bool) -> None:
+def _run_study(study: Any, dry_run: bool) -> None:
     from mtrl_cli.studies import engine
 
     print_result(study.listing()) if dry_run else engine.run(study, command=_command())
@@ -246,10 +245,10 @@ def report(
       mtrl report runs/minatar_pack out=~/reports/minatar
       mtrl report runs/one runs/another
     """
-    from mtrl_cli.reports import command as procedure
+    from mtrl_cli.reports import command
 
-    paths, out = procedure.parse(runs)
-    procedure.report(paths, out, command=_command())
+    paths, out = command.parse(runs)
+    command.run(paths, out, command=_command())
 
 
 @app.command()
@@ -378,10 +377,10 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         code = print_error(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_ours_to_tell", False))
+        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_reported_here", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told and is_first_rank():
+        if not stopped.is_reported and is_first_rank():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

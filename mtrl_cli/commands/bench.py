@@ -98,7 +98,7 @@ def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> 
         _note("compiling the update: seconds if cached, else about a minute")
         run.learner.warm_up()
     compiling = time.perf_counter() - begun
-    loop.begin()
+    loop.reset()
     loop.step = last_step  # final epsilon
     meter = throughput.Meter(loop, run.seed)
     meter.fill(run.replay.capacity_rows)

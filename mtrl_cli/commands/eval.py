@@ -76,7 +76,7 @@ def _previous(folder: RunFolder, step: int) -> dict[str, Any] | None:
     return {"episodes": episodes, "split": split} if isinstance(episodes, int) else None
 
 
-def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Games) -> None:
+def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Episodes) -> None:
     """Render the first episode of every task, replayed from its seed and actions."""
     if not atomic.is_inside(folder.videos, folder.path):
         raise UserError(f"{folder.videos} is a link out of the run folder; refusing to write there")

@@ -53,7 +53,7 @@ def run(config: dict[str, Any], *, command: list[str], or_resume: bool = False) 
                         warm_start.find_source(config)  # fail before the slow construction
                 config, parts, loop = _build(config, ranks)
                 config = _warm_start(config, parts, ranks)
-                loop.begin()
+                loop.reset()
                 folder = _create_folder(run_dir, parts, ranks)
             with folder:
                 folder.write("config.yaml", compose.dump(config | {"run_dir": str(folder.path)}))
@@ -129,7 +129,7 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
             training = Trainer(folder, config, parts, loop, store, stop, command, ranks)
             if state is None:
                 config = _warm_start(config, parts, ranks)
-                loop.begin()
+                loop.reset()
             else:
                 with ranks.together():
                     training.restore(step, state)

@@ -1,10 +1,9 @@
-"""One process's work on a run: everything that happens to the loop from outside."""
+"""Training of a run in one process: evaluation, checkpoints, metrics and signals around the training loop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,22 @@ from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training import evaluator, throughput
+from mtrl_cli.training.every import Every
 from mtrl_cli.training.loop import Loop
+from mtrl_cli.training.speed import SpeedMeter
 
 
 class Trainer:
-    """One process's work on a run.
+    """Trains a run in one process.
 
     Args:
-        folder: locked.
-        config: kept with the run's metrics.
-        run, loop: what is trained; the loop has begun, or `restore` is called.
-        store: the run's checkpoints.
-        stop: whether a signal has come.
-        command: the command line.
-        ranks: that train together, all in step: the first writes, logs and evaluates.
+        folder: of the run, locked.
+        config: of the run.
+        run, loop: objects of the run. Call `loop.reset` or `restore` before `work`.
+        store: checkpoints of the run.
+        stop: pending signals.
+        command: command line.
+        ranks: processes that train together and keep in step. The first one writes, logs and evaluates.
     """
 
     def __init__(
@@ -53,28 +54,43 @@ class Trainer:
         command: list[str],
         ranks: Ranks,
     ):
-        self.folder, self.config, self.run, self.loop, self.command = folder, config, run, loop, command
-        self.store, self.stop, self.ranks = store, stop, ranks
+        self.folder = folder
+        self.config = config
+        self.run = run
+        self.loop = loop
+        self.store = store
+        self.stop = stop
+        self.command = command
+        self.ranks = ranks
         self.logger: NullLogger
         self.display: Display | NullDisplay
         self.resumed_at: int | None = None
-        self.evaluated_at, self.saved_at, self.logged_at = -1 if run.intervals.evaluate_at_start else 0, -1, 0
-        self.seconds_before, self.began = 0.0, time.perf_counter()
-        self.row_began, self.row_excluded = self.began, 0.0
+        intervals = run.intervals
+        self.evaluations = Every(intervals.evaluate, last=-1 if intervals.evaluate_at_start else 0)
+        self.checkpoints = Every(intervals.checkpoint, last=-1)
+        self.diagnoses = Every(intervals.diagnostics)
+        self.rows = Every(intervals.log)
+        self.speed = self._new_speed_meter()
         self.row_step = self.row_updates = 0
+        self.seconds_before = 0.0
+        self.started_at = time.perf_counter()
         self.summary: dict[str, Any] | None = None
         self.test: dict[str, Any] | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds of work over all resumes."""
-        return self.seconds_before + time.perf_counter() - self.began
+        return self.seconds_before + time.perf_counter() - self.started_at
+
+    def _new_speed_meter(self) -> SpeedMeter:
+        return SpeedMeter(self.loop.step, self.run.learner.updates, in_bursts=self.run.agent.period > 1)
 
     def restore(self, step: int, state: dict[str, Any]) -> None:
-        """Take a checkpoint's state.
+        """Restore the state of a checkpoint.
 
         Raises:
-            UserError: it is not of this configuration. RunError: the environments did not repeat themselves.
+            UserError: the checkpoint does not match the configuration.
+            RunError: the replayed environments show other frames than before.
         """
         what = f"checkpoint {step} of {self.folder.path}"
         build_run.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
@@ -85,7 +101,8 @@ class Trainer:
             self.run.agent.load_state_dict(state["agent"])
             self.loop.load_state_dict(self._of_this_rank(state), rows_restored)
             progress = state["progress"]
-            self.evaluated_at, self.logged_at = int(progress["evaluated_at"]), int(progress["logged_at"])
+            self.evaluations.last = int(progress["evaluated_at"])
+            self.rows.last = int(progress["logged_at"])
             self.seconds_before = float(progress["seconds"])
             self._restore_early_stopping(progress)
         except (RunError, UserError):
@@ -93,20 +110,22 @@ class Trainer:
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             first_line = str(error).strip().split("\n")[0][:200]
             raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
-        self.resumed_at = self.saved_at = step
+        self.resumed_at = self.checkpoints.last = self.diagnoses.last = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
-        print_line(f"going on from step {step:,}" + ("" if rows_restored else ", without a replay: gathering anew before learning goes on"))
+        print_line(
+            f"resuming from step {step:,}" + ("" if rows_restored else " with an empty replay: learning continues once it is filled again")
+        )
 
     def _restore_early_stopping(self, progress: dict[str, Any]) -> None:
         early_stopping = self.run.early_stopping
-        if early_stopping.metric is None or "early_stopping" not in progress:
+        if early_stopping.metric is None:
             return
         early_stopping.load_state_dict(progress["early_stopping"])
         if early_stopping.stopped and int(progress["total"]) < self.run.intervals.total:
-            early_stopping.begin_anew()
+            early_stopping.reset_patience()
 
     def _of_this_rank(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of the loop that this rank saved, of a checkpoint's."""
+        """Return the loop state of this rank from the state of a checkpoint."""
         first: dict[str, Any] = state["loop"]
         if self.ranks.is_first:
             return first
@@ -114,8 +133,8 @@ class Trainer:
         return mine | {"learner": mine["learner"] | {"task_weights": first["learner"]["task_weights"]}}
 
     def work(self) -> None:
-        """Train to the end, a signal or a failure, and write which it was."""
-        self.ranks.at_loss = self._bury
+        """Train to the end, a signal or a failure, and record the outcome in run.json."""
+        self.ranks.at_loss = self._mark_failed
         try:
             with self.ranks.together():
                 if self.ranks.is_first:
@@ -133,20 +152,20 @@ class Trainer:
                     self._finish()
             self._part()
         except Stopped as stopped:
-            stopped.told = True
+            stopped.is_reported = True
             self.folder.finish("stopped", seconds=self.seconds)
-            print_line(f"stopped at step {self.loop.step:,} and saved; go on with: {resume_command(self.folder, self.ranks.size)}")
+            print_line(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
-            told = RanksLost(
-                f"{lost}\nThe run has failed at step {self.loop.step:,}; go on from its last checkpoint with: "
+            failure = RanksLost(
+                f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            told.is_ours_to_tell = self._bury(str(lost))
-            raise told from None
+            failure.is_reported_here = self._mark_failed(str(lost))
+            raise failure from None
         except Exception as error:
-            with suppress(OSError, UserError):  # of a full disk, say: what failed first is what the user must hear
+            with suppress(OSError, UserError):  # such as a full disk: the first error matters to the user
                 self.folder.finish("failed", seconds=self.seconds, error=str(error))
             raise
         finally:
@@ -157,12 +176,12 @@ class Trainer:
         return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
 
     def _part(self) -> None:
-        """End together: torchrun ends the others where one ends by a signal, and the first must have written and said all by then."""
+        """Wait for all ranks: torchrun ends the others when one ends by a signal, before the first rank may have written everything."""
         with suppress(RanksLost):
             self.ranks.wait()
 
-    def _bury(self, line: str) -> bool:
-        """Write that the run failed for want of another rank; returns whether it is for this rank to tell."""
+    def _mark_failed(self, line: str) -> bool:
+        """Record in run.json that the run failed because a rank was lost. Returns whether this rank prints the error."""
         with suppress(OSError, UserError):
             return self.folder.mark_failed(seconds=self.seconds, error=line)
         return self.ranks.is_first
@@ -172,58 +191,60 @@ class Trainer:
     def _warm_up(self) -> None:
         if not self.run.compiled:
             return
-        self.display.message("compiling the update: seconds where it is cached, a minute where not")
-        begun = time.perf_counter()
-        with suppress(Stopped), self.stop.interruptible():  # whoever asked to stop is heard in a moment, with the other ranks
+        self.display.message("compiling the update: a few seconds with a warm cache, otherwise about a minute")
+        start = time.perf_counter()
+        with suppress(Stopped), self.stop.interruptible():  # all ranks handle the signal together, after the next tick
             self.run.learner.warm_up()
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             self.display.message(f"compiled in {seconds:.0f} s")
-            step, metrics = self.loop.step, {"perf/seconds/compile": seconds}
-            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, metrics)
+            self._write_row({"perf/seconds/compile": seconds})
 
     def _train(self) -> None:
-        intervals, ticks = self.run.intervals, self.loop.ticks()
-        self.row_began, self.row_excluded = time.perf_counter(), 0.0
+        total, ticks = self.run.intervals.total, self.loop.ticks()
+        self.speed = self._new_speed_meter()
         while True:
-            step, finished = self.loop.step, self.loop.step >= intervals.total
-            if self.evaluated_at < 0 or _due(step, self.evaluated_at, intervals.evaluate, finished):
+            step, finished = self.loop.step, self.loop.step >= total
+            if self.evaluations.last < 0 or self.evaluations.due(step, finished):
                 self._evaluate()
             finished = finished or self.run.early_stopping.stopped
-            if _due(step, self.saved_at, intervals.checkpoint, finished):
+            if self.checkpoints.due(step, finished):
                 self._save()
             if finished:
                 return
-            # A signal comes to each rank at another moment, or to one alone.
-            if asked := self.ranks.largest(self.stop.received or 0):
-                if self.saved_at != step:
+            # Signals reach the ranks at different times, or only one of them.
+            if signal_number := self.ranks.largest(self.stop.received or 0):
+                if self.checkpoints.last != step:
                     self._save()
-                raise Stopped(asked)
-            stage = self.run.learner.freezing.stage
-            next(ticks)
-            for thaw in range(stage, self.run.learner.freezing.stage):
-                self.display.message(self.run.learner.freezing.what_thawed(thaw + 1))
-            self.display.update(self.loop.step, {}, seconds=self.seconds)
-            if _due(self.loop.step, self.logged_at, intervals.log, self.loop.step >= intervals.total):
+                raise Stopped(signal_number)
+            was_unfrozen = self.run.freezing.is_unfrozen
+            step = next(ticks)
+            if self.run.freezing.is_unfrozen and not was_unfrozen:
+                self.display.message(self.run.freezing.describe_unfreezing())
+            is_measured = self.speed.tick(step, self.run.learner.updates)
+            self.display.update(step, {}, seconds=self.seconds, is_measured=is_measured)
+            if self.rows.due(step, finished=step >= total):
                 with self.loop.clock.time("log"):
                     self._log_row()
-            if self.ranks.is_first and self.run.diagnostics.due(self.loop.step, self.loop.step >= intervals.total):
+            if self.diagnoses.interval and self.diagnoses.due(step, finished=step >= total):
                 self._diagnose()
 
     def _evaluate(self) -> None:
         step = self.loop.step
-        self.run.learner.check_finite()
+        self.run.learner.metrics.check_finite()
         self.display.message(f"evaluating at step {step:,}")
-        with self._aside():
-            asked, score, metric = self.ranks.from_first(self._play() if self.ranks.is_first else None)
-            if asked:
+        with self.speed.paused():
+            signal_number, score, metric = self.ranks.from_first(self._play() if self.ranks.is_first else None)
+            if signal_number:
                 self._save()
-                raise Stopped(asked)
-            self.evaluated_at = step
-            self.run.early_stopping.hear(step, metric)
+                raise Stopped(signal_number)
+            self.evaluations.last = step
+            self.run.early_stopping.update(step, metric)
             self._save(score)
 
     def _play(self) -> tuple[int, float | None, float | None]:
-        """The validation's games: which signal ended them (0: none), the score by which checkpoints are compared, and early stopping's."""
+        """Evaluate the network. Returns the signal that interrupted the evaluation (0: none), the score that ranks checkpoints, and the
+        metric of early stopping.
+        """
         step = self.loop.step
         try:
             games = self.run.evaluator.play(self.run.agent.network, self.stop.check)
@@ -232,44 +253,44 @@ class Trainer:
         self.summary = evaluator.summarise(games, self.run.pack, step, str(step), seed=self.run.evaluator.seed)
         self.folder.write(f"eval/{step}.json", atomic.to_json(self.summary))
         metrics = evaluator.metrics(self.summary)
-        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, metrics)
+        self._write_row(metrics)
         self._log_pictures(games)
         self.display.update(step, metrics, seconds=self.seconds)
         return 0, evaluator.ranking(self.summary), metrics.get(self.run.early_stopping.metric or "")
 
     def _test(self) -> None:
-        """What the last network and the best reach in games by which nothing was chosen. All is saved by now: a resume tests again."""
+        """Test the last and the best network on held-out seeds. Everything is saved before: a resumed run repeats the test."""
         if self.run.early_stopping.stopped and self.loop.step < self.run.intervals.total:
             self.display.message(f"stopped early at step {self.loop.step:,}: {self.run.early_stopping.reason}")
         if self.run.tester is None:
             return
         self.display.message(f"testing at step {self.loop.step:,}")
-        if asked := self.ranks.from_first(self._play_test(self.run.tester) if self.ranks.is_first else None):
-            raise Stopped(asked)
+        if signal_number := self.ranks.from_first(self._play_test(self.run.tester) if self.ranks.is_first else None):
+            raise Stopped(signal_number)
 
     def _play_test(self, tester: evaluator.Evaluator) -> int:
-        """The test's games: which signal ended them (0: none)."""
+        """Run the test. Returns the signal that interrupted it (0: none)."""
         step = self.loop.step
         try:
             self.test = final_test.play(tester, self.run.agent.network, self.store, step, self.stop.check)
         except Stopped as stopped:
             return stopped.signal_number
         self.folder.write(final_test.FILE, atomic.to_json(self.test))
-        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, final_test.metrics(self.test))
+        self._write_row(final_test.metrics(self.test))
         return 0
 
     def _save(self, score: float | None = None) -> None:
-        self.run.learner.check_finite()
+        self.run.learner.metrics.check_finite()
         with self.ranks.together():
             if self.ranks.is_first and not self.folder.config.exists():
-                raise RunError(f"{self.folder.path} was removed while the run was working on it: there is nowhere to save")
-        with self._aside():
+                raise RunError(f"{self.folder.path} was removed during the run: cannot save")
+        with self.speed.paused():
             self.logger.flush()
             self.store.save(self.loop.step, self._state(), self.run.replay, score)
-            self.saved_at = self.loop.step
+            self.checkpoints.last = self.loop.step
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds. The other ranks give what they have played; what was learned is the same on all."""
+        """Return the state of a checkpoint: everything on the first rank, only the loop on other ranks."""
         if self.ranks.is_first:
             return {
                 "tasks": [task.name for task in self.run.pack.tasks],
@@ -278,21 +299,14 @@ class Trainer:
                 "agent": self.run.agent.state_dict(),
                 "loop": self.loop.state_dict(),
                 "progress": {
-                    "evaluated_at": self.evaluated_at,
-                    "logged_at": self.logged_at,
+                    "evaluated_at": self.evaluations.last,
+                    "logged_at": self.rows.last,
                     "seconds": self.seconds,
                     "total": self.run.intervals.total,
                     "early_stopping": self.run.early_stopping.state_dict(),
                 },
             }
-        return {"loop": self.loop.own_state_dict()}
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Leave the time spent inside out of the speed metrics."""
-        begun, before = time.perf_counter(), self.row_excluded
-        yield
-        self.row_excluded = before + time.perf_counter() - begun
+        return {"loop": self.loop.rank_state_dict()}
 
     # -- metrics ------------------------------------------------------------------------------------------------------------
 
@@ -300,15 +314,18 @@ class Trainer:
     def _frames_per_step(self) -> int:
         return self.run.pack.tasks[0].frames_per_step
 
+    def _write_row(self, metrics: dict[str, float]) -> None:
+        step = self.loop.step
+        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, metrics)
+
     def _log_row(self) -> None:
-        self.run.learner.check_finite()
+        self.run.learner.metrics.check_finite()
         step, updates = self.loop.step, self.run.learner.updates
-        now = time.perf_counter()
-        seconds = max(1e-9, now - self.row_began - self.row_excluded)
-        per_second = (step - self.row_step) * len(self.run.pack.tasks) / seconds
         tasks = self.run.pack.tasks
+        speed = self.speed.read()
+        per_second = speed.steps * len(tasks)
         names = [task.name for task in tasks]
-        metrics = self.loop.statistics.row(self.ranks.total) | self.run.learner.row()
+        metrics = self.loop.statistics.row(self.ranks.total) | self.run.learner.read_metrics()
         recent = self.loop.statistics.recent(self.ranks.total)
         for task in tasks:
             if task.name in recent:
@@ -318,32 +335,34 @@ class Trainer:
         metrics |= {
             "perf/steps_per_second": per_second,
             "perf/frames_per_second": per_second * self._frames_per_step,
-            "perf/updates_per_second": (updates - self.row_updates) / seconds,
+            "perf/updates_per_second": speed.updates,
             "perf/memory": float(self.ranks.total(np.array(hardware.resident_memory()))),
         }
         spent = self.loop.clock.read()
         metrics |= {f"perf/seconds/{part}": value for part, value in spent.items()}
-        if self.run.device.type == "cpu":  # a GPU works while the host's clock shows something else: mtrl bench tells
+        if self.run.device.type == "cpu":  # the host clock does not measure asynchronous work on a GPU: see mtrl bench
             steps, each = (step - self.row_step) * len(tasks), self.run.learner.steps_per_update * len(tasks)
-            metrics |= throughput.of_a_row(spent, steps, (updates - self.row_updates) * each, each, per_second)
-        self.logger.row(step, step * self._frames_per_step, self.seconds, updates, metrics)
-        # A row's own episodes are few: the table shows the mean of the last hundred.
+            metrics |= throughput.between_rows(spent, steps, (updates - self.row_updates) * each, each, per_second)
+        self._write_row(metrics)
+        # Few episodes end between two rows: the table shows the mean of the last hundred.
         self.display.update(step, metrics | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
-        self.logged_at = step
-        self.row_began, self.row_excluded, self.row_step, self.row_updates = now, 0.0, step, updates
+        self.rows.last = step
+        self.row_step, self.row_updates = step, updates
 
     def _diagnose(self) -> None:
-        self.run.learner.check_finite()
-        step, begun = self.loop.step, time.perf_counter()
-        with self._aside():
+        self.diagnoses.last = self.loop.step
+        if not (self.ranks.is_first and self.run.diagnostics.ready):
+            return
+        self.run.learner.metrics.check_finite()
+        step, start = self.loop.step, time.perf_counter()
+        with self.speed.paused():
             report = self.run.diagnostics.report(step)
-            metrics = report.metrics | {"perf/seconds/diagnostics": time.perf_counter() - begun}
-            self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, metrics)
+            self._write_row(report.metrics | {"perf/seconds/diagnostics": time.perf_counter() - start})
             for name, picture in report.pictures.items():
                 self.logger.image(name, picture, step)
 
-    def _log_pictures(self, games: evaluator.Games) -> None:
-        """For TensorBoard: the spread of each task's returns, and what its first environment shows."""
+    def _log_pictures(self, games: evaluator.Episodes) -> None:
+        """Write histograms of returns and a frame of each task to TensorBoard."""
         step = self.loop.step
         newest_KN = self.loop.newest_frames
         for k, task in enumerate(self.run.pack.tasks):
@@ -369,15 +388,8 @@ class Trainer:
         print_next_steps(self.folder, self.config, self.command, self.ranks.size)
 
     def _stopped_early(self) -> dict[str, Any] | None:
-        """Why and at which step the run ended before its budget was used up; None if it did not."""
+        """Return the reason and the step of early stopping; None if the run used its budget."""
         step, total = self.loop.step, self.run.intervals.total
         if step >= total:
             return None
         return {"step": step, "steps_per_task": total, "reason": self.run.early_stopping.reason}
-
-
-def _due(step: int, last: int, every: int, finished: bool) -> bool:
-    """Whether something that happens every so many steps (0: only at the end) is due at a step, once."""
-    if step == last:
-        return False
-    return finished or (every > 0 and step // every > max(last, 0) // every)

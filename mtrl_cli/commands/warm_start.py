@@ -114,8 +114,10 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
         )
     if run.agent.value_scale is not None and not converted:
         run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
-    run.agent.sync_target(list(run.agent.network.state_dict()))
-    run.learner.freeze(taken.rows)
+    run.agent.sync_target()
+    run.freezing.freeze(taken.rows)
+    if run.freezing.is_active:
+        run.learner.rebuild()
     if ranks.is_first:
         print_line(f"From {source.path}")
         console(sys.stdout).print(_table(taken))
@@ -182,15 +184,14 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run)
         yield f"value scale  {there} there, {here} here: heads " + (
             "keep its units" if bounded else "are brought to the game's own rewards"
         )
-    freezing, task_weights = run.learner.freezing, run.learner.task_weights
-    if freezing.is_any:
-        thaws = f"; thaws at {', '.join(f'{moment:,}' for moment in freezing.moments)}" if freezing.moments else ""
-        yield f"frozen       {freezing.number:,} parameters{thaws}"
+    freezing, task_weights = run.freezing, run.learner.task_weights
+    if freezing.is_active:
+        until = "" if freezing.unfreeze_at is None else f" until step {freezing.unfreeze_at:,}"
+        yield f"frozen       {freezing.count:,} parameters{until}"
         if task_weights.needs != "losses" and not run.agent.network.shared_parameters():
-            until = f" until step {freezing.moments[0]:,}" if freezing.moments else ""
-            yield f"task weights: the tasks share no parameters that are trained{until}, so {type(task_weights).__name__} equals uniform"
-    elif freezing.is_asked:
-        yield "frozen       nothing: none of what transfer.freeze names was loaded"
+            yield f"task weights: the tasks share no trained parameters{until}, so {type(task_weights).__name__} equals uniform"
+    elif freezing.is_requested:
+        yield "frozen       nothing: no parameters selected by transfer.freeze were loaded"
 
 
 def _table(taken: Taken) -> RenderableType:

@@ -93,8 +93,8 @@ def _check_replay(config: Mapping[str, Any], trusted: Sequence[str], root: Path 
         return
     if parts and length * num_envs % parts:
         raise UserError(
-            f"agent.minibatches={parts} cannot cut a rollout into equal parts: it has agent.rollout_length={length} times "
-            f"env.num_envs={num_envs} steps, {length * num_envs}; expected a number that divides them"
+            f"agent.minibatches={parts} cannot divide a rollout into equal parts: agent.rollout_length={length} times "
+            f"env.num_envs={num_envs} is {length * num_envs}; expected a divisor of {length * num_envs}"
         )
     if (length + 1) * num_envs > config["steps_per_task"]:
         raise UserError(
@@ -169,7 +169,7 @@ def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str], steps: int) -> 
 
 def _check_transfer(config: Mapping[str, Any]) -> None:
     keys = config["transfer"]
-    freeze, thaw = keys["freeze"], keys["unfreeze_at"]
+    freeze, unfreeze_at = keys["freeze"], keys["unfreeze_at"]
     if config["init_from"] == "":
         raise UserError("init_from is empty: expected the folder of a run, or null")
     if config["init_from"] is None and freeze != "none":
@@ -178,12 +178,12 @@ def _check_transfer(config: Mapping[str, Any]) -> None:
         raise UserError("transfer.replay=true goes on with a source's replay, and there is no source: give init_from=RUN")
     if keys["adapters"] == "lora" and freeze != "torso":
         raise UserError(f"transfer.adapters=lora is for a frozen torso, and transfer.freeze={freeze}: give transfer.freeze=torso")
-    if thaw is not None and freeze == "none":
-        raise UserError(f"transfer.unfreeze_at={thaw} thaws nothing, as transfer.freeze=none: give transfer.freeze=torso, for example")
-    if thaw is not None and thaw > config["steps_per_task"]:
+    if unfreeze_at is not None and freeze == "none":
         raise UserError(
-            f"transfer.unfreeze_at={thaw} is beyond steps_per_task={config['steps_per_task']}: nothing would ever thaw; "
-            "lower the one or raise the other (both are steps per task), or leave unfreeze_at out"
+            f"transfer.unfreeze_at={unfreeze_at} has no effect with transfer.freeze=none: set transfer.freeze=torso, for example"
         )
-    if keys["gradual"] and thaw is None:
-        raise UserError("transfer.gradual=true, and nothing ever thaws: give transfer.unfreeze_at=STEPS")
+    if unfreeze_at is not None and unfreeze_at > config["steps_per_task"]:
+        raise UserError(
+            f"transfer.unfreeze_at={unfreeze_at} is beyond steps_per_task={config['steps_per_task']}: no parameters would be unfrozen; "
+            "lower transfer.unfreeze_at or omit it"
+        )

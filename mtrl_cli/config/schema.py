@@ -41,7 +41,6 @@ class Transfer:
 
     freeze: Freeze = "none"
     unfreeze_at: PositiveInt | None = None
-    gradual: bool = False
     adapters: Literal["none", "lora"] = "none"
     rank: PositiveInt = 4
     replay: bool = False

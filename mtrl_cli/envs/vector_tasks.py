@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -21,10 +21,12 @@ from mtrl_cli.envs.action_log import ActionLog
 from mtrl_cli.envs.pack import UNSEEDED, Pack, VectorTask
 from mtrl_cli.errors import RunError, UserError
 
+ArrayT = TypeVar("ArrayT")
+
 
 @dataclass
-class Step:
-    """The result of one action in each of K x N environments; zeros for tasks that were not stepped.
+class Step(Generic[ArrayT]):
+    """Results of one action in each of K x N environments, as numpy arrays or tensors; zeros for tasks that were not stepped.
 
     Attributes:
         observation: `[K, N, *padded]`, the next observation; after `done`, the first of the next episode. Valid until the next `recv`
@@ -33,11 +35,11 @@ class Step:
         terminated, truncated, done: bool `[K, N]`, see `VectorTask.recv`.
     """
 
-    observation: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    done: np.ndarray
+    observation: ArrayT
+    reward: ArrayT
+    terminated: ArrayT
+    truncated: ArrayT
+    done: ArrayT
 
 
 class VectorTasks:
@@ -128,7 +130,7 @@ class VectorTasks:
         for task in np.flatnonzero(active):
             self._vectors[task].send(np.ascontiguousarray(actions[task], np.int64))
 
-    def recv(self) -> Step:
+    def recv(self) -> Step[np.ndarray]:
         """Wait for the step started by `send` and reset the environments that are done."""
         active = self._in_flight
         assert active is not None, "recv was called without send"

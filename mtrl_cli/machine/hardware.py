@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
-SHARES = ("MTRL_CORES", "MTRL_MEMORY", "MTRL_DISK", "MTRL_RUNS_PER_GPU")
-"""Environment variables of a run that shares its machine: its number of cores, its bytes of memory and disk, and the number of runs that
-share the memory of its GPU."""
+# Environment variables of a run that shares its machine: MTRL_CORES (a number), MTRL_MEMORY and MTRL_DISK (bytes), and MTRL_RUNS_PER_GPU
+# (the number of runs that share the memory of its GPU).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -235,7 +234,7 @@ def keep_compiled() -> None:
 
 
 def missing_for_compile() -> str | None:
-    """Return what is missing for torch.compile on the CPU, or None."""
+    """Return the missing requirement of torch.compile on the CPU, or None."""
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"CXX={named} does not run" if named else "no C++ compiler (g++ or clang++)"

@@ -1,8 +1,8 @@
-"""Replay: what was seen, stored once, and sampled as stacks and n-step windows by index arithmetic.
+"""Replay buffers that store each frame once and sample frame stacks and n-step windows by index arithmetic.
 
-Time is counted in *rows*: row r holds what all K tasks' N environments did at their step r. The newest `T` rows are kept in a
-ring; row r lies in slot r % T. A row's frame is the newest frame of the observation in which the row's action was chosen, so
-every frame is stored once and an observation of S frames is gathered from S rows.
+Time is counted in *rows*: row r holds step r of all N environments of all K tasks. A ring holds the newest `T` rows; row r is in
+slot r % T. The frame of a row is the newest frame of the observation in which the action was chosen: an observation of S frames
+is gathered from S rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from mtrl_cli.machine import rng
 from mtrl_cli.replay.sum_tree import SumTree
 from mtrl_cli.replay.types import Batch as Batch
 from mtrl_cli.replay.types import ReplaySpec as ReplaySpec
+from mtrl_cli.replay.types import Samples as Samples
+from mtrl_cli.replay.types import Transition as Transition
 from mtrl_cli.types import Auto, Fraction, PositiveInt
 
 TERMINATED, TRUNCATED, START = 1, 2, 4
-# A start is drawn this often before a sample is given up: starts without a successor are rare (one per truncated episode).
+# Draws per sample, of which the first valid one is used. Starts without a successor are rare: one per truncated episode.
 _DRAWS = 4
 
 
@@ -28,28 +30,28 @@ class Replay(ABC):
     """The newest `capacity` transitions of each task.
 
     Args:
-        spec: what is stored and how it is read.
-        capacity: transitions per task; rounded down to whole rows. ("auto" is decided before a replay is made.)
+        spec: sizes.
+        capacity: transitions per task, rounded down to whole rows.
 
     Raises:
-        ValueError: fewer rows than one window and one stack need.
+        ValueError: the capacity is too small for one window and one frame stack.
 
     Attributes:
-        from_rollouts: whether it is for agents that learn from rollouts, and for no others.
-        capturable: whether what `draw` and `update_priorities` do can be recorded once and replayed (`capture.py`).
+        from_rollouts: whether the replay serves agents that learn from rollouts, and no others.
+        capturable: whether a CUDA graph can record `draw` and `update_priorities` (`machine/cuda_graphs.py`).
     """
 
     from_rollouts: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
 
     @classmethod
-    def fixed_capacity(cls, spec: ReplaySpec) -> int | None:
-        """Transitions per task that a replay without a `capacity` key holds; None: it has that key."""
-        return None
+    def fixed_capacity(cls, spec: ReplaySpec) -> int:
+        """Transitions per task of a replay without a `capacity` key."""
+        raise NotImplementedError(f"{cls.__name__} has no `capacity` key and defines no fixed capacity")
 
     @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
-        """Memory that a transition takes at most: frame, action, reward and flags."""
+        """Upper bound on the memory of a transition: frame, action, reward and flags."""
         return int(np.prod(spec.frame_shape)) * spec.dtype.itemsize + 1 + 4 + 1
 
     def __init__(self, spec: ReplaySpec, capacity: int):
@@ -59,10 +61,10 @@ class Replay(ABC):
         if self.capacity_rows < needed:
             raise ValueError(
                 f"replay.capacity={capacity} holds {self.capacity_rows} rows of env.num_envs={spec.num_envs}; "
-                f"n-step windows and frame stacks need {needed} at least: {needed * spec.num_envs}"
+                f"n-step windows and frame stacks need at least {needed}: {needed * spec.num_envs}"
             )
         K, T, N = spec.num_tasks, self.capacity_rows, spec.num_envs
-        # One row more than is stored stays zero: what a stack shows before its episode's start.
+        # The last frame stays zero: stacks use it before the start of an episode.
         self._frames = _zeros((K * T * N + 1, *spec.frame_shape), spec.dtype, spec.device)
         self._actions = torch.zeros((K, T, N), dtype=torch.uint8, device=spec.device)
         self._rewards = torch.zeros((K, T, N), dtype=torch.float32, device=spec.device)
@@ -70,42 +72,25 @@ class Replay(ABC):
         self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self.rows = 0
         self._first_kept = 0
-        # What sampling must know of the moment, on the device: the first eligible row, and how many rows times environments there are.
+        # Inputs of `draw` on the device: the first eligible row, and the number of eligible rows times environments.
         self._first_row = torch.zeros((), dtype=torch.int64, device=spec.device)
         self._starts = torch.zeros((), dtype=torch.int64, device=spec.device)
 
-    def add(
-        self,
-        frame: torch.Tensor,
-        start: torch.Tensor,
-        action: torch.Tensor,
-        reward: torch.Tensor,
-        terminated: torch.Tensor,
-        truncated: torch.Tensor,
-        value: torch.Tensor | None = None,
-    ) -> None:
-        """Append a row.
-
-        Args:
-            frame: `[K, N, *frame]`, the newest frame of the observation in which `action` was chosen.
-            start: bool `[K, N]`, that frame is the first of its episode.
-            action: int64 `[K, N]`.
-            reward: float32 `[K, N]`, the game's own.
-            terminated, truncated: bool `[K, N]`, what followed; where both, it terminated.
-            value: float32 `[K, N]`, what the agent wants kept of the observation's values; most replays have no use for it.
-        """
+    def add(self, transition: Transition) -> None:
+        """Append a row."""
         slot = self.rows % self.capacity_rows
-        self._frames_KTN[:, slot] = frame
-        self._actions[:, slot] = action.to(torch.uint8)
-        self._rewards[:, slot] = reward
+        self._frames_KTN[:, slot] = transition.frame
+        self._actions[:, slot] = transition.action.to(torch.uint8)
+        self._rewards[:, slot] = transition.reward
+        terminated, truncated = transition.terminated, transition.truncated & ~transition.terminated
         self._flags[:, slot] = (
-            terminated.to(torch.uint8) * TERMINATED + (truncated & ~terminated).to(torch.uint8) * TRUNCATED + start.to(torch.uint8) * START
+            terminated.to(torch.uint8) * TERMINATED + truncated.to(torch.uint8) * TRUNCATED + transition.start.to(torch.uint8) * START
         )
         self.rows += 1
         self._first_kept = max(self._first_kept, self.rows - self.capacity_rows)
 
     def _stored(self) -> dict[str, torch.Tensor]:
-        """All that is kept of a row, by name, each `[K, T, N, ...]`: views, to be read and written."""
+        """Views of all stored tensors by name, each `[K, T, N, ...]`."""
         return {"frames": self._frames_KTN, "actions": self._actions, "rewards": self._rewards, "flags": self._flags}
 
     @property
@@ -117,52 +102,47 @@ class Replay(ABC):
 
     @property
     def eligible_rows(self) -> tuple[int, int]:
-        """First and one past the last row at which a sample may start.
+        """First row at which a sample may start, and the row after the last.
 
-        Its whole stack must be kept (rows before a run's first have nothing to keep), and the row n later must be written.
+        The frame stack of the sample must be stored completely (before the first row of a run there is nothing to store), and the row n
+        steps later must be written.
         """
         first = self._first_kept + (self.spec.stack - 1 if self._first_kept else 0)
         return first, self.rows - self.spec.n_step
 
     @property
     def ready(self) -> bool:
-        """Whether there is anything to sample."""
+        """Whether the replay can be sampled."""
         first, stop = self.eligible_rows
         return stop > first
 
     @property
     def transitions(self) -> int:
-        """Transitions held, per task."""
+        """Stored transitions per task."""
         return (self.rows - self._first_kept) * self.spec.num_envs
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes, all its tensors together."""
+        """Memory of all tensors."""
         return sum(tensor.nbytes for tensor in self._stored().values())
 
-    def again(self) -> None:
-        """Let the newest steps be drawn anew, where each is drawn only so often: to measure how long that takes."""
-
-    def restart(self) -> None:
-        """Let drawing begin with what is stored next, where it follows the order of rows."""
-
-    def sample(self, batch_size: int, step: int) -> Batch:
-        """Draw `batch_size` samples of each task; `step` (per task) is for annealed quantities."""
+    def sample(self, batch_size: int, step: int) -> Samples:
+        """Draw `batch_size` samples of each task at a step (per task)."""
         self.prepare(step, batch_size)
         return self.draw(batch_size)
 
     def prepare(self, step: int, batch_size: int) -> None:
-        """Make ready for one `draw`: what it must know of the moment (a step per task, and what is held now) goes into fixed tensors."""
+        """Write the inputs of one `draw` into fixed tensors; `step` (per task) sets annealed quantities."""
         first, stop = self.eligible_rows
         self._first_row.fill_(first)
         self._starts.fill_((stop - first) * self.spec.num_envs)
 
     @abstractmethod
-    def draw(self, batch_size: int) -> Batch:
-        """Draw `batch_size` samples of each task, after `prepare`. Nothing here waits for the device, or depends on Python's numbers."""
+    def draw(self, batch_size: int) -> Samples:
+        """Draw `batch_size` samples of each task after `prepare`, without waiting for the device."""
 
-    def gather(self, row_KB: torch.Tensor, env_KB: torch.Tensor, weight_KB: torch.Tensor) -> Batch:
-        """The samples that start at given rows and environments (int64 `[K, B]`)."""
+    def gather(self, row_KB: torch.Tensor, env_KB: torch.Tensor, weight_KB: torch.Tensor) -> Samples:
+        """Samples that start at given rows and environments (int64 `[K, B]`)."""
         spec = self.spec
         task_K1 = torch.arange(spec.num_tasks, device=spec.device)[:, None]
         rewards, steps = [], torch.zeros_like(row_KB)
@@ -171,7 +151,7 @@ class Replay(ABC):
         for offset in range(spec.n_step):
             slot = (row_KB + offset) % self.capacity_rows
             flags = self._flags[task_K1, slot, env_KB]
-            # A truncated step's successor was never stored: the window ends before it and bootstraps from its observation.
+            # The successor of a truncated step is not stored: the window ends before the step and bootstraps from its observation.
             ended_by_truncation = ended_by_truncation | (alive & ((flags & TRUNCATED) != 0))
             alive = alive & ~ended_by_truncation
             rewards.append(torch.where(alive, self._rewards[task_K1, slot, env_KB], 0.0))
@@ -190,7 +170,7 @@ class Replay(ABC):
         )
 
     def _stacks(self, task_K1: torch.Tensor, row_KB: torch.Tensor, env_KB: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, S, *frame]` whose newest frames lie in given rows."""
+        """Observations `[K, B, S, *frame]` whose newest frames are in given rows."""
         spec = self.spec
         indices, valid = [], torch.ones_like(row_KB, dtype=torch.bool)
         for age in range(spec.stack):
@@ -203,7 +183,7 @@ class Replay(ABC):
         return self._frames.index_select(0, index_KBS.flatten()).view(*index_KBS.shape, *spec.frame_shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the rows, which `export_rows` gives."""
+        """State without the rows (see `export_rows`)."""
         return {
             "rows": self.rows,
             "first_row": self._first_kept,
@@ -212,10 +192,10 @@ class Replay(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any], rows_restored: bool) -> None:
-        """Take a state; without its rows the replay starts empty.
+        """Restore a state. The replay starts empty unless its rows were restored before.
 
         Raises:
-            ValueError: the state is of another capacity.
+            ValueError: the state has another capacity.
         """
         if state["capacity_rows"] != self.capacity_rows:
             raise ValueError(f"the saved replay has {state['capacity_rows']} rows, this one {self.capacity_rows}")
@@ -224,12 +204,12 @@ class Replay(ABC):
         rng.restore(self._generator, state["generator"])
 
     def export_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Rows [start, stop) as tensors `[K, stop - start, N, ...]` on the host."""
+        """Return the rows [start, stop) as tensors `[K, stop - start, N, ...]` on the host."""
         slots = torch.arange(start, stop, device=self.spec.device) % self.capacity_rows
         return {name: tensor[:, slots].cpu() for name, tensor in self._stored().items()}
 
     def import_rows(self, start: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Put rows back where `export_rows(start, ...)` took them from. Of more than the ring holds, the newest stay."""
+        """Restore rows of `export_rows(start, ...)`: the newest ones if there are more than the ring holds."""
         rows = tensors["flags"].shape[1]
         newest = slice(max(0, rows - self.capacity_rows), rows)
         slots = torch.arange(start + newest.start, start + rows, device=self.spec.device) % self.capacity_rows
@@ -237,13 +217,13 @@ class Replay(ABC):
             tensor[:, slots] = tensors[name][:, newest].to(self.spec.device)
 
     def continue_from(self, state: dict[str, Any]) -> None:
-        """Go on after the rows of another run's replay, which were imported before; nothing of this run is stored yet.
+        """Continue an empty replay after imported rows of another run's replay.
 
-        The steps of its last row have no successor here: they count as truncated, so that no window goes on with what comes next. The next
-        row is to begin episodes, so no stack reaches back either.
+        The steps of the last imported row count as truncated because their successors are not stored: no window crosses into this run. No
+        frame stack does either, because the next row starts episodes.
 
         Args:
-            state: the other's `state_dict`; it may have kept more rows or fewer.
+            state: `state_dict` of the other replay, whose capacity may differ.
         """
         self.rows = int(state["rows"])
         self._first_kept = max(int(state["first_row"]), self.rows - self.capacity_rows)
@@ -252,22 +232,22 @@ class Replay(ABC):
         last = self._flags[:, (self.rows - 1) % self.capacity_rows]
         last |= torch.where((last & TERMINATED) != 0, 0, TRUNCATED).to(torch.uint8)
 
-    def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
-        """Tell how far off the values of a batch were (absolute temporal-difference errors `[K, B]`)."""
+    def update_priorities(self, batch: Samples, error_KB: torch.Tensor) -> None:
+        """Set the priorities of a batch from its absolute temporal-difference errors `[K, B]`."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory only where they are written over: torch would write all of them, a second for every GiB."""
+    """Return zeros whose memory is allocated on the first write: torch would write all of them, at a second per GiB."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
 
 class UniformReplay(Replay):
-    """Every transition that has a successor is drawn equally often (Mnih et al. 2015).
+    """Uniform sampling of transitions with a successor (Mnih et al. 2015).
 
     Args:
-        capacity: transitions per task, or "auto": what fits into memory.
+        capacity: transitions per task, or "auto": as many as fit into memory.
     """
 
     capturable = True
@@ -275,33 +255,33 @@ class UniformReplay(Replay):
     def __init__(self, spec: ReplaySpec, *, capacity: PositiveInt | Auto):
         super().__init__(spec, int(capacity))
 
-    def draw(self, batch_size: int) -> Batch:
+    def draw(self, batch_size: int) -> Samples:
         spec = self.spec
         shape = (_DRAWS, spec.num_tasks, batch_size)
         uniform = torch.rand(shape, generator=self._generator, device=spec.device, dtype=torch.float64)
         start = torch.minimum((uniform * self._starts).long(), self._starts - 1)
         row, env = self._first_row + start // spec.num_envs, start % spec.num_envs
         task_K1 = torch.arange(spec.num_tasks, device=spec.device)[:, None]
-        useless = (self._flags[task_K1, row % self.capacity_rows, env] & TRUNCATED) != 0
-        chosen = useless.to(torch.uint8).argmin(0, keepdim=True)  # the first draw that is of use
+        is_invalid = (self._flags[task_K1, row % self.capacity_rows, env] & TRUNCATED) != 0
+        chosen = is_invalid.to(torch.uint8).argmin(0, keepdim=True)  # the first valid draw
         row_KB, env_KB = row.gather(0, chosen)[0], env.gather(0, chosen)[0]
         return self.gather(row_KB, env_KB, torch.ones(row_KB.shape, device=spec.device))
 
 
 class PrioritizedReplay(Replay):
-    """Transitions are drawn in proportion to their last error (Schaul et al. 2016, proportional variant, section 3.3).
+    """Sampling in proportion to the last error (Schaul et al. 2016, proportional variant, section 3.3).
 
     Args:
-        capacity: transitions per task, or "auto": what fits into memory.
+        capacity: transitions per task, or "auto": as many as fit into memory.
         alpha: exponent of the priorities; 0 is uniform.
-        beta: exponent of the importance weights at the start, annealed linearly to 1 over the run.
+        beta: initial exponent of the importance weights, annealed linearly to 1 over the run.
     """
 
     capturable = True
 
     @classmethod
     def bytes_per_transition(cls, spec: ReplaySpec) -> int:
-        """As every replay's, and two nodes of a tree of float64 whose leaves are rounded up to a power of two."""
+        """Add two float64 nodes of the sum tree, whose leaves are rounded up to a power of two."""
         return super().bytes_per_transition(spec) + 32
 
     def __init__(self, spec: ReplaySpec, *, capacity: PositiveInt | Auto, alpha: Fraction = 0.6, beta: Fraction = 0.4):
@@ -315,11 +295,11 @@ class PrioritizedReplay(Replay):
     def nbytes(self) -> int:
         return super().nbytes + self._tree.nbytes
 
-    def add(self, *args: Any, **kwargs: Any) -> None:
+    def add(self, transition: Transition) -> None:
         first_before, _ = self.eligible_rows
-        super().add(*args, **kwargs)
+        super().add(transition)
         first, stop = self.eligible_rows
-        # Rows too old for a whole stack are drawn no more, the one just overwritten among them; one row has got a successor.
+        # Rows without a complete frame stack are no longer eligible, the overwritten row among them; one row has a new successor.
         for row in range(first_before, first):
             self._set_row(row, 0.0)
         if stop > first:
@@ -333,25 +313,25 @@ class PrioritizedReplay(Replay):
         self._tree.set(index.expand(K, N), priorities)
 
     def continue_from(self, state: dict[str, Any]) -> None:
-        """As every replay's; priorities come along, and what has none is as what is new."""
+        """Keep known priorities; transitions without one get the priority of new transitions."""
         super().continue_from(state)
         if "largest" in state:
             self._largest_K1.copy_(state["largest"])
         tree_KTN = state["tree"].unflatten(1, (-1, self.spec.num_envs)).to(self.spec.device) if "tree" in state else None
         for row in range(*self.eligible_rows):
             known = 0 * self._largest_K1 if tree_KTN is None else tree_KTN[:, row % tree_KTN.shape[1]]
-            useful = (self._flags[:, row % self.capacity_rows] & TRUNCATED) == 0
-            self._set_row(row, torch.where(known > 0, known, self._largest_K1) * useful)
+            is_valid = (self._flags[:, row % self.capacity_rows] & TRUNCATED) == 0
+            self._set_row(row, torch.where(known > 0, known, self._largest_K1) * is_valid)
 
     def prepare(self, step: int, batch_size: int) -> None:
         super().prepare(step, batch_size)
         self._exponent.fill_(-(self._beta + (1 - self._beta) * min(1.0, step / self.spec.total_steps)))
         self._held.fill_(self.transitions)
 
-    def draw(self, batch_size: int) -> Batch:
+    def draw(self, batch_size: int) -> Samples:
         spec = self.spec
         uniform = torch.rand((spec.num_tasks, batch_size), generator=self._generator, device=spec.device, dtype=torch.float64)
-        # Stratified: one sample from each of B equal parts of the mass (Schaul et al. 2016, appendix B.2.1).
+        # Stratified sampling: one sample from each of B equal parts of the total priority (Schaul et al. 2016, appendix B.2.1).
         uniform = (uniform + torch.arange(batch_size, device=spec.device)) / batch_size
         index, probability = self._tree.draw(uniform)
         slot, env = index // spec.num_envs, index % spec.num_envs
@@ -360,10 +340,10 @@ class PrioritizedReplay(Replay):
         weight = torch.where(probability > 0, weight, 0.0)
         return self.gather(row, env, (weight / weight.amax(1, keepdim=True).clamp_min(1e-12)).float())
 
-    def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
+    def update_priorities(self, batch: Samples, error_KB: torch.Tensor) -> None:
         priority = (error_KB.double() + 1e-6) ** self._alpha
         torch.maximum(self._largest_K1, priority.amax(1, keepdim=True), out=self._largest_K1)
-        # A sample of weight 0 has no successor: its priority stays 0.
+        # An invalid sample keeps priority 0.
         self._tree.set(batch.index, torch.where(batch.weight > 0, priority, 0.0))
 
     def state_dict(self) -> dict[str, Any]:

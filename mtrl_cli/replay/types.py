@@ -1,4 +1,4 @@
-"""What a replay is told of its run, and what it gives."""
+"""Transitions, what a replay stores of them, and the batches that it returns."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class ReplaySpec:
-    """What a replay must know of its run.
+    """Sizes of a run's replay.
 
     Attributes:
         num_tasks, num_envs: K and N.
         frame_shape, dtype: of one frame.
         stack: frames per observation, S.
         n_step: rewards per sample, n.
-        device: where it is kept.
+        device: of all tensors.
         seed: of the sampling.
-        total_steps: steps per task of the whole run (for annealing).
-        rollout_length: steps of each environment per rollout, where the agent learns from these.
+        total_steps: steps per task of the whole run, for annealing.
+        rollout_length: steps of each environment per rollout; 0 for an agent that does not learn from rollouts.
     """
 
     num_tasks: int
@@ -35,25 +35,86 @@ class ReplaySpec:
 
 
 @dataclass
-class Batch:
+class Transition:
+    """One step of N environments of each of K tasks.
+
+    Attributes:
+        frame: `[K, N, *frame]`, the newest frame of the observation in which `action` was chosen.
+        start: bool `[K, N]`, whether `frame` is the first of its episode.
+        action: int64 `[K, N]`.
+        reward: float32 `[K, N]`, unscaled.
+        terminated, truncated: bool `[K, N]`; a step that is both counts as terminated.
+        done: bool `[K, N]`, whether the episode ended. A lost life terminates a transition without ending the episode.
+        value: float32 `[K, N]`, `Agent.value_to_store` of the observation; zeros where the agent stores no value.
+    """
+
+    frame: torch.Tensor
+    start: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    terminated: torch.Tensor
+    truncated: torch.Tensor
+    done: torch.Tensor
+    value: torch.Tensor
+
+
+@dataclass
+class Samples:
     """B samples of each of K tasks.
 
     Attributes:
-        observation, next_observation: `[K, B, S, *frame]`, zeros where a stack reaches before its episode's start; where an augmentation
-            draws each several times (`augmentation.base.Pipeline`) as many times B, and so is the action.
+        observation: `[K, B, S, *frame]`, zeros where a stack reaches before the start of its episode. `[K, M * B, S, *frame]` after an
+            augmentation that draws each observation M times (`augmentation.base.Pipeline`); `action` has the same number of samples.
         action: int64 `[K, B]`.
-        rewards: float32 `[K, B, n]`, the game's own, zero past the window's end.
-        steps: int64 `[K, B]`, how many rewards the window has: n, or fewer where its episode ends before.
-        terminated: bool `[K, B]`, the window ends in a terminal state: nothing is bootstrapped.
-        weight: float32 `[K, B]`, factor on the loss: importance weights; 0 for a sample that could not be drawn.
-        index: int64 `[K, B]`, where it lies (for priorities).
+        weight: float32 `[K, B]`, factor on the loss: the importance weight, or 0 for an invalid sample.
+        index: int64 `[K, B]`, position in the replay.
     """
 
     observation: torch.Tensor
     action: torch.Tensor
+    weight: torch.Tensor
+    index: torch.Tensor
+
+
+@dataclass
+class Batch(Samples):
+    """Samples with n-step windows.
+
+    Attributes:
+        rewards: float32 `[K, B, n]`, unscaled, zero past the end of the window.
+        steps: int64 `[K, B]`, rewards in the window: n, or fewer where the episode ends earlier.
+        terminated: bool `[K, B]`, whether the window ends in a terminal state, which has no bootstrap value.
+        next_observation: `[K, B, S, *frame]`, the observation after the window. An augmentation may draw it several times.
+    """
+
     rewards: torch.Tensor
     steps: torch.Tensor
     terminated: torch.Tensor
     next_observation: torch.Tensor
-    weight: torch.Tensor
-    index: torch.Tensor
+
+
+@dataclass
+class RolloutBatch(Samples):
+    """Samples of a rollout.
+
+    Attributes:
+        returns: float32 `[K, B]`, lambda-returns of scaled rewards.
+    """
+
+    returns: torch.Tensor
+
+
+@dataclass
+class Rollout:
+    """T steps of N environments of each of K tasks.
+
+    Attributes:
+        rewards: float32 `[K, T, N]`, unscaled.
+        values: float32 `[K, T + 1, N]`, stored values of the observations, that after the last step included.
+        terminated, truncated: bool `[K, T, N]`; never both.
+    """
+
+    rewards: torch.Tensor
+    values: torch.Tensor
+    terminated: torch.Tensor
+    truncated: torch.Tensor

@@ -53,7 +53,7 @@ def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
     return paths, Path(outs[0]) if outs else None
 
 
-def report(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None:
+def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None:
     """Write a report of all runs at or below some paths.
 
     Args:

@@ -120,7 +120,7 @@ def _values(values: Any, axes: Mapping[str, Choices | NumberRange]) -> dict[str,
     for key, axis in axes.items():
         if isinstance(axis, Choices):
             known[key] = str(values[key])
-            if known[key] not in axis.words:
+            if known[key] not in axis.values:
                 return None
             continue
         try:
@@ -176,7 +176,7 @@ def _distribution(axis: Choices | NumberRange) -> Any:
     from optuna import distributions
 
     if isinstance(axis, Choices):
-        return distributions.CategoricalDistribution(axis.words)
+        return distributions.CategoricalDistribution(axis.values)
     return distributions.FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
@@ -253,7 +253,7 @@ def _plain(value: float) -> str:
 def _draw_strips(panel: Axes, trials: Sequence[Trial], key: str, axis: Choices) -> None:
     import matplotlib
 
-    words = [word for word in axis.words if any(trial.values[key] == word for trial in trials)]
+    words = [word for word in axis.values if any(trial.values[key] == word for trial in trials)]
     spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(trials))  # so that equal metrics are seen as several
     _draw_points(panel, [words.index(trial.values[key]) + aside for trial, aside in zip(trials, spread, strict=True)], trials)
     for place, word in enumerate(words):

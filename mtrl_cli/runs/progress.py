@@ -27,7 +27,7 @@ class NullDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         pass
 
-    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
         """Take the newest metrics."""
 
     def message(self, text: str) -> None:
@@ -58,20 +58,24 @@ class Display(LiveDisplay):
         self._step = 0
         self._seconds: float | None = None
         self._began: tuple[float, int] | None = None  # time and step of the first update
+        self._measured = (0.0, 0)  # time and step of the last update that the speed is measured to
 
-    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
         """Take the newest metrics and refresh the display. Metrics that are missing keep their last values.
 
         Args:
             step: the run's step.
             metrics: by their names in metrics.jsonl. The table prefers `train/score/<task>` to the last evaluation's `eval/score/<task>`.
             seconds: the run's time so far over all resumes.
+            is_measured: whether the ETA uses this step; false within a rollout, so that bursts of updates do not affect the ETA.
         """
         self._step = step
         self._seconds = seconds
         self._metrics.update(metrics)
         if self._began is None:
             self._began = (time.monotonic(), step)
+        if is_measured:
+            self._measured = (time.monotonic(), step)
         self.refresh()
 
     def line(self) -> str:
@@ -144,10 +148,11 @@ class Display(LiveDisplay):
         if self._seconds is not None:
             parts.append(f"time {duration(self._seconds)}")
         if self._began is not None:
-            began, first = self._began
-            elapsed, made = time.monotonic() - began, self._step - first
+            (began, first), (now, step) = self._began, self._measured
+            elapsed, made = now - began, step - first
             if made > 0 and elapsed > 1:
-                parts.append(f"ETA {duration(max(0, self.total_steps - self._step) / made * elapsed)}")
+                left = max(0, self.total_steps - step) / made * elapsed - (time.monotonic() - now)
+                parts.append(f"ETA {duration(max(0.0, left))}")
         if "perf/memory" in self._metrics:
             parts.append(f"memory {self._metrics['perf/memory'] / 2**30:.1f} GiB")
         return parts

@@ -16,7 +16,7 @@ from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import dry_run
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points
-from mtrl_cli.sweeps.search_space import Words
+from mtrl_cli.sweeps.search_space import SplitOverrides
 
 DEFAULT_SEEDS, MAX_SEEDS = 3, 1000
 EVALUATIONS = 10
@@ -49,13 +49,13 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     assert folder is not None
     failed = None
     try:
-        sweep.sweep(study.plan, command=command)
+        sweep.run(study.plan, command=command)
     except RunError as error:
         failed = error
     except Stopped:
         print_line("or with the same command, which also writes the report")
         raise
-    report.report([folder.expanduser()], None, command)
+    report.run([folder.expanduser()], None, command)
     if failed is not None:
         raise failed
 
@@ -99,14 +99,14 @@ def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if key_of(word) != "seed"], [f"seed={values}"]
 
 
-def first_trial(words: Words, without: Sequence[str] = ()) -> list[str]:
+def first_trial(words: SplitOverrides, without: Sequence[str] = ()) -> list[str]:
     """Return the overrides of the run with the first value of each axis, without some keys."""
-    axes = [f"{key}={axis.words[0]}" for key, axis in words.axes.items() if isinstance(axis, Choices)]
+    axes = [f"{key}={axis.values[0]}" for key, axis in words.axes.items() if isinstance(axis, Choices)]
     trusted = [word for word in words.sweep if key_of(word) == "trusted_packages"]
     return [*(word for word in [*words.shared, *axes] if key_of(word) not in without), *trusted]
 
 
-def refuse_intervals(words: Words) -> None:
+def refuse_intervals(words: SplitOverrides) -> None:
     """Raise UserError where a key is to be drawn from an interval."""
     for key, axis in words.axes.items():
         if not isinstance(axis, Choices):
@@ -131,7 +131,7 @@ def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Seque
 
 def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yield the combinations of all axes but some, seeds changing last."""
-    others = {key: axis.words for key, axis in axes.items() if key not in without and isinstance(axis, Choices)}
+    others = {key: axis.values for key, axis in axes.items() if key not in without and isinstance(axis, Choices)}
     keys = sorted(others, key=lambda key: key != "seed")
     for values in itertools.product(*(others[key] for key in keys)):
         yield dict(zip(keys, values, strict=True))
@@ -140,5 +140,5 @@ def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]
 def extent(plan: Plan) -> str:
     """Describe how much a study trains: `12 runs of 40,000 steps per task, 3 seeds`."""
     seeds = plan.axes.get("seed")
-    number = len(seeds.words) if isinstance(seeds, Choices) else 1
+    number = len(seeds.values) if isinstance(seeds, Choices) else 1
     return f"{plan.trials} runs of {plan.steps_per_task:,} steps per task, {number} {'seed' if number == 1 else 'seeds'}"

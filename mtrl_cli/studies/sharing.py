@@ -13,7 +13,7 @@ from mtrl_cli.studies import engine, sharing_sizes
 from mtrl_cli.studies.engine import Study, key_of
 from mtrl_cli.studies.sharing_sizes import BASELINE
 from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Value
-from mtrl_cli.sweeps.search_space import Words, take_apart
+from mtrl_cli.sweeps.search_space import SplitOverrides, split_overrides
 
 SHARING, SIZE = "network/sharing", "network.parameters"
 
@@ -29,7 +29,7 @@ def make(overrides: Sequence[str]) -> Study:
     """
     html.require()
     words, seeds = engine.split_seeds(overrides)
-    split = take_apart(words)
+    split = split_overrides(words)
     engine.refuse_intervals(split)
     structures = _structures(split)
     parameters = _values(split, SIZE)
@@ -50,15 +50,15 @@ def make(overrides: Sequence[str]) -> Study:
     return Study(plan, (_description(config, feasible, sizes, plan), *lines))
 
 
-def _values(words: Words, key: str) -> list[str]:
+def _values(words: SplitOverrides, key: str) -> list[str]:
     """Return the values given to a key: one, several, or none."""
     axis = words.axes.get(key)
     if isinstance(axis, Choices):
-        return list(axis.words)
+        return list(axis.values)
     return [word.partition("=")[2] for word in words.shared if key_of(word) == key]
 
 
-def _structures(words: Words) -> list[str]:
+def _structures(words: SplitOverrides) -> list[str]:
     """Return the structures to compare, all by default; the baseline comes first."""
     known = list(options.options(SHARING, compose.search_path(words.sweep)))
     given = _values(words, SHARING)

@@ -22,7 +22,7 @@ from mtrl_cli.studies import engine
 from mtrl_cli.studies.engine import Study, key_of
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Value
-from mtrl_cli.sweeps.search_space import Words, as_word, take_apart
+from mtrl_cli.sweeps.search_space import SplitOverrides, as_word, split_overrides
 
 SOURCE = "init_from"
 PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}
@@ -43,7 +43,7 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
     html.require()
     source, which = RunFolder.open(run_path)
     words, seeds = engine.split_seeds(overrides)
-    split = take_apart(words)
+    split = split_overrides(words)
     engine.refuse_intervals(split)
     given = {key_of(word) for word in words}
     _check_given(given)
@@ -101,21 +101,21 @@ def _is_transfer(key: str) -> bool:
 # -- the source -----------------------------------------------------------------------------------------------------------------
 
 
-def _checkpoint(source: RunFolder, which: int | str, split: Words, folder: str) -> str:
+def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, folder: str) -> str:
     """Return the path of the source's checkpoint. A study that is resumed keeps its own, even if the source was trained further."""
     checkpoints = Path(os.path.abspath(source.checkpoints))
     given = next((word.partition("=")[2] for word in split.sweep if key_of(word) == "run_dir"), f"runs/studies/{folder}")
     study = Path(given).expanduser()
     if not isinstance(which, int) and os.path.lexists(study / sweep_plan.RECORD):
         axis = sweep_plan.read(study).axes.get(SOURCE)
-        path = str(axis.words[0]).strip("'") if isinstance(axis, Choices) else ""
+        path = str(axis.values[0]).strip("'") if isinstance(axis, Choices) else ""
         if warm_start.is_of(Path(path), checkpoints / which):
             return path
     step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=print_line)  # type: ignore[arg-type]
     return str(checkpoints / str(step))
 
 
-def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], split: Words) -> tuple[list[str], str]:
+def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], split: SplitOverrides) -> tuple[list[str], str]:
     """Return overrides with the source's torso, sharing structure and head, except for what the user gave, and a line on them."""
     kept = [group for group in PARTS if group not in given]
     config = dict(compose.flat(trained))
@@ -140,9 +140,9 @@ def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], s
 # -- trials ---------------------------------------------------------------------------------------------------------------------
 
 
-def _values(split: Words, key: str) -> list[str]:
+def _values(split: SplitOverrides, key: str) -> list[str]:
     axis = split.axes.get(key)
-    return list(axis.words) if isinstance(axis, Choices) else [word.partition("=")[2] for word in split.shared if key_of(word) == key]
+    return list(axis.values) if isinstance(axis, Choices) else [word.partition("=")[2] for word in split.shared if key_of(word) == key]
 
 
 def _points(axes: Axes, values: Mapping[str, Sequence[str]], defaults: Mapping[str, str]) -> list[dict[str, Value]]:
@@ -152,6 +152,6 @@ def _points(axes: Axes, values: Mapping[str, Sequence[str]], defaults: Mapping[s
     points: list[dict[str, Value]] = []
     for rest in engine.combinations(axes, without=(SOURCE, *values)):
         for own in itertools.product(*values.values()):
-            points.append({SOURCE: source.words[0], **dict(zip(values, own, strict=True)), **rest})
+            points.append({SOURCE: source.values[0], **dict(zip(values, own, strict=True)), **rest})
         points.append({SOURCE: "null", **defaults, **rest})
     return points

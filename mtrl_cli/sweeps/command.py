@@ -1,4 +1,4 @@
-"""`mtrl sweep`: many runs, as trials of one sweep."""
+"""`mtrl sweep`: run the trials of a sweep."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from mtrl_cli.sweeps.trial_storage import TrialStorage
 LOCK = ".lock"
 
 
-def sweep(plan: Plan, *, command: Sequence[str]) -> None:
-    """Work on a sweep until its trials have ended: a new one, or the one that lies in the plan's folder.
+def run(plan: Plan, *, command: Sequence[str]) -> None:
+    """Start the sweep of a plan, or resume the one in the plan's folder, and work until its trials have ended.
 
-    Several processes may work on one sweep. Each has `launcher.jobs` of its trials at a time, and goes on with those that others left.
+    Several processes may work on one sweep. Each runs `launcher.jobs` trials at a time, and resumes those whose process has died.
 
     Args:
         plan: of the sweep.
-        command: the command line, kept with the sweep.
+        command: the command line, stored with the sweep.
 
     Raises:
-        UserError: the storage, the launcher or the folder is wrong; nothing was made.
-        RunError: a trial failed for good, or the storage or the launcher was lost.
+        UserError: the storage, the launcher or the folder is wrong; nothing was created.
+        RunError: a trial failed, or the storage or the launcher was lost.
         Stopped: by a signal, after saving.
     """
-    # Workers are given a run's folder and nothing else; what the user trusts is the user's to say.
+    # Workers receive only a run's folder, which must not decide which packages are trusted.
     os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(compose.trusted_packages(_trusted(plan)))
     with StopRequest() as stop:
         with stop.interruptible():
@@ -54,24 +54,21 @@ def sweep(plan: Plan, *, command: Sequence[str]) -> None:
             launcher = _launcher(plan)
         with closing(launcher):
             with stop.interruptible():
-                folder, plan, book = _open(plan, command, first)
-            with closing(book):
-                rows = _work(folder, plan, book, launcher, stop)
-    _tell_end(folder, plan, rows)
+                folder, plan, storage = _open(plan, command, first)
+            with closing(storage):
+                rows = _work(folder, plan, storage, launcher, stop)
+    _print_results(folder, plan, rows)
 
 
-def go_on(folder: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
-    """Go on with the sweep in a folder: `mtrl resume`.
+def resume(folder: Path, overrides: Sequence[str], *, command: Sequence[str]) -> None:
+    """Resume the sweep in a folder: `mtrl resume`. Raises the same errors as `run`.
 
     Args:
-        folder: the sweep's.
-        overrides: what may differ from how it was begun: `launcher`, `sweep.retries` and so on.
+        folder: the sweep's folder.
+        overrides: of the keys that may change on resume, such as `launcher` and `sweep.retries`.
         command: the command line.
-
-    Raises:
-        as `sweep`.
     """
-    sweep(sweep_plan.load(folder, overrides), command=command)
+    run(sweep_plan.load(folder, overrides), command=command)
 
 
 def _trusted(plan: Plan) -> list[str]:
@@ -79,10 +76,10 @@ def _trusted(plan: Plan) -> list[str]:
 
 
 def _first_evaluation(plan: Plan) -> int:
-    """Steps per task at which a run is first evaluated; without a pruner that does not matter."""
+    """The step per task of a run's first evaluation. Only pruners need it."""
     if plan.search["pruner"] == "none":
         return plan.steps_per_task
-    values = {key: axis.words[0] if isinstance(axis, Choices) else axis.low for key, axis in plan.axes.items()}
+    values = {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in plan.axes.items()}
     return int(plan.configuration(values, Path())["eval"]["every"])
 
 
@@ -93,9 +90,9 @@ def _launcher(plan: Plan) -> Launcher:
 
 
 def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, TrialStorage]:
-    """The sweep's folder, absolute, the plan to go on with there, and its book: a new one, or that of the same sweep.
+    """Create the sweep's folder and its trial storage, or open those of the same sweep. Returns the absolute folder and the plan, too.
 
-    Two processes that make it at the same time make one sweep.
+    Two processes that start at the same time create one sweep.
     """
     path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = Path(os.path.abspath(path.expanduser()))
@@ -106,8 +103,8 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
         if not is_new:
             plan = sweep_plan.check_same(plan, path)
             for folder in (path / TRIALS, *_listed(path / TRIALS)):
-                atomic.refuse_link(folder)  # a stranger's may lead to runs of the user's own
-            print_line(f"going on in {path}")
+                atomic.refuse_link(folder)  # a stranger's link may lead to the user's own runs
+            print_line(f"resuming the sweep in {path}")
         sweep_plan.save(plan, path, command)
         try:
             return path, plan, TrialStorage(path, plan, first=first)
@@ -118,12 +115,12 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
 
 
 def _is_new(path: Path) -> bool:
-    """Whether a sweep is to be made at `path`, rather than gone on with. Raises UserError if neither can be."""
+    """Return whether to create a sweep at `path` rather than resume one. Raises UserError if neither is possible."""
     if not os.path.lexists(path / sweep_plan.RECORD):
         try:
             RunFolder.check_new(path)
         except UserError:
-            if not os.path.lexists(path / sweep_plan.RECORD):  # else another process was quicker
+            if not os.path.lexists(path / sweep_plan.RECORD):  # else another process has just created it
                 raise
     return not os.path.lexists(path / sweep_plan.RECORD)
 
@@ -134,13 +131,13 @@ def _listed(folder: Path) -> list[Path]:
 
 @contextmanager
 def _entered(path: Path) -> Iterator[None]:
-    """Inside, no other process makes or enters the sweep's folder, which is made if need be."""
+    """Lock the sweep's folder, created if necessary, against other processes that create or open it."""
     lock = FileLock(path / LOCK)
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run_dir={path} cannot be made: {error.strerror}.") from None
+            raise UserError(f"run_dir={path} cannot be created: {error.strerror}.") from None
         try:
             lock.acquire()
         except RunError:
@@ -149,7 +146,7 @@ def _entered(path: Path) -> Iterator[None]:
             continue
         if lock.is_in_place():
             break
-        lock.release()  # whoever had it has removed the folder: it could not make the sweep
+        lock.release()  # the last holder could not create the sweep and removed the folder
     try:
         yield
     finally:
@@ -157,29 +154,29 @@ def _entered(path: Path) -> Iterator[None]:
 
 
 def _discard(path: Path) -> None:
-    """Remove what was made of a sweep that cannot be, by whoever has the folder's lock; that goes last, for whoever waits for it."""
+    """Remove a sweep that could not be created. The caller holds the folder's lock, which is removed last."""
     for entry in path.iterdir():
         if entry.name != LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     (path / LOCK).unlink()
-    with suppress(OSError):  # another process has come in by now
+    with suppress(OSError):  # another process has put files there
         path.rmdir()
 
 
-def _work(folder: Path, plan: Plan, book: TrialStorage, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:
+def _work(folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:
     try:
         with SweepDisplay(launcher.jobs) as display:
-            return SweepLoop(folder, plan, book, launcher, display, stop).work()
+            return SweepLoop(folder, plan, storage, launcher, display, stop).work()
     except Stopped as stopped:
-        stopped.told = True
-        print_line(f"the sweep goes on where it was with: mtrl resume {shlex.quote(str(folder))}")
+        stopped.is_reported = True
+        print_line(f"resume with: mtrl resume {shlex.quote(str(folder))}")
         raise
 
 
-def _tell_end(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
+def _print_results(folder: Path, plan: Plan, rows: list[TrialRow]) -> None:
     OutputGuard(sys.stdout)(lambda: console(sys.stdout).print(ending(plan, rows)))
     print_line(best_as_command(plan, rows))
-    print_line(f"to see what came out: mtrl report {shlex.quote(str(folder))}")
+    print_line(f"report: mtrl report {shlex.quote(str(folder))}")
     failed = [row for row in rows if row.state == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {plan.trials} trials failed; trial {failed[0].number}: {failed[0].note}")

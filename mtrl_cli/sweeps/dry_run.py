@@ -1,4 +1,4 @@
-"""`mtrl sweep --dry-run`: what would run, and of a sweep that has begun how far it is and how long that took. Makes nothing."""
+"""`mtrl sweep --dry-run`: list the trials of a sweep, with their progress if it has started. Creates nothing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mtrl_cli.sweeps.trial_run import read_record, trial_folder
 
 
 def list_sweep(plan: Plan) -> str:
-    """Each trial of a plan with its overrides and, where its folder holds it already, its state, its metric and the time that it took.
+    """List each trial with its overrides, and with its state, score and time if the sweep has started.
 
     Raises:
-        UserError: its folder holds something else.
+        UserError: the plan's folder holds something else.
     """
     folder = plan.run_dir
     if folder is not None and os.path.lexists(folder / RECORD):
@@ -44,40 +44,40 @@ def list_sweep(plan: Plan) -> str:
 
 def _head(plan: Plan, folder: Path | None) -> list[str]:
     search = plan.search
-    chosen = "a grid" if plan.points is not None else f"chosen by {search['sampler']}, seed {search['seed']}"
+    sampler = "a grid" if plan.points is not None else f"sampled by {search['sampler']}, seed {search['seed']}"
     pruned = "" if search["pruner"] == "none" else f", pruned by {search['pruner']}"
     lines = [
-        f"{plan.trials} trials, {chosen}{pruned}; judged by {metric_of(plan)}",
+        f"{plan.trials} trials, {sampler}{pruned}; ranked by {metric_of(plan)}",
         f"in {folder or 'a new folder under runs/sweeps'}, launcher={launcher_name(plan)}",
-        f"all have: {shlex.join(plan.words) or 'the defaults'}",
+        f"shared overrides: {shlex.join(plan.shared) or 'none'}",
     ]
     if plan.points is None:
         for key, axis in plan.axes.items():
             if isinstance(axis, Choices):
-                lines.append(f"  {key}: one of {', '.join(axis.words)}")
+                lines.append(f"  {key}: one of {', '.join(axis.values)}")
             else:
-                kinds = [*(["whole"] if axis.is_integer else []), *(["even on a logarithmic scale"] if axis.log else [])]
+                kinds = [*(["integers"] if axis.is_integer else []), *(["logarithmic"] if axis.log else [])]
                 lines.append(f"  {key}: from {axis.low:g} to {axis.high:g}{' (' + ', '.join(kinds) + ')' if kinds else ''}")
     return lines
 
 
 def launcher_name(plan: Plan) -> str:
-    """The launcher as one would write it: local, slurm."""
+    """Return the launcher's name, such as local or slurm."""
     return str(plan.launcher["_target_"]).split(".")[-2]
 
 
 def _times(plan: Plan, rows: Sequence[TrialRow]) -> list[str]:
-    """How long the trials took that were worked on, and what the rest would take at their mean time of a step."""
+    """Describe the time of the trials so far, and estimate the rest from their mean time per step."""
     timed = [row for row in rows if row.seconds]
     if not timed:
-        return ["how long it takes is not known: no trial was worked on yet"]
+        return ["time: unknown, no trial has started yet"]
     spent, steps = sum(row.seconds or 0.0 for row in timed), sum(row.step for row in timed)
-    lines = [f"worked on so far: {len(timed)} trials, {duration(spent)} in all"]
+    lines = [f"time: {duration(spent)} for {len(timed)} trials so far"]
     left = sum(max(0, row.steps - row.step) for row in rows if row.state not in ENDED)
     if left and steps:
         jobs = plan.launcher.get("jobs")
         at_a_time = jobs if isinstance(jobs, int) and jobs > 0 else 1
-        lines.append(f"the rest: about {duration(left * spent / steps / at_a_time)}, {at_a_time} at a time")
+        lines.append(f"remaining: about {duration(left * spent / steps / at_a_time)} with {at_a_time} at a time")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Where Optuna keeps a sweep's trials: a journal in its folder, or a database that several machines share."""
+"""Optuna storages of a sweep: a journal in its folder, or a database that several machines share."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.sweeps.plan import without_password
 
 JOURNAL = "journal.log"
-optuna.logging.set_verbosity(optuna.logging.ERROR)  # what there is to tell, the sweep's table tells
-_DATABASE_SECONDS = 60  # in which another process's writing to SQLite is waited for
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # the sweep's table shows the progress
+_DATABASE_SECONDS = 60  # to wait for another process that writes to SQLite
 
 
 class _JournalLock(JournalFileOpenLock):
-    """The journal's lock, which goes with its process, and whoever takes it cuts off a line that a dying process had begun.
+    """The journal's lock. It ends with its process, and the next holder removes a line that a killed process left unfinished.
 
     Args:
-        path: the journal.
+        path: of the journal.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +50,7 @@ class _JournalLock(JournalFileOpenLock):
 
 
 def cut_torn_line(path: Path, block: int = 2**16) -> None:
-    """Cut off what stands behind the last line's end. Raises OSError, and so for a link."""
+    """Remove everything after the last line end. Raises OSError, also for a link."""
     with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -66,27 +66,28 @@ def cut_torn_line(path: Path, block: int = 2**16) -> None:
 
 
 def storage_url(storage: str | None) -> str | None:
-    """The URL that `sweep.storage` means: itself, or what the variable of `env:NAME` holds, out of sight of `ps` and of sweep.json.
+    """Resolve `sweep.storage`: a URL, or env:NAME for the URL in an environment variable, which `ps` and sweep.json do not show.
 
     Raises:
-        UserError: there is no such variable, or it holds no URL.
+        UserError: the variable is not set, or its value is not a URL.
     """
     if storage is None or not storage.startswith("env:"):
         return storage
     name = storage.removeprefix("env:")
     if "://" not in os.environ.get(name, ""):
-        held = "holds none" if os.environ.get(name) else "is not set"
+        state = "is not a URL" if os.environ.get(name) else "is not set"
         raise UserError(
-            f"sweep.storage={show(storage)}: expected an Optuna storage's URL in the environment variable {show(name)}, which {held}"
+            f"sweep.storage={show(storage)}: the environment variable {show(name)} {state}; set it to the URL of an Optuna storage"
         )
     return os.environ[name]
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    """The journal in a sweep's folder, or the database at `url`, whose tables are made if need be.
+    """Open the journal in a sweep's folder, or the database at `url`, with its tables created if necessary.
 
     Raises:
-        UserError: the database cannot be reached, or its driver is not installed; the journal is a link. RunError: it is damaged.
+        UserError: the database cannot be reached, its driver is not installed, or the journal is a link.
+        RunError: the journal is damaged.
     """
     if url is None:
         path = folder / JOURNAL
@@ -97,7 +98,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             arguments = {"timeout": _DATABASE_SECONDS} if url.startswith("sqlite") else {}
-            return optuna.storages.get_storage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments}))
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments})
     except ImportError as error:
         raise UserError(f"sweep.storage={without_password(url)} needs a package that is not installed: {_line(error, url)}") from None
     except Exception as error:
@@ -108,10 +109,10 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def reached(url: str | None) -> Iterator[None]:
-    """Inside, what a storage may go wrong with is a line without its password.
+    """Turn errors of a storage into one line without its password.
 
     Raises:
-        RunError: it cannot be reached, or is damaged.
+        RunError: the storage cannot be reached, or is damaged.
     """
     try:
         yield
@@ -122,11 +123,13 @@ def reached(url: str | None) -> Iterator[None]:
             raise
         if url is None:
             raise RunError(f"the sweep's {JOURNAL} cannot be used: {_line(error, '')}") from None
-        raise RunError(f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; the same command goes on") from None
+        raise RunError(
+            f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; resume with the same command"
+        ) from None
 
 
 def _is_of_storage(error: Exception) -> bool:
-    """Whether an error is the storage's, rather than of a mistake in a program."""
+    """Return whether an error comes from the storage rather than from a bug."""
     if isinstance(error, OSError | json.JSONDecodeError | optuna.exceptions.StorageInternalError | optuna.exceptions.DuplicatedStudyError):
         return True
     names = {base.__module__.partition(".")[0] for base in type(error).__mro__}
@@ -134,7 +137,7 @@ def _is_of_storage(error: Exception) -> bool:
 
 
 def _line(error: Exception, url: str) -> str:
-    """The first line that says what went wrong, without the URL's password."""
+    """Return the first line of an error's message, without the URL's password."""
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = (lines[0] if lines else type(cause).__name__)[:300]
@@ -147,6 +150,6 @@ def _line(error: Exception, url: str) -> str:
 
 
 def _secrets(url: str) -> set[str]:
-    """The passwords in a URL, as they stand there and as drivers decode them."""
+    """Return the passwords in a URL, as written and as drivers decode them."""
     found = [*re.findall(r"://[^\s:/@]*:(.*)@", url, re.DOTALL), *re.findall(r"(?i)(?:password|passwd|pwd)=([^&]*)", url)]
     return {secret for each in found for secret in (each, unquote(each), unquote_plus(each)) if secret}

@@ -1,4 +1,4 @@
-"""The words of `mtrl sweep` taken apart: those of the sweep, those that all its runs have, and those that its runs differ in."""
+"""Split the overrides of `mtrl sweep` into those of the sweep, those of all runs, and those that differ between runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mtrl_cli.config.overrides import PATHS
 from mtrl_cli.errors import UserError, show
 
 Value = str | int | float
-"""Of one key in one trial: a choice as the word that it was written as, a number drawn from an interval."""
+"""The value of a key in a trial: a choice as it was written, or a number drawn from an interval."""
 
 MOST_CHOICES = 10_000
-"""Of one key: a longer range is a slip of the hand."""
+"""Limit of the values of a key: a longer range is probably a mistake."""
 
 OF_THE_SWEEP = ("run_dir", "trusted_packages")
 NEVER_VARIED = {
-    "run_dir": "a sweep is one folder",
-    "trusted_packages": "it is for all runs",
-    "device": "where a run is worked on is for the launcher",
-    "ranks": "it is for torchrun to say",
-    "hydra.searchpath": "it is for all runs",
+    "run_dir": "a sweep has one folder",
+    "trusted_packages": "it applies to all runs",
+    "device": "the launcher chooses it",
+    "ranks": "torchrun sets it",
+    "hydra.searchpath": "it applies to all runs",
 }
-"""Keys that runs of one sweep cannot differ in, and why."""
+"""Keys that cannot differ between runs, and why."""
 
 _FUNCTIONS = ("bool", "choice", "float", "glob", "int", "interval", "range", "shuffle", "sort", "str", "tag")
 _CALL = re.compile(r"\s*(\w+)\(.*", re.DOTALL)
@@ -39,9 +39,9 @@ _CALL = re.compile(r"\s*(\w+)\(.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a key may take, each as the word that stands behind `KEY=`: `film`, `null`, `[a,b]`, `0`."""
+    """The values that a key may take, each as it is written behind `KEY=`: `film`, `null`, `[a,b]`, `0`."""
 
-    words: tuple[str, ...]
+    values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class NumberRange:
 
 
 @dataclass(frozen=True)
-class Words:
-    """A command line of `mtrl sweep`.
+class SplitOverrides:
+    """The overrides of `mtrl sweep`, split.
 
     Attributes:
-        sweep: `sweep.*`, `launcher=…`, `launcher.*`, `run_dir=`, `trusted_packages=`, and the user's folders of configuration.
-        shared: what all runs have; the user's folders again.
-        axes: what they differ in, by key, in the order in which it was given.
+        sweep: of `sweep.*`, `launcher`, `launcher.*`, `run_dir`, `trusted_packages` and `hydra.searchpath`.
+        shared: of all runs, with `hydra.searchpath` again.
+        axes: the values of the keys that differ between runs, in the given order.
     """
 
     sweep: tuple[str, ...]
@@ -75,22 +75,20 @@ class Words:
     axes: Mapping[str, Choices | NumberRange]
 
 
-def take_apart(words: Sequence[str]) -> Words:
-    """Sort the words of a command line.
+def split_overrides(words: Sequence[str]) -> SplitOverrides:
+    """Split the overrides of a command line.
 
     Raises:
-        UserError: a key stands twice, a word holds an interpolation, or several values cannot be read or used.
+        UserError: a key is given twice, an override contains an interpolation, or its values cannot be parsed or used.
     """
     of_sweep, shared, axes = [], [], {}
     seen: dict[str, str] = {}
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if "${" in word:
-            raise UserError(
-                f"{show(word)}: the words of a sweep are kept, and no interpolation ('${{') in them is resolved: write the value"
-            )
+            raise UserError(f"{show(word)}: interpolations ('${{') are not resolved in a sweep; write the value")
         if key in seen:
-            raise UserError(f"{key} is given twice, as {show(seen[key])} and as {show(word)}: expected it once")
+            raise UserError(f"{key} is given twice, as {show(seen[key])} and {show(word)}; give it once")
         seen[key] = word
         axis = axis_of(word)
         if axis is not None:
@@ -102,33 +100,33 @@ def take_apart(words: Sequence[str]) -> Words:
             shared.append(word)
             if key == "hydra.searchpath":
                 of_sweep.append(word)
-    return Words(tuple(of_sweep), tuple(shared), axes)
+    return SplitOverrides(tuple(of_sweep), tuple(shared), axes)
 
 
 def is_of_the_sweep(key: str) -> bool:
-    """Whether a key is `sweep.…`, `launcher` or `launcher.…`."""
+    """Return whether a key is `sweep.*`, `launcher` or `launcher.*`."""
     return re.split(r"[./@]", key, maxsplit=1)[0] in ("sweep", "launcher")
 
 
 def _refuse_where_never_varied(key: str, word: str) -> None:
     if key in NEVER_VARIED:
-        raise UserError(f"{show(word)}: the runs of a sweep cannot differ in {key}, as {NEVER_VARIED[key]}; expected one value")
+        raise UserError(f"{show(word)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}; give one value")
     if is_of_the_sweep(key) or key.split(".")[0] == "hydra":
-        raise UserError(f"{show(word)}: expected one value, as this is of the sweep and not of its runs")
+        raise UserError(f"{show(word)}: the key belongs to the sweep, not to its runs; give one value")
 
 
 def axis_of(word: str) -> Choices | NumberRange | None:
-    """The values that a word gives to its key, where these are several in Hydra's grammar; else None.
+    """Parse an override with several values in Hydra's grammar. Returns None if it has one value.
 
     Raises:
-        UserError: they cannot be read, or not be used.
+        UserError: the values cannot be parsed or used.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     key, _, value = word.partition("=")
     if key in PATHS and not (key == "init_from" and value.startswith("choice(")):
-        return None  # a path may hold anything
+        return None  # a path may contain any character
     is_list_of_paths = key in PATHS and "," in value and value.endswith(")")
     try:
         # Hydra's choice() takes no null, the same values without it do.
@@ -139,45 +137,47 @@ def axis_of(word: str) -> Choices | NumberRange | None:
     if not parsed.is_sweep_override():
         return None
     if parsed.package is not None:
-        raise UserError(f"{show(word)}: a group has one place here; write {parsed.key_or_group}={value}")
+        raise UserError(f"{show(word)}: a group with @package is not supported; write {parsed.key_or_group}={value}")
     return _axis(word, value, parsed._value)
 
 
 def _refuse_if_meant(word: str, value: str, error: Exception) -> None:
-    """Refuse what can only have been meant as several values, and would be taken as text."""
+    """Raise UserError if an override that parses as text was probably meant as several values."""
     call = _CALL.fullmatch(value)
     if call and call[1] in _FUNCTIONS:
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error).splitlines()[0]
-        raise UserError(f"{show(word)} cannot be read: {show(reason)}")
+        raise UserError(f"{show(word)} cannot be parsed: {show(reason)}")
     pieces = _pieces(value)
     if value[:1] not in ("[", "{", "(") and len(pieces) > 1:
         quoted = ",".join(piece if re.fullmatch(r"[\w.-]+", piece) else f"'{piece}'" for piece in pieces if piece)
-        raise UserError(f"{show(word)}: expected values between commas, text with other signs in quotes: {word.partition('=')[0]}={quoted}")
+        raise UserError(
+            f"{show(word)}: expected values between commas, quoted if they have special characters: {word.partition('=')[0]}={quoted}"
+        )
 
 
 def _axis(word: str, value: str, sweep: Any) -> Choices | NumberRange:
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 
     if not isinstance(sweep, ChoiceSweep | IntervalSweep | RangeSweep):
-        raise UserError(f"{show(word)}: glob is not used here; name the values, {word.partition('=')[0]}=NAME,NAME")
+        raise UserError(f"{show(word)}: glob is not supported; name the values: {word.partition('=')[0]}=NAME,NAME")
     if isinstance(sweep, IntervalSweep):
         return _interval(word, sweep)
     if sweep.tags:
-        raise UserError(f"{show(word)}: a tag has a meaning for intervals only: tag(log,interval(1e-5,1e-3))")
+        raise UserError(f"{show(word)}: only intervals have tags, such as tag(log,interval(1e-5,1e-3))")
     if isinstance(sweep, ChoiceSweep):
         elements, words = list(sweep.list), _written(value, sweep.list)
     else:
         elements = list(itertools.islice(_steps(word, sweep), MOST_CHOICES + 1))
         words = [as_word(each) for each in elements]
     if not words:
-        raise UserError(f"{show(word)} holds no value: expected such as range(5), or range(0,1,0.1)")
+        raise UserError(f"{show(word)} has no values; give values such as range(5) or range(0,1,0.1)")
     if len(words) > MOST_CHOICES:
-        raise UserError(f"{show(word)} holds more than {MOST_CHOICES:,} values: expected fewer, or an interval to choose from")
+        raise UserError(f"{show(word)} has more than {MOST_CHOICES:,} values; give fewer, or an interval")
     count = Counter(map(_comparable, elements))
     repeated = next((text for text, each in zip(words, elements, strict=True) if count[_comparable(each)] > 1), None)
     if repeated is not None:
-        raise UserError(f"{show(word)} holds {show(repeated)} twice: expected each value once")
-    if sweep.shuffle:  # in the same order each time, or the same command would be another sweep
+        raise UserError(f"{show(word)} has {show(repeated)} twice; give each value once")
+    if sweep.shuffle:  # the same order each time: the same command must be the same sweep
         random.Random(hashlib.sha256(word.encode()).digest()).shuffle(words)
     return Choices(tuple(words))
 
@@ -185,21 +185,19 @@ def _axis(word: str, value: str, sweep: Any) -> Choices | NumberRange:
 def _interval(word: str, sweep: Any) -> NumberRange:
     low, high, tags = sweep.start, sweep.end, set(sweep.tags)
     if tags - {"log"}:
-        raise UserError(
-            f"{show(word)}: the tag {show(sorted(tags - {'log'})[0])} has no meaning here; expected tag(log,interval(1e-5,1e-3))"
-        )
+        raise UserError(f"{show(word)}: unknown tag {show(sorted(tags - {'log'})[0])}; only log is supported: tag(log,interval(1e-5,1e-3))")
     if not (isinstance(low, int | float) and isinstance(high, int | float) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"{show(word)}: expected an interval from a number to a larger one, such as interval(0.1,0.9)")
+        raise UserError(f"{show(word)}: an interval goes from a number to a larger one, such as interval(0.1,0.9)")
     if "log" in tags and low <= 0:
-        raise UserError(f"{show(word)}: a logarithmic scale has no {low:g}; expected an interval that begins above 0")
+        raise UserError(f"{show(word)}: a logarithmic interval must start above 0, got {low:g}")
     return NumberRange(low, high, log="log" in tags, is_integer=isinstance(low, int) and isinstance(high, int))
 
 
 def _steps(word: str, sweep: Any) -> Iterator[int | float]:
-    """The numbers of a range; of fractions as they are written, without the error of sums of binary ones."""
+    """Yield the numbers of a range, with decimal arithmetic for fractions: 0.1 + 0.2 is 0.3."""
     start, stop, step = sweep.start, sweep.stop, sweep.step
     if not all(isinstance(each, int) or math.isfinite(each) for each in (start, stop, step)) or step == 0:
-        raise UserError(f"{show(word)}: expected a range with a step that is not 0, such as range(0,1,0.1)")
+        raise UserError(f"{show(word)}: the numbers of a range must be finite and its step not 0, such as range(0,1,0.1)")
     if all(isinstance(each, int) for each in (start, stop, step)):
         return iter(range(start, stop, step))
     first, last, by = (Decimal(repr(each)) for each in (start, stop, step))
@@ -207,7 +205,7 @@ def _steps(word: str, sweep: Any) -> Iterator[int | float]:
 
 
 def _written(value: str, elements: Sequence[Any]) -> list[str]:
-    """The elements of a choice as the user wrote them, where that can be told; else as words that read the same."""
+    """Return the elements of a choice as the user wrote them if that is unambiguous, or else in a form that parses to the same values."""
     call = _CALL.fullmatch(value)
     inner = value.strip()[len("choice(") : -1] if call and call[1] == "choice" else value
     pieces = [piece.strip() for piece in _pieces(inner)]
@@ -217,7 +215,7 @@ def _written(value: str, elements: Sequence[Any]) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """Text taken apart at its commas, but for those in brackets, in quotes or behind a backslash."""
+    """Split text at its commas, except those in brackets or quotes or behind a backslash."""
     pieces, depth, quote, escaped = [""], 0, "", False
     for letter in text:
         if not quote and not escaped and depth == 0 and letter == ",":
@@ -247,7 +245,7 @@ def _reads_as(word: str, element: Any) -> bool:
 
 
 def as_word(element: Any) -> str:
-    """A value as a word that stands behind `KEY=` and reads as that value again: null, true, 1e-05, film, 'a b', [1,2], {a:1}."""
+    """Format a value so that `KEY=` and the text parse to the value again: null, true, 1e-05, film, 'a b', [1,2], {a:1}."""
     from hydra.core.override_parser.types import QuotedString
 
     if element is None or isinstance(element, bool):
@@ -268,7 +266,7 @@ def _in_quotes(text: str) -> str:
 
 
 def _comparable(element: Any) -> Any:
-    """What two equal values have in common, and no others: 1 and 1.0 are one number, true and 1 are two values."""
+    """Return a key that is equal for equal values only: 1 and 1.0 are equal, true and 1 differ."""
     from hydra.core.override_parser.types import QuotedString
 
     if isinstance(element, QuotedString):
@@ -284,7 +282,7 @@ def _comparable(element: Any) -> Any:
 
 
 def near_miss(words: Sequence[str]) -> str | None:
-    """What to say of a word that is nearly one of a sweep's: `swep.trials=3`. None if there is none."""
+    """Return an error for an override whose section is misspelled, such as `swep.trials=3`; None if there is none."""
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         top, _, rest = key.partition(".")

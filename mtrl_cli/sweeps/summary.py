@@ -1,4 +1,4 @@
-"""What came out of a sweep: its best configuration, as a command to paste, and the trials that did not come so far."""
+"""Results of a sweep: its best configurations, the command of the best one, and the trials that were not completed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan, Value
 
 TOP = 5
-NAMED = 10  # failed trials, by their numbers and reasons
+NAMED = 10  # failed trials that are listed with their reasons
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One configuration of a sweep, its seeds averaged.
+    """The result of one configuration, averaged over seeds.
 
     Attributes:
-        values: the keys that configurations differ in, without the seed.
-        mean: of the metric, over its trials.
-        low, high: the least and the largest.
-        trials: how many were averaged.
+        values: by key, without the seed.
+        mean: of the metric over its trials.
+        low, high: the lowest and highest metric.
+        trials: the number of trials.
     """
 
     values: Mapping[str, Value]
@@ -34,14 +34,14 @@ class Standing:
     trials: int
 
     def command(self, plan: Plan) -> str:
-        """The command that trains it, with the seed that a run has by default."""
+        """Return the command that trains the configuration with the default seed."""
         return plan.command(self.values)
 
 
 def standings(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> list[Standing]:
-    """The configurations of trials that were completed, the best first: of trials that differ in `seed` alone, the mean.
+    """Rank configurations, the best first. Trials that differ in `seed` alone are averaged.
 
-    Of a grid, a configuration that lacks some of its seeds comes after those that have all: one lucky seed is no better configuration.
+    In a grid, configurations without some of their seeds come last: one lucky seed does not make a better configuration.
     """
     by_values: dict[tuple[tuple[str, Value], ...], list[float]] = {}
     for values, metric in finished:
@@ -55,32 +55,32 @@ def standings(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]])
 
 
 def best(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> Standing | None:
-    """The best configuration of the trials that were completed, each given as its values and its metric; None if there is none."""
+    """Return the best configuration of completed trials, each given as (values, metric); None if there are none."""
     found = standings(plan, finished)
     return found[0] if found else None
 
 
 def metric_of(plan: Plan) -> str:
-    """What a sweep's trials are judged by, in words."""
-    return plan.search["metric"] or "eval/score/mean (or a lone task's return)"
+    """Describe the metric that ranks trials."""
+    return plan.search["metric"] or "eval/score/mean (or a single task's return)"
 
 
 def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
-    """What is said at a sweep's end before the best configuration: the top few, how many trials were pruned or failed, and why."""
+    """Render the best configurations, and the numbers of pruned and failed trials with the reasons of failures."""
     found = _found(plan, rows)
     lines: list[RenderableType] = []
     if found:
-        lines += [Text(f"The best by the last {metric_of(plan)}:", style="bold"), _table(plan, found[:TOP])]
+        lines += [Text(f"Best configurations by the last {metric_of(plan)}:", style="bold"), _table(plan, found[:TOP])]
         if len(found) > TOP:
             lines.append(Text(f"and {len(found) - TOP} more"))
     return Group(*lines, *(Text(line) for line in _others(rows)))
 
 
 def best_as_command(plan: Plan, rows: Sequence[TrialRow]) -> str:
-    """The best configuration as a command to paste, on a line of its own: to be printed without wrapping."""
+    """Format the best configuration as a command on a line of its own, to be printed without wrapping."""
     found = _found(plan, rows)
     if not found:
-        return "no trial was completed with a metric, so that there is no best configuration"
+        return "no best configuration: no trial was completed with a metric"
     seeds = f" ({_over(plan, found[0])})" if found[0].trials > 1 or "seed" in plan.axes else ""
     return f"the best configuration, {fixed(found[0].mean)}{seeds}:\n{found[0].command(plan)}"
 
@@ -105,7 +105,7 @@ def _over(plan: Plan, standing: Standing) -> str:
 
 
 def _others(rows: Sequence[TrialRow]) -> list[str]:
-    """Lines on the trials that were not completed, or without a metric."""
+    """Describe the trials that were not completed or have no metric."""
     lines = []
     for state in ("failed", "pruned", "elsewhere", "waiting", "running", "queued"):
         numbers = [row.number for row in rows if row.state == state]
@@ -113,14 +113,14 @@ def _others(rows: Sequence[TrialRow]) -> list[str]:
             lines.append(f"{state}: {len(numbers)} of {len(rows)} trials ({in_short(numbers)})")
         if state == "failed":
             named = [row for row in rows if row.state == state]
-            lines += [f"  trial {row.number}: {' '.join(row.overrides)}: {row.note or 'no reason was told'}" for row in named[:NAMED]]
+            lines += [f"  trial {row.number}: {' '.join(row.overrides)}: {row.note or 'unknown reason'}" for row in named[:NAMED]]
             lines += [f"  and {len(named) - NAMED} more"] if len(named) > NAMED else []
     without = [row.number for row in rows if row.state == "completed" and row.score is None]
     return [*lines, *([f"completed without a metric: trials {in_short(without)}"] if without else [])]
 
 
 def in_short(numbers: Sequence[int], most: int = 20) -> str:
-    """Numbers in order, those in a row as one: 1-3, 7."""
+    """Format numbers in order, with ranges: 1-3, 7."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:
@@ -132,5 +132,5 @@ def in_short(numbers: Sequence[int], most: int = 20) -> str:
 
 
 def values_of(row: TrialRow) -> dict[str, Value]:
-    """A trial's values by key, as words."""
+    """Return a trial's values by key, as text."""
     return {key: value for key, _, value in (word.partition("=") for word in row.overrides)}

@@ -167,7 +167,7 @@ class TrialStorage:
 
     def _check_same(self) -> None:
         """Raise UserError if the study belongs to another sweep."""
-        about = [sorted(self._plan.words), sorted((key, str(axis)) for key, axis in self._plan.axes.items())]
+        about = [sorted(self._plan.shared), sorted((key, str(axis)) for key, axis in self._plan.axes.items())]
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
         known = self._study.user_attrs.get("plan")
         if known is None:
@@ -348,7 +348,7 @@ def study_name(folder: Path, url: str | None) -> str:
 
 def _distribution(axis: Choices | NumberRange) -> BaseDistribution:
     if isinstance(axis, Choices):
-        return CategoricalDistribution(axis.words)
+        return CategoricalDistribution(axis.values)
     if axis.is_integer:
         return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
     return FloatDistribution(float(axis.low), float(axis.high), log=axis.log)

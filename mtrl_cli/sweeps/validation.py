@@ -1,4 +1,4 @@
-"""What is checked of a sweep before anything is made: that its runs compose, and that what chooses and judges its trials makes sense."""
+"""Validation of a sweep before anything is created: its runs compose, and its metric, pruner and sampler fit them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from mtrl_cli.sweeps.search_space import Choices, NumberRange, Value, near_miss
 
 MOST_TRIALS = 100_000
 NEEDED = {"cmaes": "cmaes", "gp": "scipy"}
-"""What samplers of Optuna's import."""
+"""Packages that Optuna's samplers import."""
 
-_EVALUATIONS = 10  # advised, where there are none before the end
+_EVALUATIONS = 10  # suggested number of evaluations
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found: the axes, intervals of keys that take whole numbers as such; the packs' names and the largest budget."""
+    """The result of `check_runs`.
+
+    Attributes:
+        axes: with intervals of integers for keys that accept only integers.
+        envs: the names of the environment packs.
+        steps_per_task: the largest budget.
+    """
 
     axes: Mapping[str, Choices | NumberRange]
     envs: tuple[str, ...]
@@ -39,22 +45,21 @@ def check_runs(
     search: Mapping[str, Any],
     points: Sequence[Mapping[str, Value]] | None = None,
 ) -> Checked:
-    """Compose the first combination, and every other value of an axis beside the first of the others: their sum, not their product.
+    """Compose the first value of all axes, and every other value of one axis with the first values of the other axes.
 
-    Of `points`, which a study has chosen, those are composed that hold a value that none before them has.
-
-    Of numbers in a row only the first and the last are composed; all are checked for their type.
+    Of an axis of more than three numbers only the smallest and the largest are composed; the types of all are checked.
+    Of `points`, chosen by a study, only those with a value that no earlier point has are composed.
 
     Raises:
-        UserError: one of them cannot be composed, or cannot be judged by what `search` says.
+        UserError: a run cannot be composed, or lacks the metric that `search` asks for.
     """
     if points is not None:
         first_with = {value: point for point in reversed(points) for value in point.items()}
         needed = [point for point in points if any(point is other for other in first_with.values())]
         return _checked([compose(words, point, trusted) for point in needed], axes, search)
-    first: dict[str, Value] = {key: axis.words[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
+    first: dict[str, Value] = {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
     whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
-    composed = compose(words, first | whole, trusted)  # a whole number is also one where fractions may be
+    composed = compose(words, first | whole, trusted)  # a whole number is valid for float keys, too
     annotations = validation.dotted_keys(composed, trusted=trusted)
     typed = {key: _typed(key, axis, annotations.get(key)) for key, axis in axes.items()}
     configs = [composed]
@@ -72,11 +77,7 @@ def _checked(configs: Sequence[Mapping[str, Any]], axes: Mapping[str, Choices | 
 
 
 def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a run with these values.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Compose the configuration of a run. Raises UserError if it is not valid."""
     named = [f"trusted_packages=[{','.join(trusted)}]"] if trusted else []
     overrides = [*words, *(f"{key}={value}" for key, value in values.items())]
     try:
@@ -94,32 +95,32 @@ def _compose_with(words: Sequence[str], base: Mapping[str, Value], key: str, val
 
 
 def typed_low(axis: Choices | NumberRange, value: Value) -> Value:
-    """The first value of an axis, as its type has it."""
+    """Return the first value of an axis in the axis's type."""
     return int(value) if isinstance(axis, NumberRange) and axis.is_integer else value
 
 
 def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | NumberRange:
-    """An interval of whole numbers where the key takes no others."""
+    """Turn an interval into one of integers if the key accepts only integers."""
     if not isinstance(axis, NumberRange) or annotation is None or axis.is_integer or not validation.takes_int(annotation):
         return axis
     if axis.low != int(axis.low) or axis.high != int(axis.high):
-        raise UserError(f"{key}=interval({axis.low:g},{axis.high:g}): {key} takes whole numbers; expected whole ones at both ends")
+        raise UserError(f"{key}=interval({axis.low:g},{axis.high:g}): {key} must be an integer; give integers at both ends")
     return replace(axis, low=int(axis.low), high=int(axis.high), is_integer=True)
 
 
 def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Iterator[Value]:
-    """The values of an axis to compose beside the first."""
+    """Yield the values of an axis to compose, besides the first."""
     if isinstance(axis, NumberRange):
         yield axis.high
         return
-    numbers = [_number(word) for word in axis.words] if annotation is not None else [None]
+    numbers = [_number(word) for word in axis.values] if annotation is not None else [None]
     if len(numbers) > 3 and None not in numbers:
         for number in numbers:
             validation.check_value(key, number, annotation)
         ends = min(range(len(numbers)), key=lambda at: numbers[at] or 0), max(range(len(numbers)), key=lambda at: numbers[at] or 0)
-        yield from (axis.words[at] for at in dict.fromkeys(ends) if at != 0)
+        yield from (axis.values[at] for at in dict.fromkeys(ends) if at != 0)
     else:
-        yield from axis.words[1:]
+        yield from axis.values[1:]
 
 
 def _number(word: str) -> int | float | None:
@@ -135,30 +136,26 @@ def _number(word: str) -> int | float | None:
 
 
 def check_judged(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
-    """Refuse a run that does not have the metric it is to be judged by, or has it too late for a pruner.
-
-    Raises:
-        UserError: it names the keys and what to set.
-    """
+    """Raise UserError if a run lacks the metric of the sweep, or is not evaluated before its end although there is a pruner."""
     steps, every = config["steps_per_task"], config["eval"]["every"]
     if search["pruner"] != "none" and not 0 < every < steps:
         raise UserError(
-            f"sweep.pruner={search['pruner']} judges by evaluations before a run's end, and with eval.every={every} of "
-            f"steps_per_task={steps} there is none; set eval.every={max(1, steps // _EVALUATIONS)}, for example"
+            f"sweep.pruner={search['pruner']} needs evaluations before a run's end, and eval.every={every} with steps_per_task={steps} has "
+            f"none; set eval.every={max(1, steps // _EVALUATIONS)}, for example"
         )
     names, is_scored = _metrics(config["env"])
     metric = search["metric"]
     if metric is None and not is_scored and len(config["env"].get("tasks") or [None]) > 1:
         raise UserError(
-            f"sweep.metric: env={config['env']['name']} has several tasks and no reference scores, so that nothing says which trial is "
-            f"better; name what to go by, such as sweep.metric={names[0]}"
+            f"sweep.metric is missing: env={config['env']['name']} has several tasks and no reference scores; give one, such as "
+            f"sweep.metric={names[0]}"
         )
     if metric is not None and names and metric not in names:
-        raise UserError(f"sweep.metric={show(metric)}: an evaluation of env={config['env']['name']} has {', '.join(_shortened(names))}")
+        raise UserError(f"unknown sweep.metric={show(metric)}; env={config['env']['name']} has {', '.join(_shortened(names))}")
 
 
 def _metrics(env: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """The names of the metrics that an evaluation has ([]: that cannot be told here), and whether tasks have scores (or may have)."""
+    """Return the metrics of an evaluation ([] if unknown), and whether tasks have scores (or may have)."""
     tasks = env.get("tasks")
     if not isinstance(tasks, list) or not tasks:
         return [], True
@@ -166,7 +163,7 @@ def _metrics(env: Mapping[str, Any]) -> tuple[list[str], bool]:
     every = [f"eval/score/{name}" for name in (*tasks, *AGGREGATES)]
     *package, suite, _ = str(env["_target_"]).split(".")
     if package != ["mtrl_cli", "envs"]:
-        return [*returns, *every], True  # a pack of a user's own, whose references are in its code
+        return [*returns, *every], True  # the user's own pack, whose references are in its code
     scored = [task for task in tasks if None not in scores(suite, task)]
     return [*returns, *(f"eval/score/{name}" for name in (*scored, *(AGGREGATES if scored else ())))], bool(scored)
 
@@ -178,46 +175,46 @@ def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
 # -- how trials are chosen ------------------------------------------------------------------------------------------------------
 
 
-def settle_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:
-    """The section `sweep` with a sampler that is not auto, once it is known to go with the axes.
+def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:
+    """Resolve the sampler of the section `sweep`, and check it against the axes.
 
     Raises:
-        UserError: it does not, or its package is missing.
+        UserError: the sampler does not fit the axes, or its package is missing.
     """
     intervals = [key for key, axis in axes.items() if isinstance(axis, NumberRange)]
     sampler = search["sampler"] if search["sampler"] != "auto" else "tpe" if intervals else "grid"
     if sampler == "grid":
         if intervals:
-            raise UserError(f"sweep.sampler=grid has no points in the interval of {intervals[0]}: give values, or sweep.sampler=tpe")
+            raise UserError(f"sweep.sampler=grid does not support the interval of {intervals[0]}; give values, or sweep.sampler=tpe")
         size = 1
         for axis in axes.values():
-            size *= len(axis.words) if isinstance(axis, Choices) else 1
+            size *= len(axis.values) if isinstance(axis, Choices) else 1
         if (search["trials"] or size) > size:
-            raise UserError(f"sweep.trials={search['trials']}: the grid has {size} points; expected at most as many")
+            raise UserError(f"sweep.trials must be at most the {size} points of the grid, got {search['trials']}")
         if (search["trials"] or size) > MOST_TRIALS:
-            raise UserError(f"the grid has {size:,} points: expected at most {MOST_TRIALS:,}, or sweep.trials=N for the first N of them")
+            raise UserError(
+                f"the grid has {size:,} points, at most {MOST_TRIALS:,} are allowed; give sweep.trials=N for the first N points"
+            )
     elif search["trials"] is None:
-        why = f"{intervals[0]} is an interval" if intervals else f"sweep.sampler={sampler} chooses as many as it is told"
-        raise UserError(
-            f"sweep.trials is missing: {why}, so that the number of trials is for you to say; give sweep.trials=50, for example"
-        )
+        why = f"{intervals[0]} is an interval" if intervals else f"sweep.sampler={sampler} needs it"
+        raise UserError(f"sweep.trials is missing: {why}; give sweep.trials=50, for example")
     elif search["trials"] > MOST_TRIALS:
-        raise UserError(f"sweep.trials={search['trials']}: expected at most {MOST_TRIALS:,}")
+        raise UserError(f"sweep.trials must be at most {MOST_TRIALS:,}, got {search['trials']}")
     if sampler == "cmaes" and len(intervals) < 2:
-        raise UserError("sweep.sampler=cmaes moves a cloud of numbers: expected two keys with intervals at least; for others take tpe")
+        raise UserError("sweep.sampler=cmaes needs intervals of at least two keys; give more intervals, or sweep.sampler=tpe")
     package = NEEDED.get(sampler)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'")
     storage = search["storage"]
-    if storage is not None and "://" not in storage and not re.fullmatch(r"env:\w+", storage):  # not told: it may be a password
+    if storage is not None and "://" not in storage and not re.fullmatch(r"env:\w+", storage):  # not printed: it may contain a password
         raise UserError(
-            "sweep.storage: expected an Optuna storage's URL, such as sqlite:///sweep.db or postgresql://…, or env:NAME for one that the "
-            "environment variable NAME holds"
+            "sweep.storage must be the URL of an Optuna storage, such as sqlite:///sweep.db or postgresql://…, or env:NAME for "
+            "the URL in the environment variable NAME"
         )
     return {**search, "sampler": sampler}
 
 
 def points_of(axes: Mapping[str, Choices | NumberRange], trials: int | None) -> tuple[dict[str, Value], ...]:
-    """The first so many points of a grid (None: all), the last key's values changing first."""
-    words: Iterable[tuple[str, ...]] = itertools.product(*(axis.words for axis in axes.values() if isinstance(axis, Choices)))
+    """Return the first `trials` points of a grid (None: all). The last key varies fastest."""
+    words: Iterable[tuple[str, ...]] = itertools.product(*(axis.values for axis in axes.values() if isinstance(axis, Choices)))
     return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(words, trials))

@@ -74,16 +74,16 @@ class TaskWeights(ABC):
     Attributes:
         needs: what of the gradients a method asks for, and so what an update costs: "losses" one backward pass, "gram" hardly more,
             "rows" every task's own gradient.
-        hears_scores: whether `hear_scores` is to be called.
-        looks_back: whether `after_step` wants the losses of the same batch after the optimizer's step: one more forward pass.
+        uses_scores: whether the method requires `update_scores`.
+        uses_losses_after_step: whether the method requires `after_step`: one more forward pass per update.
         capturable: whether an update can be recorded once and replayed (`capture.py`): whatever changes from one update to the next lies in
             tensors that stay where they are, and what the host works out goes through `capture.on_host`. Where not, updates are made one
             operation at a time.
     """
 
     needs: ClassVar[str] = "losses"
-    hears_scores: ClassVar[bool] = False
-    looks_back: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = False
+    uses_losses_after_step: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
 
     def __init__(self, tasks: Tasks):
@@ -98,10 +98,10 @@ class TaskWeights(ABC):
         """
 
     def after_step(self, loss_K: torch.Tensor) -> None:
-        """The losses (float32 `[K]`) of the same batch after the step, where the method `looks_back`."""
+        """Update the weights with the losses (float32 `[K]`) of the same batch after the optimizer step."""
 
-    def hear_scores(self, recent: dict[str, float]) -> None:
-        """Mean returns (the game's own) of the last episodes in training, by task; tasks with none are left out."""
+    def update_scores(self, recent: dict[str, float]) -> None:
+        """Update the weights with mean unscaled returns of recent training episodes, by task; tasks without episodes are absent."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the weights have learned so far."""

@@ -157,7 +157,7 @@ class FAMO(TaskWeights):
         weight_decay: of the logits; the paper's gamma.
     """
 
-    looks_back = True
+    uses_losses_after_step = True
     capturable = True
 
     def __init__(self, tasks: Tasks, *, lr: PositiveFloat, weight_decay: NonNegativeFloat):

@@ -16,7 +16,7 @@ class ScoreGap(TaskWeights):
 
     A task's gap is 1 - s, its normalised training score s = (return - random) / (reference - random) cut to [0, 1]; 1 while none of its
     episodes has ended. The gaps are smoothed by an exponential moving average over updates, which starts at 1 and does not depend on how
-    often scores are heard. A task weighs softmax(gap / temperature): all tasks the same at the start, and again when all have
+    often scores are updated. A task weighs softmax(gap / temperature): all tasks the same at the start, and again when all have
     reached their references, and none ever more than exp(1 / temperature) times as much as another.
 
     Args:
@@ -27,7 +27,7 @@ class ScoreGap(TaskWeights):
         ValueError: a task without a random or reference score.
     """
 
-    hears_scores = True
+    uses_scores = True
     capturable = True
 
     def __init__(self, tasks: Tasks, *, temperature: PositiveFloat, half_life: PositiveInt):
@@ -42,11 +42,11 @@ class ScoreGap(TaskWeights):
                     "choose other task weights (mtrl ls task_weights) or leave the task out"
                 )
             self._scores[name] = random, reference
-        self._heard_K = torch.ones(len(tasks), device=tasks.device)
-        self._gap_K = torch.ones_like(self._heard_K)
+        self._recent_gap_K = torch.ones(len(tasks), device=tasks.device)
+        self._gap_K = torch.ones_like(self._recent_gap_K)
 
-    def hear_scores(self, recent: dict[str, float]) -> None:
-        self._heard_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]), non_blocking=True)
+    def update_scores(self, recent: dict[str, float]) -> None:
+        self._recent_gap_K.copy_(torch.tensor([self._gap(name, recent.get(name)) for name in self.tasks.names]), non_blocking=True)
 
     def _gap(self, name: str, score: float | None) -> float:
         if score is None:
@@ -55,14 +55,14 @@ class ScoreGap(TaskWeights):
         return 1.0 - min(1.0, max(0.0, (score - random) / (reference - random)))
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._heard_K)
+        self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._recent_gap_K)
         weight_K = finite_or_uniform((self._gap_K / self._temperature).softmax(0))
         gradients.weigh(weight_K)
         return weight_K
 
     def state_dict(self) -> dict[str, Any]:
-        return {"heard": self._heard_K, "gap": self._gap_K}
+        return {"recent_gap": self._recent_gap_K, "gap": self._gap_K}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._heard_K.copy_(state["heard"])
+        self._recent_gap_K.copy_(state["recent_gap"])
         self._gap_K.copy_(state["gap"])

@@ -1,4 +1,4 @@
-"""Stopping a run whose validation no longer improves (Prechelt 1998, "Early Stopping - But When?", by patience)."""
+"""Early stopping by patience (Prechelt 1998, "Early Stopping - But When?")."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from typing import Any
 
 
 class EarlyStopping:
-    """Hears a metric at each evaluation; higher is better.
+    """Stops a run whose evaluations no longer improve; higher metrics are better.
 
-    A value counts as an improvement if it is above the best so far by more than `min_delta`; the first one is. Slow progress adds up,
-    as the best changes with improvements only.
+    A value is an improvement if it exceeds the best value by more than `min_delta`; the first value is one. Small gains add up, because the
+    best value changes only with an improvement.
 
     Args:
-        metric: its name; None: nothing is heard, and nothing stops.
-        patience: so many evaluations one after the other without an improvement are enough.
-        min_delta: see above.
+        metric: name of the metric; None: never stop.
+        patience: consecutive evaluations without an improvement before the run stops.
+        min_delta: smallest improvement.
     """
 
     def __init__(self, *, metric: str | None, patience: int, min_delta: float):
         assert patience > 0, patience
         assert min_delta >= 0, min_delta
-        self.metric, self.patience, self.min_delta = metric, patience, min_delta
+        self.metric = metric
+        self.patience = patience
+        self.min_delta = min_delta
         self.best: float | None = None
         self.best_at: int | None = None
         self.without = 0
 
     @property
     def stopped(self) -> bool:
-        """Whether it is enough."""
+        """Whether the run should stop."""
         return self.without >= self.patience
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
-        assert self.best is not None, "nothing was heard"
+        """Reason for stopping, as a sentence."""
+        assert self.best is not None, "no evaluation was recorded"
         margin = f" by more than {self.min_delta:g}" if self.min_delta else ""
         times = f"{self.without} evaluation{'' if self.without == 1 else 's'}"
         return f"{self.metric} has not risen above {self.best:.4g}{margin}, its value at step {self.best_at:,}, in {times}"
 
-    def hear(self, step: int, value: float | None) -> None:
-        """Take the metric's value at an evaluation; one that is missing, or no number, is no improvement."""
+    def update(self, step: int, value: float | None) -> None:
+        """Record the metric of an evaluation. A missing value or NaN is no improvement."""
         if self.metric is None:
             return
         if value is not None and not math.isnan(value) and (self.best is None or value > self.best + self.min_delta):
@@ -49,20 +51,20 @@ class EarlyStopping:
         elif self.best is not None:
             self.without += 1
 
-    def begin_anew(self) -> None:
-        """Be patient again: the run was given a further budget. What is best so far stays."""
+    def reset_patience(self) -> None:
+        """Reset the patience and keep the best value, for a run with an extended budget."""
         self.without = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was heard."""
+        """Return the best value and the patience used."""
         return {"best": self.best, "best_at": self.best_at, "without": self.without}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave.
+        """Restore a state of `state_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: the state is invalid.
         """
-        best, best_at = state["best"], state["best_at"]
-        self.best, self.best_at = None if best is None else float(best), None if best_at is None else int(best_at)
+        self.best = None if state["best"] is None else float(state["best"])
+        self.best_at = None if state["best_at"] is None else int(state["best_at"])
         self.without = int(state["without"])

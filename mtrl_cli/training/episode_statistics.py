@@ -1,4 +1,4 @@
-"""Returns and lengths of training episodes: running means for the log. Numpy only."""
+"""Returns and lengths of training episodes. Uses numpy only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Total = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 class EpisodeStatistics:
-    """Returns and lengths of the episodes that training plays, per task: K tasks, N environments each.
+    """Returns and lengths of training episodes of K tasks with N environments each.
 
-    `row()` gives the means over the episodes that ended since the row before; `recent()` over the last `window` of each task. Where
-    several processes play, `total` sums an array over them: then both are means over the episodes of all.
+    `row()` returns means over the episodes that ended since the last call, `recent()` means over the last `window` episodes of each task.
+    With several processes, `total` sums an array over the processes, and the means are over the episodes of all.
     """
 
     def __init__(self, tasks: Sequence[str], num_envs: int, window: int = 100):
@@ -30,7 +30,7 @@ class EpisodeStatistics:
         self._recent_count = np.zeros(len(self.tasks), np.int64)
 
     def add(self, reward: NDArray[np.floating[Any]], done: NDArray[np.bool_]) -> None:
-        """Count one step in every environment: reward [K, N] in the game's own units, done bool [K, N] where the game is over."""
+        """Add one step of every environment: unscaled rewards `[K, N]`, and ends of episodes, bool `[K, N]`."""
         self._returns += reward
         self._lengths += 1
         if not done.any():
@@ -47,9 +47,9 @@ class EpisodeStatistics:
         self._lengths[task, env] = 0
 
     def row(self, total: Total = lambda array: array) -> dict[str, float]:
-        """`train/return/<task>` and `train/length/<task>` (in steps): means over the episodes that ended since the last call.
+        """Return `train/return/<task>` and `train/length/<task>` (in steps) of the episodes that ended since the last call.
 
-        Tasks in which none ended are left out.
+        Tasks without such episodes are absent.
         """
         metrics: dict[str, float] = {}
         returns, lengths, ended = total(np.stack([self._ended_return, self._ended_length, self._ended]))
@@ -61,7 +61,7 @@ class EpisodeStatistics:
         return metrics
 
     def recent(self, total: Total = lambda array: array) -> dict[str, float]:
-        """The mean return of each task's last `window` episodes; tasks with none are left out."""
+        """Return the mean return of the last `window` episodes of each task; tasks without episodes are absent."""
         held = np.minimum(self._recent_count, self._recent.shape[1])
         returns = [self._recent[index, :count].sum() for index, count in enumerate(held)]
         returns, held = total(np.stack([returns, held]))
@@ -72,7 +72,11 @@ class EpisodeStatistics:
         return {name: array.copy() for name, array in self._arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take the arrays of `state_dict`. Raises ValueError if they are of other tasks, environments or window."""
+        """Restore a state of `state_dict`.
+
+        Raises:
+            ValueError: the state is of other tasks, environments or another window.
+        """
         arrays = self._arrays()
         if state.keys() != arrays.keys():
             raise ValueError(f"episode statistics hold {sorted(arrays)}, the state holds {sorted(state)}")

@@ -1,4 +1,4 @@
-"""Playing whole games to see how good the network is."""
+"""Evaluation of a network on complete episodes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.stats.bootstrap import AGGREGATES, bootstrap_mean_ci, over_tasks
 from mtrl_cli.training.frame_stack import FrameStack
 
-# Games of one task that are played side by side.
+# Parallel episodes of one task.
 _AT_ONCE = 32
 
 
 @dataclass
-class Games:
-    """What one evaluation played.
+class Episodes:
+    """Episodes of one evaluation.
 
     Attributes:
-        returns: by task, one per episode, the game's own score.
-        cut: by task, how many games were ended by the limit on steps.
-        first: by task, seed and actions of the first game, from which it can be shown again.
+        returns: unscaled returns of the episodes, by task.
+        cut: number of episodes that reached the limit on steps, by task.
+        first: seed and actions of the first episode, by task, to repeat it.
     """
 
     returns: dict[str, list[float]]
@@ -37,33 +37,38 @@ class Games:
 
 
 class Evaluator:
-    """Plays `episodes` games of every task with seeds of their own and a small fixed epsilon.
+    """Evaluates networks on `episodes` episodes of every task, with separate seeds and a small fixed epsilon.
 
     Args:
         pack: the tasks.
-        episodes: games per task.
-        max_steps: a longer game is cut and counts with what it has scored.
+        episodes: per task.
+        max_steps: limit on the steps of an episode. The return of a longer episode is the return up to the limit.
         epsilon: share of random actions.
-        seed: of the games and of the random actions.
-        num_threads: for the emulators.
-        device: where the network is.
+        seed: of the episodes and of the random actions.
+        num_threads: of the emulators.
+        device: of the network.
     """
 
     def __init__(self, pack: Pack, *, episodes: int, max_steps: int, epsilon: float, seed: int, num_threads: int, device: torch.device):
-        self.pack, self.episodes, self.max_steps, self._epsilon = pack, episodes, max_steps, epsilon
-        self.seed, self._num_threads, self._device = seed, num_threads, device
+        self.pack = pack
+        self.episodes = episodes
+        self.max_steps = max_steps
+        self.seed = seed
+        self._epsilon = epsilon
+        self._num_threads = num_threads
+        self._device = device
 
-    def play(self, network: MultiTaskNetwork, check: Callable[[], None]) -> Games:
-        """All games of all tasks in parallel; `check` is called between steps and may raise to stop."""
+    def play(self, network: MultiTaskNetwork, check: Callable[[], None]) -> Episodes:
+        """Run the episodes of all tasks in parallel. `check` is called between steps and may raise an exception to stop."""
         names = [task.name for task in self.pack.tasks]
-        games = Games({name: [] for name in names}, dict.fromkeys(names, 0))
-        for wave, begun in enumerate(range(0, self.episodes, _AT_ONCE)):
-            self._play_wave(network, check, games, wave, min(_AT_ONCE, self.episodes - begun))
-        return games
+        episodes = Episodes({name: [] for name in names}, dict.fromkeys(names, 0))
+        for wave, start in enumerate(range(0, self.episodes, _AT_ONCE)):
+            self._play_wave(network, check, episodes, wave, min(_AT_ONCE, self.episodes - start))
+        return episodes
 
-    def _play_wave(self, network: MultiTaskNetwork, check: Callable[[], None], games: Games, wave: int, num_envs: int) -> None:
+    def _play_wave(self, network: MultiTaskNetwork, check: Callable[[], None], episodes: Episodes, wave: int, num_envs: int) -> None:
         pack, K = self.pack, len(self.pack.tasks)
-        # Every environment plays one game: which games are played never depends on how long they take.
+        # One episode per environment, so that the episodes do not depend on their lengths.
         envs = VectorTasks(pack, num_envs=num_envs, seed=self.seed, num_threads=self._num_threads, training=False, stream=f"eval{wave}")
         frame_dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
         frames = FrameStack(K, num_envs, pack.stack, pack.observation_shape, frame_dtype, self._device)
@@ -73,12 +78,12 @@ class Evaluator:
             frames.push(torch.from_numpy(envs.reset()).to(self._device), torch.ones_like(frames.start))
             total: np.ndarray = np.zeros((K, num_envs))
             running: np.ndarray = np.ones((K, num_envs), bool)
-            first_game: list[list[int]] = [[] for _ in range(K)]
+            first_actions: list[list[int]] = [[] for _ in range(K)]
             for _ in range(self.max_steps):
                 check()
                 action = actor.act(frames.observation, epsilon_K).cpu().numpy()
-                for player in np.flatnonzero(running[:, 0]):
-                    first_game[player].append(int(action[player, 0]))
+                for index in np.flatnonzero(running[:, 0]):
+                    first_actions[index].append(int(action[index, 0]))
                 envs.send(action, np.asarray(running.any(1)))
                 step = envs.recv()
                 total += step.reward * running
@@ -87,25 +92,31 @@ class Evaluator:
                     break
                 frames.push(torch.from_numpy(step.observation).to(self._device), torch.from_numpy(step.done).to(self._device))
             for k, task in enumerate(pack.tasks):
-                games.returns[task.name] += [float(value) for value in total[k]]
-                games.cut[task.name] += int(running[k].sum())
+                episodes.returns[task.name] += [float(value) for value in total[k]]
+                episodes.cut[task.name] += int(running[k].sum())
                 if wave == 0:
-                    games.first[task.name] = (envs.episode_seed(k, 0, 0), first_game[k])
+                    episodes.first[task.name] = (envs.episode_seed(k, 0, 0), first_actions[k])
         finally:
             envs.close()
 
 
 def summarise(
-    games: Games, pack: Pack, step: int, checkpoint: str, *, split: str = "validation", seed: int | None = None
+    episodes: Episodes, pack: Pack, step: int, checkpoint: str, *, split: str = "validation", seed: int | None = None
 ) -> dict[str, Any]:
-    """What `eval/<step>.json` holds: scores by task and over tasks, with 95% bootstrap intervals.
+    """Compute the content of `eval/<step>.json`: scores by task and over tasks, with 95% bootstrap intervals.
 
-    `split`: "validation" for games by which checkpoints are chosen, "test" for others; `seed`: of the games.
+    Args:
+        episodes: of the evaluation.
+        pack: the tasks.
+        step: of the checkpoint, per task.
+        checkpoint: name of the checkpoint.
+        split: "validation" for episodes that select checkpoints, "test" for others.
+        seed: of the episodes.
     """
     tasks: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
     for task in pack.tasks:
-        returns = games.returns[task.name]
+        returns = episodes.returns[task.name]
         each = [normalised(value, task.random_score, task.reference_score) for value in returns]
         known = [score for score in each if score is not None]
         if known:
@@ -116,21 +127,21 @@ def summarise(
             "returns": returns,
             "score": float(np.mean(known)) if known else None,
             "ci": list(bootstrap_mean_ci(returns)),
-            "cut": games.cut[task.name],
+            "cut": episodes.cut[task.name],
         }
     return {
         "step": step,
         "checkpoint": checkpoint,
         "split": split,
         "seed": seed,
-        "episodes": len(next(iter(games.returns.values()))),
+        "episodes": len(next(iter(episodes.returns.values()))),
         "tasks": tasks,
         "over_tasks": over_tasks(scores),
     }
 
 
 def metrics(summary: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
-    """An evaluation's metrics by name, such as eval/return/<task>."""
+    """Return the metrics of an evaluation by name, such as eval/return/<task>."""
     found: dict[str, float] = {}
     for name, task in summary["tasks"].items():
         found[f"{prefix}/return/{name}"] = task["mean"]
@@ -140,14 +151,14 @@ def metrics(summary: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
 
 
 def metric_names(pack: Pack) -> list[str]:
-    """The names of the metrics that an evaluation of these tasks has."""
+    """Return the names of the metrics of an evaluation of the tasks."""
     scored = [task.name for task in pack.tasks if normalised(0.0, task.random_score, task.reference_score) is not None]
     scores = [*scored, *(AGGREGATES if scored else ())]
     return [*(f"eval/return/{task.name}" for task in pack.tasks), *(f"eval/score/{name}" for name in scores)]
 
 
 def ranking(summary: dict[str, Any]) -> float | None:
-    """The number by which the best checkpoint is chosen: the mean normalised score; without any reference, a single task's own."""
+    """Return the score that selects the best checkpoint: the mean normalised score, or the mean return of a single task without one."""
     if summary["over_tasks"]:
         return summary["over_tasks"]["mean"]
     tasks = list(summary["tasks"].values())

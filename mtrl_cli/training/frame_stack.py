@@ -1,4 +1,4 @@
-"""The observations that the network acts on: the newest frames of every environment."""
+"""Stacks of the newest frames of every environment."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 class FrameStack:
-    """The newest S frames of K x N environments, zeros where an episode is younger than that.
+    """The newest S frames of K x N environments, zeros before the start of an episode.
 
     Args:
         num_tasks, num_envs: K and N.
         stack: S.
         frame_shape, dtype: of one frame.
-        device: where it is kept.
+        device: of the frames.
 
     Attributes:
-        observation: `[K, N, S, *frame]`, newest frame last; the same tensor all along.
-        start: bool `[K, N]`, whether that frame is the first of its episode; likewise.
+        observation: `[K, N, S, *frame]`, newest frame last. Changed in place.
+        start: bool `[K, N]`, whether the newest frame is the first of its episode. Changed in place.
     """
 
     def __init__(self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -29,7 +29,7 @@ class FrameStack:
         return self.observation[:, :, -1]
 
     def push(self, frame: torch.Tensor, start: torch.Tensor) -> None:
-        """Take the next frame `[K, N, *frame]`; `start` (bool `[K, N]`) marks the first of an episode."""
+        """Append a frame `[K, N, *frame]`; `start` (bool `[K, N]`) marks first frames of episodes."""
         older = self.observation[:, :, 1:] * (~start).view(*start.shape, *(1,) * (self.observation.dim() - 2))
         self.observation.copy_(torch.cat([older, frame[:, :, None]], 2))
         self.start.copy_(start)
@@ -38,10 +38,10 @@ class FrameStack:
         return {"observation": self.observation.clone(), "start": self.start.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what `state_dict` gave.
+        """Restore a state of `state_dict`.
 
         Raises:
-            ValueError: it is of other shapes.
+            ValueError: the state has other shapes.
         """
         for name, mine in (("observation", self.observation), ("start", self.start)):
             if state[name].shape != mine.shape or state[name].dtype != mine.dtype:

@@ -1,4 +1,4 @@
-"""Tables of numbers as pictures."""
+"""Heatmaps."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# Red, white and blue stay apart for eyes that cannot tell red from green.
+# Red, white and blue can be distinguished with red-green colour blindness.
 _COLOURS = np.array([[178, 24, 43], [255, 255, 255], [33, 102, 172]], dtype=np.float64)
 _UNKNOWN = (160, 160, 160)
 _SMALLEST_CELL, _WIDTH, _MARGIN = 14, 256, 4
 
 
 def colours(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """A colour per number, uint8 `[..., 3]`: red at -1, white at 0, blue at 1, in proportion between; grey for what is not finite."""
+    """Map numbers to colours, uint8 `[..., 3]`: red at -1, white at 0, blue at 1, linear between; grey for values that are not finite."""
     place = np.clip(np.where(np.isfinite(values), values, 0), -1, 1)
     channels = [np.interp(place, (-1, 0, 1), anchors) for anchors in _COLOURS.T]
     return np.where(np.isfinite(values)[..., None], np.stack(channels, -1).round(), _UNKNOWN).astype(np.uint8)
 
 
 def heatmap(values_RC: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str]) -> NDArray[np.uint8]:
-    """A table of numbers from -1 to 1 as a picture, whose scale of colours is always the same (see `colours`).
+    """Draw a table of numbers from -1 to 1 with a fixed colour scale (see `colours`).
 
     Args:
-        values_RC: `[R, C]`; not finite where there is no value.
-        rows, columns: their names; a column's name is left out where it is wider than its cells.
+        values_RC: `[R, C]`; not finite for missing values.
+        rows, columns: names. The name of a column is omitted if it is wider than the column.
 
     Returns:
         uint8 `[height, width, 3]`.
     """
-    from PIL import Image, ImageDraw, ImageFont  # TensorBoard requires it, and nothing else here does
+    from PIL import Image, ImageDraw, ImageFont  # required by TensorBoard only
 
     font = ImageFont.load_default()
     cell = max(_SMALLEST_CELL, _WIDTH // max(values_RC.shape))

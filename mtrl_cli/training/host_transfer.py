@@ -1,71 +1,54 @@
-"""What emulators and the learner's device hand each other: one copy each way, from and to memory that the device can reach by itself."""
+"""Transfers between emulators on the host and the device of the learner: one copy per step in each direction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mtrl_cli.envs.vector_tasks import Step
 
-@dataclass
-class Arrived:
-    """A step of K x N environments on the learner's device, and what was sent along. The next one may be written over it.
-
-    Attributes:
-        observation: `[K, N, *frame]`.
-        reward: float32 `[K, N]`.
-        terminated, truncated, done: bool `[K, N]`.
-        epsilon_K: float32 `[K]`.
-    """
-
-    observation: torch.Tensor
-    reward: torch.Tensor
-    terminated: torch.Tensor
-    truncated: torch.Tensor
-    done: torch.Tensor
-    epsilon_K: torch.Tensor
+FloatArray = NDArray[np.float32]
 
 
 class SharedMemory:
-    """Emulators and learner on the CPU: nothing is copied. `buffers`: None, the emulators have their own."""
+    """Emulators and learner on the CPU: nothing is copied. `buffers` is None, because emulators use their own."""
 
     buffers: tuple[NDArray[np.generic], ...] | None = None
 
-    def bring(
-        self, observation: NDArray[np.generic], reward: NDArray[np.float32], flags: NDArray[np.bool_], epsilon_K: NDArray[np.float32]
-    ) -> Arrived:
-        """See `Pinned.bring`."""
-        return Arrived(*(torch.from_numpy(array) for array in (observation, reward, *flags, epsilon_K)))
+    def to_device(self, step: Step[np.ndarray], epsilon_K: FloatArray) -> tuple[Step[torch.Tensor], torch.Tensor]:
+        """See `Pinned.to_device`."""
+        arrays = (step.observation, step.reward, step.terminated, step.truncated, step.done)
+        return Step(*map(torch.from_numpy, arrays)), torch.from_numpy(epsilon_K)
 
-    def fetch(self, action: torch.Tensor) -> None:
-        """See `Pinned.fetch`."""
+    def start_fetch(self, action: torch.Tensor) -> None:
+        """See `Pinned.start_fetch`."""
         self._action = action
 
-    def fetched(self) -> NDArray[np.int64]:
-        """See `Pinned.fetched`."""
+    def fetch(self) -> NDArray[np.int64]:
+        """See `Pinned.fetch`."""
         return self._action.numpy()
 
 
 class Pinned:
-    """Emulators on the host, the learner on a GPU: everything of a step lies in one block of pinned memory and goes over in one copy.
+    """Emulators on the host, learner on a GPU: a step is one block of pinned memory, transferred in one copy.
 
-    Two blocks take turns, so that emulators can write the next observation while one is on its way.
+    Two blocks alternate, so that emulators can write the next observation during a copy.
 
     Args:
         num_tasks, num_envs: K and N.
-        frame_shape, dtype: of one frame; dtype as numpy has it.
-        device: the learner's.
+        frame_shape, dtype: of one frame; numpy dtype.
+        device: of the learner.
 
     Attributes:
-        buffers: two arrays `[K, N, *frame]`, zeros: where emulators are to write.
+        buffers: two arrays `[K, N, *frame]`, zeros, that the emulators write to.
     """
 
     def __init__(self, num_tasks: int, num_envs: int, frame_shape: tuple[int, ...], dtype: np.dtype, device: torch.device):
         K, N = num_tasks, num_envs
-        # Numbers of four bytes first, so that each lies at a multiple of its size.
+        # Four-byte values first, so that every part is aligned.
         parts: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((K,), torch.float32),
             ((K, N), torch.float32),
@@ -80,41 +63,39 @@ class Pinned:
         self._read = _split(self._here, parts)
         self.buffers = tuple(written[2] for written in self._written)
         self._action = torch.zeros((K, N), dtype=torch.int64, pin_memory=pinned)
-        self._arrived = torch.cuda.Event() if pinned else None
+        self._copied = torch.cuda.Event() if pinned else None
 
-    def bring(
-        self, observation: NDArray[np.generic], reward: NDArray[np.float32], flags: NDArray[np.bool_], epsilon_K: NDArray[np.float32]
-    ) -> Arrived:
-        """Begin to copy a step to the device; what is done there next waits for it by itself.
+    def to_device(self, step: Step[np.ndarray], epsilon_K: FloatArray) -> tuple[Step[torch.Tensor], torch.Tensor]:
+        """Start to copy a step to the device. Later operations on the device wait for the copy; the next call overwrites the result.
 
         Args:
-            observation: `[K, N, *frame]`, one of `buffers`.
-            reward: `[K, N]`.
-            flags: `[3, K, N]`: terminated, truncated, done.
-            epsilon_K: `[K]`.
+            step: its observation is one of `buffers`.
+            epsilon_K: `[K]`, epsilon of the next actions.
         """
-        block = next(index for index, buffer in enumerate(self.buffers) if buffer is observation)
-        written = self._written[block]
-        written[0][:], written[1][:], written[3][:] = epsilon_K, reward, flags
+        block = next(index for index, buffer in enumerate(self.buffers) if buffer is step.observation)
+        epsilon, reward, _, flags = self._written[block]
+        epsilon[:] = epsilon_K
+        reward[:] = step.reward
+        np.stack((step.terminated, step.truncated, step.done), out=flags)
         self._here.copy_(self._host[block], non_blocking=True)
-        epsilon, rewards, frames, (terminated, truncated, done) = self._read
-        return Arrived(frames, rewards, terminated, truncated, done, epsilon)
+        epsilon_on_device, rewards, frames, (terminated, truncated, done) = self._read
+        return Step(frames, rewards, terminated, truncated, done), epsilon_on_device
 
-    def fetch(self, action: torch.Tensor) -> None:
-        """Begin to copy actions (int64 `[K, N]`) to the host."""
+    def start_fetch(self, action: torch.Tensor) -> None:
+        """Start to copy actions (int64 `[K, N]`) to the host."""
         self._action.copy_(action, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record()
+        if self._copied is not None:
+            self._copied.record()
 
-    def fetched(self) -> NDArray[np.int64]:
-        """The actions, once they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+    def fetch(self) -> NDArray[np.int64]:
+        """Wait for the copied actions and return them."""
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._action.numpy()
 
 
 def _split(block: torch.Tensor, parts: list[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
-    """Views of a block of bytes, one after the other."""
+    """Split a block of bytes into consecutive views."""
     views, start = [], 0
     for shape, dtype in parts:
         stop = start + prod(shape) * dtype.itemsize

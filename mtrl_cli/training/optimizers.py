@@ -1,4 +1,4 @@
-"""How gradients move parameters."""
+"""Optimizers with gradient clipping and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Groups = list[dict[str, Any]]
 Schedule = Literal["constant", "linear", "cosine"]
 
 
-def share_left(schedule: Schedule, final: float, progress: float) -> float:
-    """The share of a learning rate that a schedule leaves at a moment of the run.
+def lr_factor(schedule: Schedule, final: float, progress: float) -> float:
+    """Factor of the learning rate at a point of the run.
 
     Args:
-        schedule: "constant" stays at 1, "linear" is a straight line from 1 to `final`, "cosine" half a wave (Loshchilov and Hutter 2017,
-            "SGDR", equation 5, without restarts).
-        final: the share at the end.
-        progress: 0 at the start of the run, 1 at its end.
+        schedule: "constant" is 1, "linear" falls linearly from 1 to `final`, "cosine" is half a wave (Loshchilov and Hutter 2017, "SGDR",
+            equation 5, without restarts).
+        final: the factor at the end of the run.
+        progress: 0 at the start of the run, 1 at the end.
     """
     progress = min(1.0, progress)
     if schedule == "constant":
@@ -35,24 +35,24 @@ def share_left(schedule: Schedule, final: float, progress: float) -> float:
 class Optimizer(ABC):
     """A torch optimizer with gradient clipping, a learning-rate schedule, and learning-rate factors of parts of the network.
 
-    The keyword-only parameters here are keys of every class whose own constructor hands its further keywords (`**common`) to this one,
-    as it does with what it is given of the network (`parameters` and `kinds`).
+    The keyword-only parameters are keys of every subclass whose constructor passes on further keywords (`**common`). `parameters` and
+    `kinds` are passed by position.
 
     Args:
-        parameters: what is trained, in the order of the network. One without a gradient is left alone: it neither moves nor decays.
-        kinds: of each parameter, the part of the network that it belongs to (`parts.py`); None: unknown.
-        lr: step size at the start.
-        lr_final: the share of it that is left at the end of the run.
-        schedule: how it gets there (`share_left`); "constant": it does not.
-        warm_up: steps per task, from the first update, over which the step size grows linearly from 0, whatever the schedule.
-        factors: of the step sizes of single parts: "torso", "sharing" (what a sharing structure adds to the torso), "heads".
-        max_grad_norm: gradients are scaled down to this global norm; 0: never.
+        parameters: trained parameters, in the order of the network. A parameter without a gradient neither moves nor decays.
+        kinds: part of the network of each parameter (`networks/parts.py`); None: unknown.
+        lr: initial learning rate.
+        lr_final: share of the learning rate at the end of the run.
+        schedule: of the learning rate (`lr_factor`).
+        warm_up: steps per task, from the first update, over which the learning rate grows linearly from 0.
+        factors: of the learning rates of single parts: "torso", "sharing" (parameters that a sharing structure adds), "heads".
+        max_grad_norm: largest global gradient norm; 0: no clipping.
 
     Attributes:
-        capturable: whether a step can be recorded once and replayed (`capture.py`).
+        capturable: whether a CUDA graph can record a step (`machine/cuda_graphs.py`).
 
     Raises:
-        ValueError: a schedule that would change nothing, or factors of parts that are not known.
+        ValueError: a schedule without effect, or factors of unknown parts.
     """
 
     capturable: ClassVar[bool] = True
@@ -72,13 +72,16 @@ class Optimizer(ABC):
     ):
         if schedule == "cosine" and lr_final == 1:
             raise ValueError(
-                "optimizer.schedule=cosine changes nothing with optimizer.lr_final=1: say which share is left at the end, "
+                "optimizer.schedule=cosine has no effect with optimizer.lr_final=1: set the final share of the learning rate, "
                 "for example optimizer.lr_final=0"
             )
         self.parameters = list(parameters)
-        self._lr, self._lr_final, self._schedule, self._warm_up = lr, lr_final, schedule, warm_up
+        self._lr = lr
+        self._lr_final = lr_final
+        self._schedule = schedule
+        self._warm_up = warm_up
         self._max_grad_norm = max_grad_norm
-        # On a GPU step sizes are tensors there, which a recorded update reads anew each time.
+        # On a GPU learning rates are tensors on the device, which every replay of a CUDA graph reads.
         self._on_gpu = any(parameter.is_cuda for parameter in self.parameters)
         groups = _grouped(self.parameters, kinds, factors)
         self._factors = [group.pop("factor") for group in groups]
@@ -89,14 +92,14 @@ class Optimizer(ABC):
     def _on_device(self, lr: float) -> float | torch.Tensor:
         return torch.tensor(lr, device=self.parameters[0].device) if self._on_gpu else lr
 
-    def at(self, progress: float, learning_for: float = math.inf) -> None:
-        """Set the step sizes for a moment of the run.
+    def set_lr(self, progress: float, learning_for: float = math.inf) -> None:
+        """Set the learning rates for a point of the run.
 
         Args:
-            progress: 0 at its start and 1 at its end.
-            learning_for: steps per task since the first update, for the warm-up; below 0 before it was due, as where an update is timed.
+            progress: 0 at the start and 1 at the end.
+            learning_for: steps per task since the first update, for the warm-up; negative before that update, as in benchmarks.
         """
-        lr = self._lr * share_left(self._schedule, self._lr_final, progress)
+        lr = self._lr * lr_factor(self._schedule, self._lr_final, progress)
         if 0 < self._warm_up > learning_for:
             lr *= max(0.0, learning_for) / self._warm_up
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
@@ -107,37 +110,38 @@ class Optimizer(ABC):
 
     @abstractmethod
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        """torch's optimizer of groups with step sizes of their own, whose steps a CUDA graph can hold where `capturable`."""
+        """Make the torch optimizer of parameter groups with learning rates, with steps that a CUDA graph can record if `capturable`."""
 
-    def step(self) -> torch.Tensor:
-        """Clip, move, and forget the gradients. Returns the gradient's global norm before clipping (scalar, on the device)."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm or torch.inf)
+    def clip_gradients(self) -> torch.Tensor:
+        """Clip the gradients. Returns their global norm before clipping (scalar, on the device)."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm or torch.inf)
+
+    def step(self) -> None:
+        """Update the parameters and delete the gradients."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm
 
     @torch.no_grad()
-    def forget(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Start some of the parameters anew: their moments and counts of steps become what they were before their first step."""
+    def reset_state(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Reset the moments and step counts of parameters to their initial values."""
         for parameter in parameters:
-            # In place: a recorded step goes on with these very tensors. All that torch's optimizers keep begins with zeros.
+            # In place, because CUDA graphs use these tensors. All state of torch's optimizers starts at zero.
             for value in self._optimizer.state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor):
                     value.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of each parameter that has any, by its position among all: `{"0": {"exp_avg": ...}, ...}`. Options come from the
-        configuration."""
+        """Return the state of the parameters by position: `{"0": {"exp_avg": ...}, ...}`. Options are in the configuration."""
         states = ((index, self._optimizer.state.get(parameter)) for index, parameter in enumerate(self.parameters))
         return {str(index): dict(values) for index, values in states if values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, whatever groups the parameters were in."""
+        """Restore a state of `state_dict`, independent of parameter groups."""
         in_groups = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         position = {id(parameter): index for index, parameter in enumerate(in_groups)}
         states = {position[id(self.parameters[int(index)])]: values for index, values in state.items()}
         self._optimizer.load_state_dict({"state": states, "param_groups": self._optimizer.state_dict()["param_groups"]})
-        # A file knows no layout, and fused optimizers read moments in that of their parameter.
+        # Checkpoints store contiguous tensors, but fused optimizers require the memory layout of the parameter.
         for parameter, values in self._optimizer.state.items():
             for name, value in values.items():
                 if value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -145,11 +149,11 @@ class Optimizer(ABC):
 
 
 def _grouped(parameters: Sequence[torch.nn.Parameter], kinds: Sequence[str] | None, factors: Mapping[Any, float]) -> Groups:
-    """One group for each factor that parameters have, in the order in which they first occur."""
+    """Group parameters by factor, in the order of first occurrence."""
     if not factors:
         return [{"params": list(parameters), "factor": 1.0}]
     if kinds is None:
-        raise ValueError(f"optimizer.factors={dict(factors)}: the parts of this network are not known")
+        raise ValueError(f"optimizer.factors={dict(factors)}: the parts of this network are unknown")
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for parameter, kind in zip(parameters, kinds, strict=True):
         groups.setdefault(factors.get(kind, 1.0), []).append(parameter)
@@ -173,11 +177,11 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2): each step also takes lr * weight_decay of a parameter.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2): each step subtracts lr * weight_decay of a parameter.
 
     Args:
         eps: added to the denominator.
-        weight_decay: the decay, times the step size.
+        weight_decay: decay, multiplied by the learning rate.
     """
 
     def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
@@ -189,7 +193,7 @@ class AdamW(Optimizer):
 
 
 class RAdam(Optimizer):
-    """Adam whose first steps are shorter, as far as the gradients' variance is not known yet (Liu et al. 2020, "RAdam").
+    """Adam with shorter first steps while the variance of the gradients is uncertain (Liu et al. 2020, "RAdam").
 
     Args:
         eps: added to the denominator.
@@ -205,13 +209,13 @@ class RAdam(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """RMSProp (Tieleman and Hinton 2012); centred (Graves 2013, equations 38 to 45) as the first DQN was trained.
+    """RMSProp (Tieleman and Hinton 2012); centred (Graves 2013, equations 38 to 45) as in the original DQN.
 
     Args:
         alpha: decay of the running means.
-        eps: added to the denominator, after the root is taken.
+        eps: added to the denominator, after the square root.
         momentum: of the steps.
-        centred: divide by an estimate of the gradient's standard deviation rather than of its root mean square.
+        centred: divide by the estimated standard deviation of the gradient instead of its root mean square.
         weight_decay: L2 penalty, added to the gradient.
     """
 
@@ -242,8 +246,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent, with momentum (Polyak 1964) or Nesterov's (Sutskever et al. 2013).
 
     Args:
-        momentum: share of the last step's direction in the next; 0: none.
-        nesterov: look ahead along it.
+        momentum: share of the previous step in the next; 0: none.
+        nesterov: use Nesterov momentum.
         weight_decay: L2 penalty, added to the gradient.
 
     Raises:
@@ -259,17 +263,17 @@ class SGD(Optimizer):
         **common: Any,
     ):
         if nesterov and not momentum:
-            raise ValueError("optimizer.nesterov=true needs optimizer.momentum above 0, for example 0.9")
+            raise ValueError("optimizer.nesterov=true requires optimizer.momentum above 0, for example 0.9")
         self._options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(*network, **common)
 
     def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr, **self._options, fused=True)  # fused reads lr on the device, and so is always capturable
+        return torch.optim.SGD(groups, lr, **self._options, fused=True)  # fused steps read lr on the device: always capturable
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> None:
         if self._options["momentum"]:
-            # torch takes a whole group's first step at once; parameters that join later begin with zeros, which is the same.
+            # torch initialises the buffers of a group together; zeros for parameters that join later are equivalent.
             for parameter in self.parameters:
                 if parameter.grad is not None and not self._optimizer.state[parameter]:
                     self._optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return super().step()
+        super().step()

@@ -1,4 +1,4 @@
-"""The gradients of tasks over all ranks: averaged before they are weighed, so that every rank weighs them the same."""
+"""Task gradients of all ranks, averaged before they are weighted, so that every rank computes the same weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mtrl_cli.task_weights.base import TaskGradients
 
 
 class RankGradients(TaskGradients):
-    """What one process alone would have, had it the samples of all ranks, as each rank has as many.
+    """Gradients that one process would compute from the samples of all ranks, with equal batches on each rank.
 
-    A mean over ranks of a weighted sum needs one exchange of as many numbers as the network has parameters. Where inner products of the
-    tasks' gradients are asked for, the gradients themselves are exchanged first, K times as many.
+    The mean over ranks of a weighted sum is one exchange of the size of the network. For inner products of task gradients, the gradients
+    are exchanged first: K times as much.
 
     Args:
-        mine: of this rank's batch.
-        shared, own: as in `mine`, the parameters that several tasks reach, and those of one task each.
-        ranks: whose gradients are averaged.
+        mine: gradients of this rank's batch.
+        shared, own: parameters of several tasks, and parameters of single tasks, as in `mine`.
+        ranks: processes whose gradients are averaged.
     """
 
     def __init__(self, mine: TaskGradients, shared: Sequence[torch.nn.Parameter], own: Sequence[torch.nn.Parameter], ranks: Ranks):
@@ -57,6 +57,6 @@ class RankGradients(TaskGradients):
         return self._ranks.agreed(weight_K)
 
     def _average(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        # What has no gradient has none on any rank: that follows from the network alone.
+        # A parameter without a gradient has none on any rank, because this depends only on the network.
         if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
             self._ranks.mean_(gradients)

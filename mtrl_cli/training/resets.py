@@ -7,67 +7,74 @@ from typing import Any
 
 import torch
 
-from mtrl_cli.agents.agent import Agent
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
 from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import FIRST_ITERATIONS
-from mtrl_cli.training.optimizers import Optimizer
+from mtrl_cli.training.callbacks import Callback
+from mtrl_cli.training.every import Every
 
 
-class Resets:
-    """Shrink and perturb (Ash and Adams 2020, "On Warm-Starting Neural Network Training", section 4) every so often: each parameter keeps
-    a share of its value, and the rest is that of a freshly initialised network. A share of 0 resets whole, as in Nikishin et al. 2022 and
-    D'Oro et al. 2023; 0.5 is what Schwarzer et al. 2023 ("BBF") give the encoder. What the optimizer knows of a parameter is forgotten,
-    and a target network takes the new value. Frozen parameters stay as they are.
+class Resets(Callback):
+    """Shrink and perturb (Ash and Adams 2020, "On Warm-Starting Neural Network Training", section 4) at an interval.
+
+    Each parameter keeps a share of its value; the rest is the value of a freshly initialised network. A share of 0 is a complete reset, as
+    in Nikishin et al. 2022 and D'Oro et al. 2023; Schwarzer et al. 2023 ("BBF") use 0.5 for the encoder. The optimizer state of a reset
+    parameter is cleared, and the target network takes the new value. Frozen parameters are not reset.
 
     Args:
-        every: steps per task from one to the next, counted from the start of the run; there is none before the first update.
-        shrink: the share that is kept.
-        parts: of the network that are reset: "torso", "sharing" (low-rank adapters among it), "heads".
-        last_step: no reset comes later.
-        fresh: the n-th reset's network of new parameters, the same for the same n.
+        every: steps per task between resets, counted from the start of the run; there is no reset before the first update.
+        shrink: share of the old value.
+        parts: parts of the network to reset: "torso", "sharing" (low-rank adapters included), "heads".
+        last_step: no reset happens later.
+        fresh: makes the freshly initialised network of the n-th reset, reproducibly.
 
     Attributes:
-        made: how many there were.
+        made: number of resets so far.
     """
 
+    name = "resets"
+
     def __init__(self, *, every: int, shrink: float, parts: Collection[str], last_step: float, fresh: Callable[[int], MultiTaskNetwork]):
-        self._every, self._shrink, self._parts, self._last_step, self._fresh = every, shrink, set(parts), last_step, fresh
-        self._passed: int | None = None
         self.made = 0
+        self._every = Every(every, last=-1)
+        self._shrink = shrink
+        self._parts = set(parts)
+        self._last_step = last_step
+        self._fresh = fresh
 
-    def make_what_is_due(self, step: int, agent: Agent, optimizer: Optimizer, put_back: Callable[[], None] = lambda: None) -> None:
-        """Before an update at a step (per task): reset, if the step is the first at or beyond a multiple of the interval.
-
-        Args:
-            put_back: gives frozen rows of what is else trained their values again.
-        """
-        number = step // self._every
-        if self._passed is not None and number > self._passed and number * self._every <= self._last_step:
-            self._reset(number, agent, optimizer, put_back)
+    def before_update(self, step: int) -> None:
+        """Reset the network if an interval has passed since the last update."""
+        number = step // self._every.interval
+        is_due = self._every.last >= 0 and self._every.passed(step) and number * self._every.interval <= self._last_step
+        self._every.last = step
+        if is_due:
+            self._reset(number)
             self.made += 1
-        self._passed = number
 
     @torch.no_grad()
-    def _reset(self, number: int, agent: Agent, optimizer: Optimizer, put_back: Callable[[], None]) -> None:
-        network, parts = agent.network, parts_of(agent.network)
-        fresh = dict(self._fresh(number).named_parameters())
+    def _reset(self, number: int) -> None:
+        assert self.learner is not None
+        network = self.learner.agent.network
+        parts, fresh = parts_of(network), dict(self._fresh(number).named_parameters())
         chosen = {
             name: parameter for name, parameter in network.named_parameters() if parts[name].kind in self._parts and parameter.requires_grad
         }
         for name, parameter in chosen.items():
             parameter.copy_(self._shrink * parameter + (1 - self._shrink) * fresh[name])
-        put_back()
+        self.learner.after_parameter_change()
         for layer in spectral_layers(network):
             layer.power_step(times=FIRST_ITERATIONS)
-        put_back()
-        optimizer.forget(list(chosen.values()))
-        agent.sync_target(chosen)
+        self.learner.after_parameter_change()
+        self.learner.optimizer.reset_state(list(chosen.values()))
+        self.learner.agent.sync_target(chosen)
+
+    def metrics(self) -> dict[str, float]:
+        return {"resets": float(self.made)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"passed": -1 if self._passed is None else self._passed, "made": self.made}
+        return {"last": self._every.last, "made": self.made}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        passed = int(state["passed"])
-        self._passed, self.made = None if passed < 0 else passed, int(state["made"])
+        self._every.last = int(state["last"])
+        self.made = int(state["made"])

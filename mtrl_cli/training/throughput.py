@@ -1,7 +1,7 @@
-"""How fast the parts of a run are, each alone, and how fast a run could be at most with such parts.
+"""Throughput of the parts of a run, each measured alone, and the resulting limit of the whole run.
 
-Rates are in environment steps per second over all tasks. The rate of learning is that at which updates keep up with the steps that they
-are due for (`agent.samples_per_step`), sampling, gathering and transfers included.
+Rates are in environment steps per second over all tasks. The rate of learning is the rate of steps for which updates are due
+(`agent.samples_per_step`), including sampling and transfers.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ import numpy as np
 import torch
 
 from mtrl_cli.envs.vector_tasks import Step
-from mtrl_cli.training.env_group import Row
+from mtrl_cli.replay.rollout_buffer import Rollouts
+from mtrl_cli.replay.types import Transition
 from mtrl_cli.training.loop import Loop
 
 PARTS = ("emulators", "acting", "learning", "loop")
-"""What `Meter` measures, in the order in which they take turns."""
-_REMEMBERED = 16  # steps of the emulators that acting is shown, in turns
+"""Parts that `Meter` measures, in order."""
+_RECORDED_STEPS = 16  # steps of the emulators that are reused to measure acting
 
 
 def limit(emulators: float, acting: float, learning: float, shared_cores: bool) -> float:
-    """The most steps per second that a run can make whose parts make so many alone.
+    """Upper bound on the steps per second of a run, from the rates of its parts.
 
-    On shared cores every step takes its time of each part, one after the other: 1/limit = 1/emulators + 1/acting + 1/learning. With a
-    device of their own, acting and learning take turns there while the emulators work: the slower of the two sides decides.
+    On shared cores the times of the parts add up: 1/limit = 1/emulators + 1/acting + 1/learning. On a separate device, acting and learning
+    alternate while the emulators run: the slower side is the limit.
     """
     on_device = 1 / (1 / acting + 1 / learning)
     return 1 / (1 / emulators + 1 / on_device) if shared_cores else min(emulators, on_device)
 
 
 def shares_of_limit(emulators: float, acting: float, learning: float) -> dict[str, float]:
-    """Which share of a step's work each part is, where they take turns."""
+    """Share of each part in the time of a step, if the parts run one after another."""
     seconds = {"emulators": 1 / emulators, "acting": 1 / acting, "learning": 1 / learning}
     return {part: each / sum(seconds.values()) for part, each in seconds.items()}
 
 
-def of_a_row(seconds: Mapping[str, float], steps: float, learned: float, per_update: float, rate: float) -> dict[str, float]:
-    """`perf/emulators|acting|learning|limit|share` of a run between two rows, where all parts share the same cores.
+def between_rows(seconds: Mapping[str, float], steps: float, learned: float, per_update: float, rate: float) -> dict[str, float]:
+    """Compute `perf/emulators|acting|learning|limit|share` between two rows of metrics, if all parts share the same cores.
 
-    What the row cannot tell is left out: learning where no update was made, limit and share where updates did not keep step (learning began
-    in it, or a rollout's updates fell into it or out of it).
+    Learning is absent if there was no update. Limit and share are absent if the updates do not match the steps: learning started between
+    the rows, or the updates from a rollout fall into another row than its steps.
 
     Args:
-        seconds: of the parts `act`, `env` and `learn` of the loop's clock.
-        steps: steps that were made, over all tasks.
-        learned: steps over all tasks that the updates made were due for.
-        per_update: such steps of one update.
-        rate: the run's steps per second over all tasks.
+        seconds: of the parts `act`, `env` and `learn` (`loop.Clock`).
+        steps: steps over all tasks.
+        learned: steps over all tasks for which the updates were due.
+        per_update: steps over all tasks for which one update is due.
+        rate: steps per second of the run, over all tasks.
     """
     rates = {"emulators": (steps, seconds["env"]), "acting": (steps, seconds["act"]), "learning": (learned, seconds["learn"])}
     known = {part: count / spent for part, (count, spent) in rates.items() if count > 0 and spent > 0}
@@ -64,12 +65,12 @@ def of_a_row(seconds: Mapping[str, float], steps: float, learned: float, per_upd
 
 @dataclass
 class Measured:
-    """What was measured of a loop.
+    """Measurements of a loop.
 
     Attributes:
-        rates: of each of PARTS, steps per second over all tasks, one for each round.
-        seconds: of the loop's rounds by part of its clock (`act`, `env`, `learn`, `log`), as the host spent them.
-        loop_seconds, loop_updates: of the loop's rounds, in all.
+        rates: steps per second over all tasks, for each of PARTS and each round.
+        seconds: host time of the rounds of the loop, by part of its clock (`act`, `env`, `learn`, `log`).
+        loop_seconds, loop_updates: totals of the rounds of the loop.
     """
 
     rates: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
@@ -79,44 +80,44 @@ class Measured:
 
     @property
     def medians(self) -> dict[str, float]:
-        """The middle one of each part's rates."""
+        """Median rate of each part."""
         return {part: median(rates) for part, rates in self.rates.items()}
 
     @property
     def split(self) -> dict[str, float]:
-        """Shares of the loop's time by part of its clock, and the `rest`; together 1."""
+        """Shares of the time of the loop by part of its clock, and the `rest`; the sum is 1."""
         shares = {part: spent / self.loop_seconds for part, spent in self.seconds.items()}
         return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
 
 
 class Meter:
-    """Measures the parts of a loop, each alone, in turns. What the loop has learned means nothing afterwards.
+    """Measures the parts of a loop in turns, each alone. The weights of the loop are meaningless afterwards.
 
     Args:
-        loop: has begun; its agent does not wait for experience (`learning_starts` is 0).
-        seed: of the emulators' random actions.
+        loop: after `reset`, with an agent whose `learning_starts` is 0.
+        seed: of random actions.
     """
 
     def __init__(self, loop: Loop, seed: int):
         self._loop = loop
-        tasks = loop.groups[0].pack.tasks
+        tasks = loop.groups[0].envs.tasks
         self._tasks = len(tasks)
         self._steps_per_tick = self._tasks * loop.num_envs
         num_actions_K1 = np.array([[task.num_actions] for task in tasks])
         draw = np.random.default_rng(seed).random((64, self._tasks, loop.num_envs // len(loop.groups)))
         self._actions = itertools.cycle((draw * num_actions_K1).astype(np.int64))
-        self._steps = itertools.cycle([self._emulate() for _ in range(_REMEMBERED)])
+        self._steps = itertools.cycle([self._emulate() for _ in range(_RECORDED_STEPS)])
         self.measured = Measured()
         self._learned = 0
 
     def fill(self, rows: int) -> None:
-        """Put so many rows into the replay."""
+        """Add rows to the replay."""
         for _ in range(rows):
-            self._loop.store(self._taken())
+            self._loop.store(self._transitions())
 
     def warm_up(self) -> None:
-        """Let every part do once what it does only the first time. Not measured."""
-        self._begin_anew()
+        """Run every part once without measuring it."""
+        self._discard_due_updates()
         self._tick_until_update(self._loop.ticks())
         self._emulate()
         self._act()
@@ -125,7 +126,7 @@ class Meter:
         self._wait()
 
     def round(self, seconds: float) -> None:
-        """Measure every part once, in about so many seconds in all."""
+        """Measure every part once, in about `seconds` in total."""
         each, rates = seconds / len(PARTS), self.measured.rates
         steps_per_update = self._tasks * self._loop.learner.steps_per_update
         rates["emulators"].append(self._rate(self._emulate, self._steps_per_tick, each))
@@ -134,52 +135,52 @@ class Meter:
         rates["learning"].append(self._rate(self._learn, steps_per_update, each))
         rates["loop"].append(self._loop_rate(each))
 
-    def _emulate(self) -> list[Step]:
+    def _emulate(self) -> list[Step[np.ndarray]]:
         for group in self._loop.groups:
-            group.pack.send(next(self._actions))
-        return [group.pack.recv() for group in self._loop.groups]
+            group.envs.send(next(self._actions))
+        return [group.envs.recv() for group in self._loop.groups]
 
-    def _taken(self) -> list[Row]:
-        """A step that was remembered, as if it had just been made. (Its observation is the emulators' newest: they write over it.)"""
+    def _transitions(self) -> list[Transition]:
+        """Transitions of a recorded step, whose observation is the newest one because emulators overwrite it."""
         epsilon_K = self._loop.learner.agent.epsilon(self._loop.step)
-        return [group.take(step, epsilon_K) for group, step in zip(self._loop.groups, next(self._steps), strict=True)]
+        return [group.transition(step, epsilon_K) for group, step in zip(self._loop.groups, next(self._steps), strict=True)]
 
     def _act(self) -> None:
         for group in self._loop.groups:
             group.choose()
-            group.chosen()  # as the emulators would be given them
-        self._loop.store(self._taken())
+            group.actions()
+        self._loop.store(self._transitions())
 
     def _learn(self) -> None:
-        agent = self._loop.learner.agent
-        if agent.updates_per_rollout and self._learned % agent.updates_per_rollout == 0:
-            self._loop.replay.again()
+        replay, updates_per_rollout = self._loop.replay, self._loop.learner.agent.updates_per_rollout
+        if isinstance(replay, Rollouts) and self._learned % updates_per_rollout == 0:
+            replay.restart(at_last_rollout=True)
         self._learned += 1
         self._loop.learner.update(self._loop.step)
 
     def _rate(self, unit: Callable[[], object], steps: float, seconds: float) -> float:
-        """Steps per second of a unit of work that stands for so many steps, done as often as `seconds` allow."""
+        """Measure the steps per second of a unit of work for `steps` steps, repeated for `seconds`."""
         self._wait()
-        begun, count = time.perf_counter(), 0
-        while count == 0 or time.perf_counter() - begun < seconds:
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < seconds:
             unit()
             count += 1
         self._wait()
-        return count * steps / (time.perf_counter() - begun)
+        return count * steps / (time.perf_counter() - start)
 
     def _loop_rate(self, seconds: float) -> float:
-        """Steps per second of the loop itself, from one update to another, so that every step has its share of updates."""
+        """Measure the steps per second of the loop from one update to another, so that every step has its share of updates."""
         loop, measured = self._loop, self.measured
-        self._begin_anew()
+        self._discard_due_updates()
         ticks = loop.ticks()
         self._tick_until_update(ticks)
         self._wait()
         loop.clock.read()
-        begun, first_step, first_update = time.perf_counter(), loop.step, loop.learner.updates
-        while loop.learner.updates == first_update or time.perf_counter() - begun < seconds:
+        start, first_step, first_update = time.perf_counter(), loop.step, loop.learner.updates
+        while loop.learner.updates == first_update or time.perf_counter() - start < seconds:
             self._tick_until_update(ticks)
         self._wait()
-        taken = time.perf_counter() - begun
+        taken = time.perf_counter() - start
         for part, spent in loop.clock.read().items():
             measured.seconds[part] = measured.seconds.get(part, 0.0) + spent
         measured.loop_seconds += taken
@@ -191,9 +192,10 @@ class Meter:
         while self._loop.learner.updates == updates:
             next(ticks)
 
-    def _begin_anew(self) -> None:
-        """Updates that were made without steps are not saved up."""
-        self._loop.replay.restart()
+    def _discard_due_updates(self) -> None:
+        """Start counting due updates at the current step."""
+        if isinstance(self._loop.replay, Rollouts):
+            self._loop.replay.restart()
         self._loop.learner.refill_from(self._loop.step)
 
     def _wait(self) -> None:

@@ -79,7 +79,7 @@ def test_losses_by_hand() -> None:
     assert losses.q_K.tolist() == [pytest.approx((2 + 3 - 1) / 3)]
 
 
-def test_double_lets_the_online_network_choose() -> None:
+def test_double_selects_actions_with_the_online_network() -> None:
     """In state 1 it prefers action 1, which the target network values at 2: 1 + 1 + 1 + 2/8 = 3.25 against 2. In state 2 both agree."""
     losses = agent(ONLINE, TARGET, double=True).losses(batch())
     assert losses.error_KB.tolist() == [[1.25, 1.0, 5.5]]
@@ -133,7 +133,7 @@ def test_a_target_never_takes_an_action_that_the_task_does_not_have(double: bool
     assert made.losses(given).error_KB.tolist() == [[8.5], [6.625]]
 
 
-def test_a_sample_of_weight_zero_says_nothing() -> None:
+def test_sample_of_weight_zero_has_no_loss_and_no_gradient() -> None:
     made, given = agent(ONLINE, TARGET), batch()
     given.weight = torch.tensor([[0.0, 0.0, 0.0]])
     losses = made.losses(given)
@@ -158,7 +158,7 @@ def test_stacked_frames_reach_the_network_as_channels() -> None:
     assert set(seen) == {(1, 3, 2 * STATES)}
 
 
-def test_what_compiles_is_given_the_arithmetic() -> None:
+def test_losses_are_compiled_once() -> None:
     compiled = []
 
     def compile_with(function: Callable) -> Callable:
@@ -209,14 +209,14 @@ def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head
     first = normalised.losses(given)
     assert torch.equal(first.loss_KB, expected.loss_KB)
     with torch.no_grad():
-        normalised.losses(given)  # a look back is no update
-    normalised.follow()
+        normalised.losses(given)  # re-evaluating a batch does not update the statistics
+    normalised.after_step(given, first)
     assert scale.scale_K[1] > 100
     second = normalised.losses(given)
     assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
     assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
     mean_K = scale.mean_K.clone()
-    normalised.follow()  # the same targets again: the moments stay
+    normalised.after_step(given, second)  # the same targets again: the moments stay
     assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
 
 
@@ -225,15 +225,12 @@ def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
     made = agent(ONLINE, TARGET, scale, target_period=1000)
     made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
     given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
-    made.losses(given)
-    made.follow()
+    made.after_step(given, made.losses(given))
     assert scale.mean_K.tolist() == [4.25]
     assert scale.scale_K.tolist() == pytest.approx([(18.125 - 0.01 * 4.25**2) ** 0.5])  # one step of 0.01 has been taken
-    made.follow()  # nothing was seen since
-    assert scale.mean_K.tolist() == [4.25]
 
 
-def test_a_tasks_rewards_are_multiplied_before_its_scale_sees_them() -> None:
+def test_reward_factors_apply_before_the_value_scale() -> None:
     scale, given = ClipRewards(stream_of(["pong"]), limit=3.0), batch()
     made = agent(ONLINE, TARGET, scale, reward_factors={"pong": 2.0})
     # 2 + 3/2 + 3/4 + 8/8 = 5.25 against 2; 3 against 3; 3/2 + 6/4 = 3 against -1
@@ -246,7 +243,7 @@ def test_a_tasks_rewards_are_multiplied_before_its_scale_sees_them() -> None:
     assert seen[0][1] is done
 
 
-def test_factors_of_a_task_that_is_not_there_are_refused() -> None:
+def test_reward_factors_of_unknown_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
         agent(ONLINE, TARGET, reward_factors={"pnog": 2.0})
 
@@ -265,13 +262,14 @@ def test_the_losses_are_one_graph_that_is_compiled_once(head: type[Head]) -> Non
     scale = (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"]))
     compiled = agent_of(head, scale, compile_with=lambda function: torch.compile(function, backend=backend, fullgraph=True, dynamic=False))
     eager = agent_of(head, (ReturnNorm if bounded else PopArt)(stream_of(["a", "b"])))
-    for update in range(1, 4):
+    for _ in range(3):
         for made in (compiled, eager):
             made.observe(torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.bool))
         losses, expected = compiled.losses(tasks_batch()), eager.losses(tasks_batch())
         assert torch.allclose(losses.loss_KB, expected.loss_KB, rtol=1e-4, atol=1e-5)
         for made in (compiled, eager):
-            made.after_update(update)
+            made.after_step(tasks_batch(), losses if made is compiled else expected)
+            made.sync_target()
     assert len(graphs) == 1
 
 
@@ -282,21 +280,21 @@ def values(network: nn.Module) -> list:
     return network.values.tolist()
 
 
-def test_by_period_the_target_is_a_copy_every_so_many_updates() -> None:
+def test_sync_copies_the_network_to_the_target_network() -> None:
+    """The learner calls it every `target_period` updates. A step between does not change the target network."""
     made = agent(ONLINE, TARGET, target_period=3)
-    for update in range(1, 7):
-        with torch.no_grad():
-            made.network.values.fill_(update)
-        made.after_update(update)
-        expected = {1: TARGET[0][1][0], 2: TARGET[0][1][0], 3: 3, 4: 3, 5: 3, 6: 6}[update]
-        assert values(made.target_network)[0][1][0] == expected
+    assert made.target_period == 3
+    made.after_step(batch(), made.losses(batch()))
+    assert values(made.target_network) == TARGET
+    made.sync_target()
+    assert values(made.target_network) == ONLINE
 
 
-def test_as_a_moving_average_the_target_goes_a_share_of_the_way_at_every_update() -> None:
+def test_moving_average_target_moves_by_a_share_in_every_update() -> None:
     made = agent([[[4.0, 8.0]] * 3], [[[0.0, 0.0]] * 3], target_period=0, target_tau=0.25)
-    made.follow()
+    made.after_step(batch(), made.losses(batch()))
     assert values(made.target_network) == [[[1.0, 2.0]] * 3]
-    made.follow()  # a quarter of what is left: 1 + 3/4, 2 + 6/4
+    made.after_step(batch(), made.losses(batch()))  # a quarter of what is left: 1 + 3/4, 2 + 6/4
     assert values(made.target_network) == [[[1.75, 3.5]] * 3]
 
 
@@ -346,7 +344,7 @@ def test_popart_takes_the_first_targets_in_before_they_are_learned_from() -> Non
     values = normalised.losses(given).q_K
     before = plain.losses(given)
     for each in (normalised, plain):
-        each.begin(given)
+        each.initialise_value_scale(given)
     after = normalised.losses(given)
     assert before.error_KB[1].max() > 100
     assert after.error_KB[1].max() < 5

@@ -22,8 +22,9 @@ from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, Pla
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
-from mtrl_cli.replay.buffers import Batch, ReplaySpec
+from mtrl_cli.replay.buffers import ReplaySpec, Transition
 from mtrl_cli.replay.rollout_buffer import Rollouts
+from mtrl_cli.replay.types import RolloutBatch
 from mtrl_cli.training.loop import Loop
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import stream_of
@@ -37,15 +38,12 @@ def agent(value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong
     return PQN(network, value_scale or NoValueScale(stream_of(names)), names, lambda function: function, **(SETTINGS | changes))
 
 
-def batch(returns: list[float], weight: float = 1.0) -> Batch:
+def batch(returns: list[float], weight: float = 1.0) -> RolloutBatch:
     """In state 0 action 1 (2), in state 1 action 0 (3), in state 2 action 1 (-1)."""
-    return Batch(
+    return RolloutBatch(
         observation=one_hot([[0, 1, 2]]),
         action=torch.tensor([[1, 0, 1]]),
-        rewards=torch.tensor(returns)[None, :, None],
-        steps=torch.ones(1, 3, dtype=torch.int64),
-        terminated=torch.ones(1, 3, dtype=torch.bool),
-        next_observation=one_hot([[0, 0, 0]]),
+        returns=torch.tensor([returns]),
         weight=torch.tensor([[1.0, weight, 1.0]]),
         index=torch.zeros(1, 3, dtype=torch.int64),
     )
@@ -77,20 +75,20 @@ def test_popart_normalises_returns_and_keeps_values() -> None:
     made = PQN(network, scale, ("pong",), lambda function: function, **SETTINGS)
     given = batch([400.0, 200.0, 300.0])
     before = network(given.observation.flatten(2, 3)).max(-1).values
-    assert torch.equal(made.kept_value(before), before)  # type: ignore[arg-type]
-    made.begin(given)
+    assert torch.equal(made.value_to_store(before), before)  # type: ignore[arg-type]
+    made.initialise_value_scale(given)
     assert scale.mean_K.item() == pytest.approx(300)
-    after = made.kept_value(network(given.observation.flatten(2, 3)).max(-1).values)
+    after = made.value_to_store(network(given.observation.flatten(2, 3)).max(-1).values)
     assert torch.allclose(after, before, atol=1e-2)  # type: ignore[arg-type]
     q = network(given.observation.flatten(2, 3)).gather(-1, given.action[..., None]).squeeze(-1)
-    target = (given.rewards[..., 0] - scale.mean_K) / scale.scale_K
+    target = (given.returns - scale.mean_K) / scale.scale_K
     losses = made.losses(given)
     assert torch.allclose(losses.loss_KB, 0.5 * (target - q).square())
     losses.loss_KB.sum().backward()
     moved = scale.scale_K.clone()
-    made.follow()
+    made.after_step(given, losses)
     assert scale.scale_K != moved
-    again = made.kept_value(network(given.observation.flatten(2, 3)).max(-1).values)
+    again = made.value_to_store(network(given.observation.flatten(2, 3)).max(-1).values)
     assert torch.allclose(again, after, atol=1e-2)  # type: ignore[arg-type]
 
 
@@ -214,15 +212,17 @@ def test_values_become_those_of_the_best_play() -> None:
     start = torch.ones(K, N, dtype=torch.bool)
     for number in range(1, 1201):
         observation, action = torch.nn.functional.one_hot(state, STATES).float(), torch.randint(2, (K, N))
-        value = made.kept_value(network(observation).amax(-1).detach())
+        value = made.value_to_store(network(observation).amax(-1).detach())
         at = (task_K1, state, action)
         terminated, cut = ends[at], torch.rand(K, N) < 0.1
-        rollouts.add(observation, start, action, reward[at], terminated, cut, value)
-        start = terminated | cut
+        done = terminated | cut
+        rollouts.add(Transition(observation, start, action, reward[at], terminated, cut, done, value))
+        start = done
         state = torch.where(start, torch.randint(STATES, (K, N)), successor[at])
         if number > 4 and number % 4 == 1:
             for _ in range(4):
-                made.prepare(rollouts, number, made.batch_size)
+                made.before_update(rollouts)
+                rollouts.prepare(number, made.batch_size)
                 made.losses(rollouts.draw(made.batch_size)).loss_KB.mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -230,7 +230,7 @@ def test_values_become_those_of_the_best_play() -> None:
 
 
 def test_settings_that_do_not_fit_are_named() -> None:
-    with pytest.raises(ValueError, match=r"agent\.minibatches=3 .*rollout_length=4 times env\.num_envs=2 steps, 8"):
+    with pytest.raises(ValueError, match=r"agent\.minibatches=3 .*rollout_length=4 times env\.num_envs=2 is 8"):
         agent(minibatches=3)
     with pytest.raises(ValueError, match=r"agent\.epsilon_tasks names \['pnog'\]"):
         agent(epsilon_tasks={"pnog": 0.5})
@@ -289,14 +289,14 @@ def test_it_trains_and_resumes_exactly_with(overrides: list[str], overlap: bool,
     run = here.folder / "run"
     before = learned(run)
     shutil.rmtree(run / "checkpoints" / "240")  # as if it had been killed before
-    assert "going on from step 180" in here("resume", "run").stdout
+    assert "resuming from step 180" in here("resume", "run").stdout
     assert learned(run) == before
 
 
 def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
     here("train", *SMALL, "checkpoint.replay=false", "run_dir=run")
     assert not list((here.folder / "run" / "checkpoints").glob("replay/*"))
-    assert "gathering anew" in here("resume", "run", "steps_per_task=400").stdout
+    assert "with an empty replay" in here("resume", "run", "steps_per_task=400").stdout
     rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     updates = {row["step"]: row["updates"] for row in rows}
     # From 240 on, 160 steps of 4 environments: 4 rollouts of 8, and one more row, are stored when the tick at 372 begins.
@@ -306,7 +306,7 @@ def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["agent.minibatches=5"], "agent.minibatches=5 cannot cut a rollout into equal parts: it has agent.rollout_length=8 times"),
+        (["agent.minibatches=5"], "agent.minibatches=5 cannot divide a rollout into equal parts: agent.rollout_length=8 times"),
         (["agent.rollout_length=60"], "steps_per_task=240: agent.rollout_length=60 with env.num_envs=4 needs 244 steps per task"),
         (["replay=uniform"], "agent's PQN learns from rollouts, which replay's UniformReplay does not keep"),
         (["replay=prioritized"], "which replay's PrioritizedReplay does not keep"),

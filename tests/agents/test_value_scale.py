@@ -45,7 +45,7 @@ def test_popart_moves_statistics_and_no_value_of_either_network(kind: type[Head]
         size_K1 = 10 ** (8 * torch.rand(3, 1) - 4)
         wanted_KB = size_K1 * (torch.randn(3, 16) + 3 * torch.randn(3, 1))
         before, statistics = [values(online), values(target)], scale.scale_K.clone()
-        scale.follow((wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None], EVERY, (online, target))
+        scale.update((wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None], EVERY, (online, target))
         assert not torch.equal(scale.scale_K, statistics)
         for was, now in zip(before, [values(online), values(target)], strict=True):
             assert torch.equal(now.isfinite(), was.isfinite())
@@ -63,7 +63,7 @@ def test_popart_normalises_a_stationary_stream_of_each_task() -> None:
         normalised_KB = (wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None]
         if update >= 1500:
             seen.append(normalised_KB)
-        scale.follow(normalised_KB, EVERY, heads)
+        scale.update(normalised_KB, EVERY, heads)
     stream_K = torch.cat(seen, 1)
     assert stream_K.mean(1).abs().max() < 0.05
     assert (stream_K.var(1) - 1).abs().max() < 0.1
@@ -77,7 +77,7 @@ def test_popart_moments_are_weighted_means_that_begin_with_the_first_targets() -
     for update in range(12):
         wanted_KB = (10 + torch.randn(3, 16, dtype=torch.float64)) * (1 + update)
         history.append(wanted_KB.numpy())
-        scale.follow(((wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None]).float(), EVERY, heads)
+        scale.update(((wanted_KB - scale.mean_K[:, None]) / scale.scale_K[:, None]).float(), EVERY, heads)
         weight = 0.9 ** np.arange(len(history))[::-1]
         first = np.average([targets.mean(1) for targets in history], axis=0, weights=weight)
         second = np.average([(targets**2).mean(1) for targets in history], axis=0, weights=weight)
@@ -88,30 +88,30 @@ def test_popart_moments_are_weighted_means_that_begin_with_the_first_targets() -
 def test_popart_hears_only_samples_that_there_are_and_bounds_the_spread_below() -> None:
     scale, head = PopArt(stream_of(NAMES), min_scale=0.5), PlainHead(7, ACTIONS)
     before, seen_KB = copy.deepcopy(head.state_dict()), torch.zeros(3, 16, dtype=torch.bool)
-    scale.follow(torch.full((3, 16), torch.nan), seen_KB, (head,))
+    scale.update(torch.full((3, 16), torch.nan), seen_KB, (head,))
     assert scale.mean_K.tolist() == [0, 0, 0]
     assert scale.scale_K.tolist() == [1, 1, 1]
     assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
     seen_KB[0, 3] = True
     targets_KB = torch.full((3, 16), 7.0)
     targets_KB[0, 3] = -4.0
-    scale.follow(targets_KB, seen_KB, (head,))
+    scale.update(targets_KB, seen_KB, (head,))
     assert scale.mean_K.tolist() == [-4, 0, 0]
     assert scale.scale_K.tolist() == pytest.approx([(16 - 0.01 * 16) ** 0.5, 1, 1])
     for _ in range(2000):  # the same target again and again: no spread
-        scale.follow((-4 - scale.mean_K[:, None]).expand(3, 16) / scale.scale_K[:, None], seen_KB, (head,))
+        scale.update((-4 - scale.mean_K[:, None]).expand(3, 16) / scale.scale_K[:, None], seen_KB, (head,))
     assert scale.scale_K.tolist() == [0.5, 1, 1]
 
 
 def test_popart_goes_on_identically_from_its_state() -> None:
     torch.manual_seed(0)
     scale, head = PopArt(stream_of(NAMES)), PlainHead(7, ACTIONS)
-    scale.follow(100 * torch.randn(3, 16) + 3, EVERY, (head,))
+    scale.update(100 * torch.randn(3, 16) + 3, EVERY, (head,))
     other = PopArt(stream_of(NAMES))
     other.load_state_dict(state_round_trip(scale))
     more_KB = torch.randn(3, 16)
     for each in (scale, other):
-        each.follow(more_KB, EVERY, (copy.deepcopy(head),))
+        each.update(more_KB, EVERY, (copy.deepcopy(head),))
     assert torch.equal(scale.mean_K, other.mean_K)
     assert torch.equal(scale.scale_K, other.scale_K)
 
@@ -214,7 +214,7 @@ def test_every_scale_trains_with_every_head_that_it_goes_with(here: MtrlHere, sc
         (["network/head=c51", "agent/value_scale=return_norm", "agent.value_scale.limit=11"], "agent.value_scale.limit=11 is above"),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_max=0.5"], "network.head.v_max=0.5"),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_min=10"], "network.head.v_min=10"),
-        (["agent/value_scale=popart", "agent.value_scale.step_size=0"], "agent.value_scale.step_size=0"),
+        (["agent/value_scale=popart", "agent.value_scale.step_size=0"], "agent.value_scale.step_size must be above 0"),
         (["agent.reward_factors={MountainCar: 1000}"], "did you mean MountainCar-v0?"),
         (["agent.reward_factors={MountainCar-v0: 0}"], "above 0"),
     ],

@@ -274,7 +274,7 @@ def test_with_every_augmentation_a_run_learns_otherwise_and_resumes_exactly(
     last = here.folder / "run" / "checkpoints" / "96"
     before = [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
     shutil.rmtree(last)  # as if it had been killed before
-    assert "going on from step 48" in here("resume", "run").stdout
+    assert "resuming from step 48" in here("resume", "run").stdout
     assert [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before
     if augmentation == ["augmentation=shift"]:
         here("train", *words, "run_dir=plain")

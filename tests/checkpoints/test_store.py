@@ -84,7 +84,7 @@ def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step, score in [(1, 0.1), (2, 0.9), (3, None), (4, 0.9), (5, float("nan"))]:
         store.save(step, state_of(step), score=score)
     assert store.steps() == [2, 4, 5]
-    assert (store.latest(), store.best(), store.best_score()) == (5, 2, 0.9)
+    assert (store.latest(), store.best()) == (5, 2)
     assert store_in(tmp_path).load("best")[0] == 2
 
 
@@ -100,7 +100,7 @@ def test_saving_a_step_again_replaces_it_and_keeps_its_score(tmp_path):
     store.save(1, state_of(1), score=0.5)
     store.save(1, state_of(8) | {"step": 8})
     assert store.steps() == [1]
-    assert store.best_score() == 0.5
+    assert store.best() == 1
     assert _step_model(store_in(tmp_path).load("best")[1]) == 8.0
     store.save(2, state_of(2), score=0.6)
     store.save(2, state_of(2), score=0.1)
@@ -502,15 +502,17 @@ def test_kill_at_a_random_moment_leaves_latest_and_best_complete(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", VICTIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdin is not None
     assert parent.stdout is not None
-    reached = 0
+    reached, longest = 0, 0.15
     for _ in range(40):
         parent.stdin.write("\n")
         parent.stdin.flush()
         child = int(parent.stdout.readline())
-        time.sleep(moments.uniform(0.0, 0.15))
+        time.sleep(moments.uniform(0.0, longest))
         os.kill(child, signal.SIGKILL)
         assert parent.stdout.readline() == "ended\n"
         store = store_in(tmp_path, keep=2, with_replay=True)
+        if store.latest() in (None, reached):
+            longest = min(2.0, 1.2 * longest)  # a busy machine makes less progress
         if store.latest() is None:
             continue
         step, state = store.load("latest", warn=refuse_warning)

@@ -133,7 +133,7 @@ def test_version_option(mtrl: Callable[..., Outcome]) -> None:
         (["train", "agent.n_step=a", "--dry-run"], "agent.n_step=a: expected a whole number above 0"),
         (["train", "nonsense"], "nonsense: expected KEY=VALUE"),
         (["train", "launcher=local"], "launcher is of mtrl sweep"),
-        (["sweep", "env=classic_pack"], "there is nothing to vary"),
+        (["sweep", "env=classic_pack"], "no key has several values"),
         (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "did you mean sweep.trials?"),
         (["sweep", "env=classic_pak", "seed=1,2"], "did you mean classic_pack?"),
         (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
@@ -188,8 +188,8 @@ def test_commands_pass_plain_values(mtrl: Callable[..., Outcome], calls: list[tu
 
 def test_sweep_passes_a_plan(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(sweep_command, "sweep", lambda plan, *, command: calls.append((plan, command)))
-    monkeypatch.setattr(sweep_command, "go_on", lambda folder, overrides, *, command: calls.append((folder, overrides, command)))
+    monkeypatch.setattr(sweep_command, "run", lambda plan, *, command: calls.append((plan, command)))
+    monkeypatch.setattr(sweep_command, "resume", lambda folder, overrides, *, command: calls.append((folder, overrides, command)))
     assert mtrl("sweep", "env=classic_pack", "seed=1,2", "run_dir=s")[0] == 0
     Path("s").mkdir()
     Path("s/sweep.json").write_text("{}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared
 
 TINY = [
     "env=atari_pack",
@@ -29,11 +30,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("atari")
-    MtrlHere(folder)("train", *TINY, "run_dir=run")
-    return folder / "run"
+@pytest.fixture
+def trained(shared: Shared) -> Path:
+    return shared.run(*TINY).path
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "COMPLETE").unlink(), "COMPLETE"),
         (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1]), "model.safetensors"),
@@ -125,11 +124,11 @@ def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
     ],
     ids=["unfinished", "truncated", "foreign", "incomplete"],
 )
-def test_damaged_checkpoint_named_explicitly_is_refused(run: Path, here: MtrlHere, damage, says: str) -> None:
+def test_damaged_checkpoint_named_explicitly_is_refused(run: Path, here: MtrlHere, damage, message: str) -> None:
     damage(run / "checkpoints" / "60")
     for words in (["run", "checkpoint=60"], ["run/checkpoints/60"]):
         refused = here("eval", *words, code=2)
-        assert says in refused.stderr
+        assert message in refused.stderr
         assert len(refused.stderr.strip().splitlines()) <= 2
 
 

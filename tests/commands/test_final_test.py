@@ -19,6 +19,7 @@ from mtrl_cli.runs.metrics_logger import Logger
 from mtrl_cli.training.evaluator import Evaluator
 from tests.helpers.command import Mtrl, MtrlHere
 from tests.helpers.fake_pack import FakePack, LikesTheLast
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import TINY, rows
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
@@ -99,12 +100,10 @@ def test_rows_of_a_test_are_cut_by_every_resume(tmp_path: Path) -> None:
 # -- through the command line ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A tiny run evaluated before its first step too, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = MtrlHere(folder)("train", *TINY, "eval.at_start=true", "eval.test_episodes=3", "run_dir=run")
-    return folder / "run", done.stdout
+@pytest.fixture
+def trained(shared: Shared) -> tuple[Path, str]:
+    """A tiny run evaluated before its first step too, and its output."""
+    return shared.run(*TINY, "eval.at_start=true", "eval.test_episodes=3")
 
 
 def read(run: Path, name: str) -> dict:

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import TASKS, TINY, rows
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A completed tiny run and its output."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = MtrlHere(folder)("train", *TINY, "run_dir=run")
-    return folder / "run", done.stdout
+@pytest.fixture
+def trained(shared: Shared) -> tuple[Path, str]:
+    """A tiny run and its output."""
+    return shared.run(*TINY)
 
 
 def test_run_folder_contents(trained: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""Fifty run folders from strangers: each is refused in two lines, with exit code 2; none runs or imports anything, or is changed."""
+"""Fifty hostile run folders: each is refused in at most two lines with exit code 2; none runs or imports code, or is changed."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ HOSTILE: dict[str, str | bytes | Callable[[Path], None]] = {
     "escape_sequences": valid() + '"\\e[2J\\e]0;evil\\a": 1\n',
     "no_mapping": "- os.system\n",
     "empty": "",
-    # files that are none
+    # not a regular file
     "named_pipe": lambda path: os.mkfifo(path),
     "device": lambda path: path.symlink_to("/dev/zero"),
     "link_elsewhere": lambda path: path.symlink_to("/etc/passwd"),
@@ -128,14 +128,14 @@ def lay_out(name: str, folder: Path) -> Path:
     return run
 
 
-def test_there_are_fifty_and_the_configuration_under_them_is_valid(tmp_path: Path) -> None:
+def test_there_are_fifty_variants_of_a_valid_configuration(tmp_path: Path) -> None:
     assert len(HOSTILE) >= 50
     (tmp_path / "config.yaml").write_text(valid())
     assert compose.load(tmp_path / "config.yaml") == VALID
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_it_is_refused_in_two_lines_and_imports_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_in_two_lines_without_importing_anything(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = lay_out(name, tmp_path)
     monkeypatch.chdir(run)
     monkeypatch.syspath_prepend(str(run))
@@ -148,13 +148,13 @@ def test_it_is_refused_in_two_lines_and_imports_nothing(name: str, tmp_path: Pat
     assert sorted(os.listdir(run)) == ["config.yaml", "evil.py"]
 
 
-# Everything that could run a command, load code or reach out raises an audit event; our own imports are done before the hook is set.
+# Running a command, loading code and network access raise audit events. The package's imports are done before the hook is set.
 WATCHED = """
 import contextlib, io, json, os, sys
 from mtrl_cli.cli import main as cli
 from mtrl_cli.commands import eval, train
 from mtrl_cli.config import compose
-compose.compose_evaluation([])  # imports what reading overrides needs
+compose.compose_evaluation([])  # imports the modules that parse overrides
 WATCH = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect", "pickle.find_class",
          "ctypes.dlopen", "exec", "compile", "import", "os.remove", "os.rename", "os.mkdir", "shutil.copyfile")
 seen = []
@@ -177,10 +177,10 @@ print(json.dumps(report))
 """
 
 HARMLESS = ("exec", "compile", "import")
-"""Events that evaluating an annotation of our own, or a late import of a library, also raises: looked at one by one."""
+"""Events that evaluating an annotation, or a late import of a library, also raises. Their arguments are checked."""
 
 
-def test_on_the_command_line_each_ends_with_two_and_touches_nothing(tmp_path: Path) -> None:
+def test_commands_end_with_exit_code_2_and_change_nothing(tmp_path: Path) -> None:
     runs = [lay_out(name, tmp_path) for name in HOSTILE]
     before = sorted(tmp_path.rglob("*"))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Runs on a real Ray cluster, of two nodes on this machine, one of which is killed."""
+"""The Ray launcher on a real cluster of two nodes on this machine, one of which is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = 90.0
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A Ray cluster whose head has one core for runs; a test may add nodes."""
+    """A Ray cluster with one core on its head node; a test may add nodes."""
     if importlib.util.find_spec("ray") is None:
         required.skip_or_fail("ray", "Ray is not installed (pip install 'mtrl_cli[ray]')")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -40,7 +40,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def launch(cluster: Any) -> Iterator[Callable[..., launchers_ray.RayLauncher]]:
-    """`launch(cpus=2)`: as conf/launcher/ray.yaml makes it, on the cluster."""
+    """`launch(cpus=2)`: create the launcher of conf/launcher/ray.yaml for the cluster."""
     made = []
 
     def make(**changes: Any) -> launchers_ray.RayLauncher:
@@ -56,7 +56,7 @@ def launch(cluster: Any) -> Iterator[Callable[..., launchers_ray.RayLauncher]]:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """`worker(script)`: what runs in place of `mtrl resume`, in the run's folder."""
+    """`worker(script)`: replace `mtrl resume` by a shell script in the run's folder."""
 
     def is_now(script: str) -> None:
         monkeypatch.setattr(launchers_ray, "worker_command", lambda run: ["bash", "-c", f'cd "$0"\n{script}', str(run)])
@@ -66,7 +66,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Four runs' folders."""
+    """Four run folders."""
     folders = [tmp_path / "trials" / str(number) for number in range(4)]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -74,7 +74,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for something that comes about by itself."""
+    """Wait until a condition holds."""
     end = time.monotonic() + SECONDS
     while not (found := condition()):
         assert time.monotonic() < end, what
@@ -83,7 +83,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def ends_of(*jobs: Job) -> list[End | None]:
-    """How jobs end, which Ray begins in an order of its own. Each has its core until its end was seen."""
+    """Return how jobs end. Ray starts them in any order, and each keeps its core until `poll` has returned its end."""
     until(lambda: None not in [job.poll() for job in jobs], "the jobs have not ended")
     return [job.poll() for job in jobs]
 
@@ -91,7 +91,7 @@ def ends_of(*jobs: Job) -> list[End | None]:
 SAVES = "trap 'echo saved >> saved; exit 143' TERM\necho $$ > begun\nwhile true; do sleep 0.05; done\n"
 
 
-def test_a_job_ends_as_its_worker_did(
+def test_job_reports_the_exit_of_its_worker(
     launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
 ) -> None:
     ray = launch(memory_gb=0.25)
@@ -104,30 +104,30 @@ def test_a_job_ends_as_its_worker_did(
     told = dict(line.split("=", 1) for line in (runs[0] / "env").read_text().splitlines() if "=" in line)
     assert (told["MTRL_CORES"], told["MTRL_MEMORY"], told["CUDA_VISIBLE_DEVICES"]) == ("1", str(2**28), "")
     assert ends_of(ray.start(runs[0])) == [End(None, "killed by signal 9 (Killed)")]
-    assert (runs[0] / "output.txt").read_text() == "one\ntwo\n", "output is added, never replaced"
+    assert (runs[0] / "output.txt").read_text() == "one\ntwo\n", "output is appended"
 
 
-def test_jobs_wait_for_room_and_stop(
+def test_jobs_wait_for_resources_and_stop(
     launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
 ) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     ray = launch()
-    assert signal.getsignal(signal.SIGTERM) == handler, "a request to stop reaches the sweep"
+    assert signal.getsignal(signal.SIGTERM) == handler, "SIGTERM must reach the sweep"
     worker(SAVES)
     first, second = ray.start(runs[0]), ray.start(runs[1])
-    until((runs[0] / "begun").exists, "the first has not begun")
-    until(lambda: not first.is_waiting(), "the first is said to wait")
+    until((runs[0] / "begun").exists, "the first job has not started")
+    until(lambda: not first.is_waiting(), "the first job is reported as waiting")
     assert second.is_waiting()
     second.stop()
     assert ends_of(second) == [End(None, "Ray lost its machine or its process")]
     first.stop()
     first.stop()
     assert ends_of(first) == [End(143)]
-    assert (runs[0] / "saved").read_text() == "saved\n", "asked once"
+    assert (runs[0] / "saved").read_text() == "saved\n", "stopped once"
     assert not (runs[1] / "begun").exists()
 
 
-def test_a_cluster_that_is_not_there_is_told_in_a_line(cluster: Any) -> None:
+def test_unreachable_cluster_is_reported_in_one_line(cluster: Any) -> None:
     with pytest.raises(UserError, match=r"launcher\.address=127\.0\.0\.1:1 is unreachable"):
         launchers_ray.RayLauncher(address="127.0.0.1:1", jobs=1, cpus=1, gpus=0, memory_gb=None)
     with pytest.raises(UserError, match=r"launcher\.gpus must be a whole number or less than 1, got 1\.5"):
@@ -135,7 +135,7 @@ def test_a_cluster_that_is_not_there_is_told_in_a_line(cluster: Any) -> None:
 
 
 def children() -> set[int]:
-    """This process's children."""
+    """Return the children of this process."""
     return {
         int(path.name)
         for path in Path("/proc").glob("[0-9]*")
@@ -143,7 +143,7 @@ def children() -> set[int]:
     }
 
 
-def test_a_cluster_of_this_machine_ends_with_its_launcher(
+def test_local_cluster_ends_with_its_launcher(
     launch: Callable[..., launchers_ray.RayLauncher], runs: list[Path], worker: Callable[[str], None]
 ) -> None:
     before, mode = children(), os.environ.get("RAY_AUTH_MODE")
@@ -152,9 +152,9 @@ def test_a_cluster_of_this_machine_ends_with_its_launcher(
     worker("echo done")
     ray = launch(address=None)
     assert ends_of(ray.start(runs[0])) == [End(0)]
-    assert children() - before, "its own processes"
+    assert children() - before, "separate processes"
     ray.close()
-    assert os.environ.get("RAY_AUTH_MODE") == mode, "what a local cluster asks for is not asked of others"
+    assert os.environ.get("RAY_AUTH_MODE") == mode, "the token of a local cluster is not required by others"
     until(lambda: children() <= before, "Ray's processes live on")
 
 
@@ -186,7 +186,7 @@ def is_child_of(process: int, ancestor: int) -> bool:
     return process == ancestor
 
 
-def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_path: Path) -> None:
+def test_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_path: Path) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=2**27)
     cluster.wait_for_nodes()
     raylet = node.all_processes["raylet"][0].process.pid
@@ -200,7 +200,7 @@ def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_
         there = until(lambda: [each for each in processes_of(folder) if is_child_of(each, raylet)], "no run on the second node")[0]
         run = Path(os.fsdecode(Path(f"/proc/{there}/cmdline").read_bytes().split(b"\0")[-2]))
         until(lambda: list(run.glob("checkpoints/*/COMPLETE")), "it has saved nothing")
-        assert not (run / "checkpoints/6000").exists(), "it was at work"
+        assert not (run / "checkpoints/6000").exists(), "the job was running"
         cluster.remove_node(node, allow_graceful=False)
         assert sweep.wait(240) == 0, (tmp_path / "output").read_text()[-3000:]
     finally:
@@ -211,5 +211,5 @@ def test_a_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_
     assert [record["state"] for record in told] == ["completed"] * 3
     assert [record["attempts"] for record in told] == [2 if each == number else 1 for each in range(3)]
     assert f"trial {number}: its process died (Ray lost its machine" in (tmp_path / "output").read_text()
-    assert "going on from step" in (run / "output.txt").read_text(), "it began anew"
+    assert "resuming from step" in (run / "output.txt").read_text(), "the run restarted from the beginning"
     assert processes_of(folder) == set()

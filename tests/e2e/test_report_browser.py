@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mtrl_cli.reports.command import report
+from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 from tests.helpers.required import skip_or_fail
 
@@ -76,7 +76,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_sweep(root / "long_words", {"agent.target_period": [1000, 10_000], "seed": [0]}, evaluations=2, rows=6)
     cases = (*CASES, "long_words")
     for case in cases:
-        report([root / case], None, ["mtrl", "report", str(root / case)])
+        report_command.run([root / case], None, ["mtrl", "report", str(root / case)])
     return {case: root / case / "report" / "index.html" for case in cases}
 
 

@@ -1,17 +1,22 @@
-"""Resuming is exact: a run that was killed and resumed ends with the bytes of one that was left alone."""
+"""Exact resume: a run that was killed and resumed ends with the same bytes as an uninterrupted run."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import CLASSIC, learning_rows, model
+from tests.helpers.warm_process import Crash, WarmProcess
 
 ATARI = [
     "env=atari_pack",
@@ -33,71 +38,94 @@ ATARI = [
     "replay.capacity=300",
 ]
 PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
-MODEL = Path("checkpoints") / "latest"
+CRASHES = [
+    Crash("mtrl_cli.envs.vector_tasks:VectorTasks.recv", call=30),
+    Crash("os:fsync", call=4),
+    Crash("mtrl_cli.training.evaluator:Evaluator.play"),
+    Crash("os:replace", call=3, after=True),
+    Crash("os:fsync", call=9, after=True),
+]
+"""While environments step, within a checkpoint, before an evaluation, after a file was published, and within the next checkpoint."""
 
 
-def kill_and_resume(mtrl: Mtrl, overrides: list[str], kills: int, seed: int, longest: float) -> int:
-    """Start a run and kill it at random moments until it has survived; returns how often it was killed while it ran."""
-    moments, killed = random.Random(seed), 0
-    for attempt in range(kills + 1):
-        process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
-        if attempt < kills:
-            time.sleep(moments.uniform(0.2, longest))
-            killed += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-        output, errors = process.communicate()
+def start(mtrl: Mtrl, overrides: list[str], crash: Crash | None = None) -> WarmProcess:
+    process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume", crash=crash)
+    assert isinstance(process, WarmProcess)
+    return process
+
+
+def check_same(mtrl: Mtrl) -> None:
+    """Assert that the interrupted run ended with the bytes and the rows of the uninterrupted run."""
+    uninterrupted, resumed = mtrl.folder / "uninterrupted", mtrl.folder / "run"
+    assert model(resumed) == model(uninterrupted)
+    assert learning_rows(resumed) == learning_rows(uninterrupted)
+    assert json.loads((resumed / "run.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.parametrize(("overrides", "kills"), [(CLASSIC, 4), (ATARI, 3)], ids=["classic", "atari"])
+def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int) -> None:
+    begun = time.monotonic()
+    mtrl("train", *overrides, "run_dir=uninterrupted")
+    longest = (time.monotonic() - begun) / 2
+    moments, killed = random.Random(int.from_bytes(os.urandom(4))), 0
+    for _ in range(kills):
+        process = start(mtrl, overrides)
+        time.sleep(moments.uniform(0.1, longest))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert killed > 0
+    output, errors = (process := start(mtrl, overrides)).communicate()
     assert process.returncode == 0, output + errors
-    return killed
+    check_same(mtrl)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "kills", "longest"),
+    "overrides",
     [
-        (CLASSIC, 5, 6.0),
-        (PQN, 3, 6.0),
-        ([*PQN, "agent.overlap=true"], 3, 6.0),
-        ([*CLASSIC, "replay=prioritized", "network/sharing=independent"], 3, 6.0),
-        (ATARI, 4, 8.0),
-        ([*ATARI, "env.protocol=nature"], 2, 8.0),
+        PQN,
+        [*PQN, "agent.overlap=true"],
+        [*CLASSIC, "replay=prioritized", "network/sharing=independent"],
+        [*ATARI, "env.protocol=nature"],
     ],
-    ids=["classic", "pqn", "pqn-overlap", "prioritized", "atari", "atari-nature"],
+    ids=["pqn", "pqn-overlap", "prioritized", "atari-nature"],
 )
-def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int, longest: float) -> None:
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
-    killed = kill_and_resume(mtrl, overrides, kills, seed=len(overrides), longest=longest)
-    assert killed > 0
-    alone, resumed = mtrl.folder / "alone", mtrl.folder / "run"
-    assert model(resumed) == model(alone)
-    assert learning_rows(resumed) == learning_rows(alone)
+def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str]) -> None:
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
+    for crash in CRASHES:
+        process = start(mtrl, overrides, crash)
+        output, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output + errors
+    output, errors = (process := start(mtrl, overrides)).communicate()
+    assert process.returncode == 0, output + errors
+    check_same(mtrl)
 
 
-def test_stopped_by_sigterm_between_checkpoints_a_run_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
+def test_run_stopped_by_sigterm_ends_with_the_same_bytes(mtrl: Mtrl) -> None:
     overrides = [*CLASSIC, "checkpoint.every=0"]
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     process = mtrl.start("train", *overrides, "run_dir=run")
     metrics = mtrl.folder / "run" / "metrics.jsonl"
-    while not metrics.exists():
-        time.sleep(0.05)
+    while not metrics.exists() or b"grad/norm" not in metrics.read_bytes():
+        time.sleep(0.01)
         assert process.poll() is None
-    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
     assert process.returncode == 143, output + errors
     assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "stopped"
     assert "mtrl resume" in output
     MtrlHere(mtrl.folder)("resume", "run")
-    assert model(mtrl.folder / "run") == model(mtrl.folder / "alone")
-    assert learning_rows(mtrl.folder / "run") == learning_rows(mtrl.folder / "alone")
-    assert json.loads((mtrl.folder / "run" / "run.json").read_text())["status"] == "completed"
+    check_same(mtrl)
 
 
-def short(here: MtrlHere, *overrides: str) -> Path:
-    here("train", *CLASSIC, "steps_per_task=480", "run_dir=run", *overrides)
-    return here.folder / "run"
+@pytest.fixture
+def short(here: MtrlHere, shared: Shared) -> Callable[..., Path]:
+    """`short("checkpoint.replay=false")`: a copy of a run of 480 steps, as `run` in the test's folder."""
+    return lambda *overrides: Path(shutil.copytree(shared.run(*CLASSIC, "steps_per_task=480", *overrides).path, here.folder / "run"))
 
 
-def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> None:
-    run = short(here)
+def test_completed_run_is_reported_and_its_budget_may_be_raised(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short()
     before = model(run)
     assert "completed" in here("resume", "run").stdout
     assert model(run) == before
@@ -106,15 +134,15 @@ def test_completed_run_says_so_and_its_budget_may_be_raised(here: MtrlHere) -> N
     assert model(run) != before
 
 
-def test_other_overrides_are_refused(here: MtrlHere) -> None:
-    short(here)
+def test_other_overrides_are_refused(here: MtrlHere, short: Callable[..., Path]) -> None:
+    short()
     refused = here("resume", "run", "agent.n_step=2", code=2)
     assert "agent.n_step" in refused.stderr
     assert "steps_per_task" in here("resume", "run", "steps_per_task=100", code=2).stderr
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_same(here: MtrlHere) -> None:
-    run = short(here)
+def test_damaged_latest_checkpoint_falls_back_and_ends_with_the_same_bytes(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short()
     before = model(run)
     newest = run / "checkpoints" / "480" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -123,7 +151,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before_and_ends_the_sam
     assert model(run) == before
 
 
-def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
+def test_anything_but_a_run_is_refused(here: MtrlHere) -> None:
     (here.folder / "empty").mkdir()
     for name in ("nowhere", "empty"):
         refused = here("resume", name, code=2)
@@ -132,8 +160,8 @@ def test_what_is_no_run_is_refused(here: MtrlHere) -> None:
     assert list((here.folder / "empty").iterdir()) == []
 
 
-def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
-    run = short(here, "env.tasks=[CartPole-v1,Acrobot-v1]")
+def test_task_added_to_a_trained_run_is_refused(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short("env.tasks=[CartPole-v1,Acrobot-v1]")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("- Acrobot-v1", "- Acrobot-v1\n  - MountainCar-v0"))
     for command in ("resume", "eval"):
@@ -142,10 +170,10 @@ def test_task_added_to_a_trained_run_is_refused(here: MtrlHere) -> None:
         assert "MountainCar-v0" in refused.stderr, refused.stderr
 
 
-def test_run_without_saved_replay_gathers_anew(here: MtrlHere) -> None:
-    run = short(here, "checkpoint.replay=false")
+def test_run_without_saved_replay_refills_the_replay(here: MtrlHere, short: Callable[..., Path]) -> None:
+    run = short("checkpoint.replay=false")
     assert not list((run / "checkpoints").glob("replay/*"))
-    assert "gathering anew" in here("resume", "run", "steps_per_task=800").stdout
+    assert "with an empty replay" in here("resume", "run", "steps_per_task=800").stdout
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = {row["step"]: row["updates"] for row in rows}
     assert updates[560] == updates[480]

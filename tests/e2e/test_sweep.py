@@ -73,7 +73,7 @@ def test_a_grid_with_a_combination_that_cannot_be(tmp_path: Path) -> None:
     assert ["3", "failed", "-", "-"] in [line[:4] for line in listed]
     # Another sweep does not go on there.
     refused = mtrl(tmp_path, "sweep", *words, "seed=3", code=2)
-    assert "holds a sweep with other words for seed" in refused.stderr
+    assert "holds a sweep with other overrides of seed" in refused.stderr
 
 
 def test_a_search_that_is_stopped_and_given_more_trials(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_search_that_is_stopped_and_given_more_trials(tmp_path: Path) -> None:
     best = max(found, key=lambda each: each["value"])
     assert best["command"] in done.stdout
     listed = mtrl(tmp_path, "sweep", *words, "--dry-run").stdout
-    assert "4 trials, chosen by tpe" in listed
+    assert "4 trials, sampled by tpe" in listed
     assert listed.count(" completed ") == 4
 
 

@@ -14,21 +14,21 @@ import pytest
 from mtrl_cli.config.compose import load
 from tests.helpers.command import MtrlHere
 from tests.helpers.ranks import SMALL, Torchrun
+from tests.helpers.shared import Shared
+from tests.helpers.tiny_runs import STOPS
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def alone(shared: Shared) -> Path:
     """The folder of a run of two ranks that was left alone, beside what each rank said at its end."""
-    folder = tmp_path_factory.mktemp("alone")
-    Torchrun(folder)(folder, "train", *SMALL, "run_dir=run", script="helpers/ranks_checks.py")
-    return folder / "run"
+    train = lambda folder: Torchrun(folder)(folder, "train", *SMALL, "run_dir=run", script="helpers/ranks_checks.py")  # noqa: E731
+    return shared.folder("ranks-alone", train) / "run"
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture
+def found(shared: Shared) -> list[dict[str, Any]]:
     """What each of two ranks found out in ranks_checks.py."""
-    folder = tmp_path_factory.mktemp("checks")
-    Torchrun(folder)(folder, script="helpers/ranks_checks.py")
+    folder = shared.folder("ranks-checks", lambda folder: Torchrun(folder)(folder, script="helpers/ranks_checks.py"))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -186,6 +186,14 @@ def test_error_of_the_user_is_told_once_and_nothing_is_made(tmp_path: Path) -> N
     assert errors_of_ours(errors) == ["mtrl: error: env.num_envs=3 cannot be shared evenly by 2 ranks: expected a multiple of 2"]
     assert "exitcode  : 2" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_all_ranks_stop_together(tmp_path: Path) -> None:
+    printed, _ = Torchrun(tmp_path)("train", *STOPS, "run_dir=run", seconds=120)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["stopped_early"]["step"]) == ("completed", 400)
+    assert printed.count("stopped early at step 400") == 1
+    assert json.loads((tmp_path / "run" / "eval" / "test.json").read_text())["last"]["step"] == 400
 
 
 @pytest.mark.learning

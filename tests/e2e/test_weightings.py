@@ -35,5 +35,5 @@ def test_every_weighting_trains_and_resumes_exactly(name: str, here: MtrlHere) -
     last_checkpoint = here.folder / "run" / "checkpoints" / "240"
     before = [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
     shutil.rmtree(last_checkpoint)  # as if it had been killed before
-    assert "going on from step 120" in here("resume", "run").stdout
+    assert "resuming from step 120" in here("resume", "run").stdout
     assert [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before

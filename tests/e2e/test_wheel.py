@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.command import Mtrl
+from tests.helpers.shared import Shared
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -21,22 +22,29 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the unpacked source distribution, so that this must be complete too."""
-    folder = tmp_path_factory.mktemp("wheel")
+@pytest.fixture
+def wheel(root: Path, shared: Shared) -> Path:
+    """The wheel, built from the unpacked source distribution, so that this must be complete too."""
+    return next(shared.folder("wheel", lambda folder: build(root, folder)).glob("*.whl"))
+
+
+def build(root: Path, folder: Path) -> None:
+    """Build the source distribution and from it the wheel."""
     run(sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", folder, cwd=root)
     (source,) = folder.glob("*.tar.gz")
     run(sys.executable, "-m", "tarfile", "-e", source, folder, cwd=root)
     unpacked = folder / source.name.removesuffix(".tar.gz")
     run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder, cwd=unpacked)
-    return next(folder.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def installed(wheel: Path, shared: Shared) -> Path:
     """A virtual environment that holds the wheel and borrows everything else from the one that runs the tests."""
-    folder = tmp_path_factory.mktemp("installed") / "a path with spaces"
+    return shared.folder("installed wheel", lambda folder: install(wheel, folder / "a path with spaces")) / "a path with spaces"
+
+
+def install(wheel: Path, folder: Path) -> None:
+    """Install the wheel into a new virtual environment."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent)
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
@@ -44,7 +52,6 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # After the environment's own folder, and without the .pth files in there: an editable install of the checkout stays out of sight.
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (Path(packages) / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)))
-    return folder
 
 
 def test_wheel_holds_every_configuration_and_data_file(wheel: Path, root: Path) -> None:
@@ -70,14 +77,14 @@ def test_installed_package_is_the_wheels(installed: Path, tmp_path: Path) -> Non
 
 
 def test_installed_command_lists_its_configuration(installed: Path, tmp_path: Path) -> None:
-    listed = Mtrl(tmp_path, installed / "bin" / "mtrl")("ls", "env").stdout
+    listed = Mtrl(tmp_path, executable=installed / "bin" / "mtrl")("ls", "env").stdout
     for name in ("atari_pack", "classic_pack", "minatar_pack"):
         assert name in listed
 
 
 def test_installed_command_trains(installed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    Mtrl(tmp_path, installed / "bin" / "mtrl")(
+    Mtrl(tmp_path, executable=installed / "bin" / "mtrl")(
         "train",
         "env=classic_pack",
         "steps_per_task=400",

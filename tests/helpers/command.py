@@ -12,28 +12,41 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.warm_process import Crash, WarmProcess, WarmServer
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Mtrl:
-    """The installed `mtrl` command, in a process of its own, which inherits nothing of the caller's environment but PATH.
+    """The `mtrl` command in a process of its own, which inherits nothing of the caller's environment but PATH.
 
     Args:
         folder: what commands run in; their home.
+        server: forks the process instead of starting the console script, which takes seconds of imports.
         executable: the console script.
     """
 
-    def __init__(self, folder: Path, executable: Path = Path(sys.executable).parent / "mtrl"):
+    def __init__(self, folder: Path, server: WarmServer | None = None, executable: Path = Path(sys.executable).parent / "mtrl"):
         self.folder = folder
+        self.server = server
         self.executable = executable
 
-    def start(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-        """Start it, with pipes for stdout and stderr; further keywords are environment variables."""
+    def start(self, *arguments: object, crash: Crash | None = None, **environment: str) -> WarmProcess | subprocess.Popen[str]:
+        """Start it, with pipes for stdout and stderr; further keywords are environment variables.
+
+        Args:
+            arguments: the command line after `mtrl`.
+            crash: where the process kills itself; only with a server.
+        """
         clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+        clean["MTRL_CORES"] = "1"
         # Their homes are new each time; what torch compiled for one serves the next.
         clean["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_tests_{os.getuid()}")
+        command = [str(self.executable), *map(str, arguments)]
+        if self.server is not None:
+            return self.server.start(command, self.folder, clean | environment, crash)
         return subprocess.Popen(
-            [str(self.executable), *map(str, arguments)],
+            command,
             cwd=self.folder,
             env=clean | environment,
             stdin=subprocess.DEVNULL,
@@ -42,9 +55,11 @@ class Mtrl:
             text=True,
         )
 
-    def __call__(self, *arguments: object, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: object, code: int | None = 0, crash: Crash | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run it to its end and check its exit code (None: any)."""
-        process = self.start(*arguments, **environment)
+        process = self.start(*arguments, crash=crash, **environment)
         stdout, stderr = process.communicate()
         if code is not None:
             assert process.returncode == code, f"mtrl {arguments}: exit code {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"

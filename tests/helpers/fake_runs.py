@@ -190,7 +190,7 @@ def make_sweep(
     folder.mkdir(parents=True)
     search = {"sampler": "grid", "trials": len(points), "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
     made = Plan(
-        words=tuple(words),
+        shared=tuple(words),
         axes={key: Choices(tuple(map(str, values))) for key, values in axes.items()},
         points=tuple(points),
         search=search | dict(plan or {}),

@@ -13,14 +13,16 @@ from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.networks.heads import DuelingHead
 from mtrl_cli.networks.network import MultiTaskNetwork
+from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.sharing import HardSharing, Sharing
 from mtrl_cli.networks.torsos import MLP, Torso
 from mtrl_cli.replay.buffers import Replay, ReplaySpec, UniformReplay
 from mtrl_cli.task_weights.losses import Uniform
+from mtrl_cli.training.callbacks import SpectralNorm
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
 from tests.helpers.fake_tasks import stream_of, tasks_of
-from tests.helpers.replay_reference import random_rows, spec
+from tests.helpers.replay_reference import random_rows, spec, transition
 
 NAMES = ["pong", "qbert"]
 SPEC = spec(frame_shape=(5,), stack=1)
@@ -52,13 +54,14 @@ def learner_of(
     torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
     **settings: Any,
 ) -> Learner:
-    """A whole learner: two tasks of 5 and 3 observed numbers, 4 and 2 actions."""
+    """A learner of two tasks with 5 and 3 observed numbers, and 4 and 2 actions."""
     torch.manual_seed(weights_seed)
     network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
     agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
     replay: Replay = replay_kind(replay_spec, capacity=36)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=optimizer_lr, eps=1e-4, weight_decay=0.01, max_grad_norm=1.0)
-    return Learner(agent, replay, augmentation or Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
+    callbacks = [SpectralNorm(layers)] if (layers := spectral_layers(network)) else []
+    return Learner(agent, replay, augmentation or Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES, callbacks=callbacks)
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -74,7 +77,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def fill(learner: Learner, count: int = 20) -> Learner:
     for row in rows(count):
-        learner.replay.add(**row)
+        learner.replay.add(transition(row))
     return learner
 
 

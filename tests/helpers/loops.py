@@ -18,7 +18,7 @@ from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import Replay, ReplaySpec, UniformReplay
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.training.env_group import Group
+from mtrl_cli.training.env_group import EnvGroup
 from mtrl_cli.training.episode_statistics import EpisodeStatistics
 from mtrl_cli.training.frame_stack import FrameStack
 from mtrl_cli.training.host_transfer import Pinned, SharedMemory
@@ -83,7 +83,8 @@ def loop_of(
             first_env=number * size,
             buffers=transfer.buffers,
         )
-        made.append(Group(played, actor, FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU), agent.kept_value, transfer))
+        frames = FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU)
+        made.append(EnvGroup(played, actor, frames, agent.value_to_store, transfer))
     return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
 
 

@@ -18,7 +18,7 @@ from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import ReplaySpec
 from mtrl_cli.replay.rollout_buffer import Rollouts
 from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.training.env_group import Group
+from mtrl_cli.training.env_group import EnvGroup
 from mtrl_cli.training.episode_statistics import EpisodeStatistics
 from mtrl_cli.training.frame_stack import FrameStack
 from mtrl_cli.training.host_transfer import SharedMemory
@@ -62,7 +62,7 @@ def loop_of(
     actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
     envs = VectorTasks(pack, num_envs=num_envs, seed=3, num_threads=1, training=True, stream="train")
     frames = FrameStack(3, num_envs, 1, pack.observation_shape, torch.float32, CPU)
-    group = Group(envs, actor, frames, made.kept_value, SharedMemory())
+    group = EnvGroup(envs, actor, frames, made.value_to_store, SharedMemory())
     loop = Loop([group], actor, learner.replay, learner, EpisodeStatistics(NAMES, num_envs))
-    loop.begin()
+    loop.reset()
     return loop

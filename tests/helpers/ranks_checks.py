@@ -34,7 +34,7 @@ from mtrl_cli.parallel import distributed, torchrun
 from mtrl_cli.parallel.distributed import ALONE, Ranks, meet
 from mtrl_cli.replay.buffers import Batch, UniformReplay
 from mtrl_cli.runs.stop_signal import StopRequest
-from mtrl_cli.task_weights.tape import tape_for
+from mtrl_cli.task_weights.tape import Tape, tape_for
 from mtrl_cli.training.episode_statistics import EpisodeStatistics
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
@@ -92,9 +92,9 @@ class FixedReplay(UniformReplay):
 class Recording(Adam):
     """Adam that remembers the gradients of each step."""
 
-    def step(self) -> torch.Tensor:
+    def clip_gradients(self) -> torch.Tensor:
         self.seen = torch.cat([parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None])
-        return super().step()
+        return super().clip_gradients()
 
 
 def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Recording, PopArt]:
@@ -103,8 +103,11 @@ def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Reco
     scale = PopArt(dataclasses.replace(stream_of(NAMES), ranks=ranks))
     agent = DQN(network, scale, NAMES, lambda function: function, **SETTINGS)
     optimizer = Recording(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
-    tape = tape_for(network, network.shared_parameters(), network.own_parameters(), torch.rand(3, 2, 5)) if taped else None
-    learner = Learner(agent, FixedReplay(ranks), Pipeline(), weights_of(weighting), optimizer, NAMES, tape=tape, ranks=ranks)
+
+    def make_tape() -> Tape | None:
+        return tape_for(network, network.shared_parameters(), network.own_parameters(), torch.rand(3, 2, 5)) if taped else None
+
+    learner = Learner(agent, FixedReplay(ranks), Pipeline(), weights_of(weighting), optimizer, NAMES, make_tape=make_tape, ranks=ranks)
     return learner, optimizer, scale
 
 
@@ -124,7 +127,7 @@ def check_updates(ranks: Ranks, found: dict[str, Any]) -> None:
                 alone.update(update)
                 gradients.append(apart(seen.seen, whole.seen))
                 moments.append(max(apart(scale.mean_K, one.mean_K), apart(scale.scale_K, one.scale_K)))
-            row, expected = mine.row(), alone.row()
+            row, expected = mine.read_metrics(), alone.read_metrics()
             metrics = max(abs(row[name] - expected[name]) / max(1e-6, abs(expected[name])) for name in expected)
             digest = hashlib.sha256(torch.nn.utils.parameters_to_vector(mine.agent.network.parameters()).detach().numpy().tobytes())
             found[f"{weighting} {'taped' if taped else 'plain'}"] = {
@@ -201,7 +204,7 @@ def digest_at_the_end(folder: Path, rank: int) -> None:
     def parting(self: trainer.Trainer) -> None:
         vector = torch.nn.utils.parameters_to_vector(self.run.agent.network.parameters()).detach()
         digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()
-        seeds = [group.pack.episode_seed(0, env, 0) for group in self.loop.groups for env in range(group.pack.num_envs)]
+        seeds = [group.envs.episode_seed(0, env, 0) for group in self.loop.groups for env in range(group.envs.num_envs)]
         rewards = self.run.replay.export_rows(self.run.replay.rows - 5, self.run.replay.rows)["frames"].sum().item()
         (folder / f"{rank}.json").write_text(json.dumps({"digest": digest, "seeds": seeds, "frames": rewards}))
         part(self)

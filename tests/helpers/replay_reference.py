@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from mtrl_cli.replay.buffers import Batch, Replay, ReplaySpec
+from mtrl_cli.replay.buffers import Batch, Replay, ReplaySpec, Transition
 
 FRAME = (2, 3)
 Row = dict[str, torch.Tensor]
+
+
+def transition(row: Row) -> Transition:
+    """The transition of a row of `random_rows`. Values are zero where the row has none."""
+    return Transition(**({"done": row["terminated"] | row["truncated"], "value": torch.zeros_like(row["reward"])} | row))
 
 
 def spec(**changes: object) -> ReplaySpec:
@@ -32,7 +37,7 @@ def spec(**changes: object) -> ReplaySpec:
 def random_rows(
     spec: ReplaySpec, seed: int, terminated: float = 0.1, truncated: float = 0.1, both: float = 0.05, life_lost: float = 0.1
 ) -> Iterator[Row]:
-    """Rows for ever, in the form that `Replay.add` takes, of episodes that end at random.
+    """Rows for ever, as fields of `Transition`, of episodes that end at random.
 
     Args:
         terminated, truncated, both: how likely an episode ends so at a row.

@@ -18,6 +18,9 @@ TINY = [
     "log.every=100",
     "device=cpu",
 ]
+STOPS = [*TINY, "eval.every=200", "early_stopping.metric=eval/score/iqm", "early_stopping.patience=1", "early_stopping.min_delta=10"]
+"""A run that stops after its second evaluation."""
+
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
@@ -30,8 +33,8 @@ CLASSIC = [
     "agent.learning_starts=100",
     "agent.batch_size=16",
     "network.hidden=[16,16]",
-    "steps_per_task=4000",
-    "eval.every=1600",
+    "steps_per_task=1600",
+    "eval.every=800",
     "eval.episodes=2",
     "eval.max_steps=30",
     "checkpoint.every=160",

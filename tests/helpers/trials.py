@@ -23,7 +23,7 @@ GRID: tuple[Mapping[str, Value], ...] = tuple(
 def plan(axes: Mapping[str, Choices | NumberRange] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
     """A plan of four trials, unless told otherwise."""
     return Plan(
-        words=("env=classic_pack",),
+        shared=("env=classic_pack",),
         axes=axes,
         points=points,
         search={**SEARCH, **search},

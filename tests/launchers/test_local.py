@@ -39,6 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(hardware, "disk_free", lambda folder: 90 * GIB)
     monkeypatch.setattr(hardware, "gpus", list)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MTRL_CORES", raising=False)
     return monkeypatch
 
 

@@ -19,13 +19,15 @@ from mtrl_cli.config.compose import compose_training
 from mtrl_cli.machine import cuda_graphs
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP
-from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, UniformReplay
+from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, Transition, UniformReplay
 from mtrl_cli.task_weights.tape import tape_for
+from mtrl_cli.training.callbacks import SpectralNorm
 from mtrl_cli.training.optimizers import Adam
 from tests.helpers.fake_tasks import ALL_WEIGHTS, stream_of, weights_of
 from tests.helpers.learners import NAMES, fill, learner_of, parameters, rows
 from tests.helpers.pqn_loops import loop_of as pqn_loop
 from tests.helpers.recorded_operations import RecordedOperations
+from tests.helpers.replay_reference import transition
 
 
 def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() -> None:
@@ -90,20 +92,20 @@ def compare(change: Callable[[Any], None], updates: int = 12, **settings: Any) -
         learner = fill(learner_of(**settings), 12)
         change(learner)
         if made_by is not None and learner.task_weights.capturable:
-            learner._make_update = cuda_graphs.Captured(learner.train_step, made_by)
+            learner._run_train_step = cuda_graphs.Captured(learner.train_step, made_by)
         for update, row in enumerate(rows(updates, start=12)):
-            learner.replay.add(**row)
+            learner.replay.add(transition(row))
             learner.agent.observe(row["reward"], row["terminated"])
-            if learner.task_weights.hears_scores:
-                learner.task_weights.hear_scores({name: float(update) for name in learner.task_weights.tasks.names})
+            if learner.task_weights.uses_scores:
+                learner.task_weights.update_scores({name: float(update) for name in learner.task_weights.tasks.names})
             learner.update(100 * update)
         learners.append(learner)
     eager, recorded = learners
     assert bool(records) == eager.task_weights.capturable
     for name, tensor in parameters(eager).items():
         assert torch.equal(tensor, parameters(recorded)[name]), name
-    metrics = eager.row()
-    assert metrics == recorded.row()
+    metrics = eager.read_metrics()
+    assert metrics == recorded.read_metrics()
     assert metrics["grad/norm"] > 0
 
 
@@ -122,7 +124,7 @@ def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
     replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
 ) -> None:
     def change(learner: Any) -> None:
-        learner.agent._view.scale = scale(stream_of(NAMES, num_envs=3))
+        learner.agent.reward_transform.scale = scale(stream_of(NAMES, num_envs=3))
 
     compare(change, replay_kind=replay_kind, **target)
 
@@ -134,7 +136,7 @@ def test_with_dropout_and_spectral_norm_it_learns_what_an_eager_one_does(sharing
 
     def change(learner: Any) -> None:
         torch.manual_seed(5)
-        assert learner._spectral_layers
+        assert any(isinstance(callback, SpectralNorm) for callback in learner.callbacks)
 
     compare(change, sharing=sharing, torso=MLP(hidden=[8, 6], dropout=0.3, spectral_norm=True), **target)
 
@@ -159,7 +161,7 @@ def test_with_augmentations_it_learns_what_an_eager_one_does(replay_kind: type[R
         learner.task_weights = weights_of(weights, num_tasks=2)
         seen = Observations("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
         parts = {"noise": Noise(seen, std=0.1), "scale": Scale(seen, low=0.5, high=1.5)}
-        learner._augmentation = Pipeline(parts, loss_draws=draws[0], target_draws=draws[1])
+        learner.augmentation = Pipeline(parts, loss_draws=draws[0], target_draws=draws[1])
         if weights == "pcgrad":
             network = learner.agent.network
             sample = learner.replay.sample(2, 0).observation.flatten(2, 3)
@@ -180,8 +182,8 @@ def test_rollouts_and_choices_that_are_recorded_are_those_that_are_not(overlap: 
         own = list(loop.learner.agent.network.parameters())
         loop.learner.optimizer = Adam(own, lr=0.01, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
         if recorded:
-            loop.learner._make_update = cuda_graphs.Captured(loop.learner.train_step, RecordedOperations)
-            group._choose = cuda_graphs.Captured(group._act, RecordedOperations)
+            loop.learner._run_train_step = cuda_graphs.Captured(loop.learner.train_step, RecordedOperations)
+            group._run_act = cuda_graphs.Captured(group._act, RecordedOperations)
         list(islice(loop.ticks(), 40))
         loops.append(loop)
     eager, recorded_loop = loops
@@ -191,7 +193,7 @@ def test_rollouts_and_choices_that_are_recorded_are_those_that_are_not(overlap: 
     stored = [loop.replay.export_rows(loop.replay.rows - 8, loop.replay.rows) for loop in loops]
     for name, tensor in stored[0].items():
         assert torch.equal(tensor, stored[1][name]), name
-    assert eager.learner.row() == recorded_loop.learner.row()
+    assert eager.learner.read_metrics() == recorded_loop.learner.read_metrics()
 
 
 @pytest.mark.gpu
@@ -207,18 +209,19 @@ def test_captured_and_eager_updates_agree_on_a_gpu(weights: str, precision: str,
         config = compose_training([*words, f"compile={str(captured).lower()}"])
         pack = build_run.make_pack(config)
         learner = build_run.make_run(resolve_auto.settle(config, pack, print), pack, print).learner
-        assert isinstance(learner._make_update, cuda_graphs.Captured)
+        assert isinstance(learner._run_train_step, cuda_graphs.Captured)
         if not captured:
-            learner._make_update = learner.train_step
+            learner._run_train_step = learner.train_step
         device, generator = learner.replay.spec.device, torch.Generator().manual_seed(0)
         for _ in range(60):
             frame = torch.randint(256, (2, 2, 1, 84, 84), generator=generator, dtype=torch.uint8).to(device)
             flag = torch.rand((2, 2), generator=generator).to(device) < 0.1
             action = torch.randint(3, (2, 2), generator=generator).to(device)
-            learner.replay.add(frame, flag, action, torch.ones(2, 2, device=device), flag, torch.zeros_like(flag))
+            reward = torch.ones(2, 2, device=device)
+            learner.replay.add(Transition(frame, flag, action, reward, flag, torch.zeros_like(flag), flag, reward))
         rows = []
         for update in range(200):
             learner.update(update)
-            rows.append([learner.row()[f"loss/{task.name}"] for task in pack.tasks])
+            rows.append([learner.read_metrics()[f"loss/{task.name}"] for task in pack.tasks])
         losses.append(torch.tensor(rows))
     assert torch.allclose(losses[0], losses[1], rtol=tolerance, atol=tolerance)

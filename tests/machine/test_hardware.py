@@ -29,6 +29,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 16777216 kB\nMemFree: 1000 kB\nMemAvailabl
 
 @pytest.fixture
 def eight_cores(monkeypatch):
+    monkeypatch.delenv("MTRL_CORES", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mtrl_cli.replay.buffers import Batch, ReplaySpec, UniformReplay
 from mtrl_cli.training.frame_stack import FrameStack
-from tests.helpers.replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
+from tests.helpers.replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec, transition
 
 
 def random_spec(seed: int) -> tuple[ReplaySpec, int]:
@@ -34,7 +34,7 @@ def filled(chosen: ReplaySpec, capacity_rows: int, rows: int, seed: int = 0, **e
     """A replay and its slow twin after some random rows."""
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed, **ends), rows):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
     return replay, slow
 
@@ -56,14 +56,15 @@ def test_a_window_by_hand() -> None:
     replay = UniformReplay(chosen, capacity=20)
     terminated, truncated, starts = {5, 7}, {3, 7}, {1, 4, 8}
     for frame in (1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9):
-        replay.add(
-            torch.full((1, 1, 1), float(frame)),
-            torch.tensor([[frame in starts]]),
-            torch.tensor([[frame]]),
-            torch.tensor([[10.0 * frame]]),
-            torch.tensor([[frame in terminated]]),
-            torch.tensor([[frame in truncated]]),
-        )
+        row = {
+            "frame": torch.full((1, 1, 1), float(frame)),
+            "start": torch.tensor([[frame in starts]]),
+            "action": torch.tensor([[frame]]),
+            "reward": torch.tensor([[10.0 * frame]]),
+            "terminated": torch.tensor([[frame in terminated]]),
+            "truncated": torch.tensor([[frame in truncated]]),
+        }
+        replay.add(transition(row))
     assert replay.eligible_rows == (0, 8)
     batch = replay.gather(torch.arange(8)[None], torch.zeros(1, 8, dtype=torch.int64), torch.ones(1, 8))
     stacks = batch.observation[0, :, :, 0].int().tolist()
@@ -90,7 +91,7 @@ def test_every_sample_is_what_whole_episodes_say(seed: int) -> None:
     chosen, capacity_rows = random_spec(seed)
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed), 3 * capacity_rows):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         if slow.rows % 4 == 0 or slow.rows in (capacity_rows, capacity_rows + 1, capacity_rows + chosen.stack):
             assert_every_start(replay, slow)
@@ -115,7 +116,7 @@ def test_a_sample_shows_what_was_acted_on() -> None:
     for row in islice(random_rows(chosen, 3), 50):
         frames.push(row["frame"], row["start"])
         seen.append(frames.observation.clone())
-        replay.add(frames.newest, frames.start, row["action"], row["reward"], row["terminated"], row["truncated"])
+        replay.add(transition(row | {"frame": frames.newest, "start": frames.start}))
     first, stop = replay.eligible_rows
     for row in range(first, stop):
         for env in range(chosen.num_envs):
@@ -131,7 +132,7 @@ def test_what_is_drawn_lies_where_it_may(seed: int) -> None:
     chosen, capacity_rows = random_spec(100 + seed)
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed), 3 * capacity_rows):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         assert replay.ready == (slow.rows > chosen.n_step)
         if replay.ready and slow.rows % 3 == 0:
@@ -194,7 +195,7 @@ def test_transitions_are_counted_to_the_capacity() -> None:
     replay = UniformReplay(chosen, capacity=32)  # 10 rows of 3, and 2 transitions that make no row
     counts = []
     for row in islice(random_rows(chosen, 0), 12):
-        replay.add(**row)
+        replay.add(transition(row))
         counts.append(replay.transitions)
     assert counts == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30, 30]
 
@@ -211,7 +212,7 @@ def test_the_smallest_ring_can_be_drawn_from_for_ever() -> None:
     chosen = spec(stack=3, n_step=2)
     replay, slow = UniformReplay(chosen, capacity=6 * 3), SlowReplay(chosen)
     for row in islice(random_rows(chosen, 5), 40):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         if slow.rows > 2:
             assert replay.ready
@@ -227,7 +228,7 @@ def test_a_replay_goes_on_identically_from_its_state_and_its_rows(rows: int, pie
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * 3), SlowReplay(chosen)
     stream = random_rows(chosen, 11)
     for row in islice(stream, rows):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
     if replay.ready:
         replay.sample(8, step=0)
@@ -242,8 +243,8 @@ def test_a_replay_goes_on_identically_from_its_state_and_its_rows(rows: int, pie
     for row in islice(stream, 20):
         if replay.ready:
             assert_same(replay.sample(8, step=0), twin.sample(8, step=0))
-        replay.add(**row)
-        twin.add(**row)
+        replay.add(transition(row))
+        twin.add(transition(row))
         slow.add(row)
     assert_every_start(twin, slow)
 
@@ -269,7 +270,7 @@ def test_without_its_rows_a_replay_starts_empty_and_never_looks_back(rows: int) 
     assert not fresh.ready
     assert fresh.transitions == 0
     for row in islice(random_rows(chosen, 0), rows, rows + 30):  # the same stream goes on
-        fresh.add(**row)
+        fresh.add(transition(row))
         slow.add(row)
         first, stop = fresh.eligible_rows
         if rows:
@@ -286,7 +287,7 @@ def test_rows_are_exported_as_they_were_added() -> None:
     replay = UniformReplay(chosen, capacity=30)
     rows = list(islice(random_rows(chosen, 2), 14))
     for row in rows:
-        replay.add(**row)
+        replay.add(transition(row))
     out = replay.export_rows(9, 14)  # across the ring's seam
     assert out["frames"].shape == (2, 5, 3, *chosen.frame_shape)
     for place, row in enumerate(rows[9:]):

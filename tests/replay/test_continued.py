@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, ReplaySpec, UniformReplay
-from tests.helpers.replay_reference import Row, SlowReplay, assert_every_start, random_rows, spec
+from tests.helpers.replay_reference import Row, SlowReplay, assert_every_start, random_rows, spec, transition
 
 
 def filled(kind: type[Replay], chosen: ReplaySpec, capacity_rows: int, rows: int) -> tuple[Replay, list[Row]]:
     replay = kind(chosen, capacity=capacity_rows * chosen.num_envs)  # type: ignore[call-arg]
     added = list(islice(random_rows(chosen, 1), rows))
     for number, row in enumerate(added):
-        replay.add(**row)
+        replay.add(transition(row))
         if number % 3 == 2 and replay.ready:
             batch = replay.sample(5, 0)
             replay.update_priorities(batch, torch.rand(batch.action.shape, generator=torch.Generator().manual_seed(number)))
@@ -54,7 +54,7 @@ def test_no_window_and_no_stack_crosses_the_seam(stack: int, n_step: int, there:
     assert replay.transitions == min(there, here, 25) * chosen.num_envs
     assert_every_start(replay, slow)
     for number, row in enumerate(fresh_rows(chosen, 18)):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         if number < 7 or number == 17:
             assert_every_start(replay, slow)
@@ -87,7 +87,7 @@ def test_the_seam_is_never_drawn_from() -> None:
     source, _ = filled(UniformReplay, chosen, 12, 25)
     replay = continued(PrioritizedReplay, source, chosen, 20)
     for row in fresh_rows(chosen, 6):
-        replay.add(**row)
+        replay.add(transition(row))
     seam = replay.state_dict()["tree"].unflatten(1, (20, 3))[:, 24 % 20]
     terminated = (replay.export_rows(24, 25)["flags"][:, 0] & 1) != 0
     assert torch.equal(seam > 0, terminated)

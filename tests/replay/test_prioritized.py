@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, ReplaySpec
-from tests.helpers.replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec
+from tests.helpers.replay_reference import SlowReplay, assert_every_start, assert_legal, place_of, random_rows, spec, transition
 
 ENDLESS = {"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}
 
@@ -19,7 +19,7 @@ def prioritized(
 ) -> PrioritizedReplay:
     replay = PrioritizedReplay(chosen, capacity=capacity_rows * chosen.num_envs, alpha=alpha, beta=beta)
     for row in islice(random_rows(chosen, 0, **ends), rows):
-        replay.add(**row)
+        replay.add(transition(row))
     return replay
 
 
@@ -44,7 +44,7 @@ def test_priorities_belong_to_what_may_be_drawn_and_vanish_with_it(seed: int) ->
     largest = [1.0, 1.0]
     errors = torch.Generator().manual_seed(seed)
     for row in islice(random_rows(chosen, seed), 30):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         first, stop = replay.eligible_rows
         kept = {place: value for place, value in kept.items() if place[1] >= first}
@@ -73,7 +73,7 @@ def test_what_is_drawn_lies_where_it_may_and_is_of_use(seed: int) -> None:
     chosen = spec(stack=1 + seed % 4, n_step=1 + seed % 3)
     replay, slow = PrioritizedReplay(chosen, capacity=12 * 3), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed, truncated=0.3), 40):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
         if slow.rows > 6 and slow.rows % 3 == 0:
             batch = replay.sample(8, step=0)
@@ -155,13 +155,13 @@ def test_it_goes_on_identically_from_its_state_and_its_rows() -> None:
     replay, stream = PrioritizedReplay(chosen, capacity=12 * 3), random_rows(chosen, 4)
 
     def turn(each: PrioritizedReplay, row: dict[str, torch.Tensor], error: torch.Tensor) -> Batch:
-        each.add(**row)
+        each.add(transition(row))
         batch = each.sample(6, step=300)
         each.update_priorities(batch, error)
         return batch
 
     for row in islice(stream, 20):
-        replay.add(**row)
+        replay.add(transition(row))
     turn(replay, next(stream), torch.full((2, 6), 3.0))
     twin = PrioritizedReplay(chosen, capacity=12 * 3)
     twin.import_rows(9, replay.export_rows(9, 21))
@@ -178,14 +178,14 @@ def test_without_its_rows_no_priority_is_left() -> None:
     chosen = spec(stack=3)
     replay, slow, stream = PrioritizedReplay(chosen, capacity=12 * 3), SlowReplay(chosen), random_rows(chosen, 4)
     for row in islice(stream, 20):
-        replay.add(**row)
+        replay.add(transition(row))
         slow.add(row)
     fresh = PrioritizedReplay(chosen, capacity=12 * 3)
     fresh.load_state_dict(replay.state_dict(), rows_restored=False)
     assert not fresh.ready
     assert not leaves(fresh).any()
     for row in islice(stream, 25):
-        fresh.add(**row)
+        fresh.add(transition(row))
         slow.add(row)
         assert_every_start(fresh, slow)
         assert (leaves(fresh) > 0).any() == fresh.ready

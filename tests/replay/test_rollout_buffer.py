@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mtrl_cli.agents.targets import lambda_returns
-from mtrl_cli.replay.buffers import Batch, ReplaySpec
+from mtrl_cli.replay.buffers import ReplaySpec
 from mtrl_cli.replay.rollout_buffer import Rollouts
-from tests.helpers.replay_reference import Row, SlowReplay, random_rows, spec
+from mtrl_cli.replay.types import RolloutBatch
+from tests.helpers.replay_reference import Row, SlowReplay, random_rows, spec, transition
 
 GAMMA, TRACE_DECAY = 0.9, 0.6
 Place = tuple[int, int, int]
@@ -28,10 +29,11 @@ def rows_of(chosen: ReplaySpec, seed: int = 0) -> list[Row]:
 
 
 def open_next(rollouts: Rollouts) -> None:
-    rollouts.open_next(lambda_returns(*rollouts.next_rollout(), GAMMA, TRACE_DECAY))
+    rollout = rollouts.next_rollout()
+    rollouts.open_next(lambda_returns(rollout.rewards, rollout.values, rollout.terminated, rollout.truncated, GAMMA, TRACE_DECAY))
 
 
-def place_of(batch: Batch, rollouts: Rollouts, task: int, b: int) -> Place:
+def place_of(batch: RolloutBatch, rollouts: Rollouts, task: int, b: int) -> Place:
     slot, env = divmod(int(batch.index[task, b]), rollouts.spec.num_envs)
     first, stop = rollouts.eligible_rows
     return task, next(row for row in range(first, stop) if row % rollouts.capacity_rows == slot), env
@@ -55,7 +57,7 @@ def slow_returns(rows: list[Row], first: int, length: int, task: int, env: int) 
     return found[::-1]
 
 
-def assert_epoch(rollouts: Rollouts, slow: SlowReplay, rows: list[Row], batches: list[Batch]) -> None:
+def assert_epoch(rollouts: Rollouts, slow: SlowReplay, rows: list[Row], batches: list[RolloutBatch]) -> None:
     """The batches hold every step of the open rollout once, and each as it was."""
     (first, stop), chosen = rollouts.eligible_rows, rollouts.spec
     drawn: list[Place] = []
@@ -66,13 +68,10 @@ def assert_epoch(rollouts: Rollouts, slow: SlowReplay, rows: list[Row], batches:
                 drawn.append(place)
                 expected = slow.sample(task, env, row)
                 assert torch.equal(batch.observation[task, b], expected.observation)
-                assert torch.equal(batch.next_observation[task, b], expected.observation)
                 assert batch.action[task, b] == expected.action
                 returned = slow_returns(rows, first, chosen.rollout_length, task, env)[row - first]
-                assert batch.rewards[task, b].tolist() == pytest.approx([returned], abs=1e-5)
+                assert float(batch.returns[task, b]) == pytest.approx(returned, abs=1e-5)
                 assert batch.weight[task, b] == (0.0 if slow.truncated(task, env, row) else 1.0)
-        assert batch.terminated.all()
-        assert (batch.steps == 1).all()
     everything = [(task, row, env) for task in range(chosen.num_tasks) for row in range(first, stop) for env in range(chosen.num_envs)]
     assert sorted(drawn) == everything
 
@@ -85,7 +84,7 @@ def test_every_step_is_drawn_once_an_epoch_as_it_was(num_tasks: int, num_envs: i
     rollouts, slow, rows = Rollouts(chosen), SlowReplay(chosen), rows_of(chosen)
     orders, opened = [], 0
     for number, row in enumerate(rows, start=1):
-        rollouts.add(**row)
+        rollouts.add(transition(row))
         slow.add(row)
         assert rollouts.ready == (number > length)
         if number % length == 1 % length and number > length + ahead * length:
@@ -107,14 +106,14 @@ def test_before_a_rollout_is_complete_there_is_nothing_to_draw() -> None:
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:4]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
         assert not rollouts.ready
         assert rollouts.eligible_rows[0] == rollouts.eligible_rows[1]
     with pytest.raises(AssertionError, match="not complete"):
         rollouts.next_rollout()
     with pytest.raises(AssertionError, match="no rollout is open"):
         rollouts.sample(3, 0)
-    rollouts.add(**rows[4])
+    rollouts.add(transition(rows[4]))
     assert rollouts.ready
     assert rollouts.eligible_rows[0] == rollouts.eligible_rows[1]
     open_next(rollouts)
@@ -125,10 +124,10 @@ def test_what_was_overwritten_is_not_drawn_unawares() -> None:
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:5]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
     open_next(rollouts)
     for row in rows[5:]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
     with pytest.raises(AssertionError, match="overwritten"):
         rollouts.sample(3, 0)
 
@@ -149,36 +148,36 @@ def test_it_goes_on_identically_from_its_state_at_any_draw(drawn: int, more: int
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:13]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
         if rollouts.rows % 4 == 1 and rollouts.ready:
             open_next(rollouts)
     for _ in range(drawn):
         rollouts.sample(3, 0)
     for row in rows[13 : 13 + more]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
     twin = twin_of(rollouts)
     for each in (rollouts, twin):
         for row in rows[13 + more : 17]:
-            each.add(**row)
+            each.add(transition(row))
     for _ in range(9):
         ours, theirs = rollouts.sample(3, 0), twin.sample(3, 0)
         for name, value in vars(ours).items():
             assert torch.equal(value, getattr(theirs, name)), name
     for each in (rollouts, twin):
         open_next(each)
-    assert torch.equal(rollouts.sample(3, 0).rewards, twin.sample(3, 0).rewards)
+    assert torch.equal(rollouts.sample(3, 0).returns, twin.sample(3, 0).returns)
 
 
 def test_without_its_rows_a_new_rollout_begins_whose_first_steps_have_no_whole_stack() -> None:
     chosen = spec(rollout_length=4, stack=3)
     rollouts, slow, rows = Rollouts(chosen), SlowReplay(chosen), rows_of(chosen)
     for row in rows[:7]:
-        rollouts.add(**row)
+        rollouts.add(transition(row))
         slow.add(row)
     again = twin_of(rollouts, with_rows=False)
     for row in rows[7:12]:
         assert not again.ready
-        again.add(**row)
+        again.add(transition(row))
         slow.add(row)
     assert again.ready
     open_next(again)
@@ -195,7 +194,7 @@ def test_without_its_rows_a_new_rollout_begins_whose_first_steps_have_no_whole_s
 
 def test_it_takes_the_memory_that_it_says() -> None:
     chosen = spec(rollout_length=4, dtype=torch.uint8)
-    rollouts, room = Rollouts(chosen), (Rollouts.fixed_capacity(chosen) or 0) * chosen.num_tasks
+    rollouts, room = Rollouts(chosen), Rollouts.fixed_capacity(chosen) * chosen.num_tasks
     in_order = 12 * chosen.rollout_length * chosen.num_envs * chosen.num_tasks  # a return and a place for each step of one rollout
     assert rollouts.nbytes == (Rollouts.bytes_per_transition(chosen) - 12) * room + in_order
     assert rollouts.nbytes <= Rollouts.bytes_per_transition(chosen) * room

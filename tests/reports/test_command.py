@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.errors import UserError
-from mtrl_cli.reports import command as procedure
+from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 
 pytest.importorskip("matplotlib")
@@ -23,7 +23,7 @@ QUICK = {"evaluations": 2, "rows": 6}
 
 def report(*words: object) -> None:
     """What the command does, in this process."""
-    procedure.report(*procedure.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
+    report_command.run(*report_command.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
 
 
 def test_command_writes_a_page_without_torch_and_prints_its_path(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_no_file_contains_the_password_of_the_storage(tmp_path: Path) -> None:
     storage = "postgresql://me:PASSWORD@host/sweeps"
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, plan={"storage": storage}, **QUICK)
     command = ["mtrl", "study", "sharing", "env=minatar_pack", f"sweep.storage={storage}"]
-    procedure.report([tmp_path / "S"], None, command)
+    report_command.run([tmp_path / "S"], None, command)
     made = [path for path in (tmp_path / "S").rglob("*") if path.is_file()]
     assert (tmp_path / "S" / "report" / "report.json") in made
     assert [path for path in made if b"PASSWORD" in path.read_bytes()] == []
@@ -199,7 +199,7 @@ def test_mistakes_are_refused_before_any_work(kind: str, tmp_path: Path, monkeyp
         def refuse(**_: object) -> str:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(procedure.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(report_command.tempfile, "mkdtemp", refuse)
     if kind == "no_file_system" and not Path("/proc").is_dir():
         pytest.skip("no /proc here")
     with pytest.raises(UserError, match=message):

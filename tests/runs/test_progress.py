@@ -70,6 +70,22 @@ def test_the_time_left_follows_from_the_steps_made_since_it_began(clock):
     assert "ETA 5:00" in out.getvalue().splitlines()[-1]
 
 
+def test_eta_does_not_jump_with_bursts_of_updates(clock):
+    """Rollouts of 10 ticks of 1 s and a burst of 20 s: the end of 100 rollouts is expected 3,000 s after the start all along."""
+    shown = Display(TASKS, 1000, 4, out=io.StringIO())
+    shown.update(0, {}, seconds=0)
+    start, ends = clock.now, []
+    for step in range(1, 201):
+        is_burst = step % 10 == 0
+        clock.now += 21 if is_burst else 1
+        shown.update(step, {}, seconds=clock.now, is_measured=is_burst)
+        if step >= 10:
+            eta = next(part for part in shown.line().split("  ") if part.startswith("ETA"))
+            seconds = sum(60**place * int(part) for place, part in enumerate(reversed(eta.split()[1].split(":"))))
+            ends.append(clock.now - start + seconds)
+    assert min(ends) == max(ends) == 3000
+
+
 def test_many_tasks_make_a_short_line(clock):
     tasks = [f"game_{index}" for index in range(57)]
     shown = Display(tasks, 100, 4, out=io.StringIO())

@@ -134,9 +134,9 @@ def test_chosen_points_are_kept(tmp_path: Path) -> None:
 def test_sweep_with_other_points_is_refused(tmp_path: Path) -> None:
     sweep_plan.save(plan_of(tmp_path, chosen()), tmp_path, ["mtrl", "study", "sharing"])
     for other in (plan_of(tmp_path), plan_of(tmp_path, chosen()[::-1]), plan_of(tmp_path, chosen()[:-1])):
-        with pytest.raises(UserError, match="other trials"):
+        with pytest.raises(UserError, match="other combinations"):
             sweep_plan.check_same(other, tmp_path)
-    with pytest.raises(UserError, match=r"sweep.trials=7.*trials of its own"):
+    with pytest.raises(UserError, match=r"sweep.trials=7.*number of trials is fixed"):
         sweep_plan.load(tmp_path, ["sweep.trials=7"])
 
 
@@ -192,7 +192,7 @@ def test_study_ends_with_its_report_and_the_same_command_resumes(tmp_path: Path)
     assert list(first.values()) == [STEPS] * 4
     page.unlink()
     told, _ = mtrl(tmp_path, code=1)  # the same command: nothing is done twice
-    assert "going on in" in told
+    assert "resuming the sweep in" in told
     assert steps_taken(study) == first
     assert page.exists()
     record = json.loads((study / "sweep.json").read_text())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +19,9 @@ pytest.importorskip("optuna")
 
 from mtrl_cli.config.compose import load
 from mtrl_cli.files import file_lock
+from tests.helpers.command import Mtrl
 from tests.helpers.fake_launcher import STEPS
+from tests.helpers.warm_process import WarmProcess, WarmServer
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = ["launcher._target_=tests.helpers.fake_launcher.FakeLauncher", "trusted_packages=[tests]"]
@@ -40,22 +40,15 @@ REAL += ["eval.max_steps=20", "agent.learning_starts=50", "log.diagnostics=0", "
 class Commands:
     """`mtrl` in processes of their own, in one folder; those that are left at the end are killed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, server: WarmServer):
         self.folder = folder
-        self._started: list[subprocess.Popen[str]] = []
+        self._mtrl = Mtrl(folder, server)
+        self._started: list[WarmProcess] = []
 
-    def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *words: object, **environment: str) -> WarmProcess:
         """Start it; further keywords are environment variables."""
-        clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mtrl_cli", *map(str, words)],
-            cwd=self.folder,
-            env=clean | {"PYTHONPATH": str(ROOT)} | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = self._mtrl.start(*words, PYTHONPATH=str(ROOT), **environment)
+        assert isinstance(process, WarmProcess)
         self._started.append(process)
         return process
 
@@ -72,10 +65,10 @@ class Commands:
         for process in self._started:
             if process.poll() is None:
                 process.kill()
-            process.communicate(timeout=60)
+                process.wait(timeout=60)
 
 
-def ended(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+def ended(process: WarmProcess, code: int) -> tuple[str, str]:
     """Wait for a command's end and check its exit code."""
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == code, f"{process.args}: exit code {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
@@ -83,8 +76,8 @@ def ended(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
 
 
 @pytest.fixture
-def mtrl(tmp_path: Path) -> Iterator[Commands]:
-    commands = Commands(tmp_path)
+def mtrl(tmp_path: Path, warm_server: WarmServer) -> Iterator[Commands]:
+    commands = Commands(tmp_path, warm_server)
     yield commands
     commands.close()
 
@@ -167,7 +160,7 @@ def test_real_runs_go_on_after_kills(mtrl: Commands, tmp_path: Path) -> None:
         process.communicate(timeout=60)
         until(lambda run=run: file_lock.is_free(run / ".lock"))  # type: ignore[misc]
     stdout, _ = mtrl(*words)
-    assert "going on in" in stdout
+    assert "resuming the sweep in" in stdout
     for number, record in enumerate(trials(tmp_path / "S")):
         assert (record["state"], record["step"], record["attempts"]) == ("completed", 300, 1)
         rows = (tmp_path / f"S/trials/{number:04d}/metrics.jsonl").read_text().splitlines()
@@ -222,7 +215,7 @@ def test_a_search_is_the_same_whether_or_not_it_was_stopped(mtrl: Commands, tmp_
     until(lambda: step_of(tmp_path / "S/trials/0001") == 3)
     process.send_signal(signal.SIGINT)
     stdout, stderr = ended(process, 130)
-    assert "goes on where it was with: mtrl resume" in stdout + stderr
+    assert "resume with: mtrl resume" in stdout + stderr
     assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
     mtrl.sweep(*words)
     assert [record["values"] for record in trials(tmp_path / "S")] == alone
@@ -275,14 +268,14 @@ def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: 
     assert not (tmp_path / "S").exists()
 
 
-def test_a_sweep_that_is_killed_twenty_times_has_its_trials_each_once(mtrl: Commands, tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_ten_times_has_its_trials_each_once(mtrl: Commands, tmp_path: Path) -> None:
     """At moments that a seed decides on: while it imports, makes its folder, enters, takes, starts, follows and ends trials."""
     words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)", "launcher.jobs=2"]
     moments, begun = random.Random(20), time.monotonic()
     process = mtrl.start(*words, FAKE_SECONDS="0.1")
     until((tmp_path / "S/sweep.json").exists)
     to_begin = time.monotonic() - begun
-    for _ in range(19):
+    for _ in range(9):
         process.kill()
         process.communicate(timeout=60)
         process = mtrl.start(*words, FAKE_SECONDS="0.1")

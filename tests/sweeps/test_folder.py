@@ -165,11 +165,11 @@ def test_what_a_driver_says_is_told_without_the_password(url: str) -> None:
 def test_a_storage_may_be_named_in_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     named = sweep_plan.make([*RUN, "seed=0,1", "sweep.storage=env:TRIALS_URL", f"run_dir={plan.run_dir}"])
     monkeypatch.delenv("TRIALS_URL", raising=False)
-    with pytest.raises(UserError, match=r"variable TRIALS_URL, which is not set"):
+    with pytest.raises(UserError, match=r"variable TRIALS_URL is not set"):
         enter(named)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TRIALS_URL", "me:secret@host")
-    with pytest.raises(UserError, match=r"which holds none") as told:
+    with pytest.raises(UserError, match=r"is not a URL") as told:
         enter(named)
     assert "secret" not in str(told.value)
     monkeypatch.setenv("TRIALS_URL", f"sqlite:///{tmp_path}/secret.db")

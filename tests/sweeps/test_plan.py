@@ -49,7 +49,7 @@ def test_a_grid_has_every_combination_the_last_key_changing_first() -> None:
     found = [(point["network/sharing"], point["seed"]) for point in plan.points]
     assert found == [("hard", "0"), ("hard", "1"), ("hard", "2"), ("film", "0"), ("film", "1"), ("film", "2")]
     assert (plan.trials, plan.env, plan.steps_per_task, plan.launcher["jobs"]) == (6, "classic_pack", 1000, 2)
-    assert plan.words == tuple(BASE)
+    assert plan.shared == tuple(BASE)
     assert plan.overrides(plan.points[3]) == ["network/sharing=film", "seed=0"]
     assert plan.command(plan.points[3]) == f"mtrl train {' '.join(BASE)} network/sharing=film seed=0"
 
@@ -103,7 +103,7 @@ def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is nothing to vary"),
+        ([], "no key has several values"),
         (["agent.n_stp=1"], "did you mean agent.n_step?"),
         (["seed=1,2", "agent.n_stp=1"], "did you mean agent.n_step?"),
         (["seed=1,2", "sweep.trails=1"], "did you mean sweep.trials?"),
@@ -119,21 +119,21 @@ def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
         (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr=-1: expected a number above 0"),
         (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma=1.5: expected"),
         (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step=0.5: expected a whole number"),
-        (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step takes whole numbers; expected whole ones at both ends"),
+        (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step must be an integer; give integers at both ends"),
         (["network=interval(1,3)", "sweep.trials=3"], "network=1: there is no such option"),
         ([LR], "sweep.trials is missing: optimizer.lr is an interval"),
-        (["seed=1,2", "sweep.sampler=random"], "sweep.trials is missing: sweep.sampler=random chooses"),
-        ([LR, "sweep.sampler=grid"], "sweep.sampler=grid has no points in the interval of optimizer.lr"),
-        (["seed=1,2", "sweep.trials=3"], "sweep.trials=3: the grid has 2 points"),
+        (["seed=1,2", "sweep.sampler=random"], "sweep.trials is missing: sweep.sampler=random needs it"),
+        ([LR, "sweep.sampler=grid"], "sweep.sampler=grid does not support the interval of optimizer.lr"),
+        (["seed=1,2", "sweep.trials=3"], "sweep.trials must be at most the 2 points of the grid, got 3"),
         (["seed=range(1000)", "agent.n_step=range(1,1000)"], "the grid has 999,000 points"),
-        ([LR, "sweep.trials=1000000"], "expected at most 100,000"),
-        (["seed=1,2", "sweep.sampler=cmaes", "sweep.trials=2"], "two keys with intervals at least"),
+        ([LR, "sweep.trials=1000000"], "sweep.trials must be at most 100,000, got 1000000"),
+        (["seed=1,2", "sweep.sampler=cmaes", "sweep.trials=2"], "needs intervals of at least two keys"),
         (["seed=1,2", "sweep.pruner=median", "eval.every=0"], "set eval.every=100, for example"),
-        (["seed=1,2", "sweep.pruner=halving", "eval.every=1000"], "with eval.every=1000 of steps_per_task=1000 there is none"),
-        (["eval.every=100,1000", "sweep.pruner=median"], "with eval.every=1000 of steps_per_task=1000 there is none"),
-        (["seed=1,2", "sweep.metric=eval/score/men"], "sweep.metric=eval/score/men: an evaluation of env=classic_pack has"),
-        (["seed=1,2", "sweep.metric=eval/return/pong"], "an evaluation of env=classic_pack has"),
-        (["seed=1,2", "sweep.storage=somewhere"], "expected an Optuna storage's URL"),
+        (["seed=1,2", "sweep.pruner=halving", "eval.every=1000"], "eval.every=1000 with steps_per_task=1000 has none"),
+        (["eval.every=100,1000", "sweep.pruner=median"], "eval.every=1000 with steps_per_task=1000 has none"),
+        (["seed=1,2", "sweep.metric=eval/score/men"], "unknown sweep.metric=eval/score/men; env=classic_pack has"),
+        (["seed=1,2", "sweep.metric=eval/return/pong"], "sweep.metric=eval/return/pong; env=classic_pack has"),
+        (["seed=1,2", "sweep.storage=somewhere"], "sweep.storage must be the URL of an Optuna storage"),
         (["seed=1,2", "ranks=2"], "torchrun"),
     ],
 )
@@ -143,7 +143,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_made(words: list[str]
 
 def test_a_pack_without_references_needs_to_be_told_by_what() -> None:
     words = ["env=gymnasium", "env.tasks=[Blackjack-v1,Taxi-v3]", "seed=1,2"]
-    with pytest.raises(UserError, match=r"name what to go by, such as sweep.metric=eval/return/Blackjack-v1"):
+    with pytest.raises(UserError, match=r"give one, such as sweep.metric=eval/return/Blackjack-v1"):
         sweep_plan.make(words)
     assert sweep_plan.make([*words, "sweep.metric=eval/return/Taxi-v3"]).trials == 2
     assert sweep_plan.make(["env=gymnasium", "env.tasks=[Blackjack-v1]", "seed=1,2"]).trials == 2, "a single task's return says it"
@@ -209,7 +209,7 @@ def test_what_may_change_when_a_sweep_goes_on(tmp_path: Path) -> None:
 def test_a_grid_goes_on_with_further_of_its_points(tmp_path: Path) -> None:
     saved(tmp_path, "seed=range(5)", "sweep.trials=2")
     assert sweep_plan.load(tmp_path, ["sweep.trials=4"]).points == tuple({"seed": str(seed)} for seed in range(4))
-    with pytest.raises(UserError, match="the grid has 5 points"):
+    with pytest.raises(UserError, match="at most the 5 points of the grid, got 6"):
         sweep_plan.load(tmp_path, ["sweep.trials=6"])
     with pytest.raises(UserError, match="can only be raised"):
         sweep_plan.load(tmp_path, ["sweep.trials=1"])
@@ -218,14 +218,14 @@ def test_a_grid_goes_on_with_further_of_its_points(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["seed=3", "seed=1,2", "env=classic_pack", "~launcher", "sweep.sampler=grid", "run_dir=x"])
 def test_what_may_not(tmp_path: Path, word: str) -> None:
     saved(tmp_path, "seed=1,2")
-    with pytest.raises(UserError, match="a sweep goes on as it was started"):
+    with pytest.raises(UserError, match="cannot be changed on resume"):
         sweep_plan.load(tmp_path, [word])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["seed=1,2", "agent.gamma=0.9"], "holds a sweep with other words for agent.gamma"),
+        (["seed=1,2", "agent.gamma=0.9"], "holds a sweep with other overrides of agent.gamma"),
         (["seed=1,2,3"], "holds a sweep with other values of seed"),
         (["seed=1,2", "agent.n_step=1,2"], "holds a sweep over seed, in this order"),
         (["seed=1,2", "sweep.seed=7"], "holds a sweep with another sweep.seed"),
@@ -277,7 +277,7 @@ def damaged(**changes: Any) -> dict[str, Any]:
     good = {
         "format": 1,
         "command": "mtrl sweep",
-        "words": BASE,
+        "shared": BASE,
         "axes": {"seed": {"choices": ["1", "2"]}},
         "points": [{"seed": "1"}, {"seed": "2"}],
         "search": {"sampler": "grid", "trials": 2, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0},
@@ -291,14 +291,14 @@ def damaged(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (damaged(format=99), "newer version"),
-        (damaged(words="env=classic_pack"), "damaged"),
-        (damaged(words=[1]), "damaged"),
-        (damaged(words=["seed=${oc.env:HOME}"]), "no word of a sweep"),
-        (damaged(words=["trusted_packages=[evil]"]), "not those of one run"),
-        (damaged(words=["run_dir=/tmp/elsewhere"]), "not those of one run"),
-        (damaged(words=["agent.n_step=1,2"]), "not those of one run"),
-        (damaged(axes={}), "does not say what its trials are"),
+        (damaged(format=99), "has format 99, expected 1"),
+        (damaged(shared="env=classic_pack"), "damaged"),
+        (damaged(shared=[1]), "damaged"),
+        (damaged(shared=["seed=${oc.env:HOME}"]), "is not an override of a sweep"),
+        (damaged(shared=["trusted_packages=[evil]"]), "not those of one run"),
+        (damaged(shared=["run_dir=/tmp/elsewhere"]), "not those of one run"),
+        (damaged(shared=["agent.n_step=1,2"]), "not those of one run"),
+        (damaged(axes={}), "has no axes, sampler or number of trials"),
         (damaged(axes={"run_dir": {"choices": ["/a", "/b"]}}), "damaged"),
         (damaged(axes={"trusted_packages": {"choices": ["[a]"]}}), "damaged"),
         (damaged(axes={"hydra.searchpath": {"choices": ["[/a]"]}}), "damaged"),
@@ -319,8 +319,8 @@ def damaged(**changes: Any) -> dict[str, Any]:
         (damaged(steps_per_task="many"), "damaged"),
         (damaged(env=None), "damaged"),
         (damaged(launcher={}), "damaged"),
-        (damaged(launcher={"_target_": "mtrl_cli.launchers.slurm.SlurmLauncher", "setup": ["rm"]}), "say where to go on"),
-        (damaged(launcher={"_target_": "evil.local.LocalLauncher"}), "say where to go on"),
+        (damaged(launcher={"_target_": "mtrl_cli.launchers.slurm.SlurmLauncher", "setup": ["rm"]}), "to resume on this machine"),
+        (damaged(launcher={"_target_": "evil.local.LocalLauncher"}), "to resume on this machine"),
     ],
 )
 def test_a_plan_from_a_stranger_is_checked(tmp_path: Path, record: dict[str, Any], message: str) -> None:
@@ -333,7 +333,7 @@ def test_a_plan_from_a_stranger_is_checked(tmp_path: Path, record: dict[str, Any
 
 
 def test_what_is_no_sweep(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is no sweep: it has no sweep.json"):
+    with pytest.raises(UserError, match=r"is not a sweep: it has no sweep.json"):
         sweep_plan.load(tmp_path)
     (tmp_path / "sweep.json").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="link out of"):

@@ -26,7 +26,7 @@ def grid(run_dir: Path | None = None, trusted: tuple[str, ...] = (), **axes: str
     """A plan over axes, each given as its words between blanks."""
     choices = {key.replace("__", "/"): Choices(tuple(words.split())) for key, words in axes.items()}
     return Plan(
-        words=WORDS,
+        shared=WORDS,
         axes=choices,
         points=sweep_plan.points_of(choices, None),
         search=SEARCH,
@@ -73,7 +73,7 @@ def test_one_lucky_seed_is_no_better_configuration() -> None:
 def test_the_command_composes_whatever_the_words_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     plan = grid(env__tasks="[CartPole-v1] [Acrobot-v1,CartPole-v1]", seed="1")
-    plan = sweep_plan.replace(plan, words=("env=classic_pack",), axes={"env.tasks": plan.axes["env/tasks"]})
+    plan = sweep_plan.replace(plan, shared=("env=classic_pack",), axes={"env.tasks": plan.axes["env/tasks"]})
     best = summary.best(plan, [({"env.tasks": "[Acrobot-v1,CartPole-v1]", "optimizer.lr": 1.25e-05}, 1.0)])
     assert best is not None
     words = shlex.split(best.command(plan))
@@ -143,14 +143,14 @@ def begun(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
 
 def test_a_sweep_that_has_not_begun_is_listed(tmp_path: Path) -> None:
     listed = dry_run.list_sweep(grid(tmp_path / "new", network__sharing="hard film", seed="0 1")).splitlines()
-    assert listed[0].startswith("4 trials, a grid; judged by eval/score/mean")
+    assert listed[0].startswith("4 trials, a grid; ranked by eval/score/mean")
     assert listed[-6:] == [
         "trial  overrides",
         "0      network/sharing=hard seed=0",
         "1      network/sharing=hard seed=1",
         "2      network/sharing=film seed=0",
         "3      network/sharing=film seed=1",
-        "how long it takes is not known: no trial was worked on yet",
+        "time: unknown, no trial has started yet",
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -173,7 +173,7 @@ def test_a_sweep_that_has_begun_tells_how_far_it_is_and_how_long_the_rest_takes(
         ["3", "waiting", "-", "-", "network/sharing=film", "seed=1"],
     ]
     # 0.1 s a step; 500 and 1,000 steps are left, two trials at a time.
-    assert listed[8:] == ["trial 1: no memory", "worked on so far: 2 trials, 2:30 in all", "the rest: about 1:15, 2 at a time"]
+    assert listed[8:] == ["trial 1: no memory", "time: 2:30 for 2 trials so far", "remaining: about 1:15 with 2 at a time"]
 
 
 def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
     }
     plan = sweep_plan.replace(grid(tmp_path, seed="0"), axes=axes, points=None, search={**SEARCH, "sampler": "tpe", "trials": 3})
     listed = dry_run.list_sweep(plan)
-    assert "3 trials, chosen by tpe, seed 0" in listed
-    assert "  optimizer.lr: from 1e-05 to 0.001 (even on a logarithmic scale)\n" in listed
-    assert "  agent.n_step: from 1 to 8 (whole)\n" in listed
+    assert "3 trials, sampled by tpe, seed 0" in listed
+    assert "  optimizer.lr: from 1e-05 to 0.001 (logarithmic)\n" in listed
+    assert "  agent.n_step: from 1 to 8 (integers)\n" in listed
     assert "  agent: one of dqn, pqn\n" in listed
     begun(plan, tmp_path, {"number": 0, "overrides": ["agent.n_step=3"], "value": 0.5, "seconds": 60.0})
     listed = dry_run.list_sweep(plan)

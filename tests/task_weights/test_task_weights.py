@@ -18,6 +18,7 @@ from tests.helpers.fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weig
 from tests.helpers.learners import NAMES, fill, learner_of, parameters, restored, rows, saved
 from tests.helpers.loops import NAMES as GAMES
 from tests.helpers.loops import loop_of, run
+from tests.helpers.replay_reference import transition
 
 # Metrics at which a few updates show what thousands would.
 QUICK: dict[str, dict[str, Any]] = {
@@ -44,9 +45,9 @@ def updates(weights: TaskWeights, numbers: range) -> list[torch.Tensor]:
     for number in numbers:
         gradients = random_gradients(number, len(weights.tasks))
         if number % 3 == 1:
-            weights.hear_scores({"t0": 2.0 * number})
+            weights.update_scores({"t0": 2.0 * number})
         weight_K = weights.backward(gradients)
-        if weights.looks_back:
+        if weights.uses_losses_after_step:
             weights.after_step(gradients.loss_K * torch.linspace(0.5, 1.1, len(gradients.loss_K)))
         given.append(torch.cat([gradients.result_P, weight_K]))
     return given
@@ -67,7 +68,7 @@ def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
         weight_K = weights.backward(gradients)
         torch.testing.assert_close(gradients.result_P, row_P, rtol=1e-4, atol=1e-5)
         assert weight_K.sum() == pytest.approx(1, abs=1e-4)
-        if weights.looks_back:
+        if weights.uses_losses_after_step:
             weights.after_step(gradients.loss_K)
 
 
@@ -122,7 +123,7 @@ def test_degenerate_gradients_give_finite_weights(name: str, case: str) -> None:
         gradients = GivenGradients(rows_KP, loss_K)
         assert torch.isfinite(weights.backward(gradients)).all()
         assert torch.isfinite(gradients.result_P).all()
-        if weights.looks_back:
+        if weights.uses_losses_after_step:
             weights.after_step(loss_K)
 
 
@@ -213,13 +214,13 @@ def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
     resumed = restored(learner(1), saved(alone), alone.replay)
     for each in (alone, resumed):
         for step, row in enumerate(rows(4, start=20)):
-            each.replay.add(**row)
+            each.replay.add(transition(row))
             each.update(5 + step)
-        each.check_finite()
+        each.metrics.check_finite()
     for key, tensor in parameters(alone).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[key]), key
-    metrics = alone.row()
-    assert metrics == resumed.row()
+    metrics = alone.read_metrics()
+    assert metrics == resumed.read_metrics()
     assert all(f"weight/{task}" in metrics for task in NAMES)
 
 
@@ -229,10 +230,10 @@ def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
 def test_score_gap_by_hand() -> None:
     """References are 10, 20 and 30, random play is 0."""
     weights = weights_of("score_gap", temperature=0.5, half_life=1)
-    weights.hear_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (cut), and never heard
+    weights.update_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (cut), and never heard
     gap_K = torch.tensor([0.75, 0.5, 1.0])  # half the way from 1 to 0.5, 0 and 1
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
-    weights.hear_scores({"t0": -4.0, "t1": 20.0, "t2": 30.0})
+    weights.update_scores({"t0": -4.0, "t1": 20.0, "t2": 30.0})
     gap_K = torch.tensor([0.875, 0.25, 0.5])
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
 
@@ -241,16 +242,16 @@ def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
     once, often = weights_of("score_gap", half_life=3), weights_of("score_gap", half_life=3)
     for update in range(6):
         for weights in [once] if update else [once, often]:
-            weights.hear_scores({"t1": 10.0})
+            weights.update_scores({"t1": 10.0})
         for _ in range(5 * (update % 2)):
-            often.hear_scores({"t1": 10.0})
+            often.update_scores({"t1": 10.0})
         assert torch.equal(once.backward(random_gradients(update)), often.backward(random_gradients(update)))
 
 
 def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
     loop = loop_of()
     weights = loop.learner.task_weights = ScoreGap(tasks_of(GAMES), temperature=0.5, half_life=1)
-    loop.begin()
+    loop.reset()
     run(loop, 60)
     recent = loop.statistics.recent()
     assert len(recent) == len(GAMES)
@@ -262,11 +263,11 @@ def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
 def test_score_gap_is_bounded_and_uniform_at_both_ends() -> None:
     weights = weights_of("score_gap", 2, temperature=0.5, half_life=1)
     assert weights.backward(random_gradients(0, 2)).tolist() == [0.5, 0.5]
-    weights.hear_scores({"t0": 1e9, "t1": -1e9})
+    weights.update_scores({"t0": 1e9, "t1": -1e9})
     for _ in range(60):
         weight_K = weights.backward(random_gradients(0, 2))
     assert float(weight_K[1] / weight_K[0]) == pytest.approx(torch.tensor(2.0).exp().item(), rel=1e-5)
-    weights.hear_scores({"t0": 10.0, "t1": 20.0})
+    weights.update_scores({"t0": 10.0, "t1": 20.0})
     for _ in range(60):
         weight_K = weights.backward(random_gradients(0, 2))
     assert weight_K.tolist() == pytest.approx([0.5, 0.5])

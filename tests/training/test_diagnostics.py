@@ -20,10 +20,10 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import PerTask
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP
-from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, ReplaySpec, UniformReplay
+from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, ReplaySpec, Transition, UniformReplay
 from mtrl_cli.training.diagnostics import (
     PAIRED_TASKS,
-    ROUTED_FIGURES,
+    ROUTED_METRICS,
     SAMPLES,
     Diagnostics,
     dormant_share,
@@ -35,6 +35,7 @@ from mtrl_cli.training.diagnostics import (
 )
 from tests.helpers.command import MtrlHere
 from tests.helpers.learners import fill, learner_of
+from tests.helpers.shared import Shared
 from tests.helpers.structures import STRUCTURES, structure
 from tests.helpers.tiny_runs import TASKS, TINY, learning_rows, model, rows
 
@@ -176,9 +177,7 @@ class Quadratic(Agent):
     def losses(self, batch: Batch) -> Losses:
         features_KBF = self.network.features(batch.observation.flatten(2, 3))
         loss_KB = 0.5 * (features_KBF - self.goal_KF[:, None]).square().sum(2)
-        return Losses(loss_KB, loss_KB.detach(), loss_KB.detach().mean(1))
-
-    def after_update(self, updates: int) -> None: ...
+        return Losses(loss_KB, loss_KB.detach(), loss_KB.detach().mean(1), torch.zeros_like(loss_KB))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -216,9 +215,10 @@ def diagnostics_of(sharing: Sharing, goal_KF: torch.Tensor, *, varied: bool = Fa
     random = torch.Generator().manual_seed(0)
     for _ in range(5):
         shown = torch.randn(K, 2, 2, generator=random) if varied else torch.ones(K, 2, 2)
-        replay.add(shown, nothing, torch.zeros(K, 2, dtype=torch.int64), torch.zeros(K, 2), nothing, nothing)
+        action, reward = torch.zeros(K, 2, dtype=torch.int64), torch.zeros(K, 2)
+        replay.add(Transition(shown, nothing, action, reward, nothing, nothing, nothing, reward))
     network = MultiTaskNetwork(sharing, PlainHead(goal_KF.shape[1], [2] * K), observation_scale=1.0)
-    return Diagnostics(Quadratic(network, goal_KF), replay, [f"task{k}" for k in range(K)], every=10, seed=0)
+    return Diagnostics(Quadratic(network, goal_KF), replay, [f"task{k}" for k in range(K)], seed=0)
 
 
 def test_metrics_of_gradients_that_are_known() -> None:
@@ -273,7 +273,7 @@ def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
     assert report.metrics["grad/cosine/mean"] == pytest.approx(float(cosines.mean()), abs=1e-6)
     height, width, _ = report.pictures["grad/cosine"].shape
     assert 57 * 14 <= height < width < 1200
-    assert ROUTED_FIGURES < 57 * 5
+    assert ROUTED_METRICS < 57 * 5
     assert not [name for name in report.metrics if name.startswith("routing/")]
     assert "routing/gate" in report.pictures
 
@@ -302,7 +302,7 @@ def test_similarity_of_tasks_in_every_structure(name: str) -> None:
 
 def test_paths_are_compared_by_what_all_tasks_see() -> None:
     learner = fill(learner_of())
-    diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0)
+    diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0)
     seen: list[torch.Tensor] = []
     features = learner.agent.network.features
 
@@ -322,7 +322,7 @@ def test_paths_are_compared_by_what_all_tasks_see() -> None:
 def test_neurons_are_those_of_all_tasks(sharing: type[Sharing]) -> None:
     learner = fill(learner_of(sharing=sharing))
     network = learner.agent.network
-    report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0).report(10)
+    report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     with torch.no_grad(), mean_activations(network.sharing) as activations:
         network.features(learner.replay.sample(SAMPLES, 0).observation.flatten(2, 3))
     # Stems of 8 for each task, then 6: shared, or for each task as well.
@@ -357,7 +357,7 @@ def test_every_structure_can_be_looked_into(name: str) -> None:
 def test_a_look_leaves_no_trace_and_depends_on_the_step_alone(replay: type[Replay]) -> None:
     learner = fill(learner_of(replay))
     learner.update(20)
-    diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0)
+    diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0)
 
     def state() -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
@@ -379,40 +379,37 @@ def test_compiled_losses_are_looked_at_without_compiling_anew() -> None:
     from torch._dynamo.utils import counters
 
     learner = fill(learner_of())
-    eager = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0).report(10)
+    eager = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     agent: Any = learner.agent
     agent._compiled_losses = torch.compile(agent._losses, dynamic=False, backend="aot_eager")  # no compiler: quick, and as forgetful
     learner.warm_up()
     compiled = counters["stats"]["unique_graphs"]
-    report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], every=10, seed=0).report(10)
+    report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     learner.update(20)
     assert counters["stats"]["unique_graphs"] == compiled > 0
     assert report.metrics == eager.metrics
 
 
-def test_due_at_the_first_tick_past_each_multiple_and_at_the_end() -> None:
-    learner = fill(learner_of())
-    assert learner.replay.spec.num_envs == 3  # a tick is three steps
-    agent, replay = learner.agent, learner.replay
-    diagnostics = Diagnostics(agent, replay, ["pong", "qbert"], every=5, seed=0)
-    assert [step for step in range(3, 25, 3) if diagnostics.due(step, step == 24)] == [6, 12, 15, 21, 24]
-    assert not any(Diagnostics(agent, replay, ["pong", "qbert"], every=0, seed=0).due(step, True) for step in range(3, 25, 3))
-    empty = learner_of()
-    assert not Diagnostics(empty.agent, empty.replay, ["pong", "qbert"], every=5, seed=0).due(10, True)
+def test_diagnostics_are_ready_once_the_replay_can_be_sampled() -> None:
+    for learner, ready in ((learner_of(), False), (fill(learner_of()), True)):
+        assert Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).ready == ready
 
 
 # -- through the command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tiny runs: with diagnostics, without, and with nothing shared."""
-    here = MtrlHere(tmp_path_factory.mktemp("runs"))
+@pytest.fixture
+def runs(shared: Shared) -> Path:
+    """Three tiny runs: with diagnostics, without, and with independent networks."""
     tiny = [*TINY, "steps_per_task=400", "eval.every=0", "replay=prioritized", "agent/value_scale=popart"]
-    here("train", *tiny, "run_dir=with", "log.diagnostics=150")
-    here("train", *tiny, "run_dir=without", "log.diagnostics=0")
-    here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
-    return here.folder
+
+    def train(folder: Path) -> None:
+        here = MtrlHere(folder)
+        here("train", *tiny, "run_dir=with", "log.diagnostics=150")
+        here("train", *tiny, "run_dir=without", "log.diagnostics=0")
+        here("train", *tiny, "run_dir=independent", "log.diagnostics=150", "network/sharing=independent")
+
+    return shared.folder("diagnostics", train)
 
 
 def diagnosed(run: Path) -> list[dict[str, float]]:
@@ -474,7 +471,7 @@ def test_a_resumed_run_writes_the_metrics_that_it_would_have_written(runs: Path,
     before, bytes_before = learning_rows(run), model(run)
     newest = run / "checkpoints" / "400" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert "going on from step 200" in here("resume", run).stdout
+    assert "resuming from step 200" in here("resume", run).stdout
     assert learning_rows(run) == before
     assert model(run) == bytes_before
     assert [step for tag, step in images(run) if tag == "grad/cosine"] == [152, 304, 400]

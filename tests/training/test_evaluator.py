@@ -10,7 +10,7 @@ import torch
 
 from mtrl_cli.errors import Stopped
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.training.evaluator import Evaluator, Games, metrics, ranking, summarise
+from mtrl_cli.training.evaluator import Episodes, Evaluator, metrics, ranking, summarise
 from tests.helpers.fake_pack import FakeGame, FakePack, LikesTheLast
 
 CPU = torch.device("cpu")
@@ -21,12 +21,12 @@ def evaluator(pack: FakePack, **changes: Any) -> Evaluator:
     return Evaluator(pack, **(settings | changes))
 
 
-def play(pack: FakePack, **changes: Any) -> Games:
+def play(pack: FakePack, **changes: Any) -> Episodes:
     network: MultiTaskNetwork = LikesTheLast(pack)  # type: ignore[assignment]
     return evaluator(pack, **changes).play(network, lambda: None)
 
 
-def played_again(pack: FakePack, task: int, games: Games) -> float:
+def played_again(pack: FakePack, task: int, games: Episodes) -> float:
     """The return of a task's first game, from its seed and actions."""
     seed, actions = games.first[pack.tasks[task].name]
     game = FakeGame(pack.tasks[task])
@@ -133,7 +133,7 @@ def test_epsilon_is_the_share_of_random_actions() -> None:
 
 # -- what is made of it ---------------------------------------------------------------------------------------------------------
 
-PLAYED = Games({"short": [0.0, 10.0], "long": [5.0, 15.0]}, {"short": 0, "long": 1})
+PLAYED = Episodes({"short": [0.0, 10.0], "long": [5.0, 15.0]}, {"short": 0, "long": 1})
 
 
 def test_a_summary_by_hand() -> None:
@@ -168,5 +168,5 @@ def test_without_reference_scores_there_are_returns_only() -> None:
 
 
 def test_without_reference_scores_a_single_task_is_ranked_by_its_return() -> None:
-    games = Games({"short": [1.0, 2.0]}, {"short": 0})
+    games = Episodes({"short": [1.0, 2.0]}, {"short": 0})
     assert ranking(summarise(games, FakePack(["short"], scores=False), step=1, checkpoint="1")) == 1.5

@@ -1,4 +1,4 @@
-"""Freezing and thawing: whose bytes change, when, and with which state of the optimizer."""
+"""Freezing and unfreezing: which parameters change, when, and with which optimizer state."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def moved(network: MultiTaskNetwork, freezing: Freezing, optimizer: torch.optim.
     for _ in range(updates):
         for parameter in network.parameters():
             parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-        freezing.drop_gradients()
+        freezing.before_step()
         optimizer.step()
-        freezing.put_back()
+        freezing.after_step()
     pieces = pieces_of(network, tasks).items()
     return {key for key, piece in pieces if not torch.equal(piece.of(network.state_dict()), piece.of(before))}
 
@@ -78,34 +78,34 @@ BODY = {(None, "torso", 1), (None, "torso", 2)}
         ("all_but_heads", STEMS | BODY),
     ],
 )
-def test_frozen_parts_keep_their_bytes_and_all_others_move(freeze: str, still: set[Any], name: str) -> None:
+def test_frozen_parameters_keep_their_bytes_and_all_others_change(freeze: str, still: set[Any], name: str) -> None:
     network = network_of("hard", "abc")
     freezing = Freezing(network, freeze=freeze)
-    freezing.begin(everything(network))
+    freezing.freeze(everything(network))
     changed = moved(network, freezing, OPTIMIZERS[name](list(network.parameters())))
     assert kinds(network, changed) == (STEMS | BODY | HEADS) - still
-    assert freezing.number == sum(
+    assert freezing.count == sum(
         piece.of(network.state_dict()).numel() for key, piece in pieces_of(network, list("abc")).items() if key not in changed
     )
 
 
-def test_what_the_structure_adds_is_frozen_by_all_but_heads_alone() -> None:
+def test_parameters_of_the_sharing_structure_are_frozen_only_by_all_but_heads() -> None:
     for freeze, moves in (("torso", True), ("all_but_heads", False)):
         network = network_of("film", "abc")
         freezing = Freezing(network, freeze=freeze)
-        freezing.begin(everything(network))
+        freezing.freeze(everything(network))
         changed = moved(network, freezing, torch.optim.AdamW(network.parameters()))
         assert any(kind == "sharing" for _, kind, _ in kinds(network, changed)) == moves
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("sharing", ["hard", "input_adapters", "film", "independent"])
-def test_a_freeze_never_covers_what_is_fresh(sharing: str, name: str) -> None:
+def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
     """Two tasks to three: the stem and head of the new one train, though they lie in the same tensors."""
     source, network = network_of(sharing, "ab", seed=1), network_of(sharing, "abc", seed=2)
     found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
     freezing = Freezing(network, freeze="all_but_heads")
-    freezing.begin(found.rows)
+    freezing.freeze(found.rows)
     optimizer = OPTIMIZERS[name](list(network.parameters()))
     changed = moved(network, freezing, optimizer)
     fresh = {
@@ -115,15 +115,15 @@ def test_a_freeze_never_covers_what_is_fresh(sharing: str, name: str) -> None:
     assert ("c", "torso", 0) in fresh
 
 
-def test_frozen_rows_of_what_tasks_share_have_no_part_in_gradients_of_tasks() -> None:
+def test_frozen_rows_of_shared_parameters_have_zero_task_gradients() -> None:
     """PLE keeps tasks' own experts and shared ones in one tensor, of which a source with another task gives some rows."""
     source, network = network_of("ple", "ab", seed=1), network_of("ple", "bc", seed=2)
     found = take(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
     freezing = Freezing(network, freeze="torso")
-    freezing.begin(found.rows)
+    freezing.freeze(found.rows)
     shared, own = network.shared_parameters(), network.own_parameters()
     observation = torch.rand(2, 4, 6)
-    trained = freezing.trained_rows(shared)
+    trained = freezing.row_masks(shared)
     assert trained
     loss_K = network.outputs(observation)[..., :2].square().mean((1, 2))
     rows = AutogradGradients(loss_K, shared, own, trained).rows().split([parameter.numel() for parameter in shared], 1)
@@ -133,52 +133,48 @@ def test_frozen_rows_of_what_tasks_share_have_no_part_in_gradients_of_tasks() ->
         assert (row_KP * mask).any()
 
 
-def test_thaws_by_hand() -> None:
+def test_selected_layers_include_the_stem() -> None:
     network = network_of("hard", "abc")
     assert layers_of(network) == 3
-    freezing = Freezing(network, freeze="torso", unfreeze_at=100, gradual=True)
-    freezing.begin(everything(network))
-    assert freezing.moments == [100, 200, 300]
-    assert [freezing.stage_at(step) for step in (0, 99, 100, 199, 200, 299, 300, 10**9)] == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [
-        Freezing(network, freeze="torso:2", unfreeze_at=7, gradual=gradual)._thaws.get("sharing.body.0.0.weight") for gradual in (0, 1)
-    ] == [7, 7]
-    assert Freezing(network, freeze="torso:2", unfreeze_at=7, gradual=True)._thaws["sharing.stem.stacked.0:weight"] == 14
-    assert "sharing.body.1.0.weight" not in Freezing(network, freeze="torso:2", unfreeze_at=7)._thaws
+    freezing = Freezing(network, freeze="torso:2")
+    freezing.freeze(everything(network))
+    assert {"sharing.stem.stacked.0:weight", "sharing.body.0.0.weight"} <= freezing.frozen
+    assert "sharing.body.1.0.weight" not in freezing.frozen
 
 
-def test_layers_thaw_from_the_heads_down_to_the_input() -> None:
-    network = network_of("hard", "abc")
-    freezing = Freezing(network, freeze="torso", unfreeze_at=100, gradual=True)
-    freezing.begin(everything(network))
+def test_all_layers_are_unfrozen_at_the_given_step() -> None:
+    network = network_of("film", "abc")
+    freezing = Freezing(network, freeze="all_but_heads", unfreeze_at=100)
+    freezing.freeze(everything(network))
     optimizer = torch.optim.AdamW(network.parameters())
-    seen = []
-    for stage in range(4):
-        freezing.move_to(stage)
-        seen.append(kinds(network, moved(network, freezing, optimizer)) - HEADS)
-    assert seen == [set(), {(None, "torso", 2)}, BODY, BODY | STEMS]
-    assert freezing.number == 0
-    assert [freezing.what_thawed(stage).partition(";")[0] for stage in (1, 2, 3)] == [
-        f"thawed at step {step}: layer {layer} of the torso" for step, layer in ((100, 3), (200, 2), (300, 1))
-    ]
+    freezing.before_update(99)
+    assert kinds(network, moved(network, freezing, optimizer)) == HEADS
+    assert freezing.is_active
+    assert not freezing.is_unfrozen
+    freezing.before_update(102)
+    assert kinds(network, moved(network, freezing, optimizer)) >= BODY | STEMS | HEADS
+    assert freezing.is_unfrozen
+    assert freezing.count == 0
+    expected = "unfroze layers 1, 2, 3 of the torso and the sharing structure at step 100; all parameters are trained"
+    assert freezing.describe_unfreezing() == expected
 
 
 @pytest.mark.parametrize(("freeze", "layers"), [("torso:4", 3), ("torso:9", 3)])
-def test_more_layers_than_there_are_are_refused(freeze: str, layers: int) -> None:
+def test_more_layers_than_the_torso_has_are_refused(freeze: str, layers: int) -> None:
     with pytest.raises(ValueError, match=f"has {layers} layers"):
         Freezing(network_of("hard", "ab"), freeze=freeze)
 
 
-def test_state_is_that_of_this_network_or_refused() -> None:
+def test_state_of_another_network_is_refused() -> None:
     network = network_of("input_adapters", "abc")
     freezing = Freezing(network, freeze="torso", unfreeze_at=5)
-    freezing.begin({"sharing.stem.stacked.0:weight": [0, 2], "sharing.body.0.0.weight": ALL})
+    freezing.freeze({"sharing.stem.stacked.0:weight": [0, 2], "sharing.body.0.0.weight": ALL})
     other = Freezing(network, freeze="torso", unfreeze_at=5)
     other.load_state_dict(freezing.state_dict())
-    assert other.number == freezing.number == 8 * 4 + 8 * 2 + 8 * 7
+    assert other.count == freezing.count == 8 * 4 + 8 * 2 + 8 * 7
     for wrong in ({"nowhere": ALL}, {"sharing.stem.stacked.0:weight": [3]}):
         with pytest.raises(ValueError, match="not of this network"):
-            other.load_state_dict({"loaded": wrong, "stage": 0})
+            other.load_state_dict({"loaded": wrong, "is_unfrozen": False})
 
 
 # -- in the learner -------------------------------------------------------------------------------------------------------------
@@ -198,8 +194,16 @@ def frozen_learner(weighting: str = "uniform", recorder: Any = None, **keys: Any
         shared = network.shared_parameters()
         return tape_for(network, shared, network.own_parameters(), sample) if shared and weights.needs != "losses" else None
 
-    parts = {"tape": tape(), "make_tape": tape, "recorder": recorder, "freezing": Freezing(network, **keys)}
-    return Learner(agent, replay, Pipeline(), weights, optimizer, NAMES, **parts)
+    return Learner(
+        agent, replay, Pipeline(), weights, optimizer, NAMES, callbacks=[Freezing(network, **keys)], make_tape=tape, recorder=recorder
+    )
+
+
+def freeze(learner: Learner, loaded: dict[str, list[int] | None]) -> None:
+    freezing = learner.callbacks[0]
+    assert isinstance(freezing, Freezing)
+    freezing.freeze(loaded)
+    learner.rebuild()
 
 
 def changed(learner: Learner, steps: range) -> set[str]:
@@ -213,27 +217,25 @@ HEAD, LAYER, STEM = "head.linear", "sharing.body.0.0", "sharing.stem.stacked"
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "pcgrad", "cagrad", "dwa", "graddrop", "imtl_g"])
-def test_with_every_kind_of_weighting_only_what_is_thawed_moves_recorded_or_not(weighting: str) -> None:
-    learners = [
-        frozen_learner(weighting, recorder, freeze="torso", unfreeze_at=10, gradual=True) for recorder in (None, RecordedOperations)
-    ]
+@pytest.mark.parametrize(("frozen", "trained"), [("torso", set()), ("torso:1", {LAYER})])
+def test_frozen_layers_do_not_move_with_any_task_weights_recorded_or_not(weighting: str, frozen: str, trained: set[str]) -> None:
+    learners = [frozen_learner(weighting, recorder, freeze=frozen, unfreeze_at=10) for recorder in (None, RecordedOperations)]
     for learner in learners:
-        learner.freeze(everything(learner.agent.network))
-        assert changed(learner, range(10)) == {HEAD}
-        assert learner.row()["transfer/frozen"] == (5 + 3) * 8 + 16 + 8 * 6 + 6
-        assert changed(learner, range(10, 20)) == {HEAD, LAYER}
-        assert changed(learner, range(20, 30)) == {HEAD, LAYER, STEM}
-        assert learner.row()["transfer/frozen"] == 0
-        learner.check_finite()
+        freeze(learner, everything(learner.agent.network))
+        assert changed(learner, range(10)) == {HEAD, *trained}
+        assert learner.read_metrics()["transfer/frozen"] == (5 + 3) * 8 + 16 + (0 if trained else 8 * 6 + 6)
+        assert changed(learner, range(10, 20)) == {HEAD, LAYER, STEM}
+        assert learner.read_metrics()["transfer/frozen"] == 0
+        learner.metrics.check_finite()
     eager, recorded = map(parameters, learners)
     assert all(torch.equal(value, recorded[name]) for name, value in eager.items())
 
 
-def test_what_thaws_begins_with_fresh_moments_also_where_some_rows_were_trained_before() -> None:
+def test_unfrozen_parameters_start_with_fresh_optimizer_state_even_if_partly_trained_before() -> None:
     """A thawed tensor's first step is that of a new optimizer: of the size of the learning rate, which Adam's first is."""
     learner = frozen_learner(freeze="torso", unfreeze_at=6)
     rows: dict[str, list[int] | None] = dict.fromkeys(learner.agent.network.state_dict(), ALL)
-    learner.freeze(rows | {name: [1] for name in rows if "stem" in name})
+    freeze(learner, rows | {name: [1] for name in rows if "stem" in name})
     stem = learner.agent.network.get_parameter("sharing.stem.stacked.0:weight")
     before = stem.detach().clone()
     for step in range(6):
@@ -247,22 +249,22 @@ def test_what_thaws_begins_with_fresh_moments_also_where_some_rows_were_trained_
     assert not torch.equal(stem[1], before[1])
 
 
-def test_gradients_of_frozen_rows_count_for_nothing_when_gradients_are_clipped() -> None:
+def test_gradients_of_frozen_rows_are_zeroed_before_clipping() -> None:
     network = network_of("input_adapters", "ab")
     freezing = Freezing(network, freeze="torso")
-    freezing.begin({"sharing.stem.stacked.0:weight": [1]})
+    freezing.freeze({"sharing.stem.stacked.0:weight": [1]})
     stem = network.get_parameter("sharing.stem.stacked.0:weight")
     stem.grad = torch.ones_like(stem)
-    freezing.drop_gradients()
+    freezing.before_step()
     assert stem.grad[0].all()
     assert not stem.grad[1].any()
 
 
-def test_adapters_of_low_rank_train_beside_a_frozen_torso() -> None:
+def test_low_rank_adapters_of_a_frozen_torso_are_trained() -> None:
     network = network_of("hard", "abc")
     add_adapters(network.sharing, 2)
     freezing = Freezing(network, freeze="torso")
-    freezing.begin(everything(network))
+    freezing.freeze(everything(network))
     changed = kinds(network, moved(network, freezing, torch.optim.AdamW(network.parameters())))
     assert changed == HEADS | {(task, "adapters", None) for task in "abc"}
     assert len(VECTORS) == 3
@@ -270,7 +272,7 @@ def test_adapters_of_low_rank_train_beside_a_frozen_torso() -> None:
 
 
 @pytest.mark.parametrize("sharing", ["hard", "independent"])
-def test_what_spectral_norm_knows_of_frozen_layers_stays_too(sharing: str) -> None:
+def test_singular_vectors_of_frozen_layers_are_kept(sharing: str) -> None:
     """Of a stacked layer whose rows are frozen in part, those rows; and known tasks say what they said."""
     torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
     source, network = network_of(sharing, "ab", torso, seed=1), network_of(sharing, "abc", torso, seed=2)
@@ -278,12 +280,12 @@ def test_what_spectral_norm_knows_of_frozen_layers_stays_too(sharing: str) -> No
     seen = observations([VECTORS[0], VECTORS[1], VECTORS[2]])
     assert torch.allclose(network(seen)[:2, :, :2], source(seen[:2])[:, :, :2], atol=1e-6)
     freezing = Freezing(network, freeze="torso")
-    freezing.begin(found.rows)
+    freezing.freeze(found.rows)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     changed = moved(network, freezing, torch.optim.AdamW(network.parameters(), 0.1))
     for layer in spectral_layers(network):
         layer.power_step()
-    freezing.put_back()
+    freezing.after_step()
     vectors = {key: piece for key, piece in pieces_of(network, list("abc")).items() if piece.tensor in before}
     assert vectors
     for key, piece in vectors.items():

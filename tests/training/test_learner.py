@@ -1,4 +1,4 @@
-"""The learner: when updates are due, what an update does, metrics, losses that are not finite, and going on identically."""
+"""Learner: when updates are due, the parts of an update, metrics, losses that are not finite, and exact resume."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.errors import RunError
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
-from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, UniformReplay
+from mtrl_cli.replay.buffers import Batch, PrioritizedReplay, Replay, Transition, UniformReplay
 from mtrl_cli.task_weights.base import TaskWeights
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from mtrl_cli.task_weights.tape import TapedGradients, tape_for
+from mtrl_cli.training.callbacks import Callback
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
 from tests.helpers.fake_tasks import tasks_of, weights_of
 from tests.helpers.learners import NAMES, SPEC, fill, learner_of, parameters, restored, rows, saved
+from tests.helpers.replay_reference import transition
 
 # -- when updates are due -------------------------------------------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ def test_updates_that_are_due_by_hand(batch_size: int, samples_per_step: float, 
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8, 50])
-def test_however_steps_are_counted_the_same_updates_are_made(stride: int) -> None:
+def test_number_of_updates_does_not_depend_on_the_stride_of_steps(stride: int) -> None:
     learner = fill(learner_of(batch_size=4, samples_per_step=0.7, learning_starts=10))
     for step in range(0, 211, stride):
         learner.run_due_updates(step)
@@ -49,7 +51,7 @@ def test_however_steps_are_counted_the_same_updates_are_made(stride: int) -> Non
     assert learner.updates == int((last - 10) * 0.7 / 4)
 
 
-def test_nothing_is_due_before_there_is_anything_to_sample() -> None:
+def test_no_update_is_due_before_the_replay_can_be_sampled() -> None:
     learner = learner_of(batch_size=4, samples_per_step=1.0, learning_starts=0)
     learner.run_due_updates(100)
     assert learner.updates == 0
@@ -58,7 +60,7 @@ def test_nothing_is_due_before_there_is_anything_to_sample() -> None:
     assert learner.updates == 25  # what was missed is made up for
 
 
-def test_with_an_empty_replay_it_gathers_anew_and_makes_up_for_nothing() -> None:
+def test_refilled_replay_does_not_make_up_for_missed_updates() -> None:
     learner = fill(learner_of(batch_size=4, samples_per_step=1.0, learning_starts=100))
     learner.run_due_updates(140)
     assert learner.updates == 10
@@ -84,7 +86,7 @@ class FakeNetwork(nn.Module):
 
 
 class FakeAgent(Agent):
-    """One parameter per task, whose gradients are given; everything else is noted."""
+    """One parameter per task with given losses and gradients. Records calls."""
 
     def __init__(self, losses: list[list[float]], slopes: list[float]):
         self.network = FakeNetwork(len(slopes))  # type: ignore[assignment]
@@ -92,7 +94,8 @@ class FakeAgent(Agent):
         self.batch_size, self.samples_per_step, self.learning_starts, self.n_step = 2, 2.0, 0, 3
         self._losses, self._slopes = losses, torch.tensor(slopes)
         self.seen: list[Batch] = []
-        self.followed: list[int] = []
+        self.stepped: list[Batch] = []
+        self.synced_after: list[int] = []
 
     def epsilon(self, step: int) -> Any:
         raise NotImplementedError
@@ -102,10 +105,14 @@ class FakeAgent(Agent):
         # Of the given value, and of the given slope in the parameter.
         through = (self.parameter - self.parameter.detach()) * self._slopes
         loss_KB = torch.tensor(self._losses[len(self.seen) - 1])[:, None] + through[:, None] + torch.tensor([-1.0, 1.0])
-        return Losses(loss_KB, torch.full((2, 2), float(len(self.seen))), torch.tensor([10.0, 20.0]) * len(self.seen))
+        error_KB, q_K = torch.full((2, 2), float(len(self.seen))), torch.tensor([10.0, 20.0]) * len(self.seen)
+        return Losses(loss_KB, error_KB, q_K, torch.zeros(2, 2))
 
-    def after_update(self, updates: int) -> None:
-        self.followed.append(updates)
+    def after_step(self, batch: Any, losses: Losses) -> None:
+        self.stepped.append(batch)
+
+    def sync_target(self, names: Any = None) -> None:
+        self.synced_after.append(len(self.stepped))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -124,11 +131,11 @@ def fake_learner(losses: list[list[float]], slopes: tuple[float, float] = (6.0, 
 def test_metrics_are_means_since_the_last_row() -> None:
     """Two updates, losses 1 and 3 of pong and 2 and 10 of qbert; the mean of the tasks' slopes is (3, 4), of norm 5."""
     learner, agent = fake_learner([[1.0, 2.0], [3.0, 10.0], [7.0, 7.0]])
-    assert learner.row() == {}
+    assert learner.read_metrics() == {}
     learner.update(1)
     learner.update(2)
-    assert agent.followed == [1, 2]
-    assert learner.row() == {
+    assert agent.stepped == agent.seen
+    assert learner.read_metrics() == {
         "loss/pong": 2.0,
         "loss/qbert": 6.0,
         "q/mean/pong": 15.0,
@@ -138,11 +145,52 @@ def test_metrics_are_means_since_the_last_row() -> None:
         "grad/norm": pytest.approx(5.0),
     }
     learner.update(3)
-    assert learner.row()["loss/pong"] == 7.0
-    assert learner.row() == {}
+    assert learner.read_metrics()["loss/pong"] == 7.0
+    assert learner.read_metrics() == {}
 
 
-def test_a_batch_is_augmented_before_the_agent_sees_it_and_errors_reach_the_replay() -> None:
+@pytest.mark.parametrize(("period", "synced_after"), [(0, []), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6])])
+def test_target_network_is_synced_every_target_period_updates(period: int, synced_after: list[int]) -> None:
+    learner, agent = fake_learner([[1.0, 1.0]] * 7)
+    agent.target_period = period
+    for step in range(7):
+        learner.update(step)
+    assert agent.synced_after == synced_after
+
+
+def test_callbacks_run_in_order_at_their_moments_of_an_update() -> None:
+    """Each callback at each moment: before the losses, before and after the optimizer step."""
+    calls: list[str] = []
+
+    class Recording(Callback):
+        def __init__(self, name: str):
+            self.name = name  # type: ignore[misc]
+
+        def before_update(self, step: int) -> None:
+            calls.append(f"{self.name} before_update {step}")
+
+        def before_losses(self) -> None:
+            assert not agent.seen
+            calls.append(f"{self.name} before_losses")
+
+        def before_step(self) -> None:
+            assert agent.parameter.grad is not None
+            assert not agent.parameter.any()
+            calls.append(f"{self.name} before_step")
+
+        def after_step(self) -> None:
+            assert agent.parameter.all()
+            assert not agent.stepped
+            calls.append(f"{self.name} after_step")
+
+    learner, agent = fake_learner([[1.0, 2.0]])
+    learner.callbacks = [Recording("a"), Recording("b")]
+    learner.update(7)
+    moments = ("before_update 7", "before_losses", "before_step", "after_step")
+    assert calls == [f"{name} {moment}" for moment in moments for name in "ab"]
+
+
+def test_losses_use_the_augmented_batch_and_priorities_use_its_errors() -> None:
     class Brighter(Pipeline):
         def __call__(self, batch: Batch) -> Batch:
             batch.observation = batch.observation + 100.0
@@ -165,7 +213,7 @@ def test_a_batch_is_augmented_before_the_agent_sees_it_and_errors_reach_the_repl
 
 
 @pytest.mark.parametrize("task", [0, 1])
-def test_with_independent_tasks_the_samples_of_one_move_nothing_of_another(task: int) -> None:
+def test_samples_of_one_independent_task_do_not_affect_another(task: int) -> None:
     """Two learners that differ in one task's rewards end with the same parameters of the other task, bit for bit."""
 
     def trained(reward: float) -> dict[str, torch.Tensor]:
@@ -173,7 +221,7 @@ def test_with_independent_tasks_the_samples_of_one_move_nothing_of_another(task:
         learner.optimizer._max_grad_norm = 0.0  # clipping the joint norm would couple the tasks
         for row in rows(20):
             row["reward"][task] = reward
-            learner.replay.add(**row)
+            learner.replay.add(transition(row))
         for step in range(10):
             learner.update(step)
         return parameters(learner)
@@ -193,7 +241,7 @@ def test_padding_stays_zero_while_learning() -> None:
     assert not state["head.advantage.bias"][1, :, 2:].any()
 
 
-def test_it_learns_what_actions_are_worth() -> None:
+def test_values_converge_to_one_step_rewards() -> None:
     """Every episode is one step long; in task 0 action 3 gives 1, in task 1 action 0 does, others nothing."""
     learner = learner_of(batch_size=32)
     shape = (2, 3)
@@ -202,7 +250,7 @@ def test_it_learns_what_actions_are_worth() -> None:
         action = torch.randint(8, shape, generator=random) % torch.tensor([[4], [2]])
         reward = torch.stack([action[0] == 3, action[1] == 0]).float()
         ends, frame = torch.ones(shape, dtype=torch.bool), torch.zeros(*shape, 5)
-        learner.replay.add(frame, ends, action, reward, ends, ~ends)
+        learner.replay.add(Transition(frame, ends, action, reward, ends, ~ends, ends, torch.zeros(shape)))
     for step in range(250):
         learner.update(step)
     q_KBA = learner.agent.network(torch.zeros(2, 1, 5))[:, 0]
@@ -215,41 +263,41 @@ def test_it_learns_what_actions_are_worth() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("task", [0, 1])
-def test_a_loss_that_is_not_finite_is_told_with_its_task_and_first_step(task: int, value: float) -> None:
+def test_error_of_a_loss_that_is_not_finite_names_its_task_and_first_step(task: int, value: float) -> None:
     bad = [1.0, 1.0]
     bad[task] = value
     learner, _ = fake_learner([[1.0, 1.0], bad, [1.0, 1.0], [value, value]])
     learner.update(10)
-    learner.check_finite()
+    learner.metrics.check_finite()
     for step in (20, 30, 40):
         learner.update(step)
     with pytest.raises(RunError) as told:
-        learner.check_finite()
+        learner.metrics.check_finite()
     assert f"task {NAMES[task]} " in str(told.value)
     assert "step 20" in str(told.value)
 
 
 @pytest.mark.parametrize("task", [0, 1])
-def test_the_task_that_began_is_named_also_where_one_step_makes_many_updates(task: int) -> None:
+def test_first_task_with_a_bad_loss_is_named_after_many_updates_in_one_step(task: int) -> None:
     """A loss that is not finite ruins the shared parameters, and with the next update every task's loss."""
     learner = learner_of()
     for row in rows(20):
         row["reward"][task] = torch.nan
-        learner.replay.add(**row)
+        learner.replay.add(transition(row))
     for _ in range(3):
         learner.update(64)
     with pytest.raises(RunError) as told:
-        learner.check_finite()
+        learner.metrics.check_finite()
     assert f"task {NAMES[task]} " in str(told.value)
     assert "step 64" in str(told.value)
 
 
-def test_a_gradient_that_is_not_finite_is_told_though_every_loss_is() -> None:
+def test_gradient_that_is_not_finite_is_an_error_although_every_loss_is_finite() -> None:
     """The step of the optimizer has ruined the parameters, and no later loss may come before they are saved."""
     learner, _ = fake_learner([[1.0, 2.0]], slopes=(1.0, float("inf")))
     learner.update(7)
     with pytest.raises(RunError) as told:
-        learner.check_finite()
+        learner.metrics.check_finite()
     assert f"task {NAMES[1]} or its gradient" in str(told.value)
     assert "step 7" in str(told.value)
 
@@ -260,7 +308,7 @@ def test_a_gradient_that_is_not_finite_is_told_though_every_loss_is() -> None:
 @pytest.mark.parametrize("before", [0, 1, 7])
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
-def test_training_goes_on_bit_for_bit_from_its_state(replay_kind: type[Replay], sharing: type[Sharing], before: int) -> None:
+def test_training_resumes_bit_for_bit_from_its_state(replay_kind: type[Replay], sharing: type[Sharing], before: int) -> None:
     alone = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
     for step in range(before):
         alone.update(step)
@@ -268,12 +316,12 @@ def test_training_goes_on_bit_for_bit_from_its_state(replay_kind: type[Replay], 
     resumed = restored(fresh, saved(alone), alone.replay)
     for learner in (alone, resumed):
         for step, row in enumerate(rows(10, start=20)):
-            learner.replay.add(**row)
+            learner.replay.add(transition(row))
             learner.update(before + step)
     for name, tensor in parameters(alone).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[name]), name
     assert alone.updates == resumed.updates == before + 10
-    assert alone.row() == resumed.row()
+    assert alone.read_metrics() == resumed.read_metrics()
 
 
 def test_due_updates_are_part_of_the_state() -> None:
@@ -286,7 +334,7 @@ def test_due_updates_are_part_of_the_state() -> None:
 
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
 @pytest.mark.parametrize("filled", [False, True])
-def test_warming_up_leaves_no_trace(replay_kind: type[Replay], filled: bool) -> None:
+def test_warm_up_does_not_affect_training(replay_kind: type[Replay], filled: bool) -> None:
     plain, warmed = learner_of(replay_kind), learner_of(replay_kind)
     if filled:
         fill(plain)
@@ -296,21 +344,21 @@ def test_warming_up_leaves_no_trace(replay_kind: type[Replay], filled: bool) -> 
     if not filled:
         fill(plain)
         fill(warmed)
-    assert warmed.row() == {}
+    assert warmed.read_metrics() == {}
     for learner in (plain, warmed):
         for step in range(5):
             learner.update(step)
-        learner.check_finite()
+        learner.metrics.check_finite()
     for name, tensor in parameters(plain).items():
         assert torch.equal(tensor, warmed.agent.network.state_dict()[name]), name
-    assert plain.row() == warmed.row()
+    assert plain.read_metrics() == warmed.read_metrics()
 
 
 # -- gradients of tasks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mgda", "pcgrad", "graddrop", "gradnorm"])
-def test_with_a_tape_it_learns_what_it_learns_without(name: str) -> None:
+def test_updates_with_and_without_a_tape_agree(name: str) -> None:
     """The same weighting on the same batches, by one backward pass and by one for each task: the same parameters to rounding."""
     networks, gradients = [], set()
     for taped in (True, False):
@@ -322,7 +370,7 @@ def test_with_a_tape_it_learns_what_it_learns_without(name: str) -> None:
         learner.task_weights = weights_of(name, num_tasks=2)
         for step in range(10):
             learner.update(step)
-        gradients.add(type(learner._differentiate(learner.replay.sample(4, 0))[1]))
+        gradients.add(type(learner._losses_and_gradients(learner.replay.sample(4, 0))[1]))
         networks.append(network)
     assert gradients == {TapedGradients, AutogradGradients}
     for (parameter, one), other in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
@@ -343,8 +391,8 @@ class Forgetful(TaskWeights):
 
 
 @pytest.mark.parametrize("part", ["gradient", "weights", "all weights"])
-def test_a_weighting_that_leaves_out_a_part_of_its_work_is_told_so(part: str) -> None:
+def test_task_weights_without_weights_or_gradient_are_refused(part: str) -> None:
     learner = fill(learner_of())
     learner.task_weights = Forgetful(part)
-    with pytest.raises(RunError, match=r"Forgetful.backward (gave no gradient|returned no weights)"):
+    with pytest.raises(RunError, match=r"Forgetful.backward (computed no gradient|returned no weights)"):
         learner.update(0)

@@ -22,7 +22,7 @@ def task_pack(pack: FakePack) -> VectorTasks:
 
 def test_steps_are_counted_per_task() -> None:
     loop = loop_of()
-    loop.begin()
+    loop.reset()
     assert run(loop, 3) == [2, 4, 6]
     assert loop.step == 6
     assert run(loop, 2) == [8, 10]
@@ -32,7 +32,7 @@ def test_steps_are_counted_per_task() -> None:
 def test_what_is_stored_is_what_was_played(groups: int) -> None:
     """The games played again with the stored actions give the stored frames, rewards and ends, in however many groups they were played."""
     loop = loop_of(capacity=200, groups=groups)
-    loop.begin()
+    loop.reset()
     run(loop, 60)
     stored = loop.replay.export_rows(0, 60)
     again = task_pack(FakePack())
@@ -60,7 +60,7 @@ def test_the_agent_sees_every_reward_and_end_once() -> None:
     loop, seen = loop_of(capacity=200), []
     observe = loop.learner.agent.observe
     loop.learner.agent.observe = lambda *step: (seen.append([each.clone() for each in step]), observe(*step))  # type: ignore[method-assign]
-    loop.begin()
+    loop.reset()
     run(loop, 40)
     stored = loop.replay.export_rows(0, 40)
     assert torch.equal(torch.stack([reward for reward, _ in seen], 1), stored["rewards"])
@@ -71,7 +71,7 @@ def test_the_agent_sees_every_reward_and_end_once() -> None:
 def test_actions_follow_the_network_and_epsilon() -> None:
     """With epsilon 0 every stored action is the best of its stored observation, as long as nothing is learned."""
     loop = loop_of(epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000)
-    loop.begin()
+    loop.reset()
     run(loop, 10)
     stored = loop.replay.export_rows(0, 10)
     q = loop.learner.agent.network(stored["frames"].flatten(1, 2))
@@ -81,7 +81,7 @@ def test_actions_follow_the_network_and_epsilon() -> None:
 def test_updates_keep_step_with_play() -> None:
     """Before the tick that plays steps 41 and 42, (40 - 8) * 1 / 4 updates are due."""
     loop = loop_of()
-    loop.begin()
+    loop.reset()
     run(loop, 4)
     assert loop.learner.updates == 0
     run(loop, 17)
@@ -111,9 +111,9 @@ def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: 
 
         setattr(part, method, wrapper)
 
-    loop.begin()
+    loop.reset()
     for number, group in enumerate(loop.groups):
-        for part, method in ((group.pack, "send"), (group.pack, "recv"), (group, "choose")):
+        for part, method in ((group.envs, "send"), (group.envs, "recv"), (group, "choose")):
             noted(part, method, f"{method}{number}")
     noted(loop.learner, "run_due_updates", "learn")
     noted(loop.replay, "add", "add")
@@ -126,7 +126,7 @@ def test_groups_play_the_environments_that_one_would_play() -> None:
     stored = []
     for groups in (1, 2):
         loop = loop_of(groups=groups, epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000, capacity=200)
-        loop.begin()
+        loop.reset()
         run(loop, 40)
         stored.append(loop.replay.export_rows(0, 40))
     for name, tensor in stored[0].items():
@@ -136,7 +136,7 @@ def test_groups_play_the_environments_that_one_would_play() -> None:
 def test_statistics_show_the_games_own_scores() -> None:
     """Means over the games that ended, added up from the same games played again."""
     loop = loop_of(capacity=200)
-    loop.begin()
+    loop.reset()
     run(loop, 60)
     actions = loop.replay.export_rows(0, 60)["actions"].numpy().astype(np.int64)
     again = task_pack(FakePack())
@@ -194,10 +194,10 @@ def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
     replay_kind: type[Replay], turns: dict[str, Any], stops: list[int]
 ) -> None:
     alone = loop_of(replay_kind, **turns)
-    alone.begin()
+    alone.reset()
     run(alone, 70)
     resumed, played = loop_of(replay_kind, **turns), 0
-    resumed.begin()
+    resumed.reset()
     for stop in stops:
         run(resumed, stop - played)
         played = stop
@@ -208,12 +208,12 @@ def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
     for name, tensor in alone.learner.agent.network.state_dict().items():
         assert torch.equal(tensor, resumed.learner.agent.network.state_dict()[name]), name
     assert alone.statistics.row() == resumed.statistics.row()
-    assert alone.learner.row() == resumed.learner.row()
+    assert alone.learner.read_metrics() == resumed.learner.read_metrics()
 
 
 def test_without_its_replay_a_run_gathers_anew_before_it_learns_on() -> None:
     loop = loop_of(learning_starts=20)
-    loop.begin()
+    loop.reset()
     run(loop, 30)
     made = loop.learner.updates
     assert made > 0
@@ -242,7 +242,7 @@ def test_what_goes_over_in_one_block_is_what_was_there(groups: int) -> None:
     """A run whose steps are copied in blocks, as to a GPU, is the run whose emulators and learner share memory."""
     loops = [loop_of(groups=groups, pinned=pinned) for pinned in (False, True)]
     for loop in loops:
-        loop.begin()
+        loop.reset()
         run(loop, 50)
     shared, pinned = (loop.replay.export_rows(10, 50) for loop in loops)
     for name, tensor in shared.items():
@@ -253,28 +253,6 @@ def test_what_goes_over_in_one_block_is_what_was_there(groups: int) -> None:
 
 def test_a_state_of_another_number_of_groups_is_refused() -> None:
     loop = loop_of()
-    loop.begin()
+    loop.reset()
     with pytest.raises(ValueError, match="1 groups of environments, this one 2"):
         restored(loop_of(groups=2), saved(loop), loop.replay)
-
-
-def test_a_state_from_before_actions_were_chosen_at_the_end_of_a_step_goes_on_the_same() -> None:
-    alone = loop_of()
-    alone.begin()
-    actor_before = {}
-    choose = alone.groups[0].choose
-
-    def noting() -> None:
-        actor_before.update({name: tensor.clone() for name, tensor in alone.actor.state_dict().items()})
-        choose()
-
-    alone.groups[0].choose = noting  # type: ignore[method-assign]
-    run(alone, 30)
-    state = saved(alone)
-    old = dict(state["loop"]) | {part: state["loop"]["groups"]["0"][part] for part in ("pack", "frames")} | {"actor": actor_before}
-    del old["groups"]
-    resumed = restored(loop_of(weights_seed=9), state | {"loop": old}, alone.replay)
-    run(alone, 20)
-    run(resumed, 20)
-    for name, tensor in alone.learner.agent.network.state_dict().items():
-        assert torch.equal(tensor, resumed.learner.agent.network.state_dict()[name]), name

@@ -1,4 +1,4 @@
-"""Optimizers: clipping, forgetting gradients, and going on from a state."""
+"""Optimizers: clipping, schedules and state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mtrl_cli.training.optimizers import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop, share_left
+from mtrl_cli.training.optimizers import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop, lr_factor
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -29,24 +29,31 @@ def give(of: list[torch.nn.Parameter], scale: float = 1.0) -> None:
     of[0].grad, of[1].grad = torch.tensor([3.0, 0.0]) * scale, torch.tensor([[4.0]]) * scale
 
 
+def step(optimizer: Optimizer) -> torch.Tensor:
+    """Clip and step. Returns the gradient norm."""
+    norm = optimizer.clip_gradients()
+    optimizer.step()
+    return norm
+
+
 @pytest.mark.parametrize(("max_grad_norm", "factor"), [(0.0, 1.0), (10.0, 1.0), (1.0, 0.2)])
 def test_the_first_step_by_hand(max_grad_norm: float, factor: float) -> None:
     """Adam's bias-corrected first step is lr * g / (|g| + eps), g being the clipped gradient."""
     own = parameters()
     optimizer = adam(own, max_grad_norm)
     give(own)
-    norm = optimizer.step()
+    norm = step(optimizer)
     assert norm.item() == pytest.approx(5.0)  # before clipping
     three, four = 3 * factor, 4 * factor
     assert own[0].tolist() == pytest.approx([1 - 0.1 * three / (three + 1e-3), 2.0], rel=1e-5)
     assert own[1].item() == pytest.approx(3 - 0.1 * four / (four + 1e-3), rel=1e-5)
 
 
-def test_gradients_are_forgotten_after_a_step() -> None:
+def test_step_deletes_the_gradients() -> None:
     own = parameters()
     optimizer = adam(own)
     give(own)
-    optimizer.step()
+    step(optimizer)
     assert [parameter.grad for parameter in own] == [None, None]
 
 
@@ -58,49 +65,49 @@ def test_many_steps_agree_with_torchs_adam() -> None:
         give(own, turn - 7.0)
         give(plain, turn - 7.0)
         torch.nn.utils.clip_grad_norm_(plain, 2.0)
-        optimizer.step()
+        step(optimizer)
         reference.step()
     for ours, theirs in zip(own, plain, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [adam, radam])
-def test_it_goes_on_identically_from_its_state(make: Callable[..., Optimizer]) -> None:
+def test_restored_optimizer_makes_identical_steps(make: Callable[..., Optimizer]) -> None:
     own = parameters()
     optimizer = make(own, max_grad_norm=1.0)
     for turn in range(3):
         give(own, turn + 1.0)
-        optimizer.step()
+        step(optimizer)
     twin_parameters = copy.deepcopy(own)
     twin = make(twin_parameters, max_grad_norm=1.0)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for turn in range(3):
         for each, of in ((optimizer, own), (twin, twin_parameters)):
             give(of, turn - 1.5)
-            each.step()
+            step(each)
     for ours, theirs in zip(own, twin_parameters, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_the_state_from_before_the_first_step_is_empty() -> None:
+def test_state_before_the_first_step_is_empty() -> None:
     own = parameters()
     optimizer = adam(own)
     assert optimizer.state_dict() == {}
     optimizer.load_state_dict({})
     give(own)
-    optimizer.step()
+    step(optimizer)
     assert sorted(optimizer.state_dict()) == ["0", "1"]
 
 
-def test_step_size_falls_linearly_over_the_run() -> None:
+def test_learning_rate_falls_linearly_over_the_run() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = Adam([parameter], lr=0.1, lr_final=0.2, eps=1e-12, weight_decay=0.0, max_grad_norm=0.0)
     for progress, lr in ((0.0, 0.1), (0.5, 0.06), (1.0, 0.02), (2.0, 0.02)):
         # With one constant gradient, an Adam step has the length of its step size.
         before = parameter.item()
         parameter.grad = torch.ones(1)
-        optimizer.at(progress)
-        optimizer.step()
+        optimizer.set_lr(progress)
+        step(optimizer)
         assert before - parameter.item() == pytest.approx(lr, rel=1e-4)
 
 
@@ -123,7 +130,7 @@ def test_radam_by_its_formulas() -> None:
             step *= factor / math.sqrt(square / (1 - beta2**t))
         value -= 0.1 * step
         parameter.grad = torch.full((1,), given)
-        optimizer.step()
+        step(optimizer)
         assert parameter.item() == pytest.approx(value, rel=1e-4)
     assert 0 < rectified < 11
 
@@ -139,7 +146,7 @@ def test_moments_take_the_layout_of_their_parameter_whatever_a_file_made_of_it(k
     def move(parameter: torch.nn.Parameter, optimizer: Optimizer, number: int) -> None:
         gradient = torch.sin(torch.arange(72.0) * (number + 1)).view(4, 3, 2, 3)
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        optimizer.step()
+        step(optimizer)
 
     settings = {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.0, "max_grad_norm": 0.0}
     plain, images = made(False), made(True)
@@ -167,7 +174,7 @@ def test_moments_take_the_layout_of_their_parameter_whatever_a_file_made_of_it(k
     ],
 )
 def test_schedules_by_hand(schedule: str, shares: list[float]) -> None:
-    found = [share_left(schedule, 0.2, progress) for progress in (0.0, 0.25, 0.5, 1.0, 1.5)]  # type: ignore[arg-type]
+    found = [lr_factor(schedule, 0.2, progress) for progress in (0.0, 0.25, 0.5, 1.0, 1.5)]  # type: ignore[arg-type]
     assert found == pytest.approx(shares, abs=1e-6)
 
 
@@ -179,7 +186,7 @@ def test_before_learning_was_due_a_warm_up_stands_at_nothing_and_none_changes_no
     """Where an update is timed, it is made at step 0."""
     plain, warmed = (Adam(parameters(), lr=0.1, warm_up=steps, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0) for steps in (0, 40))
     for optimizer, lr in ((plain, 0.1), (warmed, 0.0)):
-        optimizer.at(0.0, learning_for=-100)
+        optimizer.set_lr(0.0, learning_for=-100)
         assert optimizer._optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
@@ -187,7 +194,7 @@ def test_warm_up_grows_from_nothing_and_then_leaves_the_schedule_alone() -> None
     optimizer = Adam(parameters(), lr=0.1, lr_final=0.5, warm_up=40, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
     # Half way through the run the linear schedule leaves 0.75 of lr.
     for learning_for, lr in ((0, 0.0), (10, 0.01875), (39, 0.073125), (40, 0.075), (1000, 0.075)):
-        optimizer.at(0.5, learning_for)
+        optimizer.set_lr(0.5, learning_for)
         assert step_sizes(optimizer) == pytest.approx([lr])
 
 
@@ -251,8 +258,8 @@ def test_twenty_steps_with_factors_and_a_part_that_is_frozen_and_thawed_agree_wi
         pull(own, turn, frozen)
         pull(plain, turn, frozen)
         torch.nn.utils.clip_grad_norm_(plain, 1.5)
-        optimizer.at(turn / 40)
-        optimizer.step()
+        optimizer.set_lr(turn / 40)
+        step(optimizer)
         for index, parameter in enumerate(plain):
             if index not in frozen:
                 made = each.setdefault(index, reference([parameter], lr=0.05 * factors[index], **its))  # type: ignore[call-arg]
@@ -274,7 +281,7 @@ def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_y
     optimizer = made(own, torso=0.1, heads=2.0)
     for turn in range(3):
         pull(own, turn, frozen=(0,))
-        optimizer.step()
+        step(optimizer)
     state = copy.deepcopy(optimizer.state_dict())
     assert "0" not in state
     twin_parameters = copy.deepcopy(own)
@@ -283,7 +290,7 @@ def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_y
     for turn in range(3, 7):
         for one, of in ((optimizer, own), (twin, twin_parameters)):
             pull(of, turn)
-            one.step()
+            step(one)
     for ours, theirs in zip(own, twin_parameters, strict=True):
         assert torch.equal(ours, theirs)
     regrouped = made(four(), sharing=3.0)
@@ -300,14 +307,14 @@ def test_what_is_forgotten_moves_like_new(
     optimizer = kind(own, **options, **COMMON)  # type: ignore[arg-type]
     for turn in range(5):
         pull(own, turn)
-        optimizer.step()
-    optimizer.forget(own[:2])
+        step(optimizer)
+    optimizer.reset_state(own[:2])
     new_parameters = copy.deepcopy(own)
     new = kind(new_parameters, **options, **COMMON)  # type: ignore[arg-type]
     for turn in range(5, 8):
         for one, of in ((optimizer, own), (new, new_parameters)):
             pull(of, turn)
-            one.step()
+            step(one)
     assert torch.equal(own[0], new_parameters[0])
     assert torch.equal(own[1], new_parameters[1])
     assert not options["weight_decay"] or not torch.equal(own[2], new_parameters[2])  # plain SGD has nothing to forget

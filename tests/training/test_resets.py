@@ -1,4 +1,4 @@
-"""Resets of the network: what they change and what they leave, and that a run with them resumes exactly."""
+"""Resets of the network: changed parameters, unchanged parameters, and exact resume."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def resets_of(make: Callable[[int], MultiTaskNetwork] = fresh, **settings: Any) 
     return Resets(fresh=make, **(plain | settings))
 
 
+def attached(resets: Resets, learner: Any) -> Resets:
+    """Add resets to the callbacks of a learner."""
+    learner.callbacks.append(resets)
+    resets.learner = learner
+    return resets
+
+
 def learned(**settings: Any) -> Any:
     """A learner after some updates, and its target network behind it; its torso tells its layers."""
     learner = fill(learner_of(target_period=100, **settings))
@@ -49,11 +56,12 @@ def learned(**settings: Any) -> Any:
     return learner
 
 
-def test_each_parameter_keeps_a_share_the_rest_is_new_and_the_target_takes_it() -> None:
-    learner, resets = learned(), resets_of()
-    resets.make_what_is_due(9, learner.agent, learner.optimizer)  # nothing was learned before it
+def test_reset_keeps_a_share_of_each_parameter_and_syncs_the_target() -> None:
+    learner = learned()
+    resets = attached(resets_of(), learner)
+    resets.before_update(9)  # nothing was learned before it
     before = parameters(learner)
-    resets.make_what_is_due(12, learner.agent, learner.optimizer)
+    resets.before_update(12)
     new = fresh(1).state_dict()
     target = learner.agent.target_network.state_dict()
     for name, value in parameters(learner).items():
@@ -64,12 +72,13 @@ def test_each_parameter_keeps_a_share_the_rest_is_new_and_the_target_takes_it() 
     assert resets.made == 1
 
 
-def test_parts_that_are_not_named_and_frozen_parameters_stay_and_so_do_their_moments() -> None:
-    learner, resets = learned(), resets_of(parts=["torso"], shrink=0.0)
+def test_other_parts_and_frozen_parameters_keep_their_values_and_optimizer_state() -> None:
+    learner = learned()
+    resets = attached(resets_of(parts=["torso"], shrink=0.0), learner)
     learner.agent.network.sharing.body[0][0].weight.requires_grad_(False)
-    resets.make_what_is_due(0, learner.agent, learner.optimizer)
+    resets.before_update(0)
     before, target = parameters(learner), copy.deepcopy(learner.agent.target_network.state_dict())
-    resets.make_what_is_due(10, learner.agent, learner.optimizer)
+    resets.before_update(10)
     new, states = fresh(1).state_dict(), learner.optimizer.state_dict()
     for index, (name, value) in enumerate(parameters(learner).items()):
         is_reset = name.startswith("sharing") and name != "sharing.body.0.0.weight"
@@ -78,34 +87,35 @@ def test_parts_that_are_not_named_and_frozen_parameters_stay_and_so_do_their_mom
         assert bool(states[str(index)]["exp_avg_sq"].any()) != is_reset
 
 
-def test_they_come_at_the_first_update_beyond_each_multiple_and_none_after_the_last_step() -> None:
+def test_resets_happen_at_the_first_update_past_each_multiple_up_to_the_last_step() -> None:
     learner, asked = learned(), []
 
     def make(number: int) -> MultiTaskNetwork:
         asked.append(number)
         return fresh(number)
 
-    resets = resets_of(make, last_step=60.0)
+    resets = attached(resets_of(make, last_step=60.0), learner)
     for step in (25, 29, 30, 31, 39, 52, 58, 65, 66, 70, 90):
-        resets.make_what_is_due(step, learner.agent, learner.optimizer)
+        resets.before_update(step)
     assert asked == [3, 5, 6]  # 30, 50 (which passes 40 as well) and 60; none at 25, the first update, and none from 70
     assert resets.made == 3
 
 
-def test_one_that_was_saved_goes_on_where_it_was() -> None:
-    learner, resets, twin = learned(), resets_of(), resets_of()
-    resets.make_what_is_due(9, learner.agent, learner.optimizer)
+def test_restored_resets_continue_their_interval() -> None:
+    learner = learned()
+    resets, twin = (attached(resets_of(), learner) for _ in range(2))
+    resets.before_update(9)
     twin.load_state_dict(resets.state_dict())
-    twin.make_what_is_due(10, learner.agent, learner.optimizer)
+    twin.before_update(10)
     assert twin.made == 1
-    untouched = resets_of()
+    untouched = attached(resets_of(), learner)
     untouched.load_state_dict(resets_of().state_dict())
-    untouched.make_what_is_due(10, learner.agent, learner.optimizer)
+    untouched.before_update(10)
     assert untouched.made == 0
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_of_every_structure_all_is_new_after_a_whole_reset(name: str) -> None:
+def test_complete_reset_replaces_all_parameters_of_every_structure(name: str) -> None:
     """Padding included, which stays zero, and layers of spectral norm one know their new norm."""
 
     def make(number: int) -> MultiTaskNetwork:
@@ -113,12 +123,13 @@ def test_of_every_structure_all_is_new_after_a_whole_reset(name: str) -> None:
         sharing = structure(name, torso, [(5,), (3,)], seed=number)
         return MultiTaskNetwork(sharing, DuelingHead(sharing.num_features, [4, 2]), 1.0)
 
-    learner, resets = learned(), resets_of(make, shrink=0.0)
+    learner = learned()
+    resets = attached(resets_of(make, shrink=0.0), learner)
     learner.agent.network = make(7)
     learner.agent.target_network = copy.deepcopy(learner.agent.network).requires_grad_(False)
     learner.agent._target_spectral_layers = []
-    resets.make_what_is_due(0, learner.agent, learner.optimizer)
-    resets.make_what_is_due(10, learner.agent, learner.optimizer)
+    resets.before_update(0)
+    resets.before_update(10)
     new = dict(make(1).named_parameters())
     for path, parameter in learner.agent.network.named_parameters():
         assert torch.equal(parameter, new[path]), path
@@ -127,14 +138,14 @@ def test_of_every_structure_all_is_new_after_a_whole_reset(name: str) -> None:
             assert torch.allclose(value.abs(), make(1).state_dict()[path].abs(), atol=0.2), path
 
 
-def test_learning_goes_on_with_popart() -> None:
+def test_learning_continues_after_resets_with_popart() -> None:
     learner = learned()
-    learner.agent._view.scale = PopArt(stream_of(NAMES, num_envs=3))
-    learner._resets = resets_of(shrink=0.0)
+    learner.agent.reward_transform.scale = PopArt(stream_of(NAMES, num_envs=3))
+    attached(resets_of(shrink=0.0), learner)
     for step in range(5, 40):
         learner.update(step)
-    learner.check_finite()
-    assert learner.row()["resets"] == 3
+    learner.metrics.check_finite()
+    assert learner.read_metrics()["resets"] == 3
     assert all(value.isfinite().all() for value in parameters(learner).values())
 
 

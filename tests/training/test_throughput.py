@@ -13,7 +13,7 @@ import pytest
 from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.training.learner import Learner
-from mtrl_cli.training.throughput import Meter, limit, of_a_row, shares_of_limit
+from mtrl_cli.training.throughput import Meter, between_rows, limit, shares_of_limit
 from tests.helpers.command import MtrlHere
 from tests.helpers.loops import loop_of
 
@@ -38,7 +38,7 @@ def test_with_a_device_of_its_own_the_slower_side_decides() -> None:
 def test_a_row_tells_rates_limit_and_share() -> None:
     # 600 steps in 10 s: 2 s of emulators, 1 s of acting, 6 s of learning, a second of all else.
     seconds = {"act": 1.0, "env": 2.0, "learn": 6.0, "log": 0.5}
-    metrics = of_a_row(seconds, steps=600, learned=600, per_update=60, rate=60.0)
+    metrics = between_rows(seconds, steps=600, learned=600, per_update=60, rate=60.0)
     assert metrics == pytest.approx(
         {"perf/emulators": 300.0, "perf/acting": 600.0, "perf/learning": 100.0, "perf/limit": 600 / 9, "perf/share": 0.9}
     )
@@ -46,20 +46,20 @@ def test_a_row_tells_rates_limit_and_share() -> None:
 
 def test_a_row_leaves_out_what_it_cannot_tell() -> None:
     seconds = {"act": 1.0, "env": 2.0, "learn": 0.001, "log": 0.5}
-    assert set(of_a_row(seconds, steps=600, learned=0, per_update=60, rate=60.0)) == {"perf/emulators", "perf/acting"}
+    assert set(between_rows(seconds, steps=600, learned=0, per_update=60, rate=60.0)) == {"perf/emulators", "perf/acting"}
     # Learning began half-way: how fast it is is known, how fast a run with all its updates would be is not what this row shows.
-    half = of_a_row(seconds | {"learn": 3.0}, steps=600, learned=300, per_update=60, rate=60.0)
+    half = between_rows(seconds | {"learn": 3.0}, steps=600, learned=300, per_update=60, rate=60.0)
     assert half["perf/learning"] == pytest.approx(100.0)
     assert "perf/limit" not in half
     assert "perf/share" not in half
     # The last update of a row may come with the next one's first tick.
-    assert "perf/share" in of_a_row(seconds | {"learn": 3.0}, steps=600, learned=560, per_update=60, rate=60.0)
+    assert "perf/share" in between_rows(seconds | {"learn": 3.0}, steps=600, learned=560, per_update=60, rate=60.0)
 
 
 def test_the_measured_loop_makes_just_the_updates_that_are_due() -> None:
     """4 samples an update, 1 a step, 2 environments of each of 3 tasks: an update every second tick."""
     loop = loop_of(learning_starts=0)
-    loop.begin()
+    loop.reset()
     meter = Meter(loop, seed=0)
     meter.fill(20)
     meter.warm_up()

@@ -1,0 +1,63 @@
+"""Training in one process: the speed in rows of metrics."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+
+from mtrl_cli.commands import trainer
+from mtrl_cli.envs.vector_tasks import VectorTasks
+from mtrl_cli.training.learner import Learner
+from mtrl_cli.training.speed import SpeedMeter
+from tests.helpers.command import MtrlHere
+
+PQN = [
+    "env=classic_pack",
+    "agent=pqn",
+    "env.num_envs=4",
+    "agent.rollout_length=8",
+    "agent.epochs=2",
+    "agent.minibatches=4",
+    "agent.overlap=false",
+    "steps_per_task=240",
+    "network.hidden=[16,16]",
+    "eval.every=100",
+    "eval.episodes=1",
+    "eval.max_steps=20",
+    "checkpoint.every=100",
+    "log.every=20",
+    "log.diagnostics=80",
+    "device=cpu",
+]
+
+
+def test_speed_of_pqn_is_that_of_whole_rollouts_in_every_row(here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake clock: each tick takes 0.1 s and each update 1 s. A rollout is 96 steps of all tasks and 8 updates in 8.8 s."""
+    seconds = 0.0
+
+    def slow_down(owner: type, name: str, duration: float) -> None:
+        original = getattr(owner, name)
+
+        def slower(*arguments: Any) -> Any:
+            nonlocal seconds
+            seconds += duration
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, name, slower)
+
+    slow_down(VectorTasks, "recv", 0.1)
+    slow_down(Learner, "update", 1.0)
+    monkeypatch.setattr(trainer, "SpeedMeter", partial(SpeedMeter, now=lambda: seconds))
+    here("train", *PQN, "run_dir=run")
+    rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    speeds = {row["step"]: row for row in rows if "perf/steps_per_second" in row}
+    assert list(speeds) == list(range(20, 241, 20))
+    # The first burst is made in the tick to step 40; the second, in the tick to step 72, completes the first measured rollout.
+    for step, row in speeds.items():
+        if step >= 80:
+            assert row["perf/steps_per_second"] == pytest.approx(96 / 8.8), step
+            assert row["perf/frames_per_second"] == pytest.approx(96 / 8.8), step
+            assert row["perf/updates_per_second"] == pytest.approx(8 / 8.8), step
