@@ -141,11 +141,11 @@ def test_seeds_structures_and_weights_are_no_search(tmp_path: Path) -> None:
     assert hyperparameters.sections(make_search(tmp_path / "S", 8, lambda _: 0.5, axes)) == []
 
 
-def test_a_damaged_plan_is_said(tmp_path: Path) -> None:
+def test_damaged_plan_is_reported(tmp_path: Path) -> None:
     folder = make_search(tmp_path / "S", 3, by_lr)
-    (folder / "sweep.json").write_text("{}")
+    (folder / "sweep.json").write_text('{"format": 1}')
     (section,) = hyperparameters.sections(folder)
-    assert "cannot be parsed" in section.lines[0]
+    assert "is damaged" in section.lines[0]
 
 
 def test_several_sweeps_have_names_of_their_own(tmp_path: Path) -> None:
