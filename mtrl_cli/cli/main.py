@@ -50,13 +50,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def _complete_overrides(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli.cli import completion
 
-    command = ctx.info_name or ""
-    typed = completion.bash_words()
-    if typed is None:
-        return completion.complete(command, ctx.params.get("overrides") or [], incomplete)
-    given, word = typed
-    prefix = word[: len(word) - len(incomplete)]  # bash expects only the part after the last `=`
-    return [(found.removeprefix(prefix), line) for found, line in completion.complete(command, given, word)]
+    return completion.complete_word(ctx.info_name or "", ctx.params.get("overrides") or [], incomplete)
 
 
 def _complete_groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -69,7 +63,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
-StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
+ListTrials = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -141,10 +135,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sweep(
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")] = False,
-) -> None:
+def sweep(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Train many runs: a grid or a hyperparameter search.
 
     \b
@@ -178,7 +169,7 @@ def sweep(
 
 
 @app.command()
-def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+def transfer(run: Run, overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Measure transfer from a trained run to other tasks.
 
     \b
@@ -197,7 +188,7 @@ def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False
 
 
 @studies.command("sharing")
-def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+def study_sharing(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Compare sharing structures at equal parameter count.
 
     \b

@@ -15,6 +15,7 @@ from typing import Any
 from mtrl_cli.config import compose, safe_yaml
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
+from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
 from mtrl_cli.runs.run_dir import STATUSES
 from mtrl_cli.sweeps import plan as sweep_plan
 
@@ -31,7 +32,7 @@ SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """A folder with one of these files is a run, though it may be unreadable."""
 TRIAL = "trial.json"
 """Additional file of a sweep's trial."""
-PASSED_OVER = ("train/", "test/", "epsilon/", "eval/", "parameters/")
+PASSED_OVER = ("train/", TEST, EPSILON, "eval/", "parameters/")
 """Prefixes of metrics that reports do not use, or read elsewhere."""
 
 
@@ -288,7 +289,7 @@ def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | N
 def _measured(path: Path, run: RunData) -> dict[str, Any]:
     """Return the fields from a run's metrics."""
     rows = _rows(path)
-    evaluations = [_evaluation(row) for row in rows if any(name.startswith("eval/return/") for name in row)]
+    evaluations = [_evaluation(row) for row in rows if any(name.startswith(EVAL_RETURN) for name in row)]
     counts = {
         name.removeprefix("parameters/"): int(value) for row in rows[:3] for name, value in row.items() if name.startswith("parameters/")
     }
@@ -327,8 +328,8 @@ def _rows(path: Path) -> list[dict[str, float]]:
 
 
 def _evaluation(row: Mapping[str, float]) -> Evaluation:
-    returns = {name.removeprefix("eval/return/"): value for name, value in row.items() if name.startswith("eval/return/")}
-    scores = {task: row[f"eval/score/{task}"] for task in returns if f"eval/score/{task}" in row}
+    returns = {name.removeprefix(EVAL_RETURN): value for name, value in row.items() if name.startswith(EVAL_RETURN)}
+    scores = {task: row[EVAL_SCORE + task] for task in returns if EVAL_SCORE + task in row}
     return Evaluation(int(row["step"]), row.get("seconds", 0.0), returns, scores)
 
 

@@ -43,7 +43,7 @@ def test_table_output(here: MtrlHere, more: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["env=no_such"], "env=no_such: there is no such option"),
+        (["env=no_such"], "unknown option 'env=no_such'"),
         (["agent.nope=1"], "nope"),
         (["device=cuda:99"], "device=cuda:99"),
         (["replay.capacity=3"], "replay.capacity=3 holds"),
