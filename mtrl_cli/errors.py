@@ -1,7 +1,14 @@
-"""Exceptions with the exit codes of the command line, and formatting of values in messages."""
+"""Exceptions that end a command, with the exit codes of the command line, and helpers for error messages."""
 
+from __future__ import annotations
+
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
+
+MOST_LISTED = 30
+"""Candidates that the message for an unknown name lists, at most."""
 
 
 class UserError(ValueError):
@@ -20,10 +27,10 @@ class RanksLost(RunError):
     """Another rank has ended, so this rank cannot continue.
 
     Attributes:
-        is_ours_to_tell: whether this rank prints the error because the first rank is gone.
+        is_reported_here: whether this rank prints the error, because the first rank is gone.
     """
 
-    is_ours_to_tell = False
+    is_reported_here = False
 
 
 class Stopped(BaseException):
@@ -32,14 +39,14 @@ class Stopped(BaseException):
     Not an `Exception`, so that no `except Exception` in a library can swallow it.
 
     Attributes:
-        told: whether the state of the run has been printed.
+        is_reported: whether the state of the run has been printed.
     """
 
     def __init__(self, signal_number: int):
         super().__init__(signal_number)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
-        self.told = False
+        self.is_reported = False
 
 
 def show(value: Any) -> str:
@@ -50,6 +57,48 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def quoted(value: Any) -> str:
+    """Format a value for a message, in quotes."""
+    text = show(value)
+    return text if text[:1] in ("'", '"') else f"'{text}'"
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the most similar candidate, or None. Case is ignored; among equally similar candidates the shortest wins."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, key=len, reverse=True)}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[matches[0]] if matches else None
+
+
+def did_you_mean(suggestion: str | None, otherwise: str) -> str:
+    """Format a suggestion, or other advice where there is no suggestion."""
+    return f"Did you mean {quoted(suggestion)}?" if suggestion else otherwise
+
+
+def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = "", where: str = "", otherwise: str = "") -> str:
+    """Format the message for an unknown name: `unknown option 'env=atari'. Did you mean 'env=atari_pack'?`
+
+    Args:
+        kind: `key`, `option`, `group`, `task`.
+        name: the unknown name.
+        candidates: the known names.
+        prefix: put before the name and the suggestion (`env=`).
+        where: added to the first sentence (` in DQN`).
+        otherwise: advice where no candidate is similar; default: the candidates, if there are few.
+    """
+    known = list(candidates)
+    near = nearest(str(name), known)
+    listed = f"Expected one of: {', '.join(known)}" if len(known) <= MOST_LISTED else ""
+    advice = did_you_mean(near and prefix + near, otherwise or listed)
+    return f"unknown {kind} {quoted(f'{prefix}{show(name)}')}{where}. {advice}".rstrip(". ")
+
+
 def printable(text: str) -> str:
-    """Replace characters that could control the terminal, except line ends. Files of a run may come from a stranger."""
+    """Replace characters that could control the terminal, except line ends. Files of a run may be untrusted."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

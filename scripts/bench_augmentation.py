@@ -4,7 +4,7 @@
 The complete update of `mtrl train` (sampling, targets, backward pass, optimizer), compiled, in the fastest precision: on eight Atari games
 (Nature network, 32 samples per task) and on MinAtar (as tuned: 128 samples per task).
 
-    pip install 'mtrl_cli[minatar]'
+    pip install '.[minatar]'
     python scripts/bench_augmentation.py [--pairs 10] [--env atari_pack] [--device cpu] [--busy] [--json] [NAME ...]
 
 Each result is the median over pairs of updates with and without the augmentation, in alternation. `--busy` uses one thread and measures

@@ -3,7 +3,7 @@
 Q-learning, one-step returns, 8 replayed samples per step. The sides run in alternation, each in its own process; results are
 medians over rounds. In addition `agent=pqn` on the same game, at 4 samples per step (4 epochs), with its LayerNorm.
 
-    pip install 'mtrl_cli[bench]'
+    pip install '.[bench]'
     python scripts/bench_sb3.py [--rounds 3] [--steps 4096] [--json]
 
 `mtrl train` is the real command with logging. The rates come from the rows of metrics.jsonl after learning has started and the update

@@ -5,7 +5,7 @@ The complete update of `mtrl train` (sampling, targets, backward pass, optimizer
 Nature network with a plain head, 32 samples per task. For comparison, other implementations of per-task gradients: a loop over tasks,
 and TorchJD's `mtl_backward` and `autogram` with PCGrad.
 
-    pip install 'mtrl_cli[solvers]'
+    pip install '.[solvers]'
     python scripts/bench_task_weights.py [--pairs 10] [--tasks 8] [--device cpu] [--busy] [--json] [NAME ...]
 
 Each result is the median over pairs of updates with the method and with `uniform`, in alternation. For methods that solve only every few

@@ -90,6 +90,16 @@ def test_no_module_unpickles_or_executes_text() -> None:
     assert found == ["config.introspection: eval"]
 
 
+def test_metric_names_are_written_in_one_module() -> None:
+    name = re.compile(r"(train/(return|length|score)|eval/(returns?|score)|loss|weight|epsilon|q/mean|perf)/|grad/(norm|conflict|cosine)")
+    found = []
+    for module, path in MODULES.items():
+        prose = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
+        constants = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and id(node) not in prose]
+        found += [f"{module}:{node.lineno}" for node in constants if isinstance(node.value, str) and name.match(node.value)]
+    assert [place for place in found if not place.startswith("metric_names:")] == []
+
+
 def test_numpy_reads_no_objects_and_no_shell_reads_a_string() -> None:
     found = [
         f"{module}:{node.lineno} {word.arg}"

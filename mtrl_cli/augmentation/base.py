@@ -1,8 +1,7 @@
-"""What an augmentation is, and several of them as one."""
+"""Interface of augmentations, and the pipeline that applies several of them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -16,19 +15,19 @@ SamplesT = TypeVar("SamplesT", bound=Samples)
 
 
 @dataclass(frozen=True)
-class Observations:
-    """What an augmentation must know of a run.
+class ObservationSpec:
+    """Observations and actions of a run, for the constructor of an augmentation.
 
     Attributes:
         kind: "image" or "vector".
-        frame_shape: of one frame, padded: `(C, H, W)` or `(D,)`.
-        own_sizes: each task's own number of channels, or of components; what is beyond is padding, and stays zero.
-        largest: the largest value of an image: 255, or 1 where a byte says only whether something is there.
-        task_names: of the K tasks.
-        actions: what each task's actions are called.
-        symmetric: whether each task looks and plays the same in a mirror.
-        device: where batches are.
-        seed: of the draws.
+        frame_shape: padded shape of one frame, `(C, H, W)` or `(D,)`.
+        own_sizes: number of channels or components of each task. The rest is padding and stays zero.
+        largest: largest value of an image: 255, or 1 for images of binary channels.
+        task_names: names of the K tasks.
+        actions: names of the actions of each task.
+        symmetric: whether each task is unchanged in a mirror.
+        device: device of the batches.
+        seed: seed of the draws.
     """
 
     kind: str
@@ -42,69 +41,74 @@ class Observations:
     seed: int
 
 
-class Augmentation(ABC):
-    """Random changes that leave what a batch says as it was: drawn for each sample, the same for all frames of its stack.
+class Augmentation:
+    """Random changes of observations that keep the meaning of a batch: one draw per sample, applied to all frames of its stack.
 
-    The state and the next state are changed by draws of their own (Kostrikov et al. 2021, "DrQ"). Draws come from the generator that is
-    made here, which is part of the state.
+    The state and the next state have separate draws (Kostrikov et al. 2021, "DrQ"). Draws come from a generator, which is part of the
+    augmentation's state. A subclass implements `augment` or `augment_images`.
 
     Args:
-        seen: the run's observations.
+        spec: observations of the run.
 
     Attributes:
-        kinds: of observations that it can change.
-        capturable: whether it can be recorded once and replayed (`capture.py`).
+        kinds: supported kinds of observations.
+        capturable: whether CUDA graphs can record a call (`machine/cuda_graphs.py`).
 
     Raises:
-        ValueError: it cannot change such observations.
+        ValueError: observations of an unsupported kind.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     capturable: ClassVar[bool] = False
 
-    def __init__(self, seen: Observations):
-        if seen.kind not in self.kinds:
-            others = "for these there are noise and scale" if seen.kind == "vector" else "see `mtrl ls augmentation`"
-            raise ValueError(f"augmentation: {type(self).__name__} changes {self.kinds[0]}s, and this pack's are {seen.kind}s; {others}")
-        self.seen = seen
-        self._generator = torch.Generator(seen.device).manual_seed(seen.seed)
+    def __init__(self, spec: ObservationSpec):
+        if spec.kind not in self.kinds:
+            others = "use noise or scale" if spec.kind == "vector" else "see `mtrl ls augmentation`"
+            raise ValueError(f"augmentation: {type(self).__name__} supports {self.kinds[0]}s, but observations are {spec.kind}s: {others}")
+        self.spec = spec
+        self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
 
     def __call__(self, batch: SamplesT) -> SamplesT:
-        """Augment the observations of a batch. Shapes stay the same; bytes may become float32."""
+        """Augment the observations of a batch. Shapes stay; bytes become float32 if their levels are too coarse."""
         augmented = replace(batch, observation=self.augment(batch.observation))
         if isinstance(augmented, Batch):
             augmented.next_observation = self.augment(augmented.next_observation)
         return augmented
 
-    @abstractmethod
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, S, *frame]` (bytes of images, or float32), each changed by a draw of its own."""
+        """Augment observations `[K, B, S, *frame]` (image bytes or float32), with one draw per sample."""
+        images = observation.flatten(2, 3).flatten(0, 1)
+        return self.augment_images(images).view_as(observation)
+
+    def augment_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Augment images `[K * B, S * C, H, W]`, with one draw per sample."""
+        raise NotImplementedError
 
     def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """Draws from low to high, float32."""
-        return torch.rand(shape, generator=self._generator, device=self.seen.device) * (high - low) + low
+        """Uniform draws from low to high, float32."""
+        return torch.rand(shape, generator=self._generator, device=self.spec.device) * (high - low) + low
 
     def integers(self, shape: tuple[int, ...], count: int) -> torch.Tensor:
-        """Draws from 0 to count - 1, int64."""
-        return torch.randint(count, shape, generator=self._generator, device=self.seen.device)
+        """Uniform draws from 0 to count - 1, int64."""
+        return torch.randint(count, shape, generator=self._generator, device=self.spec.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Restore a state of `state_dict`."""
         rng.restore(self._generator, state["generator"])
 
 
 class Pipeline:
-    """Augmentations one after the other; a batch as it is where there are none.
+    """Augmentations in order. Without any, a batch does not change.
 
-    With several draws a batch holds every sample as often, draw after draw: sample b at b, B + b, 2 B + b, ...
+    With several draws, a batch holds every sample several times, draw after draw: sample b is at b, B + b, 2 B + b, ...
 
     Args:
-        parts: by name, in the order in which they are applied.
-        loss_draws: of each observation, with its action; DrQ's M.
-        target_draws: of each next observation; DrQ's K.
+        parts: augmentations by name, in order.
+        loss_draws: draws of each observation, with its action; M in DrQ.
+        target_draws: draws of each next observation; K in DrQ.
     """
 
     def __init__(self, parts: Mapping[str, Augmentation] | None = None, *, loss_draws: int = 1, target_draws: int = 1):
@@ -113,11 +117,11 @@ class Pipeline:
 
     @property
     def capturable(self) -> bool:
-        """Whether it can be recorded once and replayed (`capture.py`)."""
+        """Whether CUDA graphs can record a call (`machine/cuda_graphs.py`)."""
         return all(part.capturable for part in self.parts.values())
 
     def __call__(self, batch: SamplesT) -> SamplesT:
-        """Augment a batch: observations and actions `[K, M * B, ...]`, next observations `[K, K' * B, ...]`."""
+        """Augment a batch: observations and actions become `[K, M * B, ...]`, next observations `[K, K' * B, ...]`."""
         batch = replace(batch)
         if self._loss_draws > 1:
             batch.observation, batch.action = repeated(batch.observation, self._loss_draws), repeated(batch.action, self._loss_draws)
@@ -137,10 +141,21 @@ class Pipeline:
 
 
 def repeated(tensor: torch.Tensor, draws: int) -> torch.Tensor:
-    """`[K, B, ...]` to `[K, draws * B, ...]`: several draws of each sample lie draw after draw."""
+    """Repeat samples draw after draw: `[K, B, ...]` to `[K, draws * B, ...]`."""
     return tensor.repeat(1, draws, *(1,) * (tensor.dim() - 2))
 
 
 def per_sample(draw_KB: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
-    """A draw of each sample, `[K, B]`, so that it goes with all that the sample shows, `[K, B, S, *frame]`."""
+    """Reshape one draw per sample, `[K, B]`, to broadcast with observations `[K, B, S, *frame]`."""
     return draw_KB.view(*draw_KB.shape, *(1,) * (observation.dim() - 2))
+
+
+def check_range(section: str, **ends: float) -> None:
+    """Check that the two ends of a range are in order.
+
+    Raises:
+        ValueError: the first is above the second.
+    """
+    (low, first), (high, second) = ends.items()
+    if first > second:
+        raise ValueError(f"augmentation.{section}.{low} must be at most augmentation.{section}.{high}, got {first:g} and {second:g}")

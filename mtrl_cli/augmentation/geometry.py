@@ -1,42 +1,43 @@
-"""Images moved: shifted, cropped, turned, zoomed. Pixels are looked up, never mixed, and images end where their edges repeat.
+"""Augmentations that move images: shift, crop, rotate, scale. Pixels are copied, never interpolated, and edges are repeated.
 
-M images of F channels (all frames of a stack), `[M, F, H, W]`.
+Images are `[M, F, H, W]`: M samples, F channels (all frames of a stack).
 """
 
 from __future__ import annotations
 
 import torch
 
-from mtrl_cli.augmentation.base import Augmentation, Observations, per_sample
+from mtrl_cli.augmentation.base import Augmentation, ObservationSpec, check_range, per_sample
 from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 PIXELS_PER_PAD = 21
-"""`pad=auto`: DrQ's 4 pixels of 84, and 1 of 10."""
+"""Image size per pixel of `pad=auto`: 84 gives DrQ's 4 pixels, 10 gives 1."""
 
 NARROW = 32
-"""Images of fewer columns are shifted by looking up pixel by pixel: copies of their short rows would take longer."""
+"""Images with fewer columns are shifted pixel by pixel: copying their short rows is slower."""
 
 
 def auto_pad(frame_shape: tuple[int, ...]) -> int:
-    """The pixels that `augmentation.shift.pad=auto` means for images of this shape."""
+    """Number of pixels of `augmentation.shift.pad=auto` for images of a shape."""
     return max(1, round(min(frame_shape[-2:]) / PIXELS_PER_PAD))
 
 
 def padded_windows(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tensor, pad: int) -> torch.Tensor:
-    """A window of each image's own size, out of the image with its edges repeated `pad` times all around.
+    """Cut a window of the image size from each image after padding it with repeated edges.
 
     Args:
         images: `[M, F, H, W]`, of any dtype.
-        top_M, left_M: int64 `[M]`, each from 0 to 2 pad; pad is the image itself.
+        top_M, left_M: int64 `[M]`, from 0 to 2 pad; pad gives the image itself.
+        pad: pixels of padding on each side.
 
     Returns:
-        `[M, F, H, W]`, a view with a row's length of W + 2 pad.
+        `[M, F, H, W]`, a view with row stride W + 2 pad.
     """
     M, F, H, W = images.shape
     rows, pitch = H + 2 * pad, W + 2 * pad
     size = F * rows * pitch
-    # An image's windows are stretches of memory that begin at one place or another: each is copied as a whole, with what lies beyond
-    # its right edge and its end, which is then cut off. Three times as quick as looking up pixel by pixel.
+    # The windows of an image are stretches of memory with different starts. Each stretch is copied as a whole, including the pixels right
+    # of the window and after its end, which are cut off afterwards. This is three times as fast as copying pixel by pixel.
     reach = 2 * pad * (pitch + 1)
     memory = images.new_zeros(M * size + reach)
     with_edges(images, pad, out=memory[: M * size].view(M, F, rows, pitch))
@@ -46,14 +47,14 @@ def padded_windows(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tens
 
 
 def shifted(up_M: torch.Tensor, left_M: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Where to look for each pixel of an image that is moved up and to the left (int64 `[M]` each): int64 `[M, H * W]`."""
+    """Source index of each pixel for an image moved up and left by int64 `[M]` pixels each: int64 `[M, H * W]`."""
     row_MH = (torch.arange(height, device=up_M.device) + up_M[:, None]).clamp_(0, height - 1)
     column_MW = (torch.arange(width, device=up_M.device) + left_M[:, None]).clamp_(0, width - 1)
     return (row_MH[:, :, None] * width + column_MW[:, None]).flatten(1)
 
 
 def with_edges(images: torch.Tensor, pad: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Images `[M, F, H, W]` with their edges repeated `pad` times all around, `[M, F, H + 2 pad, W + 2 pad]`."""
+    """Pad images `[M, F, H, W]` with repeated edges: `[M, F, H + 2 pad, W + 2 pad]`."""
     M, F, H, W = images.shape
     if out is None:
         out = images.new_empty(M, F, H + 2 * pad, W + 2 * pad)
@@ -65,22 +66,23 @@ def with_edges(images: torch.Tensor, pad: int, out: torch.Tensor | None = None) 
 
 
 def looked_up(images: torch.Tensor, index_MP: torch.Tensor) -> torch.Tensor:
-    """Pixels from elsewhere in the same image.
+    """Copy pixels from other positions of the same image.
 
     Args:
         images: `[M, F, H, W]`.
-        index_MP: int64 `[M, H * W]`, for each pixel the place of the one to show, row times W plus column.
+        index_MP: int64 `[M, H * W]`, source index of each pixel: row times W plus column.
     """
     M, F, H, W = images.shape
     return images.reshape(M, F, H * W).gather(2, index_MP[:, None].expand(-1, F, -1)).view(M, F, H, W)
 
 
 def turned(cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Where to look for each pixel of an image that is turned counter-clockwise around its middle, and then enlarged.
+    """Source index of each pixel for an image rotated counter-clockwise around its centre, then enlarged.
 
     Args:
         cosine_M, sine_M: float32 `[M]`, of the angle.
-        zoom_M: float32 `[M]`, above 1 enlarges.
+        zoom_M: float32 `[M]`, factor on the size.
+        height, width: size of the images.
 
     Returns:
         int64 `[M, H * W]`, the nearest pixels.
@@ -94,100 +96,88 @@ def turned(cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor, h
 
 
 def enlarged(top_M: torch.Tensor, left_M: torch.Tensor, rows: int, columns: int, height: int, width: int) -> torch.Tensor:
-    """Where to look for each pixel of a window of so many rows and columns that is brought to the image's size: int64 `[M, H * W]`."""
+    """Source index of each pixel for a window of `rows` by `columns` pixels enlarged to the image size: int64 `[M, H * W]`."""
     row_H = ((2 * torch.arange(height, device=top_M.device) + 1) * rows) // (2 * height)
     column_W = ((2 * torch.arange(width, device=top_M.device) + 1) * columns) // (2 * width)
     return ((top_M[:, None, None] + row_H[:, None]) * width + left_M[:, None, None] + column_W).flatten(1)
 
 
-def as_images(observation: torch.Tensor) -> torch.Tensor:
-    """`[K, B, S, C, H, W]` to `[K * B, S * C, H, W]`."""
-    return observation.flatten(2, 3).flatten(0, 1)
-
-
 class Shift(Augmentation):
-    """Up to `pad` pixels each way; edges are repeated (Kostrikov et al. 2021, "DrQ"; Yarats et al. 2022, "DrQ-v2").
+    """Shift by up to `pad` pixels in each direction, with repeated edges (Kostrikov et al. 2021, "DrQ"; Yarats et al. 2022, "DrQ-v2").
 
     Args:
-        pad: pixels. ("auto" is decided before: 4 of 84.)
+        pad: number of pixels; "auto" gives 4 of 84.
 
     Raises:
-        ValueError: nothing of a picture would be left.
+        ValueError: `pad` is not below the image size.
     """
 
     capturable = True
 
-    def __init__(self, seen: Observations, *, pad: NonNegativeInt | Auto):
-        super().__init__(seen)
-        self._pad = auto_pad(seen.frame_shape) if pad == "auto" else int(pad)
-        if self._pad >= min(seen.frame_shape[-2:]):
-            raise ValueError(
-                f"augmentation.shift.pad={pad} leaves nothing of pictures of {min(seen.frame_shape[-2:])} pixels: expected fewer"
-            )
+    def __init__(self, spec: ObservationSpec, *, pad: NonNegativeInt | Auto):
+        super().__init__(spec)
+        self._pad = auto_pad(spec.frame_shape) if pad == "auto" else int(pad)
+        if self._pad >= min(spec.frame_shape[-2:]):
+            raise ValueError(f"augmentation.shift.pad must be below the image size, {min(spec.frame_shape[-2:])}, got {pad}")
 
-    def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        top_M, left_M = self.integers((2, observation.shape[0] * observation.shape[1]), 2 * self._pad + 1)
-        images = as_images(observation)
-        if observation.shape[-1] < NARROW:
-            index_MP = shifted(top_M - self._pad, left_M - self._pad, *observation.shape[-2:])
-            return looked_up(images, index_MP).view_as(observation)
-        return padded_windows(images, top_M, left_M, self._pad).view_as(observation)
+    def augment_images(self, images: torch.Tensor) -> torch.Tensor:
+        top_M, left_M = self.integers((2, len(images)), 2 * self._pad + 1)
+        if images.shape[-1] < NARROW:
+            return looked_up(images, shifted(top_M - self._pad, left_M - self._pad, *images.shape[-2:]))
+        return padded_windows(images, top_M, left_M, self._pad)
 
 
 class Crop(Augmentation):
-    """A window of a part of each side, anywhere in the image, enlarged to the image's size (Laskin et al. 2020, "RAD": 84 of 100 pixels).
+    """Random window, enlarged to the image size (Laskin et al. 2020, "RAD": 84 of 100 pixels).
 
     Args:
-        share: of each side; 1 is the image itself.
+        share: size of the window as a share of each side; 1 gives the image itself.
 
     Raises:
-        ValueError: the share is 0.
+        ValueError: `share` is 0.
     """
 
     capturable = True
 
-    def __init__(self, seen: Observations, *, share: Fraction):
-        super().__init__(seen)
+    def __init__(self, spec: ObservationSpec, *, share: Fraction):
+        super().__init__(spec)
         if not share:
-            raise ValueError("augmentation.crop.share=0: expected a part of the image that is not empty, such as 0.84")
-        self._rows, self._columns = (max(1, round(side * share)) for side in seen.frame_shape[-2:])
+            raise ValueError("augmentation.crop.share must be above 0, got 0")
+        self._rows, self._columns = (max(1, round(side * share)) for side in spec.frame_shape[-2:])
 
-    def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        number, (height, width) = observation.shape[0] * observation.shape[1], observation.shape[-2:]
-        top_M = self.integers((number,), height - self._rows + 1)
-        left_M = self.integers((number,), width - self._columns + 1)
-        index_MP = enlarged(top_M, left_M, self._rows, self._columns, height, width)
-        return looked_up(as_images(observation), index_MP).view_as(observation)
+    def augment_images(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        top_M = self.integers((len(images),), height - self._rows + 1)
+        left_M = self.integers((len(images),), width - self._columns + 1)
+        return looked_up(images, enlarged(top_M, left_M, self._rows, self._columns, height, width))
 
 
 class Rotate(Augmentation):
-    """A turn around the middle, to the nearest pixels; edges are repeated (Kostrikov et al. 2021: 5 degrees).
+    """Rotation around the centre, to the nearest pixels, with repeated edges (Kostrikov et al. 2021: 5 degrees).
 
     Args:
-        degrees: at most, either way.
+        degrees: largest angle in both directions.
     """
 
     capturable = True
 
-    def __init__(self, seen: Observations, *, degrees: NonNegativeFloat):
-        super().__init__(seen)
+    def __init__(self, spec: ObservationSpec, *, degrees: NonNegativeFloat):
+        super().__init__(spec)
         self._radians = degrees * torch.pi / 180
 
-    def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        angle_M = self.uniform((observation.shape[0] * observation.shape[1],), -self._radians, self._radians)
-        index_MP = turned(angle_M.cos(), angle_M.sin(), torch.ones_like(angle_M), *observation.shape[-2:])
-        return looked_up(as_images(observation), index_MP).view_as(observation)
+    def augment_images(self, images: torch.Tensor) -> torch.Tensor:
+        angle_M = self.uniform((len(images),), -self._radians, self._radians)
+        return looked_up(images, turned(angle_M.cos(), angle_M.sin(), torch.ones_like(angle_M), *images.shape[-2:]))
 
 
 class Scale(Augmentation):
-    """A factor for each sample: images are zoomed by it around their middle, to the nearest pixels, and edges are repeated; vectors are
-    multiplied by it.
+    """Random factor per sample. Images are zoomed around the centre, to the nearest pixels, with repeated edges. Vectors are multiplied.
 
-    Images as in Schwarzer et al. 2021 ("SPR"), whose affine changes zoom from 0.9 to 1.1; vectors as the random amplitude scaling of
+    Images follow Schwarzer et al. 2021 ("SPR"), whose affine changes zoom from 0.9 to 1.1. Vectors follow the random amplitude scaling of
     Laskin et al. 2020 ("RAD").
 
     Args:
-        low, high: of the factor.
+        low, high: range of the factor.
 
     Raises:
         ValueError: low is above high.
@@ -196,16 +186,16 @@ class Scale(Augmentation):
     kinds = ("image", "vector")
     capturable = True
 
-    def __init__(self, seen: Observations, *, low: PositiveFloat, high: PositiveFloat):
-        super().__init__(seen)
-        if low > high:
-            raise ValueError(f"augmentation.scale.low={low:g} is above augmentation.scale.high={high:g}")
-        self._low, self._high = low, high
+    def __init__(self, spec: ObservationSpec, *, low: PositiveFloat, high: PositiveFloat):
+        super().__init__(spec)
+        check_range("scale", low=low, high=high)
+        self._range = low, high
 
     def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        factor_KB = self.uniform(tuple(observation.shape[:2]), self._low, self._high)
-        if self.seen.kind == "vector":
-            return observation * per_sample(factor_KB, observation)
-        factor_M = factor_KB.flatten()
-        index_MP = turned(torch.ones_like(factor_M), torch.zeros_like(factor_M), factor_M, *observation.shape[-2:])
-        return looked_up(as_images(observation), index_MP).view_as(observation)
+        if self.spec.kind == "image":
+            return super().augment(observation)
+        return observation * per_sample(self.uniform(tuple(observation.shape[:2]), *self._range), observation)
+
+    def augment_images(self, images: torch.Tensor) -> torch.Tensor:
+        factor_M = self.uniform((len(images),), *self._range)
+        return looked_up(images, turned(torch.ones_like(factor_M), torch.zeros_like(factor_M), factor_M, *images.shape[-2:]))

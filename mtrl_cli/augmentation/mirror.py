@@ -1,4 +1,4 @@
-"""Images and actions in a mirror."""
+"""Augmentation that mirrors images and actions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from mtrl_cli.augmentation.base import Augmentation, Observations, SamplesT
+from mtrl_cli.augmentation.base import Augmentation, ObservationSpec, SamplesT
 from mtrl_cli.replay.buffers import Batch
 from mtrl_cli.types import Fraction
 
@@ -16,45 +16,45 @@ _OTHER = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 
 def mirrored_name(action: str) -> str:
-    """What an action is called in a mirror: UPLEFTFIRE is UPRIGHTFIRE, FIRE is FIRE."""
+    """Name of the mirrored action: UPLEFTFIRE gives UPRIGHTFIRE, FIRE gives FIRE."""
     return re.sub("LEFT|RIGHT", lambda found: _OTHER[found.group()], action)
 
 
 def mirrored_actions(actions: Sequence[str]) -> list[int]:
-    """For each action of a task the place of its mirror image.
+    """Index of the mirrored action for each action of a task.
 
     Raises:
-        ValueError: one is not among them; names both.
+        ValueError: a mirrored action is missing; the message names both actions.
     """
     for action in actions:
         if mirrored_name(action) not in actions:
-            raise ValueError(f"has the action {action} and no {mirrored_name(action)}")
+            raise ValueError(f"has the action {action} but no {mirrored_name(action)}")
     return [list(actions).index(mirrored_name(action)) for action in actions]
 
 
 class Flip(Augmentation):
-    """The whole transition in a mirror: what was on the left is on the right, in the state and in the next, and so is the action.
+    """Mirror a whole transition: the state, the next state and the action.
 
-    State and next state have one draw, as half a mirrored transition would be none. With several draws of each sample the first of the
-    next observations goes with the first of the observations, and so on. Of an n-step window only the first action is learned, so only
-    that one is changed; what the rewards were, or a return, does not depend on the side. (Kostrikov et al. 2021 flip images alone.)
+    State and next state share a draw, because half a mirrored transition would be wrong. With several draws per sample, the first draw of
+    the next observations belongs to the first of the observations, and so on. Only the first action of an n-step window is trained, so only
+    this action changes. Rewards and returns do not depend on the side. (Kostrikov et al. 2021 flip only images.)
 
     Args:
-        probability: that a sample is flipped.
+        probability: probability of mirroring a sample.
 
     Raises:
-        ValueError: a task is not the same in a mirror, or lacks the mirror image of an action.
+        ValueError: a task changes in a mirror, or lacks a mirrored action.
     """
 
     capturable = True
 
-    def __init__(self, seen: Observations, *, probability: Fraction):
-        super().__init__(seen)
+    def __init__(self, spec: ObservationSpec, *, probability: Fraction):
+        super().__init__(spec)
         self._probability = probability
-        _check(seen)
-        most = max(len(actions) for actions in seen.actions)
-        tables = [mirrored_actions(actions) for actions in seen.actions]
-        self._mirrored_KA = torch.tensor([[*table, *range(len(table), most)] for table in tables], device=seen.device)
+        _check(spec)
+        most = max(len(actions) for actions in spec.actions)
+        tables = [mirrored_actions(actions) for actions in spec.actions]
+        self._mirrored_KA = torch.tensor([[*table, *range(len(table), most)] for table in tables], device=spec.device)
 
     def __call__(self, batch: SamplesT) -> SamplesT:
         next_observation = batch.next_observation if isinstance(batch, Batch) else batch.observation
@@ -67,35 +67,32 @@ class Flip(Augmentation):
             flipped.next_observation = _flipped(next_observation, flip[:, : next_observation.shape[1]])
         return flipped
 
-    def augment(self, observation: torch.Tensor) -> torch.Tensor:
-        """The pictures alone, as where they have no actions."""
-        return _flipped(observation, self.uniform(tuple(observation.shape[:2])) < self._probability)
-
 
 def _flipped(observation: torch.Tensor, flip_KB: torch.Tensor) -> torch.Tensor:
-    # Each sample is copied from one of two places: three times as quick as choosing pixel by pixel.
+    # Each sample is copied from one of two places, which is three times as fast as choosing pixel by pixel.
     samples = observation.flatten(0, 1)
     place_M = torch.arange(len(samples), device=samples.device) + len(samples) * flip_KB.flatten()
     return torch.cat([samples, samples.flip(-1)]).index_select(0, place_M).view_as(observation)
 
 
-def _check(seen: Observations) -> None:
-    """Refuse what cannot be flipped.
+def _check(spec: ObservationSpec) -> None:
+    """Check that all tasks can be mirrored.
 
     Raises:
-        ValueError: names the first task that cannot, why, and those that can.
+        ValueError: names the first task that cannot be mirrored, the reason, and the tasks that can.
     """
-    reasons = [_reason(*each) for each in zip(seen.symmetric, seen.actions, strict=True)]
-    first = next(((name, reason) for name, reason in zip(seen.task_names, reasons, strict=True) if reason), None)
+    tasks = zip(spec.task_names, spec.symmetric, spec.actions, strict=True)
+    reasons = {name: _reason(symmetric, actions) for name, symmetric, actions in tasks}
+    first = next((name for name, reason in reasons.items() if reason), None)
     if first is not None:
-        able = ",".join(name for name, reason in zip(seen.task_names, reasons, strict=True) if not reason)
-        others = f"of these tasks such as can be flipped are env.tasks=[{able}]" if able else "none of these tasks can be flipped"
-        raise ValueError(f"augmentation=flip: {first[0]} {first[1]}; {others}")
+        able = ",".join(name for name, reason in reasons.items() if not reason)
+        advice = f"use env.tasks=[{able}]" if able else "none of the tasks can be mirrored"
+        raise ValueError(f"augmentation=flip: {first} {reasons[first]}; {advice}")
 
 
 def _reason(symmetric: bool, actions: Sequence[str]) -> str | None:
     if not symmetric:
-        return "looks or plays otherwise in a mirror (it is not in env.symmetric)"
+        return "changes in a mirror (it is not in env.symmetric)"
     try:
         mirrored_actions(actions)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Sections of a configuration to objects of the classes that they name."""
+"""Instantiate the classes that sections of a configuration name."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ Config = dict[str, Any]
 
 
 def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
-    """The class that a group's section of the configuration names, and the section's keys for it.
+    """Return the class that the section of a group names, and the keyword arguments in the section.
 
     Raises:
-        UserError: what it names is not a class of the group's kind.
+        UserError: `_target_` is not a subclass of the group's base class.
     """
     node = config
     for part in group.split("/"):
         node = node[part]
     below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_THE_CLASSES.get(group, set())
     target = node["_target_"]
-    # The schema has looked at the source alone; this looks at what was really imported.
+    # Validation has read source code only; this checks the imported class.
     kind = kind_of(group)
     assert kind is not None, group
     ours = introspection.is_trusted(target, ["mtrl_cli", *config["trusted_packages"]])
     found = introspection.import_class(target) if ours else object
     if found.__module__ != target.rpartition(".")[0] or not issubclass(found, introspection.import_class(kind)):
-        raise UserError(f"{group}._target_={target} is not a class of the kind that {group} holds ({kind.rpartition('.')[2]})")
+        raise UserError(f"{group.replace('/', '.')}._target_ must be a subclass of {kind.rpartition('.')[2]}, got {target}")
     return found, {key: value for key, value in node.items() if key != "_target_" and key not in below}
 
 
 def make(config: Config, group: str, *args: Any) -> Any:
-    """The object that a group's section of the configuration names, given `args` and the section's keys.
+    """Instantiate the class that the section of a group names, with `args` and the keys of the section.
 
     Raises:
-        UserError: what it names is not a class of the group's kind, or refuses its values.
+        UserError: `_target_` is not a subclass of the group's base class, or the class refuses its values.
     """
     found, values = class_of(config, group)
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
@@ -50,5 +50,5 @@ def make(config: Config, group: str, *args: Any) -> Any:
 
 
 def derived_seed(seed: int, label: str) -> int:
-    """An independent seed for one purpose of a run, 63 bits."""
+    """Derive an independent 63-bit seed for one purpose of a run."""
     return int.from_bytes(hashlib.blake2b(f"{label}/{seed}".encode(), digest_size=8).digest(), "big") >> 1

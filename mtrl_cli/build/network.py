@@ -1,4 +1,4 @@
-"""Configuration to a network, and what is known of it before it is trained."""
+"""Build networks from a configuration, and measure their size without training."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mtrl_cli.task_weights.tape import Tape, tape_for
 
 
 def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskNetwork:
-    """The network, initialised from the run's seed.
+    """Build the network, initialised from the seed of the run.
 
     Raises:
-        UserError: a torso for another kind of observation.
+        UserError: the torso requires other observations than those of the pack.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the seed is given to GPUs, too
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # manual_seed also seeds GPUs
         torch.manual_seed(derived_seed(config["seed"], "network"))
         network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
-    # Tensor cores read images channel by channel within a pixel; a CPU's compiled code chooses for itself.
+    # Tensor cores prefer channels last; on a CPU the compiler chooses the layout.
     if device.type == "cuda" and pack.observation_kind == "image":
         torch.nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
 def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
-    """The network without any memory or values, to be counted.
+    """Build the network on the meta device, without memory, to count its parameters.
 
     Raises:
         UserError: as `make_network`.
@@ -43,7 +43,7 @@ def empty_network(config: Config, pack: Pack) -> MultiTaskNetwork:
 
 
 def measure(config: Config, pack: Pack) -> tuple[ParameterCounts, int]:
-    """The network's numbers of parameters, and the multiply-adds of a forward per observation.
+    """Return the parameter counts of the network, and the multiply-adds of a forward pass per observation.
 
     Raises:
         UserError: as `make_network`.
@@ -56,30 +56,32 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     torso = make(config, "network")
     if torso.observation_kind != pack.observation_kind:
         raise UserError(
-            f"network={type(torso).__name__} reads {torso.observation_kind} observations; "
-            f"those of env={config['env']['name']} are {pack.observation_kind}s: choose a network for these (mtrl ls network)"
+            f"network={type(torso).__name__} requires {torso.observation_kind} observations, and env={config['env']['name']} has "
+            f"{pack.observation_kind} observations. Choose another network (mtrl ls network)"
         )
-    # Stacked frames are stacked channels. Where frames are stacked, tasks' own channels would not lie side by side.
+    # Stacked frames are stacked channels. With a stack, all tasks use the padded shape, because their own channels would not be contiguous.
     shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
     num_actions = [task.num_actions for task in pack.tasks]
     try:
         sharing = make(config, "network/sharing", tagged(torso), shapes)
     except RuntimeError as error:  # torch: an image too small for the convolutions
-        raise UserError(f"network={type(torso).__name__} cannot read observations of shape {shapes[0]}: {error}".split("\n")[0]) from error
+        raise UserError(
+            f"network={type(torso).__name__} does not accept observations of shape {shapes[0]}: {error}".split("\n")[0]
+        ) from error
     rank = config["transfer"]["rank"]
     try:
         head = make(config, "network/head", sharing.num_features, num_actions)
-        if config["transfer"]["adapters"] == "lora":  # after all else, so that the rest is what it would be without
+        if config["transfer"]["adapters"] == "lora":  # last, so that all other parameters are initialised as without adapters
             add_adapters(sharing, rank)
     except ValueError as error:
         raise UserError(str(error)) from error
-    except RuntimeError as error:  # torch: more memory than there is
-        raise UserError(f"network/head or transfer.rank={rank} makes too large a network: {error}".split("\n")[0][:300]) from error
+    except RuntimeError as error:  # torch: out of memory
+        raise UserError(f"network/head or transfer.rank={rank} makes the network too large: {error}".split("\n")[0][:300]) from error
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
 
 
 def make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
-    """The quick way to the gradients of tasks, where the network has one."""
+    """Return the tape for fast per-task gradients, None where the network does not support one."""
     random = torch.Generator().manual_seed(0)
     sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
     for own, task in zip(sample, pack.tasks, strict=True):
@@ -88,7 +90,7 @@ def make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: tor
     observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
     tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
     if tape is None and config["compile"]:
-        # A backward pass for each task needs the graph again, which compiled code would otherwise take apart in the first.
+        # Per-task backward passes reuse the graph, whose buffers compiled code would otherwise free in the first pass.
         compiled: Any = importlib.import_module("torch._functorch.config")
         compiled.donated_buffer = False
     return tape
@@ -99,10 +101,10 @@ def _stacked(pack: Pack) -> tuple[int, ...]:
 
 
 def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) -> None:
-    """Take a checkpoint's "model".
+    """Load the "model" of a checkpoint.
 
     Raises:
-        UserError: it is of another network; `what` names it.
+        UserError: the checkpoint is of another network; the message begins with `what`.
     """
     try:
         network.load_state_dict(state["model"])

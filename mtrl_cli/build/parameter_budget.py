@@ -1,7 +1,7 @@
-"""`network.parameters`: the width that gives a network a wanted number of parameters.
+"""Find the width that gives a network the number of parameters in `network.parameters`.
 
-A torso says which of its keys make it wider (`Torso.scaled_keys`). All are scaled by one common factor, found by bisection; where
-rounding leaves a gap at the budget, one of them is moved alone.
+A torso names the keys that set its width (`Torso.scaled_keys`). All are scaled by one common factor, found by bisection. Where rounding
+leaves a gap at the budget, one key is scaled separately.
 """
 
 from __future__ import annotations
@@ -13,54 +13,56 @@ from typing import Any
 from mtrl_cli.errors import UserError
 
 TOLERANCE = 0.02
-"""How far from the budget a network may be."""
+"""Relative deviation from the budget that is accepted."""
 
 TRAINED_BYTES = 5 * 4
-"""Of a parameter in training: itself, the target network's, its gradient and the optimizer's two moments, each a float32."""
+"""Bytes per parameter in training: parameter, target parameter, gradient and two moments of the optimizer, each float32."""
 
 UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 
 Values = dict[str, Any]
 Count = Callable[[Values], int]
 
-# Factors that are tried, and where a bisection stops: at a size this near, or where neighbouring factors differ by no unit.
+# Range of factors, and where a bisection stops: at a size within _NEAR of the budget, or at a ratio of neighbouring factors of _FINEST.
 _LOWEST, _HIGHEST, _NEAR, _FINEST = 2.0**-20, 2.0**16, TOLERANCE / 4, 1 + 1e-6
-# Where one key is moved alone, the others stand at the common factor times 2^(i/8), nearest first.
+# Where one key is scaled separately, the others have the common factor times 2^(i/8), nearest first.
 _STEPS_PER_OCTAVE, _OCTAVES = 8, 6
 
 
 def parse(parameters: int | str) -> int:
-    """A budget as a number: 1.7M is 1,700,000."""
+    """Convert a budget to a number: 1.7M is 1,700,000."""
     return parameters if isinstance(parameters, int) else round(float(parameters[:-1]) * UNITS[parameters[-1]])
 
 
 def meets(size: int, budget: int) -> bool:
-    """Whether a number of parameters is within the tolerance of a budget."""
+    """Return whether a number of parameters is within the tolerance of a budget."""
     return abs(size - budget) <= TOLERANCE * budget
 
 
 def check_memory(parameters: int | str, room: float) -> None:
-    """Refuse a budget whose training would take more than `room` bytes.
+    """Refuse a budget whose training requires more than `room` bytes.
 
     Raises:
-        UserError: it names both.
+        UserError: the message names both sizes.
     """
     needed = TRAINED_BYTES * parse(parameters)
     if needed > room:
-        raise UserError(f"network.parameters={parameters} needs {needed / 2**30:.1f} GiB to be trained, and there are {room / 2**30:.1f}")
+        raise UserError(
+            f"network.parameters={parameters} requires {needed / 2**30:.1f} GiB in training, and {room / 2**30:.1f} GiB are free"
+        )
 
 
 def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Values:
-    """The values of a torso's scaled keys with which a network has `budget` parameters, within 2%.
+    """Return the values of a torso's scaled keys that give a network the number of parameters, within 2%.
 
     Args:
-        values: those keys as configured: units or channels (int, lists of them) and factors on them (float). Their ratios are kept
-            as far as rounding allows; if they meet the budget already, they stay.
-        parameters: how many in all, as `network.parameters` has it.
-        count: from such values to the number of parameters; 0 where a network cannot be built with them.
+        values: the configured values: units or channels (int, or lists of int) and factors on them (float). Their ratios are kept as far
+            as rounding allows. Values that already meet the budget are unchanged.
+        parameters: the total number, as in `network.parameters`.
+        count: returns the number of parameters for such values, 0 where no network can be built.
 
     Raises:
-        UserError: no width meets the budget; it names the nearest sizes that there are.
+        UserError: no width meets the budget; the message names the nearest sizes.
     """
     budget, start = parse(parameters), dict(values)
     sizes = _Sizes(count, budget)
@@ -69,7 +71,9 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
     places = list(_places(start))
     smallest = sizes.of(_scaled(start, dict.fromkeys(places, _LOWEST)))
     if smallest > budget and not meets(smallest, budget):
-        raise UserError(f"network.parameters={parameters} is too small: at its least width this network has {smallest:,} parameters")
+        raise UserError(
+            f"network.parameters must be at least {smallest:,}, the size of this network at its smallest width, got {parameters}"
+        )
     common = _nearest(sizes, lambda factor: _scaled(start, dict.fromkeys(places, factor)), 1.0)
     found = _scaled(start, dict.fromkeys(places, common))
     if meets(sizes.of(found), budget):
@@ -80,11 +84,11 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
         near = [(abs(math.log(own / common)), widths) for own, widths in moved if meets(sizes.of(widths), budget)]
         if near:
             return min(near, key=lambda each: each[0])[1]
-    raise UserError(f"network.parameters={parameters}: no width gives that within {TOLERANCE:.0%}; the nearest sizes are {sizes.around()}")
+    raise UserError(f"network.parameters={parameters}: no width is within {TOLERANCE:.0%} of it. The nearest sizes are {sizes.around()}")
 
 
 def _moved(sizes: _Sizes, start: Values, place: tuple[str, int], factor: float) -> tuple[float, Values]:
-    """With one number moved alone and the others at a factor: its own factor, and the values, that come nearest to the budget."""
+    """Scale one number separately and the others by a factor; return its factor and the values nearest to the budget."""
     others = dict.fromkeys(_places(start), factor)
 
     def along(own: float) -> Values:
@@ -95,7 +99,7 @@ def _moved(sizes: _Sizes, start: Values, place: tuple[str, int], factor: float) 
 
 
 class _Sizes:
-    """Numbers of parameters by width, each counted once."""
+    """Cache of the numbers of parameters by width."""
 
     def __init__(self, count: Count, budget: int):
         self.budget = budget
@@ -109,14 +113,14 @@ class _Sizes:
         return self._known[key]
 
     def around(self) -> str:
-        """The nearest sizes below and above the budget that were met, in words."""
+        """Format the nearest sizes below and above the budget among those counted."""
         below = [size for size in self._known.values() if 0 < size <= self.budget]
         above = [size for size in self._known.values() if size > self.budget]
         return " and ".join(f"{size:,}" for size in ([max(below)] if below else []) + ([min(above)] if above else []))
 
 
 def _nearest(sizes: _Sizes, along: Callable[[float], Values], start: float) -> float:
-    """The factor whose size is nearest to the budget. Sizes never fall along factors."""
+    """Return the factor whose size is nearest to the budget. Sizes are non-decreasing in the factor."""
 
     def size(factor: float) -> int:
         return sizes.of(along(factor))
@@ -135,7 +139,7 @@ def _nearest(sizes: _Sizes, along: Callable[[float], Values], start: float) -> f
 
 
 def _places(values: Values) -> Iterator[tuple[str, int]]:
-    """All numbers in the values: a key, and the position in its list (0 where it holds no list)."""
+    """Yield the place of every number: its key, and its position in a list (0 without a list)."""
     for key, value in values.items():
         yield from ((key, position) for position in range(len(value) if isinstance(value, list) else 1))
 
@@ -150,5 +154,5 @@ def _scaled(values: Values, factors: Mapping[tuple[str, int], float]) -> Values:
 
 
 def _times(value: float, factor: float) -> float:
-    """A whole number stays one, of at least 1; others keep five digits, as they are written into a configuration."""
+    """Scale a value. An integer stays an integer of at least 1; a float is rounded to five digits, as in config.yaml."""
     return max(1, round(value * factor)) if isinstance(value, int) else float(f"{value * factor:.5g}")

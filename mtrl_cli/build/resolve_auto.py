@@ -1,4 +1,4 @@
-"""What a configuration leaves open: the values of every `auto`, and the width that meets `network.parameters`."""
+"""Resolve every `auto` of a configuration, and the network width for `network.parameters`."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from mtrl_cli.networks.network import ParameterCounts
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.parallel.distributed import ALONE, Ranks
-from mtrl_cli.replay.buffers import Replay, ReplaySpec
+from mtrl_cli.replay.buffers import Replay
 
-# `replay.capacity=auto` takes at most this many transitions per task (Mnih et al. 2015), this share of the free memory,
-# and, where checkpoints hold the replay, this share of the free disk.
+# Limits of `replay.capacity=auto`: transitions per task (Mnih et al. 2015), share of the free memory, and, where checkpoints contain the
+# replay, share of the free disk.
 _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
-# `agent.batch_size=auto`: samples of all tasks together in one update, at least; fewer make operations too small for their overhead. Large
-# networks are those of whole images; a GPU is wider.
+# `agent.batch_size=auto`: minimum number of samples per update over all tasks, because small operations are dominated by overhead. Networks
+# of whole images are large; a GPU needs more samples.
 _SAMPLES_OF_LARGE, _SAMPLES_OF_SMALL, _SAMPLES_ON_GPU = 128, 640, 256
-_LARGE_NETWORK = 1_000_000  # multiply-adds of a forward
-_SMALLEST_BATCH = 32  # of each task (Mnih et al. 2015)
-_SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples of each task between copies; 2,000 updates of 32
-# A capacity that the user chose leaves this much for the network and the emulators.
+_LARGE_NETWORK = 1_000_000  # multiply-adds of a forward pass
+_SMALLEST_BATCH = 32  # per task (Mnih et al. 2015)
+_SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples per task between copies: 2,000 updates of 32
+# A capacity chosen by the user leaves the rest for the network and the emulators.
 _LARGEST_MEMORY_SHARE = 0.9
 
 
 def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
-    """A configuration in which every `auto` is what this machine makes of it. One that is settled already is only checked.
+    """Return the configuration with every `auto` resolved for this machine. A resolved configuration is only checked.
 
-    Of several ranks, the first settles it for all.
+    The first rank resolves it for all ranks.
 
     Raises:
-        UserError: a device or a compiler that is not there, a replay that does not fit, a number of parameters that no width gives, or
-            what cannot be shared evenly by the ranks.
+        UserError: a device or a compiler is missing, the replay does not fit into memory, no width gives the number of parameters, or the
+            ranks cannot share a number evenly.
     """
     device = hardware.resolve_device(config["device"])
     _check_ranks(config, device, ranks)
     if config["network"]["parameters"] is not None:
         parameter_budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
-    # Each rank has the GPU of its own number, so for several the name is that of the kind.
+    # Each rank uses the GPU of its local rank, so several ranks share the device type only.
     settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
     settled["augmentation"] = build_augmentation.settle(config, pack)
     image = pack.observation_kind == "image"
     if config["threads"] == "auto":
-        # The products of a small vector network are over before a second thread has begun.
+        # Matrix products of a small vector network end before a second thread has started.
         settled["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
     if config["precision"] == "auto":
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
         settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
     if settled["precision"] == "tf32" and device.type == "cpu":
-        say("precision: fp32, as tf32 is of GPUs")  # a run from a GPU may go on here
+        say("precision: TF32 requires a GPU; using fp32")  # a run from a GPU may be resumed on a CPU
         settled["precision"] = "fp32"
     settled["groups"] = _settle_groups(config["groups"], pack.num_envs // ranks.size, device)
     if config["compile"] in ("auto", True):
         missing = hardware.missing_for_compile()
         if missing and config["compile"] is True:
-            raise UserError(f"compile=true cannot work here: {missing}; a run with compile=false needs none")
+            raise UserError(f"compile=true is impossible: {missing}. Use compile=false")
         if missing and image:
-            say(f"compile: off, about two times slower on a CPU: {missing}")
-        # Small vector networks gain too little to pay for compiling.
+            say(f"compile: off (about two times slower on a CPU): {missing}")
+        # Small vector networks gain less than compilation costs.
         settled["compile"] = (config["compile"] is True or image) and not missing
     if config["agent"].get("batch_size") == "auto":
         settled["agent"] = settled["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
@@ -75,26 +75,26 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks 
         period = _SAMPLES_PER_TARGET // settled["agent"]["batch_size"]
         settled["agent"] = settled["agent"] | {"target_period": max(1, period)}
     if config["agent"].get("overlap") == "auto":
-        # On a CPU the network's work takes the cores that the emulators would run on.
+        # On a CPU, the network would use the cores of the emulators.
         settled["agent"] = settled["agent"] | {"overlap": device.type == "cuda"}
     if "capacity" in config["replay"]:
         settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
     if device.type == "cpu" and settled["threads"] > hardware.cores():
-        say(f"threads={settled['threads']} is more than the {hardware.cores()} cores here: they will wait for each other")
+        say(f"threads={settled['threads']} exceeds the {hardware.cores()} cores of this machine: threads will wait for each other")
     return settled
 
 
 def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
-    """In how many groups environments take turns: two where a GPU chooses for one while cores play the other, else one."""
+    """Resolve the number of environment groups: two on a GPU, which acts for one while the cores step the other; else one."""
     if groups == "auto":
         return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
     if num_envs % int(groups):
-        raise UserError(f"groups={groups} does not divide the {num_envs} environments of a task: expected groups of the same size")
+        raise UserError(f"groups must divide the {num_envs} environments of a task, got {groups}")
     return int(groups)
 
 
 def _settle_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
-    """Samples per task and update: few large updates rather than many small ones, at the same number of samples per step."""
+    """Resolve the batch size per task: few large updates instead of many small ones, with the same number of samples per step."""
     large = build_network.measure(config, pack)[1] >= _LARGE_NETWORK
     wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
     each = -(-wanted // len(pack.tasks))
@@ -108,40 +108,40 @@ def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
         return
     here, devices = ranks.place.local_size, torch.cuda.device_count()
     if config["device"] not in ("auto", "cuda"):
-        raise UserError(f"device={config['device']}: each of {ranks.size} ranks takes a GPU of its own; give device=auto, cuda or cpu")
+        raise UserError(f"device must be auto, cuda or cpu for {ranks.size} ranks, which use one GPU each, got {config['device']}")
     if here > devices:
-        raise UserError(f"{here} ranks on this machine need as many GPUs, and there are {devices}; start fewer, or give device=cpu")
+        raise UserError(f"{here} ranks on this machine require {here} GPUs, and it has {devices}. Start fewer ranks, or use device=cpu")
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
-    """A configuration whose network is as wide as `network.parameters` has it; where that is null, or met already, the same.
+    """Return the configuration with the network width that gives `network.parameters`; unchanged where that is null or already met.
 
     Raises:
-        UserError: no width meets it.
+        UserError: no width gives the number of parameters.
     """
     network, given = config["network"], _widths(config)
     if network["parameters"] is None:
         return config
     if not given:
-        raise UserError(f"network.parameters={network['parameters']}: {network['_target_']} comes in one width; leave the budget out")
-    build_network.empty_network(config, pack)  # what cannot be built at any width says so itself
+        raise UserError(f"network.parameters must be null for {network['_target_']}, which has one width, got {network['parameters']}")
+    build_network.empty_network(config, pack)  # raises its own error where no width can be built
 
     def count(widths: Config) -> int:
         try:
             return build_network.empty_network(_with(config, widths), pack).parameter_counts().total
-        except UserError:  # a width that a structure refuses
+        except UserError:  # the sharing structure refuses this width
             return 0
 
     return _with(config, parameter_budget.fit(given, network["parameters"], count))
 
 
 def scaled_keys(config: Config) -> list[str]:
-    """The keys that `network.parameters` decides on, such as network.features; none where it is null."""
+    """Return the keys that `network.parameters` sets, such as network.features; none where it is null."""
     return list(_widths(config)) if config["network"]["parameters"] is not None else []
 
 
 def _widths(config: Config) -> Config:
-    """The values by dotted key with which the torso and the sharing structure become wider."""
+    """Return the values that set the width of the torso and the sharing structure, by dotted key."""
     torso, of_torso = class_of(config, "network")
     sharing, of_sharing = class_of(config, "network/sharing")
     assert issubclass(torso, Torso)
@@ -152,7 +152,7 @@ def _widths(config: Config) -> Config:
 
 
 def _with(config: Config, widths: Config) -> Config:
-    """A configuration with other values of dotted keys within `network`."""
+    """Return the configuration with other values of dotted keys in `network`."""
     network = dict(config["network"])
     for dotted, value in widths.items():
         *within, key = dotted.split(".")[1:]
@@ -165,32 +165,28 @@ def _with(config: Config, widths: Config) -> Config:
 
 def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None], ranks: Ranks) -> int:
     spec = build_run.replay_spec(config, pack, device)
-    each = _bytes_per_transition(config, spec) * spec.num_tasks
-    # Each rank keeps its part: in its GPU's memory, or with the others of its machine in that one's.
+    each = _replay_class(config).bytes_per_transition(spec) * spec.num_tasks
+    # Each rank stores its share in the memory of its GPU, or in the memory of its machine together with the other ranks there.
     free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
     capacity = config["replay"]["capacity"]
     if capacity == "auto":
-        room, of_what = free * _MEMORY_SHARE, "memory"
+        room, resource = free * _MEMORY_SHARE, "memory"
         disk = _free_disk(config["run_dir"]) * _DISK_SHARE
         if config["checkpoint"]["replay"] and disk < room:
-            room, of_what = disk, "disk, where checkpoints hold the replay (checkpoint.replay=false: they do not)"
+            room, resource = disk, "disk, because checkpoints contain the replay (to change that: checkpoint.replay=false)"
         wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
         if fits < wanted:
-            say(f"replay: {fits:,} transitions per task rather than {wanted:,}, for half of the free {of_what}")
+            say(f"replay: {fits:,} transitions per task instead of {wanted:,}: half of the free {resource}")
         return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
     if capacity * each > free * _LARGEST_MEMORY_SHARE:
         raise UserError(
-            f"replay.capacity={capacity} needs {capacity * each / 2**30:.1f} GiB for {spec.num_tasks} tasks "
-            f"and {free / 2**30:.1f} GiB are free; at most {int(free * _LARGEST_MEMORY_SHARE // each)} fit, or replay.capacity=auto"
+            f"replay.capacity must be at most {int(free * _LARGEST_MEMORY_SHARE // each)} or auto, got {capacity}: "
+            f"{spec.num_tasks} tasks would need {capacity * each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         )
     return capacity
 
 
-def _bytes_per_transition(config: Config, spec: ReplaySpec) -> int:
-    return _replay_kind(config).bytes_per_transition(spec)
-
-
-def _replay_kind(config: Config) -> type[Replay]:
+def _replay_class(config: Config) -> type[Replay]:
     found, _ = class_of(config, "replay")
     assert issubclass(found, Replay)
     return found
@@ -208,11 +204,11 @@ def _free_disk(run_dir: str | None) -> int:
 
 
 def describe(config: Config, pack: Pack) -> list[str]:
-    """What a settled configuration is about to take, in lines for a person."""
+    """Describe a resolved configuration and its sizes, in lines for the terminal."""
     env, replay = config["env"], config["replay"]
     spec = build_run.replay_spec(config, pack, torch.device(config["device"]))
-    each = _bytes_per_transition(config, spec)
-    capacity = replay.get("capacity") or _replay_kind(config).fixed_capacity(spec)
+    each = _replay_class(config).bytes_per_transition(spec)
+    capacity = replay.get("capacity") or _replay_class(config).fixed_capacity(spec)
     taken = capacity * each * spec.num_tasks
     size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
@@ -222,10 +218,10 @@ def describe(config: Config, pack: Pack) -> list[str]:
     return [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
-        f"{'replay' if 'capacity' in replay else 'rollouts'}: {capacity:,} transitions per task, {size} in all ({each:,} bytes each)",
+        f"{'replay' if 'capacity' in replay else 'rollouts'}: {capacity:,} transitions per task, {size} in total ({each:,} bytes each)",
         *_describe_updates(config),
-        f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} of each task alone{budgeted}",
-        f"forward: {in_short(multiply_adds)} multiply-adds an observation",
+        f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} per task{budgeted}",
+        f"forward: {in_short(multiply_adds)} multiply-adds per observation",
         *_describe_ranks(config),
         *_describe_early_stopping(config),
     ]
@@ -236,7 +232,7 @@ def _describe_updates(config: Config) -> list[str]:
     if "batch_size" not in agent or "samples_per_step" not in agent:
         return []
     every = agent["batch_size"] / agent["samples_per_step"]
-    return [f"updates: {agent['batch_size']} samples of each task, one update every {every:g} steps per task"]
+    return [f"updates: {agent['batch_size']} samples per task, one update every {every:g} steps per task"]
 
 
 def _describe_early_stopping(config: Config) -> list[str]:
@@ -244,22 +240,26 @@ def _describe_early_stopping(config: Config) -> list[str]:
     if config["early_stopping"]["metric"] is None:
         return []
     evaluations = -(-config["steps_per_task"] // games["every"]) + games["at_start"]
-    return [f"early stopping: never, as a patience of {patience} outlasts {evaluations} evaluations"] if patience >= evaluations else []
+    return (
+        [f"early stopping: never, because patience={patience} is not below the {evaluations} evaluations"]
+        if patience >= evaluations
+        else []
+    )
 
 
 def _describe_ranks(config: Config) -> list[str]:
     ranks = config["ranks"]
-    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} of the environments of each task"] if ranks > 1 else []
+    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} environments per task"] if ranks > 1 else []
 
 
 def own(counts: ParameterCounts) -> str:
-    """The least and the most parameters that a task has alone, in words."""
+    """Format the range of parameters per task."""
     least, most = min(counts.per_task), max(counts.per_task)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def in_short(number: int) -> str:
-    """A large number in three digits: 9.34M."""
+    """Format a large number with three digits: 9.34M."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= 0.9995 * size:
             return f"{number / size:.3g}{unit}"

@@ -16,6 +16,16 @@ from mtrl_cli.errors import UserError
 SWEEP_RESUMABLE = ("sweep.trials", "sweep.retries")
 
 
+def complete_word(command: str, given: list[str], incomplete: str) -> list[tuple[str, str]]:
+    """Return the completions of the word at the cursor in the form that the shell expects."""
+    typed = bash_words()
+    if typed is None:
+        return complete(command, given, incomplete)
+    given, word = typed
+    prefix = word[: len(word) - len(incomplete)]  # bash expects only the part after the last `=`
+    return [(found.removeprefix(prefix), line) for found, line in complete(command, given, word)]
+
+
 def complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple[str, str]]:
     """Return the completions of `incomplete`, each with a help text that may be empty.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_cli.config import compose, options
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, unknown
 from mtrl_cli.runs.terminal import as_text, table
 
 SIZED = ("network", "network/sharing", "network/head")
@@ -62,7 +62,7 @@ def list_options(group: str, folders: Sequence[Path]) -> str:
     """
     names = options.groups(folders, None)
     if group not in names:
-        raise UserError(f"mtrl ls {group}: there is no such group; {options.did_you_mean(group, names)}")
+        raise UserError(unknown("group", group, names))
     rows = [(_starred(group, name), options.description(file)) for name, file in options.options(group, folders).items()]
     return as_text(table(rows, ("", ""), show_header=False)) + _within(group, folders)
 

@@ -50,13 +50,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def _complete_overrides(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     from mtrl_cli.cli import completion
 
-    command = ctx.info_name or ""
-    typed = completion.bash_words()
-    if typed is None:
-        return completion.complete(command, ctx.params.get("overrides") or [], incomplete)
-    given, word = typed
-    prefix = word[: len(word) - len(incomplete)]  # bash expects only the part after the last `=`
-    return [(found.removeprefix(prefix), line) for found, line in completion.complete(command, given, word)]
+    return completion.complete_word(ctx.info_name or "", ctx.params.get("overrides") or [], incomplete)
 
 
 def _complete_groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -69,7 +63,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
-StudyDryRun = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
+ListTrials = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -131,9 +125,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
       mtrl resume runs/sweeps/mine launcher.jobs=2 sweep.trials=100
     """
     if os.path.lexists(run.expanduser() / "sweep.json"):
-        from mtrl_cli.sweeps import command as sweep_command
+        from mtrl_cli.sweeps import command
 
-        sweep_command.resume(run.expanduser(), overrides or [], command=_command())
+        command.resume(run.expanduser(), overrides or [], command=_command())
         return
     from mtrl_cli.commands import train
 
@@ -141,10 +135,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sweep(
-    overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")] = False,
-) -> None:
+def sweep(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Train many runs: a grid or a hyperparameter search.
 
     \b
@@ -164,21 +155,21 @@ def sweep(
       mtrl sweep env=classic_pack 'optimizer.lr=tag(log,interval(1e-5,1e-3))' sweep.trials=50 sweep.pruner=hyperband
       mtrl sweep env=classic_pack agent.n_step=1,3,5 launcher.jobs=2 --dry-run
     """
-    from mtrl_cli.sweeps import plan as sweep_plan
+    from mtrl_cli.sweeps import plan
 
-    plan = sweep_plan.make(overrides or [])
+    planned = plan.make(overrides or [])
     if dry_run:
-        from mtrl_cli.sweeps import dry_run as sweep_listing
+        from mtrl_cli.sweeps.dry_run import list_sweep
 
-        print_result(sweep_listing.list_sweep(plan))
+        print_result(list_sweep(planned))
         return
-    from mtrl_cli.sweeps.command import run
+    from mtrl_cli.sweeps import command
 
-    run(plan, command=_command())
+    command.run(planned, command=_command())
 
 
 @app.command()
-def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+def transfer(run: Run, overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Measure transfer from a trained run to other tasks.
 
     \b
@@ -198,7 +189,7 @@ def transfer(run: Run, overrides: Overrides = None, dry_run: StudyDryRun = False
 
 
 @studies.command("sharing")
-def study_sharing(overrides: Overrides = None, dry_run: StudyDryRun = False) -> None:
+def study_sharing(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Compare sharing structures at equal parameter count.
 
     \b
@@ -381,10 +372,10 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         code = print_error(_in_one_line(error), getattr(error, "exit_code", 2))
     except (UserError, RunError) as error:
-        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_ours_to_tell", False))
+        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_reported_here", False))
     except Stopped as stopped:
         code = stopped.exit_code
-        if not stopped.told and is_first_rank():
+        if not stopped.is_reported and is_first_rank():
             print("mtrl: stopped; nothing was changed", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130

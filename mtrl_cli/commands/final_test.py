@@ -9,6 +9,7 @@ from typing import Any
 from mtrl_cli.build import network as build_network
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.errors import UserError
+from mtrl_cli.metric_names import TEST
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.training import evaluator
@@ -54,9 +55,9 @@ def play(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, s
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
     """Its metrics by name: `test/return/<task>` of the last network, `test/best/return/<task>` of the best where that is another."""
-    found = evaluator.metrics(result["last"], "test")
+    found = evaluator.metrics(result["last"], TEST)
     if is_another(result):
-        found |= evaluator.metrics(result["best"], "test/best") | {"test/best/step": float(result["best"]["step"])}
+        found |= evaluator.metrics(result["best"], f"{TEST}best/") | {f"{TEST}best/step": float(result["best"]["step"])}
     return found
 
 

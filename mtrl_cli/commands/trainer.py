@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtrl_cli import metric_names
 from mtrl_cli.build import network as build_network
 from mtrl_cli.build import run as build_run
 from mtrl_cli.checkpoints.store import CheckpointStore
@@ -152,18 +153,18 @@ class Trainer:
                     self._finish()
             self._part()
         except Stopped as stopped:
-            stopped.told = True
+            stopped.is_reported = True
             self.folder.finish("stopped", seconds=self.seconds)
             print_line(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
             self._part()
             raise
         except RanksLost as lost:
-            told = RanksLost(
+            failure = RanksLost(
                 f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            told.is_ours_to_tell = self._mark_failed(str(lost))
-            raise told from None
+            failure.is_reported_here = self._mark_failed(str(lost))
+            raise failure from None
         except Exception as error:
             with suppress(OSError, UserError):  # such as a full disk: the first error matters to the user
                 self.folder.finish("failed", seconds=self.seconds, error=str(error))
@@ -197,7 +198,7 @@ class Trainer:
             self.run.learner.warm_up()
             seconds = time.perf_counter() - start
             self.display.message(f"compiled in {seconds:.0f} s")
-            self._write_row({"perf/seconds/compile": seconds})
+            self._write_row({f"{metric_names.SECONDS}compile": seconds})
 
     def _train(self) -> None:
         total, ticks = self.run.intervals.total, self.loop.ticks()
@@ -330,22 +331,24 @@ class Trainer:
         for task in tasks:
             if task.name in recent:
                 score = normalised(recent[task.name], task.random_score, task.reference_score)
-                metrics |= {} if score is None else {f"train/score/{task.name}": score}
-        metrics |= {f"epsilon/{name}": float(value) for name, value in zip(names, self.run.agent.epsilon(step), strict=True)}
+                metrics |= {} if score is None else {metric_names.TRAIN_SCORE + task.name: score}
+        metrics |= {metric_names.EPSILON + name: float(value) for name, value in zip(names, self.run.agent.epsilon(step), strict=True)}
         metrics |= {
-            "perf/steps_per_second": per_second,
-            "perf/frames_per_second": per_second * self._frames_per_step,
-            "perf/updates_per_second": speed.updates,
-            "perf/memory": float(self.ranks.total(np.array(hardware.resident_memory()))),
+            metric_names.STEPS_PER_SECOND: per_second,
+            metric_names.FRAMES_PER_SECOND: per_second * self._frames_per_step,
+            metric_names.UPDATES_PER_SECOND: speed.updates,
+            metric_names.MEMORY: float(self.ranks.total(np.array(hardware.resident_memory()))),
         }
         spent = self.loop.clock.read()
-        metrics |= {f"perf/seconds/{part}": value for part, value in spent.items()}
+        metrics |= {metric_names.SECONDS + part: value for part, value in spent.items()}
         if self.run.device.type == "cpu":  # the host clock does not measure asynchronous work on a GPU: see mtrl bench
             steps, each = (step - self.row_step) * len(tasks), self.run.learner.steps_per_update * len(tasks)
             metrics |= throughput.between_rows(spent, steps, (updates - self.row_updates) * each, each, per_second)
         self._write_row(metrics)
         # Few episodes end between two rows: the table shows the mean of the last hundred.
-        self.display.update(step, metrics | {f"train/return/{name}": value for name, value in recent.items()}, seconds=self.seconds)
+        self.display.update(
+            step, metrics | {metric_names.TRAIN_RETURN + name: value for name, value in recent.items()}, seconds=self.seconds
+        )
         self.rows.last = step
         self.row_step, self.row_updates = step, updates
 
@@ -357,7 +360,7 @@ class Trainer:
         step, start = self.loop.step, time.perf_counter()
         with self.speed.paused():
             report = self.run.diagnostics.report(step)
-            self._write_row(report.metrics | {"perf/seconds/diagnostics": time.perf_counter() - start})
+            self._write_row(report.metrics | {f"{metric_names.SECONDS}diagnostics": time.perf_counter() - start})
             for name, picture in report.pictures.items():
                 self.logger.image(name, picture, step)
 
@@ -366,7 +369,7 @@ class Trainer:
         step = self.loop.step
         newest_KN = self.loop.newest_frames
         for k, task in enumerate(self.run.pack.tasks):
-            self.logger.histogram(f"eval/returns/{task.name}", games.returns[task.name], step)
+            self.logger.histogram(metric_names.EVAL_RETURNS + task.name, games.returns[task.name], step)
             if task.observation_shape[0] in (1, 3) and len(task.observation_shape) == 3:
                 channels_last = newest_KN[k, 0, : task.observation_shape[0]].movedim(0, -1)
                 self.logger.image(f"frame/{task.name}", channels_last.contiguous().cpu().numpy(), step)

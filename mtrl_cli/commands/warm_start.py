@@ -198,8 +198,8 @@ def _table(taken: Taken) -> RenderableType:
     """One row for each part with its fate; tasks of the same fate share one."""
     found: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
     order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}
-    for outcome in sorted(taken.outcomes, key=lambda each: (each.fate == "left", order[each.kind], each.layer or 0)):
-        key = (_part(outcome), outcome.fate, outcome.why)
+    for outcome in sorted(taken.outcomes, key=lambda each: (each.status == "left", order[each.kind], each.layer or 0)):
+        key = (_part(outcome), outcome.status, outcome.reason)
         number, tasks = found.get(key, (0, {}))
         found[key] = number + outcome.number, tasks | ({outcome.task: None} if outcome.task else {})
     rows = []
@@ -212,7 +212,7 @@ def _table(taken: Taken) -> RenderableType:
 def _part(outcome: Outcome) -> str:
     if outcome.kind == "torso":
         own = f"layer {(outcome.layer or 0) + 1}" if outcome.layer else "stem"
-        return f"{own} of {'each' if outcome.task else 'the'} torso" if outcome.task or outcome.fate != "loaded" else "torso"
+        return f"{own} of {'each' if outcome.task else 'the'} torso" if outcome.task or outcome.status != "loaded" else "torso"
     return {"heads": "head", "sharing": "sharing", "adapters": "adapter"}[outcome.kind]
 
 

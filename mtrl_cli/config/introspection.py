@@ -1,8 +1,7 @@
-"""What a `_target_` may be, and which keys its class takes: found by reading source, so that nothing named in a configuration runs.
+"""Allowed classes of `_target_` and their keys, found by reading source code. Nothing that a configuration names is executed.
 
-A class of ours is looked up with `ast`: its module's file must lie in the package, and the class must be defined at the top of that
-file as a direct subclass of the kind that its group holds. A module's imports are no way in, neither are aliases. Only packages that the
-user trusts are imported.
+A class of mtrl_cli is found with `ast`. Its module must be a file of the package, and the file must define the class at module level as a
+direct subclass of the base class of its group. Imported names and aliases do not count. Only packages that the user trusts are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mtrl_cli import types as field_types
 from mtrl_cli.errors import UserError
@@ -37,24 +36,24 @@ KINDS = {
     "task_weights": "mtrl_cli.task_weights.base.TaskWeights",
     "augmentation": "mtrl_cli.augmentation.base.Augmentation",
 }
-"""Each group, and the base class of what it holds."""
+"""Groups of a run, each with the base class of its options."""
 
-KINDS_OF_SWEEPS = {"launcher": "mtrl_cli.launchers.base.Launcher"}
-"""Those of a sweep, which no run has."""
+SWEEP_KINDS = {"launcher": "mtrl_cli.launchers.base.Launcher"}
+"""Groups of a sweep, each with the base class of its options."""
 
 SEVERAL = {"augmentation"}
-"""Groups of which several options may be chosen: their section holds one of each, by name, in the order in which they are used."""
+"""Groups that take several options. Their section contains one section per option, by name, in order of use."""
 
 
 def kind_of(path: str) -> str | None:
-    """The base class of what a section holds (`network/head`, or `augmentation/shift` within a group of several), if it holds a class."""
+    """Return the base class of a section (`network/head`, or `augmentation/shift` in a group of several), or None."""
     group, _, name = path.rpartition("/")
-    return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else {**KINDS, **KINDS_OF_SWEEPS}.get(path)
+    return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else {**KINDS, **SWEEP_KINDS}.get(path)
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section: what its value is checked against, and its default (`MISSING`: required; `UNKNOWN`: left to the class)."""
+    """One key of a section: type annotation and default (`MISSING`: required; `UNKNOWN`: the class's own, not a literal)."""
 
     annotation: Any
     default: Any = MISSING
@@ -65,7 +64,7 @@ UNKNOWN: Any = object()
 
 @dataclass(frozen=True)
 class Signature:
-    """What is known of a class without importing it: the keys it takes, and its class attributes that are literals."""
+    """Keys and literal class attributes of a class, read without importing it."""
 
     target: str
     keys: Mapping[str, Key]
@@ -73,32 +72,32 @@ class Signature:
 
 
 def is_trusted(target: str, trusted: Sequence[str]) -> bool:
-    """Whether a dotted path lies in one of the packages, by whole components: `a.b` is in `a`, `ab` is not."""
+    """Return whether a dotted path is in one of the packages. Whole components count: `a.b` is in `a`, `ab` is not."""
     return any(name and (target == name or target.startswith(name + ".")) for name in trusted)
 
 
 def read(key: str, target: Any, kind: str, trusted: Sequence[str] = (), root: Path | None = None) -> Signature:
-    """The signature of the class `target`, which must be a `kind`.
+    """Return the signature of the class `target`, which must be a subclass of `kind`.
 
     Args:
-        key: where the target stands, for messages (`network.head._target_`).
+        key: key of the target, for messages (`network.head._target_`).
         target: the dotted path of a class, such as `mtrl_cli.networks.torsos.MLP`.
         kind: the dotted path of the base class, such as `mtrl_cli.networks.torsos.Torso`.
-        trusted: packages other than ours that may be imported.
-        root: the folder of our package.
+        trusted: other packages that may be imported.
+        root: folder of the package mtrl_cli.
 
     Raises:
-        UserError: there is no such class, it is of another kind, or it is in a package that is not trusted.
+        UserError: the class does not exist, is not a `kind`, or is in a package that is not trusted.
     """
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(f"{key}={target!r}: expected the dotted path of a class, such as {PACKAGE}.networks.torsos.MLP")
+        raise UserError(f"{key} must be the dotted path of a class, such as {PACKAGE}.networks.torsos.MLP, got {target!r}")
     if target.startswith(f"{PACKAGE}."):
         return _read_ours(key, target, kind, root or Path(__file__).parents[1])
     if is_trusted(target, trusted):
         return _read_trusted(key, target, kind, trusted)
     package = target.split(".")[0]
-    advice = f"\nIf you trust the package {package} with running code, say so on the command line: trusted_packages=[{package}]"
-    raise UserError(f"{key}={target}: expected a class of {PACKAGE}" + ("" if package in sys.stdlib_module_names else advice))
+    advice = f"\nIf you trust the package {package} to run code, add trusted_packages=[{package}] to the command line"
+    raise UserError(f"{key} must be a class of {PACKAGE}, got {target}" + ("" if package in sys.stdlib_module_names else advice))
 
 
 def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
@@ -107,14 +106,11 @@ def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
     tree = _parse(root, tuple(parts))
     found = _class_of(tree, name) if tree else None
     if found is None or base not in (_last_name(node) for node in found.bases):
-        known = (
-            f"; {'.'.join([PACKAGE, *parts])} has " + ", ".join(_classes_of_kind(tree, base))
-            if tree and _classes_of_kind(tree, base)
-            else ""
-        )
-        raise UserError(f"{key}={target}: expected a {base} that {PACKAGE} itself defines{known}")
+        others = _classes_of_kind(tree, base) if tree else []
+        known = f". {'.'.join([PACKAGE, *parts])} defines {', '.join(others)}" if others else ""
+        raise UserError(f"{key} must be a {base} defined in {PACKAGE}, got {target}{known}")
     keys = _keys(found)
-    if _hands_on(found):
+    if _takes_further_keywords(found):
         home = _parse(root, tuple(kind.split(".")[1:-1]))
         owner = _class_of(home, base) if home else None
         keys = {**(_keys(owner) if owner else {}), **keys}
@@ -123,7 +119,7 @@ def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
 
 @cache
 def _parse(root: Path, parts: tuple[str, ...]) -> ast.Module | None:
-    """The syntax tree of a module of ours, or None where it has no file."""
+    """Return the syntax tree of a module of mtrl_cli, or None where it has no file."""
     path = root.joinpath(*parts)
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if parts and file.is_file() and file.resolve().is_relative_to(root.resolve()):
@@ -147,14 +143,14 @@ def _init_of(found: ast.ClassDef) -> ast.FunctionDef | None:
     return next((node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
 
 
-def _hands_on(found: ast.ClassDef) -> bool:
-    """Whether a class takes further keywords (`**common`): then those of its kind are keys, too."""
+def _takes_further_keywords(found: ast.ClassDef) -> bool:
+    """Return whether a class takes `**common`: the keys of its base class are then keys of the class."""
     init = _init_of(found)
     return init is not None and init.args.kwarg is not None
 
 
 def _keys(found: ast.ClassDef) -> dict[str, Key]:
-    """The keyword-only parameters of a class's own `__init__`, with their annotations and those defaults that are literals."""
+    """Return the keyword-only parameters of a class's own `__init__`, with annotations and literal defaults."""
     init = _init_of(found)
     if init is None:
         return {}
@@ -180,10 +176,10 @@ def _namespace() -> dict[str, Any]:
 
 def _evaluate(annotation: str, owner: str, key: str) -> Any:
     try:
-        return eval(annotation, dict(_namespace()))  # the source of our own package, never of a configuration
+        return eval(annotation, dict(_namespace()))  # source code of mtrl_cli, never of a configuration
     except NameError as error:
         raise TypeError(
-            f"{owner}.__init__: the annotation of {key} must be made of builtins, Literal and the names of fields.py"
+            f"{owner}.__init__: the annotation of {key} must consist of builtins, Literal and names of mtrl_cli.types"
         ) from error
 
 
@@ -207,16 +203,13 @@ def _attributes(found: ast.ClassDef) -> dict[str, Any]:
 def _read_trusted(key: str, target: str, kind: str, trusted: Sequence[str]) -> Signature:
     module_name, _, name = target.rpartition(".")
 
-    def refuse(reason: str) -> NoReturn:
-        raise UserError(f"{key}={target}: {reason}")
-
     try:
         found = vars(importlib.import_module(module_name or target)).get(name)
     except ImportError as error:
-        refuse(f"{module_name or target} cannot be imported ({error})")
+        raise UserError(f"{key}={target}: {module_name or target} cannot be imported ({error})") from None
     base = import_class(kind)
     if not (isinstance(found, type) and issubclass(found, base) and is_trusted(found.__module__, trusted)):
-        refuse(f"expected a class that {module_name or target} defines as a subclass of {kind}")
+        raise UserError(f"{key} must be a subclass of {kind} that {module_name or target} defines, got {target}")
     parameters = _parameters(found)
     keys = _keyword_only(parameters)
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
@@ -228,7 +221,7 @@ def _read_trusted(key: str, target: str, kind: str, trusted: Sequence[str]) -> S
 def _parameters(found: type) -> Sequence[inspect.Parameter]:
     try:
         return list(inspect.signature(found, eval_str=True).parameters.values())
-    except NameError:  # names that are imported for type checkers only
+    except NameError:  # names imported for type checkers only
         return list(inspect.signature(found).parameters.values())
 
 
@@ -244,12 +237,12 @@ def _key_of(parameter: inspect.Parameter) -> Key:
 
 
 def class_name(node: Mapping[str, Any]) -> str:
-    """The class that a section names, without its module."""
+    """Return the class name of a section, without the module."""
     return str(node["_target_"]).rpartition(".")[2]
 
 
 def import_class(target: str) -> type:
-    """The class at a dotted path. Only for targets that `read` has let through."""
+    """Import the class at a dotted path. Only for targets that `read` has accepted."""
     module_name, _, name = target.rpartition(".")
     found = vars(importlib.import_module(module_name))[name]
     assert isinstance(found, type), target

@@ -1,10 +1,9 @@
-"""What there is to choose: the configuration's folders, their groups, and the options of each. Reads files, composes nothing."""
+"""Configuration folders, groups and options. Reads files and composes nothing."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,73 +11,69 @@ import yaml
 
 from mtrl_cli.errors import UserError
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML built without libyaml has only the slow one
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML without libyaml has only the slow loader
 
-TASKS_OF_ANY_NAME: None = None
-
-NAMES_ON_DISK = {"mtrl_cli.envs.atari.AtariPack": ("ale_py", "roms", "*.bin")}
-"""Packs whose tasks are files of another package, which tell their names before it is imported: package, folder, files."""
-
-
-def conf_folder() -> Path:
-    """Where our own configuration lies: in the package as a wheel installs it, else beside it in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise UserError(
-        f"The configuration is missing: neither {package / 'conf'} nor {package.parent / 'conf'} holds train.yaml; install mtrl_cli again"
-    )
-
+TASK_FILES = {"mtrl_cli.envs.atari.AtariPack": ("ale_py", "roms", "*.bin")}
+"""Packs whose tasks are files of another package, and so can be listed without importing it: package, folder, pattern."""
 
 NOT_CHOSEN = {"tuned"}
 """Groups whose option follows from other choices: from a pack and an agent."""
 
+SWEEP_GROUPS = {"launcher"}
+"""Groups of `mtrl sweep`, not of runs."""
 
-OF_SWEEPS = {"launcher"}
-"""Groups that `mtrl sweep` chooses from, and no run."""
+
+def conf_folder() -> Path:
+    """Return the folder of the built-in configuration: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"no configuration: neither {package / 'conf'} nor {package.parent / 'conf'} contains train.yaml. Reinstall mtrl_cli")
 
 
 def groups(folders: Sequence[Path], command: str | None = "train") -> list[str]:
-    """The names of the groups that `train` or `sweep` chooses from (None: of all), nested ones as `network/sharing`, in the order of
-    train.yaml, users' own last."""
+    """List the groups of `train` or `sweep` (None: of both) in the order of train.yaml, then those of user folders.
+
+    Nested groups have names such as `network/sharing`.
+    """
     names = {file.parent.relative_to(folder).as_posix() for folder in folders for file in folder.rglob("*.yaml") if file.parent != folder}
     names -= NOT_CHOSEN
     if command is not None:
-        names = names & OF_SWEEPS if command == "sweep" else names - OF_SWEEPS
+        names = names & SWEEP_GROUPS if command == "sweep" else names - SWEEP_GROUPS
     order = list(default_choices())
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
 def options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
-    """The options of a group by name, each with its file.
+    """Return the options of a group by name, each with its file.
 
     Raises:
-        UserError: two folders hold an option of the same name (Hydra would silently take the first).
+        UserError: two folders contain an option of the same name (Hydra would silently take the first).
     """
     found: dict[str, Path] = {}
     for folder in folders:
         for file in sorted((folder / group).glob("*.yaml")):
             if file.stem in found:
-                raise UserError(f"{group}={file.stem} is both {found[file.stem]} and {file}: rename your own")
+                raise UserError(f"{group}={file.stem} is defined by both {found[file.stem]} and {file}. Rename your own")
             found[file.stem] = file
     return found
 
 
 def default_choices() -> dict[str, str | None]:
-    """The defaults lists of train.yaml and sweep.yaml: group to option."""
+    """Return the defaults lists of train.yaml and sweep.yaml as a dict from group to option."""
     entries = [entry for name in ("train.yaml", "sweep.yaml") for entry in read_yaml(conf_folder() / name)["defaults"]]
     return {group: option for entry in entries if isinstance(entry, Mapping) for group, option in entry.items()}
 
 
 def chosen_by(group: str, option: str, other: str, folders: Sequence[Path]) -> str | None:
-    """What an option's own defaults list chooses for another group (`override /network: mlp`), if it does."""
+    """Return the option that an option's own defaults list chooses for another group (`override /network: mlp`), or None."""
     entries = read_yaml(options(group, folders)[option]).get("defaults") or []
     return next((entry[f"override /{other}"] for entry in entries if isinstance(entry, Mapping) and f"override /{other}" in entry), None)
 
 
 def description(file: Path) -> str:
-    """The first comment line of an option that is not a header (`# @package _global_`), without its `#`; empty if there is none."""
+    """Return the first comment line of an option, without `#`. Headers (`# @package _global_`) are skipped; empty without a comment."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
@@ -89,20 +84,20 @@ def description(file: Path) -> str:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """One file of the configuration as it stands, with nothing merged or interpolated."""
+    """Read one configuration file, without merging or interpolation."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is not None and not isinstance(content, dict):
-        raise UserError(f"{file}: expected keys and values")
+        raise UserError(f"{file} must contain keys and values")
     return content or {}
 
 
 def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
-    """The names of all tasks that the options of group `env` give to the pack class `target`, and those in `NAMES_ON_DISK`.
+    """Return all task names that options of group `env` give to the pack class `target`, and those of `TASK_FILES`.
 
-    None (`TASKS_OF_ANY_NAME`) where one of its options names no task: such a pack takes any, and says itself which it does not know.
+    Returns None where an option names no tasks: such a pack accepts any name and checks names when it is built.
     """
     files = options("env", folders)
     known: set[str] = set()
@@ -110,10 +105,10 @@ def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
         env = _env_section(file, files)
         if env.get("_target_") == target:
             if not env.get("tasks"):
-                return TASKS_OF_ANY_NAME
+                return None
             known.update(str(name) for name in env["tasks"])
-    if target in NAMES_ON_DISK:
-        package, folder, pattern = NAMES_ON_DISK[target]
+    if target in TASK_FILES:
+        package, folder, pattern = TASK_FILES[target]
         found = importlib.util.find_spec(package)
         known.update(
             file.stem for place in (found and found.submodule_search_locations) or [] for file in Path(place, folder).glob(pattern)
@@ -122,7 +117,7 @@ def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
 
 
 def _env_section(file: Path, files: Mapping[str, Path], depth: int = 0) -> dict[str, Any]:
-    """An option's `env`, over those of the options that its defaults list builds on."""
+    """Return the `env` section of an option, merged over the sections of the options in its defaults list."""
     content = read_yaml(file)
     merged: dict[str, Any] = {}
     for entry in content.get("defaults") or []:
@@ -130,17 +125,3 @@ def _env_section(file: Path, files: Mapping[str, Path], depth: int = 0) -> dict[
             merged.update(_env_section(files[entry], files, depth + 1))
     env = content.get("env")
     return {**merged, **(env if isinstance(env, dict) else {})}
-
-
-def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate that was probably meant, or None. Case does not matter; of equally near ones the shortest."""
-    by_lower = {candidate.lower(): candidate for candidate in sorted(candidates, key=len, reverse=True)}
-    matches = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
-    return by_lower[matches[0]] if matches else None
-
-
-def did_you_mean(word: str, candidates: Iterable[str], otherwise: str | None = None) -> str:
-    """`did you mean X?`, or else `expected one of …` (or the given words)."""
-    candidates = list(candidates)
-    near = nearest(word, candidates)
-    return f"did you mean {near}?" if near else otherwise or "expected one of: " + ", ".join(candidates)

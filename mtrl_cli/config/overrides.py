@@ -1,4 +1,4 @@
-"""One word of a command line, `KEY=VALUE` in Hydra's grammar, and what is said of one that cannot be read."""
+"""Command-line overrides: `KEY=VALUE` in Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtrl_cli.config import options
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, did_you_mean, quoted
 
 PATHS = ("run_dir", "init_from")
-"""Keys whose value is taken as it is written: a folder may be called 2025, or 1e5, or a,b."""
+"""Keys whose value is text as written: a folder may be named 2025, 1e5 or a,b."""
 
 
 CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
@@ -22,7 +22,7 @@ SIMPLE = re.compile(rf"([A-Za-z]\w*(?:\.[A-Za-z]\w*)+|[A-Za-z]\w*(?:/[A-Za-z]\w*
 
 @dataclass(frozen=True)
 class Override:
-    """One positional override: its key, its value where it is a plain one, and what Hydra is given for it."""
+    """One override: its key, its plain value, and its text for Hydra."""
 
     key: str
     value: Any
@@ -30,14 +30,14 @@ class Override:
 
 
 def parse(text: str, command: str = "") -> Override:
-    """Read one override; what Hydra's grammar cannot read as a value is taken as text (`run_dir=~/a=b`).
+    """Parse one override. A value that Hydra's grammar does not accept is taken as text (`run_dir=~/a=b`).
 
     Args:
-        text: the word.
-        command: whose word it is; of `train`, whoever gives several values is told of `mtrl sweep`.
+        text: the command-line argument.
+        command: its command; with `train`, the error for several values refers to `mtrl sweep`.
 
     Raises:
-        UserError: it is no override, or has several values.
+        UserError: the text is no override, or has several values.
     """
     simple = _parse_simple(text)
     if simple is not None:
@@ -50,7 +50,7 @@ def parse(text: str, command: str = "") -> Override:
     parser = OverridesParser.create()
     key, equals, value = text.partition("=")
     parsed: Parsed | None = None
-    as_text = f"{key}={quoted(value)}"
+    as_text = f"{key}={hydra_quoted(value)}"
     is_path = key in PATHS and value != "null" and value[:1] not in ('"', "'")
     for attempt in (as_text,) if is_path else (text, as_text):
         try:
@@ -60,13 +60,13 @@ def parse(text: str, command: str = "") -> Override:
             if not equals or value[:1] in ("[", "{", '"', "'", "("):
                 break
     if parsed is None or parsed.key_or_group == "":
-        raise UserError(f"{show(text)}: {how_to_write(text)}")
+        raise UserError(f"{quoted(text)} is not an override. {how_to_write(text)}")
     if parsed.is_sweep_override():
-        what = f"; for a list write {key}=[{value}]" if "," in value and "(" not in value else ", not a sweep"
-        each = f"; for a run of each: mtrl sweep {shlex.quote(text)}" if command == "train" else ""
-        raise UserError(f"{text}: expected one value{what}{each}")
+        a_list = f" For a list: {key}=[{value}]." if "," in value and "(" not in value else ""
+        runs = f" For one run per value: mtrl sweep {shlex.quote(text)}" if command == "train" else ""
+        raise UserError(f"{key} must be a single value, got {value}.{a_list}{runs}")
     if parsed.package is not None:
-        raise UserError(f"{text}: a group has one place here; write {parsed.key_or_group}={value}")
+        raise UserError(f"{text}: packages (@) are not supported. Use {parsed.key_or_group}={value}")
     value_given: Any = parsed.value()
     plain = value_given.text if isinstance(value_given, QuotedString) else value_given
     deletes = parsed.is_delete()
@@ -80,7 +80,7 @@ def _parse_simple(text: str) -> Override | None:
         return None
     key, value = match.groups()
     if key in PATHS and value != "null":
-        return None if value.startswith("[") else Override(key, value, f"{key}={quoted(value)}")
+        return None if value.startswith("[") else Override(key, value, f"{key}={hydra_quoted(value)}")
     plain = [_plain(word) for word in value[1:-1].split(",")] if value.startswith("[") else _plain(value)
     return Override(key, plain, text)
 
@@ -94,15 +94,15 @@ def _plain(word: str) -> str | int | float | bool | None:
 
 
 def how_to_write(text: str) -> str:
-    """What to say of a word that is no override."""
+    """Return the advice for an argument that is no override."""
     if "=" not in text:
         folders = [options.conf_folder()]
         for group in options.groups(folders, None):
             if text in options.options(group, folders):
-                return f"did you mean {group}={text}?"
-    return "expected KEY=VALUE, such as env=atari_pack, agent.n_step=5 or env.tasks=[pong,breakout]"
+                return did_you_mean(f"{group}={text}", "")
+    return "Expected KEY=VALUE, such as env=atari_pack, agent.n_step=5 or env.tasks=[pong,breakout]"
 
 
-def quoted(value: str) -> str:
-    """A text in Hydra's double quotes: a backslash is doubled only before a quote."""
+def hydra_quoted(value: str) -> str:
+    """Put text in double quotes for Hydra: a backslash is doubled only before a quote."""
     return '"' + re.sub(r'(\\*)"', r'\1\1\\"', re.sub(r"(\\+)$", r"\1\1", value)) + '"'

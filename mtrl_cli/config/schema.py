@@ -1,14 +1,13 @@
-"""The sections of a configuration that hold no class, as dataclasses: their keys, what each may be, and the defaults of older runs."""
+"""Sections of a configuration without a class: their keys and types. Values are set in conf/. Counts of steps are per task."""
 
 from __future__ import annotations
 
-import dataclasses
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mtrl_cli.config.introspection import MISSING, Key
+from mtrl_cli.config.introspection import Key
 from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, Parameters, PositiveInt
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<index>")]
@@ -18,9 +17,8 @@ Freeze = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The keys at the top of a training configuration. Counts of steps are per task. `ranks` is what torchrun says, written down."""
+    """Top-level keys of a training configuration. `ranks` is set by torchrun."""
 
     steps_per_task: PositiveInt
     seed: NonNegativeInt
@@ -30,75 +28,68 @@ class Trainer:
     threads: PositiveInt | Auto
     run_dir: str | None
     trusted_packages: list[str]
-    groups: PositiveInt | Auto = 1
-    ranks: PositiveInt = 1
-    init_from: str | None = None
+    groups: PositiveInt | Auto
+    ranks: PositiveInt
+    init_from: str | None
 
 
-@dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What becomes of the parameters that `init_from` brings. Counts of steps are per task."""
+    """Use of the parameters from `init_from`."""
 
-    freeze: Freeze = "none"
-    unfreeze_at: PositiveInt | None = None
-    adapters: Literal["none", "lora"] = "none"
-    rank: PositiveInt = 4
-    replay: bool = False
+    freeze: Freeze
+    unfreeze_at: PositiveInt | None
+    adapters: Literal["none", "lora"]
+    rank: PositiveInt
+    replay: bool
 
 
-@dataclasses.dataclass(frozen=True)
 class TrainingEvaluation:
-    """When and how a run is evaluated. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
+    """Evaluations of a run. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
 
     every: NonNegativeInt
     episodes: PositiveInt
     max_steps: PositiveInt
     epsilon: Fraction
     seed: NonNegativeInt
-    at_start: bool = False
-    test_seed: NonNegativeInt = 2000003
-    test_episodes: NonNegativeInt | None = None
+    at_start: bool
+    test_seed: NonNegativeInt
+    test_episodes: NonNegativeInt | None
 
 
-@dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """By which metric of its evaluations a run is stopped before its budget is used up. `metric` None: by none."""
+    """Early stopping by an evaluation metric. `metric` None: no early stopping."""
 
-    metric: str | None = None
-    patience: PositiveInt = 5
-    min_delta: NonNegativeFloat = 0.0
+    metric: str | None
+    patience: PositiveInt
+    min_delta: NonNegativeFloat
 
 
-@dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """When checkpoints are written, how many are kept, and whether with the replay. `every` 0: only at the end."""
+    """Checkpoints of a run. `every` 0: only at the end."""
 
     every: NonNegativeInt
     keep: PositiveInt
     replay: bool
 
 
-@dataclasses.dataclass(frozen=True)
 class Logging:
-    """How often metrics are written, and how often the network is looked at for those of its sharing (0: never)."""
+    """Intervals of metrics and of diagnostics. `diagnostics` 0: never."""
 
     every: PositiveInt
-    diagnostics: NonNegativeInt = 0
+    diagnostics: NonNegativeInt
 
 
-@dataclasses.dataclass(frozen=True)
 class Resets:
-    """When parts of the network are brought back towards fresh parameters, and how far. `every` 0: never."""
+    """Periodic resets of network parts towards fresh parameters. `every` 0: never."""
 
-    every: NonNegativeInt = 0
-    shrink: Fraction = 0.5
-    parts: list[Literal["torso", "sharing", "heads"]] = dataclasses.field(default_factory=lambda: ["torso", "sharing", "heads"])
-    until: Fraction = 0.8
+    every: NonNegativeInt
+    shrink: Fraction
+    parts: list[Literal["torso", "sharing", "heads"]]
+    until: Fraction
 
 
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The keys at the top of `mtrl eval`'s configuration. None: as the run has it."""
+    """Top-level keys of `mtrl eval`. None: the value of the run."""
 
     checkpoint: Literal["latest", "best"] | NonNegativeInt
     video: bool
@@ -106,9 +97,8 @@ class Evaluation:
     trusted_packages: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationGames:
-    """How `mtrl eval` plays. None: as the run has it."""
+class EvaluationEpisodes:
+    """Episodes of `mtrl eval`. None: the value of the run."""
 
     episodes: PositiveInt | None
     max_steps: PositiveInt | None
@@ -116,26 +106,24 @@ class EvaluationGames:
     seed: NonNegativeInt | None
 
 
-@dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The keys at the top of a sweep's configuration; what its runs share and differ in are words of `mtrl train`."""
+    """Top-level keys of a sweep; the configurations of its runs are overrides of `mtrl train`."""
 
     run_dir: str | None
     trusted_packages: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
 class Search:
-    """Which trials a sweep has, and by what they are judged.
+    """Trials of a sweep and their objective.
 
     Attributes:
-        sampler: auto: grid, or tpe where there are intervals.
-        trials: how many; None: all of a grid.
-        pruner: by which a trial is ended that promises nothing.
-        storage: an Optuna storage's URL, or env:NAME for one that an environment variable holds; None: a journal in the sweep's folder.
-        metric: of the evaluations, the higher the better; None: what the best checkpoint is chosen by.
-        retries: how often a trial whose process died is gone on with.
-        seed: of the sampler.
+        sampler: auto: grid, or tpe where a value is an interval.
+        trials: number of trials; None: the whole grid.
+        pruner: ends unpromising trials early.
+        storage: URL of an Optuna storage, or env:NAME for a URL in an environment variable; None: a journal in the sweep's folder.
+        metric: evaluation metric, maximised; None: the metric that selects the best checkpoint.
+        retries: number of times that a trial is resumed after its process died.
+        seed: seed of the sampler.
     """
 
     sampler: Literal["auto", "grid", "random", "tpe", "cmaes", "gp"]
@@ -157,24 +145,19 @@ SECTIONS: dict[str, dict[str, type]] = {
         "transfer": Transfer,
         "resets": Resets,
     },
-    "eval": {"": Evaluation, "eval": EvaluationGames},
+    "eval": {"": Evaluation, "eval": EvaluationEpisodes},
     "sweep": {"": Sweep, "sweep": Search},
 }
-"""The sections without a class, of each command's configuration."""
+"""Sections without a class, by command and path."""
 
 OWN_KEYS = {
     "env": {"name": Key(Annotated[str, Field(pattern=r"^\w[\w.-]*$", description="letters, digits, '_', '.' and '-'")])},
     "network": {"parameters": Key(Parameters | None, None)},
 }
-"""Keys that a group has beyond what its class says of them: a pack's name is also that of the folder that its runs lie in,
-a network's number of parameters decides on the width of whatever torso, sharing structure and head it is made of."""
+"""Keys of a group that its classes do not have. `env.name` names the folder of runs; `network.parameters` sets the network's width."""
 
 
 def keys_of(section: type) -> dict[str, Key]:
-    """The keys of a dataclass, and the defaults that it has for configurations from before there was such a key."""
-    annotations = typing.get_type_hints(section, include_extras=True)
-    fields = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(section)
-    }
-    return {name: Key(annotations[name], MISSING if default is dataclasses.MISSING else default) for name, default in fields.items()}
+    """Return the keys of a section without a class."""
+    annotations: dict[str, Any] = typing.get_type_hints(section, include_extras=True)
+    return {name: Key(annotation) for name, annotation in annotations.items()}

@@ -1,7 +1,7 @@
-"""The types of a configuration: every key, and what its value must be. Which values make no sense together: `combinations.py`.
+"""Validation of configurations: unknown and missing keys, and the type of every value. `cross_checks.py` checks combinations of values.
 
-The sections that hold a class (`_target_`) take the keyword-only parameters of that class; the others are the dataclasses of `sections.py`.
-Nothing is imported for it (see `signatures.py`).
+A section with a class (`_target_`) takes the keyword-only parameters of the class, the others the keys in `schema.py`. Nothing is
+imported (see `introspection.py`).
 """
 
 from __future__ import annotations
@@ -17,35 +17,31 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import TypeAdapter, ValidationError
 
-from mtrl_cli.config import options as catalogue
+from mtrl_cli.config import options
 from mtrl_cli.config.cross_checks import check_combinations
-from mtrl_cli.config.introspection import KINDS, KINDS_OF_SWEEPS, MISSING, SEVERAL, UNKNOWN, Key, Signature, class_name, kind_of, read
-from mtrl_cli.config.options import nearest
+from mtrl_cli.config.introspection import KINDS, MISSING, SEVERAL, SWEEP_KINDS, UNKNOWN, Key, Signature, class_name, kind_of, read
 from mtrl_cli.config.schema import OWN_KEYS, SECTIONS, keys_of
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, did_you_mean, nearest, quoted, show, unknown
 
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
-NONE_BEFORE = "mtrl_cli.augmentation.NoAugmentation"
-"""What stood for no augmentation when there was one section for all."""
-
-NOT_THE_CLASSES = {"network": {"parameters"}}  # those of them that are not given to the class
+NOT_THE_CLASSES = {"network": {"parameters"}}
+"""Keys of OWN_KEYS that are not passed to the class."""
 
 
 def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
-    """Check a configuration and fill in the defaults that it leaves out.
+    """Check a configuration and fill in default values.
 
     Args:
-        config: what was composed or loaded: untrusted.
+        config: a composed or loaded configuration; untrusted.
         command: `train`, `eval` or `sweep`.
-        trusted: packages other than ours whose classes may be named.
-        root: the folder of our package.
+        trusted: packages other than mtrl_cli whose classes may be named.
+        root: folder of the package mtrl_cli.
 
-    Returns: a new dictionary of plain values; every key is there, whole numbers where a float is expected are floats.
+    Returns: a new dictionary of plain values with every key. Integers become floats where a float is expected.
 
     Raises:
-        UserError: a key that does not exist or is missing, a value of a wrong type, a class that may not be named,
-            or a combination that makes no sense.
+        UserError: a key is unknown or missing, a value has the wrong type, a class is not allowed, or values contradict each other.
     """
     checked = _Checker(command, trusted, root).section("", config)
     if command == "train":
@@ -54,16 +50,16 @@ def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = ()
 
 
 def dotted_keys(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
-    """All keys that this configuration may hold (`agent.n_step`), with their annotations. Sections that are no sections are passed over."""
+    """Return all keys that this configuration may contain (`agent.n_step`), with their annotations. Invalid sections are skipped."""
     return dict(_Checker(command, trusted, root).walk("", config))
 
 
 class _Checker:
-    """Walks a configuration section by section; a section is named by its path, `network/head`, the whole by the empty one."""
+    """Checks a configuration section by section. A section is named by its path, `network/head`; the root is the empty path."""
 
     def __init__(self, command: str, trusted: Sequence[str], root: Path | None):
         self.sections = SECTIONS[command]
-        self.kinds = {"train": KINDS, "sweep": KINDS_OF_SWEEPS}.get(command, {})
+        self.kinds = {"train": KINDS, "sweep": SWEEP_KINDS}.get(command, {})
         self.trusted = trusted
         self.root = root
         self.whole: Any = None
@@ -72,34 +68,29 @@ class _Checker:
         if path == "":
             self.whole = node
         if not isinstance(node, Mapping):
-            raise UserError(f"{_dotted(path) or 'the configuration'}={show(node)}: expected a section of keys and values{_hint(path)}")
+            hint = f". To choose one: {path}=NAME, see `mtrl ls {path}`" if path in {**KINDS, **SWEEP_KINDS} else ""
+            raise UserError(f"{_dotted(path) or 'the configuration'} must be a section of keys and values, got {show(node)}{hint}")
         if path in SEVERAL:
             return {name: self.section(f"{path}/{name}", inner) for name, inner in self.several(path, node).items()}
-        keys = self.keys(path, node)
-        children = self.children(path)
-        allowed = {*keys, *children, *(["_target_"] if kind_of(path) else [])}
+        keys, children = self.keys(path, node), self.children(path)
         for name in node:
-            if name not in allowed:
+            if name not in {*keys, *children, *(["_target_"] if kind_of(path) else [])}:
                 raise UserError(self.unknown(path, name, node))
         checked: dict[str, Any] = {"_target_": node["_target_"]} if kind_of(path) else {}
         for name, key in keys.items():
             value = node.get(name, key.default)
             if value is MISSING:
-                raise UserError(f"{_join(path, name)} is missing: expected {describe(key.annotation)}")
+                raise UserError(f"{_join(path, name)} is missing. It must be {describe(key.annotation)}")
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
-            if child not in node and not self.may_be_left_out(f"{path}/{child}".lstrip("/")):
-                raise UserError(f"{_join(path, child)} is missing: expected a section of keys and values")
-            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node.get(child, {}))
+            if child not in node:
+                raise UserError(f"{_join(path, child)} is missing. It must be a section of keys and values")
+            checked[child] = self.section(f"{path}/{child}".lstrip("/"), node[child])
         return checked
 
-    def may_be_left_out(self, path: str) -> bool:
-        """Whether a section is one that older configurations do not have: all its keys have defaults."""
-        return path in self.sections and all(key.default is not MISSING for key in keys_of(self.sections[path]).values())
-
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
-        """The keys of a section, apart from its `_target_` and the sections within."""
+        """Return the keys of a section, without its `_target_` and its inner sections."""
         if not kind_of(path):
             return keys_of(self.sections[path])
         return {**self.signature(path, node).keys, **OWN_KEYS.get(path, {})}
@@ -108,88 +99,88 @@ class _Checker:
         kind = kind_of(path)
         assert kind is not None, path
         if "_target_" not in node:
-            group, name = path.rpartition("/")[::2] if path not in self.kinds else (path, "NAME")
-            options = catalogue.options(group, [catalogue.conf_folder()])
-            if name != "NAME" and name not in options:
-                raise UserError(f"{group}.{show(name)}: there is no such option; {catalogue.did_you_mean(name, options)}")
-            chosen = "" if name == "NAME" else f"; {show(name)} is not chosen here"
-            raise UserError(f"{_dotted(path)} has no _target_{chosen}: choose one of `mtrl ls {group}` with {group}={show(name)}")
+            group, name = (path, "NAME") if path in self.kinds else path.rpartition("/")[::2]
+            known = options.options(group, [options.conf_folder()])
+            if name != "NAME" and name not in known:
+                raise UserError(unknown("option", name, known, prefix=f"{group}="))
+            chosen = "" if name == "NAME" else f": {show(name)} is not chosen"
+            raise UserError(f"{_dotted(path)} has no _target_{chosen}. Choose one of `mtrl ls {group}` with {group}={show(name)}")
         return read(_join(path, "_target_"), node["_target_"], kind, self.trusted, self.root)
 
     def several(self, path: str, node: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The sections of a group of which several may be chosen. In runs from before, a section was that of a single class."""
-        if node.get("_target_") == NONE_BEFORE and len(node) == 1:
-            return {}
+        """Return the sections of a group that takes several options."""
         for name, inner in node.items():
             if name == "_target_":
                 raise UserError(
-                    f"{path}._target_={show(inner)}: expected it in a section of its own; "
-                    f"an option's file begins with `# @package {path}.NAME`"
+                    f"{path}._target_={show(inner)} must be in a section of its own: an option's file begins with `# @package {path}.NAME`"
                 )
             if not isinstance(name, str) or not name.isidentifier() or not isinstance(inner, Mapping):
                 owner = next((each for each in node if isinstance(node[each], Mapping) and name in node[each]), "NAME")
-                raise UserError(f"{path}.{show(name)}={show(inner)}: expected {path}.{show(owner)}.{show(name)}, or another of its keys")
+                raise UserError(
+                    f"unknown key {quoted(f'{path}.{name}')}. Keys of an option have the form {path}.{show(owner)}.{show(name)}"
+                )
         return node
 
     def children(self, path: str) -> list[str]:
-        """The names of the sections within a section."""
+        """Return the names of the inner sections of a section."""
         below = [name for name in (*self.kinds, *self.sections) if name and name.rpartition("/")[0] == path]
         return [name.rpartition("/")[2] for name in below]
 
     def walk(self, path: str, node: Any) -> Iterator[tuple[str, Any]]:
+        if not isinstance(node, Mapping):
+            return
         if path in SEVERAL:
-            for name, inner in node.items() if isinstance(node, Mapping) else ():
+            for name, inner in node.items():
                 yield from self.walk(f"{path}/{name}", inner)
             return
         try:
-            keys = self.keys(path, node) if isinstance(node, Mapping) else {}
+            keys = self.keys(path, node)
         except UserError:
             keys = {}
         for name, key in keys.items():
             yield _join(path, name), key.annotation
         for child in self.children(path):
-            if isinstance(node, Mapping):
-                yield from self.walk(f"{path}/{child}".lstrip("/"), node.get(child))
+            yield from self.walk(f"{path}/{child}".lstrip("/"), node.get(child))
 
     def unknown(self, path: str, name: Any, node: Mapping[str, Any]) -> str:
-        """What to say about a key that does not exist: the nearest here, else the nearest anywhere."""
-        word = _join(path, show(name))
+        """Format the message for an unknown key, with the most similar key of the section, else of the whole configuration."""
+        has_class = kind_of(path) is not None
+        start = f"unknown key {quoted(_join(path, show(name)))}{f' in {class_name(node)}' if has_class else ''}. "
         if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
-            return f"{word}: there is no such key; to choose one write {group}={show(node[name])}"
+            return f"{start}To choose an option: {group}={show(node[name])}"
         group = path if path in self.kinds else path.rpartition("/")[0]
-        owner = next((option for option in _options_with(group, str(name)) if kind_of(path)), None)
+        owner = next((option for option in _options_with(group, str(name)) if has_class), None)
         if owner is not None:
-            return f"{word}: there is no such key{_of(node, path)}; it is one of {group}={owner}"
+            return f"{start}It is a key of {group}={owner}"
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
-        # A key of another section is what was meant only if it is that very word, or nearly so.
+        # A key of another section is suggested only if its name is almost equal.
         meant = _join(path, near) if near else elsewhere.get(nearest(str(name), elsewhere, cutoff=0.6 if path == "" else 0.75) or "")
-        what = f"did you mean {meant}?" if meant else f"{_dotted(path) or 'it'} takes {', '.join(here) or 'no keys'}"
-        return f"{word}: there is no such key{_of(node, path)}; {what}"
+        return start + did_you_mean(meant, f"Keys of {_dotted(path) or 'the configuration'}: {', '.join(here) or 'none'}")
 
 
 def _options_with(group: str, key: str) -> Iterator[str]:
-    """The options of a group, of ours, whose YAML holds a key."""
-    for option, file in catalogue.options(group, [catalogue.conf_folder()]).items() if group else ():
-        content = catalogue.read_yaml(file)
+    """Yield the built-in options of a group whose YAML contains a key."""
+    for option, file in options.options(group, [options.conf_folder()]).items() if group else ():
+        content = options.read_yaml(file)
         if key in content or key in (content.get(group) or {}):
             yield option
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:
-    """The value as its annotation has it. Strict: no text is a number, no bool an int; only an int may stand for a float.
+    """Return a value as its annotation requires. Strict: text is never a number, a bool never an int; an int may become a float.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value has another type or is out of range.
     """
     _refuse_huge(key, value)
     if isinstance(value, float) and value.is_integer() and takes_int(annotation):
-        value = int(value)  # 1e6 is how one writes a budget
+        value = int(value)  # budgets are written as 1e6
     try:
         return _adapter(annotation).validate_python(value, strict=True)
     except ValidationError:
-        raise UserError(f"{key}={show(value)}: expected {describe(annotation)}") from None
+        raise UserError(f"{key} must be {describe(annotation)}, got {quoted(value) if isinstance(value, str) else show(value)}") from None
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
@@ -205,17 +196,17 @@ def _cached_adapter(annotation: Any) -> TypeAdapter[Any]:
 
 
 def _refuse_huge(key: str, value: Any) -> None:
-    """Numbers that int64 or float32 cannot hold, wherever in a value they are."""
+    """Refuse numbers that int64 or float32 cannot represent, also inside lists and mappings."""
     for each in [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []:
         _refuse_huge(key, each)
     if isinstance(value, int) and abs(value) >= LARGEST:
-        raise UserError(f"{key}={show(value)}: expected a number below 2**63")
+        raise UserError(f"{key} must be below 2**63, got {show(value)}")
     if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
-        raise UserError(f"{key}={show(value)}: expected a number from -1e30 to 1e30")
+        raise UserError(f"{key} must be from -1e30 to 1e30, got {show(value)}")
 
 
 def takes_int(annotation: Any) -> bool:
-    """Whether an annotation takes whole numbers and no others."""
+    """Return whether an annotation accepts integers and no other numbers."""
     if typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType):
         kinds = [each for each in typing.get_args(annotation) if isinstance(each, type) or typing.get_origin(each) is not None]
         return float not in kinds and any(takes_int(each) for each in kinds)
@@ -223,38 +214,39 @@ def takes_int(annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
-    """What an annotation expects, in words."""
+    """Describe the values that an annotation accepts."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _describe_annotated(arguments[0], arguments[1:])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(each) for each in arguments)
     if origin is Literal:
-        return " or ".join(str(each) for each in arguments)
+        return " or ".join(filter(None, [", ".join(map(str, arguments[:-1])), str(arguments[-1])]))
     if origin is list:
         return "a list of names" if arguments[0] is str else f"a list, each {describe(arguments[0])}"
     if origin is dict:
-        what = "names with values" if arguments[0] is str else f"values for {describe(arguments[0])}"
-        return f"{what}, each {describe(arguments[1])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
+        keys = "a mapping of names" if arguments[0] is str else f"a mapping of {describe(arguments[0])}"
+        return f"{keys} to values, each {describe(arguments[1])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _describe_annotated(base: Any, metadata: Sequence[Any]) -> str:
-    words = describe(base)
+    text = describe(base)
+    noun = text.partition(" ")[2]  # integer, number
     for field in metadata:
         if getattr(field, "description", None):
             return str(field.description)
         bounds = {type(each): each for each in getattr(field, "metadata", [])}
         if Ge in bounds and Le in bounds:
-            words += f" from {bounds[Ge].ge} to {bounds[Le].le}"
+            text += f" from {bounds[Ge].ge} to {bounds[Le].le}"
         elif Gt in bounds:
-            words += f" above {bounds[Gt].gt}"
+            text = f"a positive {noun}" if bounds[Gt].gt == 0 else f"{text} above {bounds[Gt].gt}"
         elif Ge in bounds:
-            words += f" of at least {bounds[Ge].ge}"
+            text = f"a non-negative {noun}" if bounds[Ge].ge == 0 else f"{text} of at least {bounds[Ge].ge}"
         elif MinLen in bounds:
-            words += f"{',' if ',' in words else ''} that is not empty"
-    return words
+            text = f"a non-empty {noun}"
+    return text
 
 
 def _dotted(path: str) -> str:
@@ -263,11 +255,3 @@ def _dotted(path: str) -> str:
 
 def _join(path: str, name: str) -> str:
     return f"{_dotted(path)}.{name}" if path else name
-
-
-def _hint(path: str) -> str:
-    return f"; to choose one: {path}=NAME, see `mtrl ls {path}`" if path in {**KINDS, **KINDS_OF_SWEEPS} else ""
-
-
-def _of(node: Mapping[str, Any], path: str) -> str:
-    return f" in {class_name(node)}" if kind_of(path) and isinstance(node.get("_target_"), str) else ""

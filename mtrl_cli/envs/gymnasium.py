@@ -20,6 +20,7 @@ from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.types import Names, NonNegativeInt, PositiveInt
 
 UNBOUNDED = 1e30  # some environments use the largest float32 for "no bound"
@@ -85,7 +86,7 @@ class GymnasiumPack(Pack):
                 yield game.render()
         except gymnasium.error.DependencyNotInstalled as error:
             raise UserError(
-                f"{name} cannot be rendered: {' '.join(str(error).split())}\nFor classic control: pip install 'mtrl_cli[video]'"
+                f"{name} cannot be rendered: {' '.join(str(error).split())}\nFor classic control: {extras.install_command('video')}"
             ) from None
         finally:
             game.close()

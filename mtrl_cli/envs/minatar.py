@@ -18,7 +18,7 @@ from mtrl_cli.envs.names import check_names
 from mtrl_cli.envs.pack import Pack, Task, VectorTask
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.types import Fraction, Names, PositiveInt
 
 GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
@@ -143,6 +143,6 @@ def _import_minatar() -> ModuleType:
     try:
         return import_module("minatar")
     except ImportError:
-        raise UserError("env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]'") from None
+        raise extras.missing("env=minatar_pack", "minatar", "minatar") from None
     finally:
         logging.disable(disabled)

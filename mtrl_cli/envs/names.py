@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, unknown
 
 
 def check_names(names: Sequence[str], known: Collection[str], kind: str, key: str = "env.tasks") -> None:
@@ -22,8 +21,4 @@ def check_names(names: Sequence[str], known: Collection[str], kind: str, key: st
         if count > 1:
             raise UserError(f"{key} must name each task once, got {name} {count} times")
         if name not in known:
-            lowered = {each.lower(): each for each in sorted(known)}
-            matches = [lowered[each] for each in difflib.get_close_matches(name.lower(), lowered)]
-            choices = f" Choose from {', '.join(sorted(known))}." if len(known) <= 20 else ""
-            hint = f" Did you mean {' or '.join(matches)}?" if matches else choices
-            raise UserError(f"{key}: {name!r} is not {kind}.{hint}")
+            raise UserError(unknown("task", name, sorted(known), where=f" in {key}: not {kind}"))

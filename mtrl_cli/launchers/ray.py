@@ -18,6 +18,7 @@ from typing import Any
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, worker_command
 from mtrl_cli.launchers.worker import share_variables, start_worker
+from mtrl_cli.machine import extras
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 CONNECT_SECONDS = 10.0
@@ -120,8 +121,7 @@ class RayLauncher(Launcher):
     def __init__(
         self, *, address: str | None, jobs: PositiveInt, cpus: PositiveInt, gpus: NonNegativeFloat, memory_gb: PositiveFloat | None
     ):
-        if importlib.util.find_spec("ray") is None:
-            raise UserError("launcher=ray needs Ray: pip install 'mtrl_cli[ray]'")
+        extras.require("launcher=ray", "ray", "ray")
         if gpus > 1 and gpus != int(gpus):
             raise UserError(f"launcher.gpus must be a whole number or less than 1, got {gpus:g}")
         # Ray reads this variable on import.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, worker_command
 from mtrl_cli.launchers.worker import share_variables, start_worker
+from mtrl_cli.machine import extras
 from mtrl_cli.types import PositiveFloat, PositiveInt
 
 FOLDER = "slurm"
@@ -230,8 +230,7 @@ class SlurmLauncher(Launcher):
         poll_seconds: PositiveFloat,
     ):
         self.jobs = jobs
-        if importlib.util.find_spec("submitit") is None:
-            raise UserError("launcher=slurm needs submitit: pip install 'mtrl_cli[slurm]'")
+        extras.require("launcher=slurm", "submitit", "slurm")
         if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
             raise UserError(
                 f"launcher=slurm needs Slurm's commands, but {missing[0]} is not on PATH; start the sweep on a machine of the cluster"

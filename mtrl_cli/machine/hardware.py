@@ -234,7 +234,7 @@ def keep_compiled() -> None:
 
 
 def missing_for_compile() -> str | None:
-    """Return what is missing for torch.compile on the CPU, or None."""
+    """Return the missing requirement of torch.compile on the CPU, or None."""
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"CXX={named} does not run" if named else "no C++ compiler (g++ or clang++)"

@@ -1,4 +1,4 @@
-"""Sharing structures of one torso that is told the task, or adapted to it, by a few parameters of each task's own."""
+"""Sharing structures of one torso that a few parameters per task adapt to the task."""
 
 from __future__ import annotations
 
@@ -7,55 +7,53 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from mtrl_cli.networks.per_task import TaskVectors
-from mtrl_cli.networks.sharing import Sharing, blocks_of, names_in_body, output_shapes, stem_of, through_stem
+from mtrl_cli.networks.per_task import TaskVectors, append_per_task
+from mtrl_cli.networks.sharing import Sharing, apply_stem, blocks_of, has_parameters, make_stem, names_in_body, output_shapes
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.types import PositiveInt
 
 
 class InputAdapters(Sharing):
-    """An input layer for each task, a shared middle (D'Eramo et al. 2020, "Sharing Knowledge in Multi-Task Deep Reinforcement
-    Learning", section 4): f_t(h(w_t(x))), where w_t is the torso's stem, h its body and f_t the task's head.
+    """An input layer per task and a shared body (D'Eramo et al. 2020, "Sharing Knowledge in Multi-Task Deep Reinforcement Learning",
+    section 4): f_t(h(w_t(x))), with the stem w_t, the body h and the head f_t.
 
-    Unlike with hard sharing each task has its own stem even where all tasks have one shape.
+    Unlike hard sharing, each task has a stem even if all tasks have one observation shape.
     """
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
-        self.stem = stem_of(torso, shapes, own=True)
+        self.stem = make_stem(torso, shapes, own=True)
         self.body = torso.body(shapes[0])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.body(through_stem(self.stem, observation)).unflatten(0, (self.num_tasks, -1))
+        return self.by_task(self.body(apply_stem(self.stem, observation)))
 
 
 class TaskEmbedding(Sharing):
-    """A learned vector per task, joined to the shared torso's features: the learned kind of the one-hot task that multi-task SAC reads
-    beside its observations in Yu et al. 2020 ("Meta-World", section 5).
+    """A learned vector per task, appended to the features of a shared torso. It replaces the one-hot task that multi-task SAC reads with
+    its observations in Yu et al. 2020 ("Meta-World", section 5).
 
-    The vector is appended to the last features of the torso, and one more shared layer (linear, then ReLU; as many units as the torso
-    has features) reads both. So what a task makes of the features is learned by a layer that all share; were the vector appended
-    right before a task's own head, it would be a bias and no more.
+    One more shared layer (linear, then ReLU, with as many units as the torso has features) reads the features and the vector. Without this
+    layer the vector would act as a bias of the task's head.
 
     Args:
-        size: length of the vectors. They are standard normal at first.
+        size: length of the vectors. They are standard normal at the start.
     """
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]], *, size: PositiveInt = 50):
         super().__init__(torso, shapes)
-        self.stem = stem_of(torso, shapes)
+        self.stem = make_stem(torso, shapes)
         self.body = torso.body(shapes[0])
         self.embedding = TaskVectors(torch.randn(len(shapes), size))
         self.joint = nn.Linear(torso.num_features + size, torso.num_features)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        features_KBF = self.body(through_stem(self.stem, observation)).unflatten(0, (self.num_tasks, -1))
-        embedding_KBE = self.embedding().to(features_KBF.dtype)[:, None].expand(-1, features_KBF.shape[1], -1)
-        return self.joint(torch.cat([features_KBF, embedding_KBE], -1)).relu()
+        features_KBF = self.by_task(self.body(apply_stem(self.stem, observation)))
+        return self.joint(append_per_task(features_KBF, self.embedding())).relu()
 
 
 class _Modulation(nn.Module):
-    """Per-channel scale and shift by task, of `[K * B, C, ...]`; at first it changes nothing."""
+    """Scale and shift per task and channel for inputs `[K * B, C, ...]`; the identity at the start."""
 
     def __init__(self, num_tasks: int, channels: int):
         super().__init__()
@@ -70,32 +68,29 @@ class _Modulation(nn.Module):
 
 
 class FiLM(Sharing):
-    """Feature-wise linear modulation (Perez et al. 2018, equations 1 and 2): after each block of the shared body every channel is scaled
-    and shifted by numbers of the task's own, gamma x + beta. A block's channels are its features where it gives a vector.
+    """Feature-wise linear modulation (Perez et al. 2018, equations 1 and 2): after each block of the shared body, every channel is scaled
+    and shifted by parameters of the task, gamma x + beta. The channels of a vector are its features.
 
-    The condition is the task alone, so the paper's generator of gamma and beta is a table: one row for each task, at first 1 and 0.
-    Modulation comes after a block's activation. A child of the body without parameters belongs to the block before it; where the body
-    has no parameters at all, the stem's output is modulated instead.
+    The condition is the task, so the paper's generator of gamma and beta becomes a table with one row per task (1 and 0 at the start).
+    Modulation follows the activation of a block. A child of the body without parameters belongs to the block before it. If the body has
+    no parameters, the output of the stem is modulated instead.
     """
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
-        self.stem = stem_of(torso, shapes)
+        self.stem = make_stem(torso, shapes)
         blocks = blocks_of(torso.body(shapes[0]))
-        self.blocks, self._names_in_torso = nn.ModuleList(blocks), names_in_body(blocks, "blocks")
+        self.blocks = nn.ModuleList(blocks)
+        self.names_in_torso = names_in_body(blocks, "blocks")
         after_stem, *after_blocks = output_shapes([torso.stem(shapes[0]), *self.blocks], shapes[0])
-        self._on_stem = not any(True for _ in self.blocks.parameters())
+        self._on_stem = not has_parameters(self.blocks)
         modulated = [after_stem] if self._on_stem else after_blocks
         self.modulations = nn.ModuleList(_Modulation(len(shapes), shape[0]) for shape in modulated)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        x = through_stem(self.stem, observation)
+        x = apply_stem(self.stem, observation)
         if self._on_stem:
-            x = nn.Sequential(*self.blocks)(self.modulations[0](x))
-        else:
-            for block, modulation in zip(self.blocks, self.modulations, strict=True):
-                x = modulation(block(x))
-        return x.unflatten(0, (self.num_tasks, -1))
-
-    def names_in_torso(self) -> dict[str, str]:
-        return self._names_in_torso
+            return self.by_task(nn.Sequential(*self.blocks)(self.modulations[0](x)))
+        for block, modulation in zip(self.blocks, self.modulations, strict=True):
+            x = modulation(block(x))
+        return self.by_task(x)

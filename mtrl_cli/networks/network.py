@@ -1,4 +1,4 @@
-"""The multi-task network: a torso, a sharing structure and a head made one."""
+"""Multi-task network: torso, sharing structure and head in one module."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.heads import Head
-from mtrl_cli.networks.per_task import Stacked, TaskOwned
+from mtrl_cli.networks.per_task import Stacked, TaskOwned, parameter_counts
 from mtrl_cli.networks.regularised import Dropout
 from mtrl_cli.networks.sharing import Sharing
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters: those that all tasks share, and those of each task alone."""
+    """Number of parameters that all tasks share, and number of each task's own parameters."""
 
     shared: int
     per_task: list[int]
@@ -28,13 +28,13 @@ class ParameterCounts:
 
 
 class MultiTaskNetwork(nn.Module):
-    """Action values of all tasks in one forward.
+    """Action values of all tasks in one forward pass.
 
     Args:
         sharing: observations to features.
         head: features to action values.
-        observation_scale: what observations are divided by (255 for bytes of an image).
-        autocast: the dtype in which the torso computes, or None for float32. Heads always compute in float32.
+        observation_scale: divisor of observations (255 for image bytes).
+        autocast: dtype of the torso, or None for float32. Heads always compute in float32.
     """
 
     def __init__(self, sharing: Sharing, head: Head, observation_scale: float, autocast: torch.dtype | None = None):
@@ -45,25 +45,25 @@ class MultiTaskNetwork(nn.Module):
         self._autocast = autocast
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity where invalid.
+        """Observations `[K, B, ...]` (uint8 or float32) to action values `[K, B, A]` (float32), minus infinity for invalid actions.
 
-        They are on the learner's scale (see `agents/value_scale.py`), in which the order of a task's actions is that of its own.
+        The values are on the learner's scale (see `agents/value_scale.py`), which keeps the order of a task's actions.
         """
         return self.head.values(self.outputs(observation))
 
     def outputs(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, ...]` to what the head says of every action: `[K, B, A]`, or `[K, B, A, Z]` (float32)."""
+        """Observations `[K, B, ...]` to head outputs for every action: `[K, B, A]` or `[K, B, A, Z]` (float32)."""
         return self.head(self.features(observation))
 
     def features(self, observation: torch.Tensor) -> torch.Tensor:
-        """Observations `[K, B, ...]` (uint8 or float32) to what heads read: features `[K, B, F]` (float32)."""
+        """Observations `[K, B, ...]` (uint8 or float32) to features `[K, B, F]` (float32), the input of the heads."""
         features: torch.Tensor = self._in_precision(self.sharing, observation)
         return features.float()
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """How the sharing structure distributes each task over its choices for observations `[K, B, ...]`: see `Sharing.routing`."""
-        found: dict[str, torch.Tensor] = self._in_precision(self.sharing.routing, observation)
-        return found
+        """Routing weights of the sharing structure for observations `[K, B, ...]`: see `Sharing.routing`."""
+        weights: dict[str, torch.Tensor] = self._in_precision(self.sharing.routing, observation)
+        return weights
 
     def _in_precision(self, function: Callable[[torch.Tensor], Any], observation: torch.Tensor) -> Any:
         dtype = self._autocast or torch.float32
@@ -71,21 +71,20 @@ class MultiTaskNetwork(nn.Module):
             return function(observation.to(dtype) * self._scale)
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that several tasks' losses may reach, as far as they are trained."""
+        """Trainable parameters in which the losses of several tasks may have a gradient."""
         own = {id(parameter) for parameter in self.own_parameters()}
         return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in own]
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Those whose rows belong to one task each (see `TaskOwned`), as far as they are trained."""
+        """Trainable parameters whose rows belong to one task each (see `TaskOwned`)."""
         owned = [parameter for module in self.modules() if isinstance(module, TaskOwned) for parameter in module.parameters()]
         return list({id(parameter): parameter for parameter in owned if parameter.requires_grad}.values())
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a forward with gradients draws at random."""
+        """Whether a forward pass with gradients draws random numbers."""
         structures = [module.structure for module in self.modules() if isinstance(module, Stacked)]
         return any(isinstance(module, Dropout) for each in (self, *structures) for module in each.modules())
 
     def parameter_counts(self) -> ParameterCounts:
-        shared, torsos = self.sharing.parameter_counts()
-        return ParameterCounts(shared, [torso + head for torso, head in zip(torsos, self.head.parameter_counts(), strict=True)])
+        return ParameterCounts(*parameter_counts(self, self.sharing.num_tasks))

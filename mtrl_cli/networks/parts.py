@@ -1,7 +1,7 @@
-"""Which part of a network a parameter belongs to: a layer of the torso, what the sharing structure adds to it, or the heads.
+"""Parts of a network: the part of each parameter is a layer of the torso, the sharing structure or the heads.
 
-A structure makes new modules of the torso's: it divides, stacks and copies them. So it is not the names that tell, but the modules, each
-of which a torso's tagged twin marks as it makes it; copies keep the mark, and `Stacked` keeps it for each of its parameters.
+A sharing structure divides, stacks and copies the modules of a torso, so parameter names do not identify the layer. Instead, a torso
+returned by `tagged` tags each module that it makes with its layer number. Copies keep the tag, and `Stacked` keeps it for each parameter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Part:
-    """Where a parameter is used.
+    """Part of a network to which a parameter belongs.
 
     Attributes:
-        kind: "torso", "sharing" (what the structure adds to the torso) or "heads".
-        layer: of the torso, counted from the input: 0 is the stem, then come the body's blocks (`blocks_of`). None elsewhere.
+        kind: "torso", "sharing" (modules that the structure adds to the torso) or "heads".
+        layer: layer of the torso, counted from the input: 0 is the stem, then the blocks of the body (`blocks_of`). None outside the
+            torso.
     """
 
     kind: Kind
@@ -35,15 +36,15 @@ class Part:
 
 
 def tagged(torso: Torso) -> Torso:
-    """A torso that gives the same modules as this one, each marked with its layer, for a sharing structure to be made of."""
+    """Copy of a torso that tags each module that it makes with its layer number."""
 
     def stem(shape: tuple[int, ...]) -> nn.Module:
-        return mark(torso.stem(shape), 0)
+        return tag(torso.stem(shape), 0)
 
     def body(shape: tuple[int, ...]) -> nn.Sequential:
         made = torso.body(shape)
         for layer, block in enumerate(blocks_of(made), 1):
-            mark(block, layer)
+            tag(block, layer)
         return made
 
     twin = copy.copy(torso)
@@ -51,15 +52,15 @@ def tagged(torso: Torso) -> Torso:
     return twin
 
 
-def mark(module: Module, layer: int | None) -> Module:
-    """Say of a module and all in it that they are a layer of the torso, or (None) that they are none. Returns the module."""
+def tag(module: Module, layer: int | None) -> Module:
+    """Tag a module and its children with a layer number, or with None for modules outside the torso. Return the module."""
     for each in module.modules():
         setattr(each, TORSO_LAYER, layer)
     return module
 
 
 def parts_of(network: MultiTaskNetwork) -> dict[str, Part]:
-    """The part of each parameter of a network, by its name, in the order of `network.named_parameters()`."""
+    """The part of each parameter of a network by name, in the order of `network.named_parameters()`."""
     layers: dict[str, int | None] = {}
     for path, module in network.sharing.named_modules(prefix="sharing"):
         if isinstance(module, Stacked):

@@ -1,4 +1,4 @@
-"""Several modules of one structure, or one per task, evaluated at once."""
+"""Several modules of one structure, such as one per task, evaluated in one call."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.func import functional_call, vmap
 from mtrl_cli.networks.regularised import SpectralLinear, power_step
 
 TORSO_LAYER = "torso_layer"
-"""The attribute by which a module tells which layer of the torso it is (`parts.py`)."""
+"""Attribute of a module that holds its layer number in the torso (see `parts.py`)."""
 
-_FEW_TASKS = 8
-"""More modules than these are never called one after the other: it would take long to compile."""
+_MAX_LOOP = 8
+"""Largest number of modules to call in a loop: longer loops take too long to compile."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One owner's part of a parameter whose rows have owners.
+    """Part of a stacked parameter that belongs to one task.
 
     Attributes:
-        owner: the number of a task; None: what tasks share.
-        name: of the parameter, as it would be called in a module that the owner had for itself.
-        parameter: its name in the module that holds it.
-        index: where in it, without padding; the row comes first.
+        owner: index of the task; None if all tasks share the part.
+        name: name that the parameter would have in an unstacked module.
+        parameter: name of the stacked parameter in its module.
+        index: position of the part in the stacked parameter, without padding; the first element is the row.
     """
 
     owner: int | None
@@ -36,135 +36,152 @@ class Slice:
     index: tuple[int | slice, ...]
 
 
-class TaskOwned:
-    """Marks a module whose own parameters are stacked by task: row k of each is reached by task k's loss alone, by no other task's.
+class TaskOwned(nn.Module):
+    """Module whose parameters are stacked by task: only the loss of task k has a gradient in row k.
 
     Attributes:
-        sizes: each task's number of parameters, without padding.
+        sizes: number of parameters of each task, without padding.
     """
 
     sizes: list[int]
 
     def slices(self) -> Iterator[Slice]:
-        """Each task's own part of each parameter."""
-        raise NotImplementedError
+        """The part of each task in each parameter."""
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        return (Slice(task, name, name, (task,)) for task in range(len(self.sizes)) for name in names)
 
 
 class Stacked(nn.Module):
-    """M modules of one structure with parameters of their own, as one module over stacked parameters.
+    """M modules of one structure with different parameters, as one module over stacked parameters.
 
-    The modules may differ in the sizes of their inputs: their parameters are then padded with zeros to the widest. Padded
-    inputs are zero, so the padding neither adds to an output nor receives a gradient, and stays zero.
+    The modules may have inputs of different sizes. Their parameters are then padded with zeros to the largest size. As padded inputs are
+    zero, padding does not change an output, has no gradient, and stays zero.
 
     Args:
-        modules: of the same class and layers.
+        modules: modules of the same class with the same layers.
 
     Attributes:
-        sizes: each module's number of parameters, without padding.
-        owners: the task that each module was made for, where it is known to be for one; None: for all.
-        torso_layers: which layer of the torso each stacked tensor is of, None: of none (`parts.py`).
-        spectral: names of those layers of `structure` that are of spectral norm one.
-        structure: whose layers are called with each module's parameters.
-        one_by_one: call it for a module after the other rather than for all at once: slower, and open to hooks on the layers of
-            `structure`, which see no plain tensors otherwise.
+        sizes: number of parameters of each module, without padding.
+        owners: task of each module (None: shared by all tasks); None if no module belongs to a task.
+        torso_layers: layer of the torso for each stacked tensor, None for tensors outside the torso (see `parts.py`).
+        spectral: names of the layers of `structure` with spectral normalisation.
+        structure: module whose layers are called with the parameters of each module.
+        one_by_one: whether to call the modules in a loop instead of all at once. A loop is slower, but hooks on the layers of `structure`
+            receive plain tensors.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
         self.one_by_one = False
-        self.sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in modules]
         self.owners: list[int | None] | None = None
-        each = [dict(module.named_parameters()) for module in modules]
-        # '.' separates modules in a name; ':' keeps each stacked tensor a plain parameter of this one.
-        self.stacked = nn.ParameterDict(
-            {name.replace(".", ":"): nn.Parameter(_stack_padded([parameters[name].detach() for parameters in each])) for name in each[0]}
-        )
-        self.torso_layers: dict[str, int | None] = {
-            name.replace(".", ":"): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in each[0]
-        }
-        self.spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
-        for name in self._vectors():
-            vectors = [module.get_buffer(name) for module in modules]
-            self.register_buffer(name.replace(".", ":"), _stack_padded(vectors))
-        self._shapes = [
-            {
-                name: tensor.shape
-                for name, tensor in [*module.named_parameters(), *((name, module.get_buffer(name)) for name in self._vectors())]
-            }
-            for module in modules
-        ]
-        # In a list, so that it is no submodule: only its structure is used, never its parameters.
+        # A list hides the module from torch: only its structure is used, never its parameters.
         self._structure = [modules[0]]
+        self.spectral = [name for name, module in modules[0].named_modules() if isinstance(module, SpectralLinear)]
+        parameters = [dict(module.named_parameters()) for module in modules]
+        vectors = [{name: module.get_buffer(name) for name in self._vectors()} for module in modules]
+        self.sizes = [sum(parameter.numel() for parameter in each.values()) for each in parameters]
+        self._shapes = [
+            {name: tensor.shape for name, tensor in (own | extra).items()} for own, extra in zip(parameters, vectors, strict=True)
+        ]
+        self.stacked = nn.ParameterDict(
+            {_key(name): nn.Parameter(_stack_padded([each[name].detach() for each in parameters])) for name in parameters[0]}
+        )
+        for name in vectors[0]:
+            self.register_buffer(_key(name), _stack_padded([each[name] for each in vectors]))
+        self.torso_layers: dict[str, int | None] = {
+            _key(name): getattr(modules[0].get_submodule(name.rpartition(".")[0]), TORSO_LAYER, None) for name in parameters[0]
+        }
 
     def slices(self) -> Iterator[Slice]:
-        """Each module's part of each parameter, and of what layers of spectral norm one know of it. Where one owner has several modules,
-        their names begin with their number."""
+        """The part of each module in each parameter and in each buffer of spectral normalisation.
+
+        If one owner has several modules, names start with the module's number among them.
+        """
         owners: Sequence[int | None] = list(range(len(self._shapes))) if self.owners is None else self.owners
         for m, (owner, shapes) in enumerate(zip(owners, self._shapes, strict=True)):
-            which = f"{owners[:m].count(owner)}." if owners.count(owner) > 1 else ""
+            prefix = f"{owners[:m].count(owner)}." if owners.count(owner) > 1 else ""
             for name, shape in shapes.items():
-                here = name.replace(".", ":")
-                yield Slice(owner, which + name, f"stacked.{here}" if here in self.stacked else here, (m, *map(slice, shape)))
+                key = _key(name)
+                yield Slice(owner, prefix + name, f"stacked.{key}" if key in self.stacked else key, (m, *map(slice, shape)))
 
     def forward(self, x_MB: torch.Tensor) -> torch.Tensor:
-        """Inputs `[M, B, ...]` to outputs `[M, B, ...]`, each through its own module, in the dtype of the inputs."""
+        """Inputs `[M, B, ...]` to outputs `[M, B, ...]`, input m through module m, in the dtype of the inputs."""
         return self._call_each(self._parameters_in(x_MB.dtype), x_MB, len(self.sizes))
 
-    def of_one(self, x_B: torch.Tensor) -> torch.Tensor:
-        """One input `[B, ...]` through all modules: `[M, B, ...]`, without M copies of it."""
+    def broadcast(self, x_B: torch.Tensor) -> torch.Tensor:
+        """One input `[B, ...]` through all modules, without M copies of it: `[M, B, ...]`."""
         return self._call_each(self._parameters_in(x_B.dtype), x_B, len(self.sizes), in_dim=None)
 
+    def mixed(self, x_KB: torch.Tensor, weight_KM: torch.Tensor) -> torch.Tensor:
+        """Inputs `[K, B, ...]` through K modules whose parameters are mixtures of the M stacked sets, in the dtype of the inputs.
+
+        Args:
+            x_KB: inputs of each module.
+            weight_KM: float32 `[K, M]`, weights of the mixtures.
+        """
+        # In float32, the dtype of the parameters: under autocast the mixture would be computed from rounded parameters.
+        with torch.autocast(x_KB.device.type, enabled=False):
+            parameters = {
+                name: (weight_KM @ parameter.flatten(1)).unflatten(1, parameter.shape[1:]).to(x_KB.dtype)
+                for name, parameter in self._parameters_in(torch.float32).items()
+            }
+        return self._call_each(parameters, x_KB, len(weight_KM))
+
     def _parameters_in(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        # vmap does not see autocast: what it computes has the dtype of what it is given.
+        # vmap ignores autocast: results have the dtype of the arguments.
         parameters = {name.replace(":", "."): parameter.to(dtype) for name, parameter in self.stacked.items()}
-        return parameters | {name: self.get_buffer(name.replace(".", ":")) for name in self._vectors()}
+        return parameters | {name: self.get_buffer(_key(name)) for name in self._vectors()}
 
     def _vectors(self) -> list[str]:
-        """The buffers of the layers of spectral norm one, by their names in `structure`."""
+        """Names in `structure` of the buffers of spectral normalisation."""
         return [f"{name}.{side}" for name in self.spectral for side in ("left", "right")]
 
     def power_step(self, *, times: int = 1, frozen: bool = False) -> None:
-        """As `regularised.power_step`, of all layers of spectral norm one; where `frozen`, of those that are not trained, too."""
-        for name in self.spectral:
-            weight = self.stacked[f"{name}.weight".replace(".", ":")]
+        """Run `regularised.power_step` on all layers with spectral normalisation; skip frozen layers unless `frozen`."""
+        for name in map(_key, self.spectral):
+            weight = self.stacked[f"{name}:weight"]
             if frozen or weight.requires_grad:
-                power_step(weight, *(self.get_buffer(f"{name}.{side}".replace(".", ":")) for side in ("left", "right")), times=times)
+                power_step(weight, self.get_buffer(f"{name}:left"), self.get_buffer(f"{name}:right"), times=times)
 
     @property
     def structure(self) -> nn.Module:
         return self._structure[0]
 
     def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
-        """A number of sets of parameters (`[number, ...]`), each with its own of the inputs, or all with one (`in_dim` None)."""
-        if number > 1 and not self.one_by_one and not self._is_quicker_apart(x, number):
+        """Call `structure` with each set of parameters `[number, ...]` on its input, or on one common input (`in_dim` None)."""
+        if number > 1 and not self.one_by_one and not self._prefers_loop(x, number):
             return vmap(self._call, in_dims=(0, in_dim), randomness="different")(parameters, x)
         inputs = [x] * number if in_dim is None else list(x)
         return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
 
-    def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
-        """Whether calling one module after the other takes less time than all at once."""
+    def _prefers_loop(self, x: torch.Tensor, number: int) -> bool:
+        """Whether a loop over the modules is faster than one call for all."""
         return False
 
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))
 
 
+def _key(name: str) -> str:
+    """Name of a stacked tensor: '.' separates modules in a name, so ':' keeps the tensor in the module itself."""
+    return name.replace(".", ":")
+
+
 def weight_of(buffer: str) -> str:
-    """The name of the stacked weight that a stacked layer's buffer (of spectral normalisation) is of: `torsos.1:0:left` is of
-    `torsos.stacked.1:0:weight`."""
+    """Name of the stacked weight for a stacked buffer of spectral normalisation: `torsos.1:0:left` → `torsos.stacked.1:0:weight`."""
     module, _, name = buffer.rpartition(".")
     return f"{module}.stacked.{name.rpartition(':')[0]}:weight"
 
 
 class PerTask(Stacked, TaskOwned):
-    """Stacked modules of which each is one task's own: `[K, B, ...]` to `[K, B, ...]`."""
+    """One stacked module per task: `[K, B, ...]` to `[K, B, ...]`."""
 
-    def _is_quicker_apart(self, x: torch.Tensor, number: int) -> bool:
-        # A CPU has enough to do with one task's images, and its grouped convolutions and normalisations are slower than plain ones.
-        return x.device.type == "cpu" and x.dim() == 5 and number <= _FEW_TASKS
+    def _prefers_loop(self, x: torch.Tensor, number: int) -> bool:
+        # The images of one task keep a CPU busy, and grouped convolutions and normalisations are slower there than plain ones.
+        return x.device.type == "cpu" and x.dim() == 5 and number <= _MAX_LOOP
 
 
-class TaskVectors(TaskOwned, nn.Module):
+class TaskVectors(TaskOwned):
     """A learned vector per task.
 
     Args:
@@ -176,22 +193,24 @@ class TaskVectors(TaskOwned, nn.Module):
         self.sizes = [initial_KV.shape[1]] * len(initial_KV)
         self.vectors = nn.Parameter(initial_KV)
 
-    def slices(self) -> Iterator[Slice]:
-        return (Slice(k, "vectors", "vectors", (k,)) for k in range(len(self.sizes)))
-
     def forward(self) -> torch.Tensor:
         """The vectors, float32 `[K, V]`."""
         return self.vectors
 
 
+def append_per_task(x_KBF: torch.Tensor, vector_KV: torch.Tensor) -> torch.Tensor:
+    """Append the vector of each task to its samples, in the dtype of the samples: `[K, B, F + V]`."""
+    return torch.cat([x_KBF, vector_KV.to(x_KBF.dtype)[:, None].expand(-1, x_KBF.shape[1], -1)], -1)
+
+
 def spectral_layers(network: nn.Module) -> list[SpectralLinear | Stacked]:
-    """The modules of a network in which there are layers of spectral norm one, to be called `power_step` before an update's forward."""
+    """Modules of a network with spectral normalisation. Call `power_step` on each before the forward pass of an update."""
     found = [module for module in network.modules() if isinstance(module, SpectralLinear | Stacked)]
     return [module for module in found if isinstance(module, SpectralLinear) or module.spectral]
 
 
 def parameter_counts(module: nn.Module, num_tasks: int) -> tuple[int, list[int]]:
-    """Numbers of a module's parameters, without padding: those that tasks share, and those of each task alone."""
+    """Number of parameters that tasks share, and number of each task's own parameters. Padding is not counted."""
     if isinstance(module, TaskOwned):
         return 0, list(module.sizes)
     if isinstance(module, Stacked):
@@ -210,11 +229,12 @@ def _stack_padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return stacked
 
 
-class TaskLinear(TaskOwned, nn.Module):
-    """A linear layer per task: `[K, B, I]` to `[K, B, O]`, initialised as `nn.Linear` is.
+class TaskLinear(TaskOwned):
+    """A linear layer per task: `[K, B, I]` to `[K, B, O]`, initialised as `nn.Linear`.
 
     Args:
-        outputs: how many outputs each task uses; rows beyond a task's own are zero and stay unused.
+        inputs: number of inputs.
+        outputs: number of outputs of each task. Columns beyond it are zero and unused.
     """
 
     used_K1O: torch.Tensor
@@ -232,16 +252,16 @@ class TaskLinear(TaskOwned, nn.Module):
         self.register_buffer("used_K1O", used[:, None], persistent=False)
 
     def slices(self) -> Iterator[Slice]:
-        for k, own in enumerate(self._outputs):
+        for task, own in enumerate(self._outputs):
             for name in ("weight", "bias"):
-                yield Slice(k, name, name, (k, slice(None), slice(own)))
+                yield Slice(task, name, name, (task, slice(None), slice(own)))
 
     def forward(self, x_KBI: torch.Tensor) -> torch.Tensor:
         return torch.baddbmm(self.bias, x_KBI, self.weight)
 
     @torch.no_grad()
     def rescale(self, factor_K: torch.Tensor, offset_K: torch.Tensor) -> None:
-        """Change the parameters so that each task's outputs become factor times themselves plus offset, float32 `[K]` each."""
+        """Change the parameters so that each task's outputs become factor times output plus offset, float32 `[K]` each."""
         factor_K11 = factor_K[:, None, None]
         self.weight.mul_(factor_K11)
         self.bias.mul_(factor_K11).add_(offset_K[:, None, None] * self.used_K1O)

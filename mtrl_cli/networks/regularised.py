@@ -1,4 +1,4 @@
-"""Layers that regularise: dropout, and linear layers of spectral norm one."""
+"""Regularisation layers: dropout, and linear layers with spectral normalisation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from torch import nn
 from torch.nn import functional
 
 FIRST_ITERATIONS = 15
-"""Steps of the power iteration on a new weight, after which one per update keeps up with it."""
+"""Power iterations on a new weight. After them, one iteration per update is enough."""
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014), of what is learned from alone: where no gradients are asked for (acting, evaluation, targets)
-    everything passes as it is.
+    """Dropout (Srivastava et al. 2014) in training updates only: without gradients (acting, evaluation, targets) it is the identity.
 
-    It draws from torch's own generator of the device, from which nothing else draws while a run learns.
+    It draws from torch's default generator of the device. Nothing else draws from that generator during training.
 
     Args:
-        share: of the values that become zero; the others are scaled up, so that the mean stays.
+        share: share of the values that become zero; the others are scaled up to keep the mean.
     """
 
     def __init__(self, share: float):
@@ -29,7 +28,7 @@ class Dropout(nn.Module):
 
 
 def dropout_generator(device: torch.device, seed: int) -> torch.Generator:
-    """The generator that dropout draws from on a device, seeded."""
+    """Seed and return the generator of dropout on a device."""
     generator = torch.default_generator
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -38,11 +37,11 @@ def dropout_generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 class SpectralLinear(nn.Linear):
-    """A linear layer that computes with weight / sigma(weight), sigma being the largest singular value (Miyato et al. 2018, "Spectral
-    Normalization for Generative Adversarial Networks", equation 8): it hardly lengthens what it is given.
+    """Linear layer with the weight divided by its largest singular value, sigma (Miyato et al. 2018, "Spectral Normalization for
+    Generative Adversarial Networks", equation 8). Its spectral norm is close to one.
 
-    sigma = left . weight right, where a power iteration (`power_step`) lets two vectors follow the weight's first singular vectors. That
-    is done once per update, before its forward, and not in the forward itself, which so gives the same for the same parameters.
+    sigma = left . weight right, with two vectors that follow the first singular vectors of the weight by power iteration (`power_step`).
+    An update runs one iteration before its forward pass. The forward pass itself changes nothing, so equal parameters give equal outputs.
 
     Attributes:
         left, right: buffers, float32 `[outputs]` and `[inputs]`, of length one.
@@ -58,23 +57,24 @@ class SpectralLinear(nn.Linear):
         self.power_step(times=FIRST_ITERATIONS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Elementwise, so that autocast leaves it in float32.
+        # Elementwise, because autocast would compute a matrix product in lower precision.
         sigma = (self.weight * self.left[:, None] * self.right).sum()
         return functional.linear(x, (self.weight / sigma.clamp_min(1e-12)).to(self.weight.dtype), self.bias)
 
     def power_step(self, *, times: int = 1, frozen: bool = False) -> None:
-        """Let the vectors follow the weight; where it is not trained, only if `frozen`."""
+        """Move the vectors towards the singular vectors of the weight; skip a frozen weight unless `frozen`."""
         if frozen or self.weight.requires_grad:
             power_step(self.weight, self.left, self.right, times=times)
 
 
 @torch.no_grad()
 def power_step(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, times: int = 1) -> None:
-    """Bring vectors nearer to the first singular vectors of a matrix, in place (Miyato et al. 2018, algorithm 1).
+    """Move vectors towards the first singular vectors of a matrix, in place (Miyato et al. 2018, algorithm 1).
 
     Args:
-        weight: float32 `[O, I]`, or a stack of such matrices, `[M, O, I]`.
+        weight: float32 `[O, I]`, or a stack of matrices `[M, O, I]`.
         left, right: float32 `[O]` and `[I]`, or `[M, O]` and `[M, I]`.
+        times: number of iterations.
     """
     for _ in range(times):
         right.copy_(functional.normalize((left.unsqueeze(-2) @ weight).squeeze(-2), dim=-1))

@@ -1,4 +1,4 @@
-"""Sharing structures: which parts of a torso tasks have in common. Here are what they have in common, and the two simplest."""
+"""Sharing structures: which parts of a torso the tasks share. This module has the interface and the two simplest structures."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mtrl_cli.networks.per_task import PerTask, parameter_counts
+from mtrl_cli.networks.per_task import PerTask
 from mtrl_cli.networks.torsos import Torso
 
 
 class Sharing(nn.Module, ABC):
-    """Observations of all tasks to features of all tasks, in one forward.
+    """Observations of all tasks to features of all tasks, in one forward pass.
 
-    A parameter whose rows belong to one task each lies in a `TaskOwned` module; every other one is shared.
+    A parameter whose rows belong to one task each must lie in a `TaskOwned` module. Every other parameter counts as shared.
 
     Args:
-        torso: the recipe of the parts.
-        shapes: each task's own observation shape (frames stacked), before padding.
+        torso: factory of the stems and bodies.
+        shapes: observation shape of each task (frames stacked), before padding.
 
     Attributes:
-        num_features: length of a feature vector, which a structure may choose otherwise than the torso.
-        scaled_keys: the constructor's keys that make what a structure adds to the torso wider or narrower, as `Torso.scaled_keys`.
-        of_all_tasks: what begins the names of parameters that mean something for this list of tasks alone, such as a weight for each.
+        num_features: length of a feature vector; a structure may choose another length than the torso.
+        num_tasks: K.
+        names_in_torso: prefixes of parameter names of this structure, and the prefixes that the same layers have under hard sharing
+            (`stem`, `body.0`), if different. Warm starts use them to find a layer in a network of another structure.
+        scaled_keys: constructor keys that set the width of what a structure adds to the torso, as `Torso.scaled_keys`.
+        of_all_tasks: prefixes of parameters that depend on the list of tasks, such as a matrix with a row and a column per task.
     """
 
     scaled_keys: ClassVar[tuple[str, ...]] = ()
@@ -35,59 +38,63 @@ class Sharing(nn.Module, ABC):
         super().__init__()
         self.num_features = torso.num_features
         self.num_tasks = len(shapes)
+        self.names_in_torso: dict[str, str] = {}
 
     @abstractmethod
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         """Observations `[K, B, *padded shape]` (float) to features `[K, B, num_features]`."""
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """How a structure with gates routes observations `[K, B, *padded shape]` (float), for metrics.
+        """Routing weights of a structure with gates for observations `[K, B, *padded shape]` (float), for metrics.
 
         Returns:
             Distributions by name, each float `[K, choices]`: means over the batch, which sum to one over the choices.
         """
         return {}
 
-    def names_in_torso(self) -> dict[str, str]:
-        """What begins the names of this structure's layers of the torso, and what they begin with under hard sharing (`stem`, `body.0`),
-        where the two differ: so that networks of different structures know each other's layers."""
-        return {}
-
-    def parameter_counts(self) -> tuple[int, list[int]]:
-        """Numbers of parameters, without padding: those that tasks share, and those of each task alone."""
-        return parameter_counts(self, self.num_tasks)
+    def by_task(self, x: torch.Tensor) -> torch.Tensor:
+        """Samples `[K * B, ...]`, task after task, to `[K, B, ...]`."""
+        return x.unflatten(0, (self.num_tasks, -1))
 
 
-def stem_of(torso: Torso, shapes: Sequence[tuple[int, ...]], *, own: bool = False) -> nn.Module:
-    """A stem for all tasks; one for each (`PerTask`) where they differ in shape, or are to have their `own`."""
+def make_stem(torso: Torso, shapes: Sequence[tuple[int, ...]], *, own: bool = False) -> nn.Module:
+    """Make one stem for all tasks, or a stem per task (`PerTask`) if the shapes differ or `own` is true."""
     return PerTask([torso.stem(shape) for shape in shapes]) if own or len(set(shapes)) > 1 else torso.stem(shapes[0])
 
 
-def through_stem(stem: nn.Module, observation: torch.Tensor) -> torch.Tensor:
-    """Observations `[K, B, ...]` through what `stem_of` gave: `[K * B, ...]`, task after task."""
+def apply_stem(stem: nn.Module, observation: torch.Tensor) -> torch.Tensor:
+    """Apply a stem made by `make_stem` to observations `[K, B, ...]`: `[K * B, ...]`, task after task."""
     return stem(observation).flatten(0, 1) if isinstance(stem, PerTask) else stem(observation.flatten(0, 1))
 
 
 def blocks_of(body: nn.Sequential) -> list[nn.Sequential]:
-    """A body's blocks that have parameters. A child without any (an activation by itself) belongs to the block before it,
-    one in front of all to the first; a body without parameters is one block, an empty one none."""
+    """Divide a body into blocks that have parameters.
+
+    A child without parameters (an activation) joins the block before it, or the first block if it comes first. A body without parameters
+    is one block; an empty body has none.
+    """
     blocks: list[nn.Sequential] = []
     for child in body:
-        begun = bool(blocks) and any(True for _ in blocks[-1].parameters())
-        if not blocks or (begun and any(True for _ in child.parameters())):
+        begun = bool(blocks) and has_parameters(blocks[-1])
+        if not blocks or (begun and has_parameters(child)):
             blocks.append(nn.Sequential())
         blocks[-1].append(child)
     return blocks
 
 
+def has_parameters(module: nn.Module) -> bool:
+    """Whether a module or one of its children has a parameter."""
+    return any(True for _ in module.parameters())
+
+
 def names_in_body(blocks: Sequence[nn.Sequential], name: str) -> dict[str, str]:
-    """For `names_in_torso`: the children of a body's blocks, which a structure holds as `name`, as the body's own children."""
+    """Entries of `names_in_torso` for the blocks of a body that a structure stores as `name`."""
     children = [f"{name}.{block}.{child}" for block, layers in enumerate(blocks) for child in range(len(layers))]
     return {child: f"body.{index}" for index, child in enumerate(children)}
 
 
 def output_shapes(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes (without the batch) that observations of `shape` have after each of the layers."""
+    """Output shape of each layer in a chain (without the batch), for observations of `shape`."""
     shapes = []
     with torch.no_grad():
         x = torch.zeros(1, *shape)
@@ -98,26 +105,24 @@ def output_shapes(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> list[t
 
 
 class HardSharing(Sharing):
-    """One torso for all tasks (Caruana 1997). Where tasks differ in observation shape, each has a stem of its own."""
+    """One torso for all tasks (Caruana 1997). Tasks of different observation shapes have a stem each."""
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
-        self.stem = stem_of(torso, shapes)
+        self.stem = make_stem(torso, shapes)
         self.body = torso.body(shapes[0])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.body(through_stem(self.stem, observation)).unflatten(0, (self.num_tasks, -1))
+        return self.by_task(self.body(apply_stem(self.stem, observation)))
 
 
 class IndependentSharing(Sharing):
-    """Nothing is shared: a torso per task. The baseline that sharing is judged against."""
+    """A torso per task, without sharing: the baseline for all other structures."""
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
+        self.names_in_torso = {"torsos.0": "stem", "torsos.1": "body"}
         self.torsos = PerTask([nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes])
-
-    def names_in_torso(self) -> dict[str, str]:
-        return {"torsos.0": "stem", "torsos.1": "body"}
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         return self.torsos(observation)

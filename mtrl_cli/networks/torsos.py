@@ -1,15 +1,15 @@
-"""Torsos: how a task's observations become features.
+"""Torsos: networks from observations to features.
 
-A torso is a recipe of two modules, so that a sharing structure can decide which tasks share which: the *stem* is the first
-layer and reads a task's own observations (its input adapter, where tasks differ in shape), the *body* is everything after it,
-block by block, so that structures can work between the blocks.
+A torso is built in two parts, so that a sharing structure can choose which tasks share which part. The *stem* is the first layer. It
+reads the observations of one task; tasks of different observation shapes need a stem each. The *body* is everything after the stem,
+block by block, so that a structure can work between the blocks.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,64 +19,64 @@ from mtrl_cli.types import Dropped, PositiveFloat, PositiveInt
 
 
 class Torso(ABC):
-    """The recipe of a torso.
+    """Factory for the stem and the body of a torso.
+
+    The keyword-only parameters are keys of every torso whose constructor passes further keywords (`**layers`) to this one.
+
+    Args:
+        layer_norm: normalise after each layer, before the activation (Gallici et al. 2024).
+        dropout: share of the outputs of fully connected layers that training updates drop.
+        spectral_norm: give the last layer a spectral norm of one (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement
+            Learning").
 
     Attributes:
         observation_kind: "image" (observations `[C, H, W]`) or "vector" (`[D]`).
-        num_features: length of the feature vector that the body gives.
-        scaled_keys: the constructor's keys that make the torso wider or narrower (a whole number or a list of them: units or
-            channels; a float: a factor on them), for `network.parameters`. Without any it has one width.
+        num_features: length of the body's feature vector.
+        scaled_keys: constructor keys that set the torso's width, for `network.parameters`. An int or a list of ints is a number of units
+            or channels; a float multiplies them. A torso without such keys has a fixed width.
     """
 
     observation_kind: ClassVar[str]
     scaled_keys: ClassVar[tuple[str, ...]] = ()
     num_features: int
 
+    def __init__(self, *, layer_norm: bool = False, dropout: Dropped = 0.0, spectral_norm: bool = False):
+        self._layer_norm = layer_norm
+        self._dropout = dropout
+        self._spectral_norm = spectral_norm
+
     @abstractmethod
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        """The first layer, for observations `[B, *shape]` (float)."""
+        """Make the first layer, for observations `[B, *shape]` (float)."""
 
     @abstractmethod
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        """The rest: from what the stem gives for observations of `shape` to features `[B, num_features]` (float).
+        """Make the layers after the stem: from its output for observations of `shape` to features `[B, num_features]` (float).
 
-        Its children are the torso's blocks, each a layer with its activation; the last one gives the features, and flattens what it
-        is given itself where that is an image.
+        The children are the torso's blocks, each a layer with its activation. The last block gives the features, and flattens an image
+        itself.
         """
 
+    def _convolution(self, channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.Sequential:
+        # One group over all channels is LayerNorm over channels and positions (with an affine map per channel).
+        # Unlike nn.LayerNorm it needs no image size.
+        norm = [nn.GroupNorm(1, channels_out)] if self._layer_norm else []
+        return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, stride), *norm, nn.ReLU())
 
-def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int, layer_norm: bool) -> nn.Sequential:
-    # One group over all channels is LayerNorm over channels and positions (with an affine map per channel),
-    # and unlike nn.LayerNorm needs no image size.
-    norm = [nn.GroupNorm(1, channels_out)] if layer_norm else []
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, stride), *norm, nn.ReLU())
+    def _linear(self, features_in: int, features_out: int, *, last: bool = True) -> nn.Sequential:
+        # As in the DQN network of Gogianu et al. 2021, only the last layer before the heads has spectral normalisation.
+        layer = SpectralLinear if self._spectral_norm and last else nn.Linear
+        norm = [nn.LayerNorm(features_out)] if self._layer_norm else []
+        # Dropout and ReLU commute. ReLU is last because some structures remove it.
+        dropout = [Dropout(self._dropout)] if self._dropout else []
+        return nn.Sequential(layer(features_in, features_out), *norm, *dropout, nn.ReLU())
 
-
-@dataclass(frozen=True)
-class _Options:
-    """What a torso's fully connected layers have beside their weights."""
-
-    layer_norm: bool
-    dropout: float
-    spectral_norm: bool
-
-
-def _linear(features_in: int, features_out: int, options: _Options, *, last: bool = True) -> nn.Sequential:
-    # Only the last layer before the heads is of spectral norm one, as Gogianu et al. 2021 have it in DQN's network.
-    kind = SpectralLinear if options.spectral_norm and last else nn.Linear
-    norm = [nn.LayerNorm(features_out)] if options.layer_norm else []
-    # Before ReLU it is the same as behind it, and leaves the activation at the end, where some structures take it off.
-    dropout = [Dropout(options.dropout)] if options.dropout else []
-    return nn.Sequential(kind(features_in, features_out), *norm, *dropout, nn.ReLU())
-
-
-def _flat_linear(features_in: int, features_out: int, options: _Options) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), *_linear(features_in, features_out, options))
-
-
-def _flat_size(layers: nn.Module, shape: tuple[int, ...]) -> int:
-    with torch.device("meta"):
-        return layers.to("meta")(torch.zeros(1, *shape)).numel()
+    def _image_body(self, shape: tuple[int, ...], make_blocks: Callable[[], list[nn.Module]]) -> nn.Sequential:
+        """Convolutional blocks, then a linear layer on the flattened image."""
+        probe = nn.Sequential(self.stem(shape), *make_blocks()).to("meta")
+        with torch.device("meta"):
+            flat = probe(torch.zeros(1, *shape)).numel()
+        return nn.Sequential(*make_blocks(), nn.Sequential(nn.Flatten(), *self._linear(flat, self.num_features)))
 
 
 class NatureCNN(Torso):
@@ -85,39 +85,23 @@ class NatureCNN(Torso):
     Args:
         features: units of the last layer.
         width: factor on the channels 32, 64, 64.
-        layer_norm: normalise after each layer (Gallici et al. 2024).
-        dropout: share of a fully connected layer's outputs that is dropped while learning.
-        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
+        layers: see `Torso`.
     """
 
     observation_kind = "image"
     scaled_keys = ("width", "features")
 
-    def __init__(
-        self,
-        *,
-        features: PositiveInt = 512,
-        width: PositiveFloat = 1.0,
-        layer_norm: bool = False,
-        dropout: Dropped = 0.0,
-        spectral_norm: bool = False,
-    ):
+    def __init__(self, *, features: PositiveInt = 512, width: PositiveFloat = 1.0, **layers: Any):
+        super().__init__(**layers)
         self.num_features = features
         self._channels = [max(1, round(width * channels)) for channels in (32, 64, 64)]
-        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _convolution(shape[0], self._channels[0], 8, 4, self._options.layer_norm)
+        return self._convolution(shape[0], self._channels[0], 8, 4)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        def convolutions() -> nn.Sequential:
-            return nn.Sequential(
-                _convolution(self._channels[0], self._channels[1], 4, 2, self._options.layer_norm),
-                _convolution(self._channels[1], self._channels[2], 3, 1, self._options.layer_norm),
-            )
-
-        flat = _flat_size(nn.Sequential(self.stem(shape), convolutions()), shape)
-        return nn.Sequential(*convolutions(), _flat_linear(flat, self.num_features, self._options))
+        first, second, third = self._channels
+        return self._image_body(shape, lambda: [self._convolution(first, second, 4, 2), self._convolution(second, third, 3, 1)])
 
 
 class _Residual(nn.Module):
@@ -132,106 +116,85 @@ class _Residual(nn.Module):
 
 
 class ImpalaCNN(Torso):
-    """The residual network of IMPALA (Espeholt et al. 2018, figure 3, right), without its LSTM.
+    """Residual network of IMPALA (Espeholt et al. 2018, figure 3, right), without the LSTM. Only the last layer is normalised.
 
     Args:
         width: factor on the channels 16, 32, 32.
         features: units of the last layer.
-        layer_norm: normalise before the last activation.
-        dropout: share of a fully connected layer's outputs that is dropped while learning.
-        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
+        layers: see `Torso`.
     """
 
     observation_kind = "image"
     scaled_keys = ("width", "features")
 
-    def __init__(
-        self,
-        *,
-        width: PositiveFloat = 1.0,
-        features: PositiveInt = 256,
-        layer_norm: bool = False,
-        dropout: Dropped = 0.0,
-        spectral_norm: bool = False,
-    ):
+    def __init__(self, *, width: PositiveFloat = 1.0, features: PositiveInt = 256, **layers: Any):
+        super().__init__(**layers)
         self.num_features = features
         self._channels = [max(1, round(width * channels)) for channels in (16, 32, 32)]
-        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
         return nn.Conv2d(shape[0], self._channels[0], 3, padding=1)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        def blocks() -> nn.Sequential:
-            sequences = []
-            for index, channels in enumerate(self._channels):
-                first = [nn.Conv2d(self._channels[index - 1], channels, 3, padding=1)] if index else []
-                sequences.append(nn.Sequential(*first, nn.MaxPool2d(3, 2, padding=1), _Residual(channels), _Residual(channels)))
-            sequences[-1].append(nn.ReLU())
-            return nn.Sequential(*sequences)
+        return self._image_body(shape, self._residual_blocks)
 
-        flat = _flat_size(nn.Sequential(self.stem(shape), blocks()), shape)
-        return nn.Sequential(*blocks(), _flat_linear(flat, self.num_features, self._options))
+    def _residual_blocks(self) -> list[nn.Module]:
+        blocks: list[nn.Module] = []
+        for index, channels in enumerate(self._channels):
+            first = [nn.Conv2d(self._channels[index - 1], channels, 3, padding=1)] if index else []
+            last = [nn.ReLU()] if index == len(self._channels) - 1 else []
+            blocks.append(nn.Sequential(*first, nn.MaxPool2d(3, 2, padding=1), _Residual(channels), _Residual(channels), *last))
+        return blocks
 
 
 class MLP(Torso):
-    """Fully connected layers for vector observations; the first is the stem.
+    """Fully connected layers for vector observations. The first layer is the stem.
 
     Args:
         hidden: units of each layer.
-        layer_norm: normalise after each layer.
-        dropout: share of a fully connected layer's outputs that is dropped while learning.
-        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
+        layers: see `Torso`.
+
+    Raises:
+        ValueError: `hidden` is empty.
     """
 
     observation_kind = "vector"
     scaled_keys = ("hidden",)
 
-    def __init__(self, *, hidden: list[PositiveInt], layer_norm: bool = False, dropout: Dropped = 0.0, spectral_norm: bool = False):
+    def __init__(self, *, hidden: list[PositiveInt], **layers: Any):
+        super().__init__(**layers)
         if not hidden:
-            raise ValueError("network.hidden is empty: name the units of one layer at least, for example network.hidden=[256,256]")
+            raise ValueError("network.hidden must have at least one layer, got []; for example network.hidden=[256,256]")
         self.num_features = hidden[-1]
         self._hidden = hidden
-        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _linear(shape[0], self._hidden[0], self._options, last=len(self._hidden) == 1)
+        return self._linear(shape[0], self._hidden[0], last=len(self._hidden) == 1)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
         sizes = list(zip(self._hidden, self._hidden[1:], strict=False))
-        last = len(sizes) - 1
-        return nn.Sequential(*(_linear(*each, self._options, last=layer == last) for layer, each in enumerate(sizes)))
+        return nn.Sequential(*(self._linear(*size, last=index == len(sizes)) for index, size in enumerate(sizes, 1)))
 
 
 class MinAtarCNN(Torso):
     """One 3x3 convolution and a linear layer (Young and Tian 2019, "MinAtar", section 4).
 
     Args:
-        channels: filters of the convolution.
+        channels: channels of the convolution.
         features: units of the linear layer.
-        layer_norm: normalise after each layer.
-        dropout: share of a fully connected layer's outputs that is dropped while learning.
-        spectral_norm: of the last layer (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement Learning").
+        layers: see `Torso`.
     """
 
     observation_kind = "image"
     scaled_keys = ("channels", "features")
 
-    def __init__(
-        self,
-        *,
-        channels: PositiveInt = 16,
-        features: PositiveInt = 128,
-        layer_norm: bool = False,
-        dropout: Dropped = 0.0,
-        spectral_norm: bool = False,
-    ):
+    def __init__(self, *, channels: PositiveInt = 16, features: PositiveInt = 128, **layers: Any):
+        super().__init__(**layers)
         self.num_features = features
         self._channels = channels
-        self._options = _Options(layer_norm, dropout, spectral_norm)
 
     def stem(self, shape: tuple[int, ...]) -> nn.Module:
-        return _convolution(shape[0], self._channels, 3, 1, self._options.layer_norm)
+        return self._convolution(shape[0], self._channels, 3, 1)
 
     def body(self, shape: tuple[int, ...]) -> nn.Sequential:
-        return nn.Sequential(_flat_linear(_flat_size(self.stem(shape), shape), self.num_features, self._options))
+        return self._image_body(shape, list)

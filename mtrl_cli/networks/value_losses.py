@@ -1,6 +1,6 @@
-"""How far what a head says is from what it should say, as pure functions: squared and Huber errors, histograms, quantiles.
+"""Losses between head outputs and their targets, as pure functions: Huber errors, histograms, quantiles.
 
-Z: the numbers by which a distributional head describes the return of one action.
+Z: the number of values that describe the return distribution of one action.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import torch
 
 
 def td_target(return_KB: torch.Tensor, discount_KB: torch.Tensor, value_KB: torch.Tensor) -> torch.Tensor:
-    """n-step target: the window's return and the discounted value of the state at its end, which may be anything where that is terminal.
+    """n-step target: the return of the window plus the discounted value of the state at its end.
 
     Args:
-        return_KB, discount_KB, value_KB: float32 `[K, B]`, or any shapes that go together.
+        return_KB, discount_KB, value_KB: float32 `[K, B]`, or any shapes that broadcast. Where the discount is 0 (the window terminated),
+            the value is ignored, even if it is not finite.
 
     Returns:
-        float32, of their common shape.
+        float32, of the broadcast shape.
     """
     return return_KB + torch.where(discount_KB == 0, 0.0, discount_KB * value_KB)
 
 
 def huber(error: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Half the squared error up to the threshold, linear beyond (Huber 1964); a threshold of 0 means half the squared error."""
+    """Half the squared error up to the threshold, linear beyond it (Huber 1964). A threshold of 0 gives half the squared error."""
     squared = 0.5 * error.square()
     if not threshold:
         return squared
@@ -32,20 +33,20 @@ def huber(error: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def cross_entropy(logits_Z: torch.Tensor, probability_Z: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits against probabilities, both float32 `[..., Z]`; returns `[...]`."""
+    """Cross-entropy of logits and target probabilities, both float32 `[..., Z]`; returns `[...]`."""
     return -(probability_Z * logits_Z.log_softmax(-1)).sum(-1)
 
 
 def project(probability_Z: torch.Tensor, location_Z: torch.Tensor, v_min: float, v_max: float) -> torch.Tensor:
-    """Mass at any locations, brought to Z evenly spaced atoms (Bellemare et al. 2017, equation 7).
+    """Project probability mass at arbitrary locations onto Z evenly spaced atoms (Bellemare et al. 2017, equation 7).
 
-    Each mass goes to the two atoms around it, the nearer the more, so that total and mean are kept; what lies beyond the first
-    or last atom goes to that atom. Written with a share for every pair of location and atom: nothing is scattered, so that the
-    sum has one order on every device.
+    Each mass is divided between its two neighbouring atoms by distance, which keeps total and mean. Mass beyond the first or last atom
+    goes to that atom. The share of every pair of location and atom is computed, instead of a scatter, so that the order of the sum is
+    the same on every device.
 
     Args:
         probability_Z, location_Z: float32 `[..., Z]`.
-        v_min, v_max: the first and the last atom.
+        v_min, v_max: first and last atom.
 
     Returns:
         Probabilities of the atoms, float32 `[..., Z]`.
@@ -58,14 +59,14 @@ def project(probability_Z: torch.Tensor, location_Z: torch.Tensor, v_min: float,
 
 
 def gaussian_histogram(value: torch.Tensor, edges: torch.Tensor, sigma: float) -> torch.Tensor:
-    """What a Gaussian around a value, cut off at the histogram's ends, leaves in each bin (Farebrother et al. 2024, section 3.1).
+    """Probability of each bin under a Gaussian around a value, truncated to the histogram's range (Farebrother et al. 2024, section 3.1).
 
-    Values beyond the ends are first brought to the nearer end, where the published form would divide 0 by 0.
+    Values outside the range are clipped to it first. The published form would divide 0 by 0 far outside the range.
 
     Args:
         value: float32 `[...]`.
         edges: float32 `[Z + 1]`, ascending.
-        sigma: of the Gaussian.
+        sigma: standard deviation of the Gaussian.
 
     Returns:
         Probabilities of the bins, float32 `[..., Z]`.
@@ -76,15 +77,15 @@ def gaussian_histogram(value: torch.Tensor, edges: torch.Tensor, sigma: float) -
 
 
 def quantile_huber(quantile_Z: torch.Tensor, target_Z: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Quantile regression (Dabney et al. 2018, "QR-DQN", equations 9 and 10; divided by the threshold, as in their "IQN").
+    """Quantile regression loss (Dabney et al. 2018, "QR-DQN", equations 9 and 10; divided by the threshold, as in their "IQN").
 
-    The sum over quantiles, at the levels (i + 1/2) / Z, of the mean over targets. Errors below the threshold count with their
-    square; a threshold of 0 gives the plain quantile loss, in which every error counts in proportion.
+    The loss is the sum over quantiles, at the levels (i + 1/2) / Z, of the mean over targets. Errors below the threshold are squared. A
+    threshold of 0 gives the quantile loss without squares.
 
     Args:
-        quantile_Z: float32 `[..., Z]`, predicted.
+        quantile_Z: float32 `[..., Z]`, predicted quantiles.
         target_Z: float32 `[..., Y]`, samples of the target.
-        threshold: of the Huber loss.
+        threshold: threshold of the Huber loss.
 
     Returns:
         float32 `[...]`.

@@ -1,4 +1,4 @@
-"""What torchrun says of this process: which of how many ranks it is. Read from the environment, without torch."""
+"""The rank of this process and the number of ranks, as torchrun sets them in the environment. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 from mtrl_cli.errors import UserError
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among those that train together.
+    """Position of a process among the ranks of a run.
 
     Attributes:
-        rank, size: of all, counted from 0.
-        local_rank, local_size: of those on this machine.
+        rank, size: among all ranks, counted from 0.
+        local_rank, local_size: among the ranks on this machine.
     """
 
     rank: int = 0
@@ -27,17 +27,17 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the one that speaks, and writes what is written once."""
+        """Whether this rank prints output and writes files."""
         return self.rank == 0
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """This process's place; a process that torchrun did not start is alone.
+    """Return the place of this process; a process that torchrun did not start is a single rank.
 
     Raises:
-        UserError: the variables make no sense.
+        UserError: a variable has an impossible value.
     """
-    if any(name not in environment for name in NEEDED):
+    if any(name not in environment for name in REQUIRED):
         return Place()
     try:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -46,10 +46,10 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         rank, size, local_rank, local_size = -1, 0, 0, 0
     if not (0 <= local_rank < local_size <= size and 0 <= rank < size):
         given = ", ".join(f"{name}={environment.get(name)}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        raise UserError(f"{given}: expected what torchrun sets; start ranks with torchrun --nproc-per-node=2 -m mtrl_cli train …")
+        raise UserError(f"{given} is no valid rank. Start the ranks with torchrun --nproc-per-node=2 -m mtrl_cli train …")
     return Place(rank, size, local_rank, local_size)
 
 
-def command(ranks: int, words: str) -> str:
-    """The command line of mtrl that starts so many ranks on one machine."""
-    return f"mtrl {words}" if ranks == 1 else f"torchrun --nproc-per-node={ranks} -m mtrl_cli {words}"
+def command(ranks: int, arguments: str) -> str:
+    """Return the shell command that runs mtrl on this number of ranks of one machine."""
+    return f"mtrl {arguments}" if ranks == 1 else f"torchrun --nproc-per-node={ranks} -m mtrl_cli {arguments}"

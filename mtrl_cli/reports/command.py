@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mtrl_cli import __version__
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, show, unknown
 from mtrl_cli.files import atomic
 from mtrl_cli.reports import grouping, html, hyperparameters, run_data
 from mtrl_cli.reports import scores as report_scores
@@ -44,7 +44,7 @@ def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
     paths = [Path(word) for word in words if not word.startswith("out=")]
     for word in words:
         if "=" in word and not word.startswith("out=") and not os.path.lexists(word):
-            raise UserError(f"{show(word)}: did you mean out=? mtrl report takes folders, and out=PATH for the report's")
+            raise UserError(unknown("key", word.partition("=")[0], ["out"], otherwise="mtrl report accepts folders and out=PATH"))
     if len(outs) > 1 or "" in outs:
         raise UserError("out=PATH: expected one folder for the report")
     if not paths:

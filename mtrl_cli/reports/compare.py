@@ -11,6 +11,7 @@ import numpy as np
 
 from mtrl_cli.errors import UserError, printable
 from mtrl_cli.files import atomic
+from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping, run_data
 from mtrl_cli.reports.run_data import Run
 from mtrl_cli.runs.terminal import as_text, duration, table
@@ -159,7 +160,7 @@ def _is_number(value: Any) -> bool:
 def _speed(ours: Run, theirs: Run) -> list[Row]:
     rates = []
     for run in (ours, theirs):
-        values = [value for _, value in run.metrics.get("perf/steps_per_second", ())]
+        values = [value for _, value in run.metrics.get(STEPS_PER_SECOND, ())]
         rates.append(float(np.median(values)) if values else None)
     times = [run.seconds or None for run in (ours, theirs)]
     return [

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping
 from mtrl_cli.reports.run_data import Group, Run
 from mtrl_cli.stats import sharing as sharing_stats
@@ -224,7 +225,7 @@ def curves(runs: Sequence[Run], tasks: Sequence[str], *, is_scored: bool) -> tup
 
 def step_seconds(variant: Variant) -> float | None:
     """Return the seconds of a training step in one task's environment, without evaluating and saving: the mean over runs."""
-    rates = [[value for _, value in run.metrics.get("perf/steps_per_second", ()) if value > 0] for run in variant.runs]
+    rates = [[value for _, value in run.metrics.get(STEPS_PER_SECOND, ()) if value > 0] for run in variant.runs]
     return float(np.mean([1 / np.median(of_run) for of_run in rates if of_run])) if any(rates) else None
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import math
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.reports.elements import Cell, GivenNumber, Picture, Section, Table
 from mtrl_cli.stats.bootstrap import Estimate
 
@@ -53,8 +52,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 def require() -> None:
     """Raise UserError unless matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("mtrl report draws its pictures with matplotlib: pip install 'mtrl_cli[plots]'")
+    extras.require("mtrl report", "matplotlib", "plots")
 
 
 def render(title: str, lead: Sequence[str], sections: Sequence[Section]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""How a report's pictures look: colours that can be told apart on light and dark paper, and the few kinds of drawing that they are."""
+"""Plots of reports: dot plots and line plots, in colours that are distinguishable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#3b82c4", "#d97a1a", "#2a9d6f", "#9d6cc9", "#d1495b", "#a0784f", "#1899ad", "#cf62a2")
 OTHERS = "#8d949d"
-"""Of lines beyond those that have a colour of their own."""
+"""Colour of the groups beyond COLOURS."""
 MOST_LINES = len(COLOURS)
 MOST_ROWS = 30
 COLUMNS = 3  # of panels
@@ -36,23 +36,23 @@ class Curve:
 
 
 def short(label: str, most: int = LONGEST_LABEL) -> str:
-    """A label that fits beside a drawing. One that begins with `_` would be left out of a legend."""
+    """Shorten a label. A leading `_` gets a space, because matplotlib omits such labels from legends."""
     label = label if len(label) <= most else label[: most - 1] + "…"
     return f" {label}" if label.startswith("_") else label
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
-    """The colour of each group, the first ones' own, so that a group has the same in all pictures."""
+    """Return the colour of each group, the same in all plots."""
     return {label: COLOURS[index] if index < MOST_LINES else OTHERS for index, label in enumerate(labels)}
 
 
 def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], line_at: float | None) -> Figure:
-    """A panel for each metric, in it a row for each group: the value and its interval.
+    """Draw one panel per metric with one row per group: the value and its interval.
 
     Args:
         panels: by title, the estimate of each group.
-        of: the groups' colours; its order is that of the rows.
-        line_at: of probabilities, where to draw a line to compare with.
+        of: colours of the groups, in the order of the rows.
+        line_at: position of a reference line on an axis of probabilities.
     """
     from matplotlib.figure import Figure
 
@@ -81,12 +81,12 @@ def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], li
 def lines(
     panels: Mapping[str, Mapping[str, Curve]], of: Mapping[str, str], x: str, y: str | Mapping[str, str], time: bool = False
 ) -> Figure:
-    """A panel for each title, in it a line with its band for each group.
+    """Draw one panel per title with a line and a band per group.
 
     Args:
         panels: by title, the curve of each group.
-        of: the groups' colours; those beyond `MOST_LINES` are drawn thin, below the others.
-        x, y: what the axes are; y may be told for each panel.
+        of: colours of the groups; groups beyond `MOST_LINES` are drawn thin, below the others.
+        x, y: labels of the axes; y may be given per panel.
         time: x is in seconds.
     """
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def _line(panel: Axes, curve: Curve, colour: str, is_named: bool) -> None:
 
 
 def _legend(figure: Figure, named: Sequence[str], of: Mapping[str, str], others: int, one: bool) -> None:
-    """The groups in their order: beside one panel, else above."""
+    """Add a legend with the groups in order: beside a single panel, else above the panels."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=of[label], linewidth=2.5) for label in named]
@@ -153,7 +153,7 @@ def _x_axis(panel: Axes, name: str, time: bool, largest: float) -> None:
 
 
 def _ticks_of(size: float) -> Any:
-    """Ticks at round numbers of a unit that is `size` seconds."""
+    """Return a locator with ticks at round numbers of a unit of `size` seconds."""
     from matplotlib.ticker import MaxNLocator
 
     class Locator(MaxNLocator):

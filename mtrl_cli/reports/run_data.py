@@ -15,6 +15,7 @@ from typing import Any
 from mtrl_cli.config import compose, safe_yaml
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
+from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
 from mtrl_cli.runs.run_dir import STATUSES
 from mtrl_cli.sweeps import plan as sweep_plan
 
@@ -31,7 +32,7 @@ SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """One of these makes a folder a run, if perhaps one that cannot be read."""
 TRIAL = "trial.json"
 """Beside these, in a sweep's trial."""
-PASSED_OVER = ("train/", "test/", "epsilon/", "eval/", "parameters/")
+PASSED_OVER = ("train/", TEST, EPSILON, "eval/", "parameters/")
 """Metrics that reports do not need, or keep elsewhere."""
 
 
@@ -282,7 +283,7 @@ def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | N
 def _measured(path: Path, run: Run) -> dict[str, Any]:
     """What a run's metrics say of it."""
     rows = _rows(path)
-    evaluations = [_evaluation(row) for row in rows if any(name.startswith("eval/return/") for name in row)]
+    evaluations = [_evaluation(row) for row in rows if any(name.startswith(EVAL_RETURN) for name in row)]
     counts = {
         name.removeprefix("parameters/"): int(value) for row in rows[:3] for name, value in row.items() if name.startswith("parameters/")
     }
@@ -321,8 +322,8 @@ def _rows(path: Path) -> list[dict[str, float]]:
 
 
 def _evaluation(row: Mapping[str, float]) -> Evaluation:
-    returns = {name.removeprefix("eval/return/"): value for name, value in row.items() if name.startswith("eval/return/")}
-    scores = {task: row[f"eval/score/{task}"] for task in returns if f"eval/score/{task}" in row}
+    returns = {name.removeprefix(EVAL_RETURN): value for name, value in row.items() if name.startswith(EVAL_RETURN)}
+    scores = {task: row[EVAL_SCORE + task] for task in returns if EVAL_SCORE + task in row}
     return Evaluation(int(row["step"]), row.get("seconds", 0.0), returns, scores)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE
 from mtrl_cli.reports import comparison, grouping, sharing_plots
 from mtrl_cli.reports.comparison import Ablation, Comparison, Variant, at_the_end, over_training
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
@@ -198,9 +199,9 @@ def _diagnostics(ablation: Ablation, variants: Sequence[Variant], suffix: str) -
     if len(ablation.tasks) == 1 or not variants:
         return []
     columns: dict[str, Callable[[Variant], float | None]] = {
-        "conflicting pairs, over training": lambda variant: over_training(variant, "grad/conflict"),
-        "conflicting pairs, at the end": lambda variant: at_the_end(variant, "grad/conflict"),
-        "gradient cosine, at the end": lambda variant: at_the_end(variant, "grad/cosine/mean"),
+        "conflicting pairs, over training": lambda variant: over_training(variant, GRAD_CONFLICT),
+        "conflicting pairs, at the end": lambda variant: at_the_end(variant, GRAD_CONFLICT),
+        "gradient cosine, at the end": lambda variant: at_the_end(variant, f"{GRAD_COSINE}/mean"),
         "feature similarity (CKA)": lambda variant: at_the_end(variant, "features/cka"),
         "feature rank": lambda variant: at_the_end(variant, "features/rank"),
         "dormant neurons": lambda variant: at_the_end(variant, "features/dormant"),
@@ -214,13 +215,13 @@ def _diagnostics(ablation: Ablation, variants: Sequence[Variant], suffix: str) -
         "CKA: similarity of two tasks' features for the same observations; 1: equal up to rotation and scale.",
     ]
     parts: list[Table | Picture] = [Table(f"sharing_inside{suffix}", "Gradients and features", ["", *columns], rows, notes)]
-    conflicts = [variant for variant in variants if any(len(run.metrics.get("grad/conflict", ())) > 1 for run in variant.runs)]
+    conflicts = [variant for variant in variants if any(len(run.metrics.get(GRAD_CONFLICT, ())) > 1 for run in variant.runs)]
     if conflicts:
         text = "Share of task pairs with conflicting gradients over training, a line for each variant."
         draw = partial(sharing_plots.conflict, ablation, conflicts)
         parts.append(Picture(f"sharing_conflict{suffix}", "Gradient conflict over training", text, draw))
     for metric, name, title, text in (
-        ("grad/cosine", "gradients", "Gradient cosines of task pairs at the end", "cosines of the tasks' gradients"),
+        (GRAD_COSINE, "gradients", "Gradient cosines of task pairs at the end", "cosines of the tasks' gradients"),
         ("features/cka", "features", "Feature similarity of task pairs at the end", "CKA of the tasks' features"),
     ):
         tables = {each.name: table for each in variants if (table := comparison.between_tasks(ablation, each, metric)) is not None}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtrl_cli.metric_names import GRAD_CONFLICT
 from mtrl_cli.reports.comparison import Ablation, Comparison, Variant
 from mtrl_cli.stats.bootstrap import Floats
 
@@ -154,7 +155,7 @@ def conflict_over_training(variant: Variant) -> tuple[Floats, Floats]:
 
     From the first step that all runs have reached to the last one: runs need not have been looked at at the same steps.
     """
-    series = [np.array(run.metrics["grad/conflict"], float) for run in variant.runs if run.metrics.get("grad/conflict")]
+    series = [np.array(run.metrics[GRAD_CONFLICT], float) for run in variant.runs if run.metrics.get(GRAD_CONFLICT)]
     first, last = max(own[0, 0] for own in series), min(own[-1, 0] for own in series)
     steps = np.unique(np.concatenate([own[:, 0] for own in series]))
     steps_P = steps[(steps >= first) & (steps <= last)]

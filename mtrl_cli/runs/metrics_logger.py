@@ -1,7 +1,11 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, and the same to TensorBoard.
+"""Metrics of a run: one JSON object per line in `metrics.jsonl`, and the same metrics in TensorBoard files.
 
-TensorBoard's files are written with its own record writer, in this thread and without torch: what was flushed is on disk, and
-cutting back to a checkpoint is a matter of copying records.
+The event files are written by `EventWriter`, not by torch's SummaryWriter, for these reasons:
+
+- `SummaryWriter(purge_step=)` leaves events past the checkpoint in the file. TensorBoard's data server still shows those of metrics that
+  have no newer value, and its Python backend shows each such step twice.
+- SummaryWriter writes in a thread of its own. A full disk is a traceback there, and nothing is synced to disk before a checkpoint.
+- `add_hparams` writes a second run in a subfolder.
 """
 
 from __future__ import annotations
@@ -24,131 +28,131 @@ from numpy.typing import ArrayLike, NDArray
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
+from mtrl_cli.metric_names import FINAL, TEST
 
 FLUSH_SECONDS = 20.0
 LARGEST_RECORD = 256 * 2**20
 HPARAMS = "_hparams_/"
-FINAL = "final/"
-TEST = "test/"
 _numbers = itertools.count()
 
 
 class NullLogger:
-    """Writes nothing: for evaluation alone, tests, and all but one of several processes."""
+    """Writes nothing: for evaluation alone, tests, and all ranks but the first."""
 
     def row(self, step: int, frames: int, seconds: float, updates: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics."""
+        """Write one row of metrics."""
 
     def histogram(self, name: str, values: ArrayLike, step: int) -> None:
-        """The distribution of `values`, of any shape."""
+        """Write the distribution of `values`, of any shape."""
 
     def image(self, name: str, hwc: NDArray[np.uint8], step: int) -> None:
-        """A picture: uint8 [H, W, 1, 3 or 4]."""
+        """Write an image: uint8 [H, W, 1, 3 or 4]."""
 
     def hyperparameters(self, config: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
-        """The run's flat configuration beside its final scores."""
+        """Write the flat configuration with the final scores."""
 
     def flush(self) -> None:
-        """Wait until the disk has everything."""
+        """Sync everything to disk."""
 
     def close(self) -> None:
-        """Flush, and write no more."""
+        """Flush and close the files."""
 
 
 class Logger(NullLogger):
     """The metrics of one run.
 
     Args:
-        run: its folder.
-        resume_at: the step of the checkpoint that the run goes on from: later rows and events are cut. None: the run begins, and whatever
-            an earlier attempt left is removed.
+        run: the run folder.
+        resume_at: step of the checkpoint that the run resumes from; later rows and events are cut. None: a new run, and files of an earlier
+            attempt are removed.
 
-    Raises UserError if `tensorboard/` is a link out of the run, RunError if the disk is full or fails.
+    Raises:
+        UserError: `tensorboard/` is a link out of the run folder.
+        RunError: the disk is full or fails.
     """
 
     def __init__(self, run: Path, resume_at: int | None = None):
         self.path = run / "metrics.jsonl"
         events = run / "tensorboard"
         if not atomic.is_inside(events, run):
-            raise UserError(f"{events} is a link that leaves the run; nothing is written through it.")
-        try:
+            raise UserError(f"{events} is a link out of the run folder. Remove the link")
+        with self._disk_errors():
             cut_metrics(self.path, resume_at)
             cut_events(events, resume_at)
             self._rows = open(self.path, "a", encoding="utf-8", buffering=2**16)  # noqa: SIM115
             self._events = EventWriter(events, after=resume_at)
-        except OSError as error:
-            raise self._failed(error) from None
         self._flushed = time.monotonic()
 
     def row(self, step: int, frames: int, seconds: float, updates: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics. A metric that is not finite is null in the file: JSON has no word for it."""
+        """Write one row of metrics. A value that is not finite becomes null in metrics.jsonl, because JSON has no NaN."""
         numbers = {name: float(value) for name, value in metrics.items()}
         line: dict[str, Any] = {"step": int(step), "frames": int(frames), "seconds": round(float(seconds), 3), "updates": int(updates)}
         line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        try:
+        with self._disk_errors():
             self._rows.write(json.dumps(line, allow_nan=False) + "\n")
             self._events.scalars(numbers, step)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 self._rows.flush()
                 self._events.flush()
                 self._flushed = time.monotonic()
-        except OSError as error:
-            raise self._failed(error) from None
 
     def histogram(self, name: str, values: ArrayLike, step: int) -> None:
-        """The distribution of the finite ones among `values`, of any shape."""
+        """Write the distribution of the finite values, of any shape."""
         flat = np.asarray(values, dtype=np.float64).ravel()
         flat = flat[np.isfinite(flat)]
         if flat.size:
-            self._write_event(_histogram_value(name, flat), step)
+            with self._disk_errors():
+                self._events.write([_histogram_value(name, flat)], step)
 
     def image(self, name: str, hwc: NDArray[np.uint8], step: int) -> None:
-        """A picture: uint8 [H, W, 1, 3 or 4]. Raises ValueError for other arrays."""
-        self._write_event(_image_value(name, hwc), step)
+        """Write an image: uint8 [H, W, 1, 3 or 4]. Raises ValueError for other arrays."""
+        value = _image_value(name, hwc)
+        with self._disk_errors():
+            self._events.write([value], step)
 
     def hyperparameters(self, config: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
-        """The run's flat configuration beside its final scores, in TensorBoard's HParams tab. The scores become `final/<name>`."""
+        """Write the flat configuration with the final scores for TensorBoard's HParams tab. The scores become `final/<name>`."""
         scores = {FINAL + name: float(value) for name, value in scores.items()}
-        try:
+        with self._disk_errors():
             for value in _hparams_values(config, list(scores)):
                 self._events.write([value], step)
             self._events.scalars(scores, step)
-        except OSError as error:
-            raise self._failed(error) from None
-
-    def _write_event(self, value: Any, step: int) -> None:
-        try:
-            self._events.write([value], step)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def flush(self) -> None:
-        """Wait until the disk has everything: before a checkpoint is saved, as nothing before it is written again on resume."""
-        try:
+        """Sync everything to disk. Required before a checkpoint is saved: a resume does not write earlier rows again."""
+        with self._disk_errors():
             self._rows.flush()
             os.fsync(self._rows.fileno())
             self._events.flush(sync=True)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def close(self) -> None:
-        """Flush, and write no more. May be called twice."""
+        """Flush and close the files. May be called twice."""
         if self._rows.closed:
             return
         try:
             self.flush()
         finally:
             for file in (self._rows, self._events):
-                with contextlib.suppress(OSError):  # the flush has told already
+                with contextlib.suppress(OSError):  # flush has raised the error
                     file.close()
 
-    def _failed(self, error: OSError) -> RunError:
-        trouble = error.strerror or str(error)
-        return RunError(f"{self.path.parent}: {trouble[:1].lower()}{trouble[1:]} while writing metrics.jsonl and tensorboard/.")
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn an OSError into a RunError of one line."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunError(f"{self.path.parent}: {reason[:1].lower()}{reason[1:]} while writing metrics.jsonl and tensorboard/") from None
 
 
 class EventWriter:
-    """One new event file in `folder`. `after`: tells a TensorBoard that is watching to forget what it saw past that step."""
+    """Writes one new TensorBoard event file.
+
+    Args:
+        folder: the folder of event files.
+        after: a running TensorBoard discards events past this step that it has read before.
+    """
 
     def __init__(self, folder: Path, after: int | None = None):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -167,21 +171,21 @@ class EventWriter:
         self._file.flush()
 
     def write(self, values: list[Any], step: int) -> None:
-        """One event of some `Summary.Value`s."""
+        """Write one event with `Summary.Value`s."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         event = self._event(wall_time=time.time(), step=int(step), summary=Summary(value=values))
         self._records.write(event.SerializeToString())
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
-        """One event of numbers by name."""
+        """Write one event with numbers by name."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if metrics:
             self.write([Summary.Value(tag=name, simple_value=_as_float32(value)) for name, value in metrics.items()], step)
 
     def flush(self, sync: bool = False) -> None:
-        """Hand everything to the system, and with `sync` wait until the disk has it."""
+        """Pass everything to the operating system; with `sync`, wait until it is on disk."""
         self._file.flush()
         if sync:
             os.fsync(self._file.fileno())
@@ -191,7 +195,7 @@ class EventWriter:
 
 
 def _as_float32(value: float) -> float:
-    """TensorBoard's scalars are float32, whose writer refuses larger finite numbers."""
+    """Convert to float32, the type of TensorBoard's scalars. Protobuf refuses larger finite numbers; here they become infinite."""
     with np.errstate(over="ignore"):
         return float(np.float32(value))
 
@@ -206,7 +210,7 @@ def _histogram_value(name: str, flat: NDArray[np.float64]) -> Any:
         num=flat.size,
         sum=flat.sum(),
         sum_squares=np.square(flat).sum(),
-        # Each limit is a bucket's upper end; the first bucket, empty, says where the second begins.
+        # Each limit is the upper end of a bucket. The first bucket is empty; its limit is the lower end of the second.
         bucket_limit=edges.tolist(),
         bucket=[0, *counts.tolist()],
     )
@@ -214,11 +218,11 @@ def _histogram_value(name: str, flat: NDArray[np.float64]) -> Any:
 
 
 def _image_value(name: str, hwc: NDArray[np.uint8]) -> Any:
-    from PIL import Image  # TensorBoard requires it
+    from PIL import Image  # a dependency of tensorboard
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     if hwc.dtype != np.uint8 or hwc.ndim != 3 or hwc.shape[2] not in (1, 3, 4):
-        raise ValueError(f"image {name!r} is {hwc.dtype}{list(hwc.shape)}; expected uint8[height, width, 1, 3 or 4]")
+        raise ValueError(f"image {name!r} must be uint8 [height, width, 1, 3 or 4], got {hwc.dtype}{list(hwc.shape)}")
     encoded = io.BytesIO()
     Image.fromarray(hwc[:, :, 0] if hwc.shape[2] == 1 else hwc).save(encoded, format="png")
     height, width, channels = hwc.shape
@@ -228,7 +232,7 @@ def _image_value(name: str, hwc: NDArray[np.uint8]) -> Any:
 
 
 def _hparams_values(config: Mapping[str, Any], metrics: list[str]) -> Iterator[Any]:
-    """The two values that declare the run's hyper-parameters and which scalars are its metrics."""
+    """Yield the two values that declare the hyperparameters of the run and its metrics."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import summary_v2
 
@@ -240,9 +244,9 @@ def _hparams_values(config: Mapping[str, Any], metrics: list[str]) -> Iterator[A
 
 
 def cut_metrics(path: Path, resume_at: int | None) -> None:
-    """Keep the rows with step <= `resume_at`, none if that is None. Raises OSError.
+    """Keep the rows with step <= `resume_at`; None keeps no rows. Raises OSError.
 
-    What is no row, like a half-written last line, goes too, and a test's row in any case: the resumed run will write its own.
+    Invalid rows, such as a half-written last line, are removed. So are rows of a test, because the resumed run tests again.
     """
     if not os.path.lexists(path):
         return
@@ -254,7 +258,7 @@ def cut_metrics(path: Path, resume_at: int | None) -> None:
 
 
 def _row_step(line: bytes) -> float:
-    """The step of a line of metrics.jsonl; infinity for what is no row, or a test's."""
+    """Return the step of a line of metrics.jsonl; infinity for an invalid row and for a row of a test."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else {}
         step = row["step"]
@@ -264,9 +268,9 @@ def _row_step(line: bytes) -> float:
 
 
 def cut_events(folder: Path, resume_at: int | None) -> None:
-    """Keep the events with step <= `resume_at`, none if that is None, in every event file of `folder`. Raises OSError.
+    """Keep the events with step <= `resume_at` in every event file of `folder`; None keeps no files. Raises OSError.
 
-    Hyper-parameters, final scores and those of a test go in any case: the resumed run will write its own.
+    Hyperparameters, final scores and metrics of a test are removed, because the resumed run writes them again.
     """
     if not folder.is_dir():
         return
@@ -279,12 +283,12 @@ def cut_events(folder: Path, resume_at: int | None) -> None:
 
 
 def _records(file: BinaryIO) -> Iterator[bytes]:
-    """The whole records of an event file as they stand: length, its checksum, the event, its checksum."""
+    """Yield the complete records of an event file: length, checksum of the length, event, checksum of the event."""
     while len(header := file.read(12)) == 12:
         (length,) = struct.unpack("<Q", header[:8])
         body = file.read(length + 4) if length <= LARGEST_RECORD else b""
         if len(body) != length + 4:
-            return  # half-written, or no event file: readers stop here too
+            return  # half-written, or no event file: TensorBoard stops here too
         yield header + body
 
 

@@ -10,6 +10,16 @@ from typing import Any, TextIO
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from mtrl_cli.metric_names import (
+    EPSILON,
+    EVAL_SCORE,
+    FRAMES_PER_SECOND,
+    MEMORY,
+    STEPS_PER_SECOND,
+    TRAIN_RETURN,
+    TRAIN_SCORE,
+    UPDATES_PER_SECOND,
+)
 from mtrl_cli.runs import terminal
 from mtrl_cli.runs.terminal import LiveDisplay, duration, fixed, number
 
@@ -80,7 +90,7 @@ class Display(LiveDisplay):
 
     def line(self) -> str:
         """Summarize the run in one line."""
-        returns = [(task, self._metrics[f"train/return/{task}"]) for task in self.tasks if f"train/return/{task}" in self._metrics]
+        returns = [(task, self._metrics[TRAIN_RETURN + task]) for task in self.tasks if TRAIN_RETURN + task in self._metrics]
         if len(self.tasks) > PLAIN_TASKS:
             scores = [score for task in self.tasks if (score := self._score(task)) is not None]
             results = f"mean score {number(sum(scores) / len(scores))} of {len(scores)} tasks" if scores else f"{len(self.tasks)} tasks"
@@ -126,21 +136,21 @@ class Display(LiveDisplay):
         return task if len(task) <= NAME_WIDTH else task[: NAME_WIDTH - 1] + "~"
 
     def _return(self, task: str) -> str:
-        return number(self._metrics.get(f"train/return/{task}"))
+        return number(self._metrics.get(TRAIN_RETURN + task))
 
     def _score(self, task: str) -> float | None:
-        return self._metrics.get(f"train/score/{task}", self._metrics.get(f"eval/score/{task}"))
+        return self._metrics.get(TRAIN_SCORE + task, self._metrics.get(EVAL_SCORE + task))
 
     def _score_text(self, task: str) -> str:
         return fixed(self._score(task))
 
     def _epsilon(self, task: str) -> str:
-        return fixed(self._metrics.get(f"epsilon/{task}"))
+        return fixed(self._metrics.get(EPSILON + task))
 
     def _speeds(self) -> list[str]:
-        steps = self._metrics.get("perf/steps_per_second")
-        frames = self._metrics.get("perf/frames_per_second", None if steps is None else steps * self.frames_per_step)
-        speeds = {"steps/s": steps, "frames/s": frames, "updates/s": self._metrics.get("perf/updates_per_second")}
+        steps = self._metrics.get(STEPS_PER_SECOND)
+        frames = self._metrics.get(FRAMES_PER_SECOND, None if steps is None else steps * self.frames_per_step)
+        speeds = {"steps/s": steps, "frames/s": frames, "updates/s": self._metrics.get(UPDATES_PER_SECOND)}
         return [f"{number(value)} {unit}" for unit, value in speeds.items() if value is not None]
 
     def _times(self) -> list[str]:
@@ -153,8 +163,8 @@ class Display(LiveDisplay):
             if made > 0 and elapsed > 1:
                 left = max(0, self.total_steps - step) / made * elapsed - (time.monotonic() - now)
                 parts.append(f"ETA {duration(max(0.0, left))}")
-        if "perf/memory" in self._metrics:
-            parts.append(f"memory {self._metrics['perf/memory'] / 2**30:.1f} GiB")
+        if MEMORY in self._metrics:
+            parts.append(f"memory {self._metrics[MEMORY] / 2**30:.1f} GiB")
         return parts
 
 

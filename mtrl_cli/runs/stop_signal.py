@@ -1,4 +1,4 @@
-"""Stopping when asked: SIGINT and SIGTERM become a request that the loop honours where its state is whole."""
+"""Stop requests: SIGINT and SIGTERM set a flag that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopRequest:
-    """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) are noted rather than obeyed at once.
+    """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) are recorded instead of ending the process.
 
-    `received` is the first signal's number, or None. The loop calls `check()` where it can be left. A second signal, once the first
-    has had a second to be honoured, ends the process at once with the same exit code. A SIGHUP that is ignored (nohup) stays ignored.
-    Outside the main thread, where Python allows no handlers, it never receives any.
+    `received` is the number of the first signal, or None. The loop calls `check()` where it can stop. A second signal, more than one second
+    after the first, ends the process at once with the same exit code. An ignored SIGHUP (nohup) stays ignored. Outside the main thread,
+    where Python allows no handlers, no signal is recorded.
     """
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if time.monotonic() - self._received_at < IMPATIENCE_SECONDS:
-                return  # a key that was held down, or a group that was told twice
+                return  # a key held down, or a signal sent to the process and to its group
             if sys.stdout is not None and sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live table had hidden it
+                os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live display has hidden it
             os._exit(128 + number)
         self.received, self._received_at = number, time.monotonic()
         parent_watchdog.note_stop()
@@ -64,7 +64,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises Stopped right where it arrives: for long work with no state worth saving (compilation)."""
+        """Return a context in which a signal raises Stopped at once: for long work without state to save (compilation)."""
         self._interruptible += 1
         try:
             self.check()

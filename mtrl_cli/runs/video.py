@@ -1,31 +1,29 @@
-"""Videos that a browser plays: MP4 with H.264 in yuv420p, written by PyAV, which is an extra."""
+"""Videos that browsers play: MP4 with H.264 in yuv420p, written by PyAV, an optional dependency."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 
 
 def require() -> None:
-    """Raise UserError unless videos can be written: for before the work of playing."""
-    if importlib.util.find_spec("av") is None:
-        raise UserError("Videos need the av package: pip install 'mtrl_cli[video]'")
+    """Raise UserError unless PyAV is installed."""
+    extras.require("video=true", "av", "video")
 
 
 def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Write frames, RGB uint8 `[H, W, 3]`, all of one size, as a video at `path`, in one move: there is never half a file.
+    """Write frames of equal size, RGB uint8 `[H, W, 3]`, as a video. The file appears atomically.
 
-    An odd height or width gets one more row or column, since yuv420p halves both.
+    An odd height or width is padded by one row or column, because yuv420p halves both.
 
     Raises:
         UserError: PyAV is not installed.
-        ValueError: there are no frames.
+        ValueError: `frames` is empty.
         OSError: the file cannot be written.
     """
     require()
@@ -34,7 +32,7 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     count = 0
     try:
-        # faststart puts the index first, so that a browser plays while it still loads.
+        # faststart puts the index first, so that a browser can play before the whole file is loaded.
         with av.open(temporary, "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=fps)
             stream.pix_fmt = "yuv420p"

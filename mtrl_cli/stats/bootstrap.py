@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mtrl_cli.metric_names import AGGREGATES
+
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Draws = Iterable[tuple[Indices, ...]]
-AGGREGATES = ("mean", "median", "iqm", "min")
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 CHUNK = 100  # resamples at a time, which bounds memory at 57 tasks of 100 episodes to a few MB

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtrl_cli.config import compose, options
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, show, unknown
 from mtrl_cli.reports import html
 from mtrl_cli.studies import engine, sharing_sizes
 from mtrl_cli.studies.engine import Study, key_of
@@ -64,7 +64,7 @@ def _structures(words: SplitOverrides) -> list[str]:
     given = _values(words, SHARING)
     for name in given:
         if name not in known:
-            raise UserError(f"{SHARING}={show(name)}: there is no such option; {options.did_you_mean(name, known)}")
+            raise UserError(unknown("option", name, known, prefix=f"{SHARING}="))
     if given == [BASELINE]:
         raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison: give other structures, or leave it out for all")
     return list(dict.fromkeys([BASELINE, *(given or known)]))

@@ -168,7 +168,7 @@ def _work(folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, s
         with SweepDisplay(launcher.jobs) as display:
             return SweepLoop(folder, plan, storage, launcher, display, stop).work()
     except Stopped as stopped:
-        stopped.told = True
+        stopped.is_reported = True
         print_line(f"resume with: mtrl resume {shlex.quote(str(folder))}")
         raise
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from mtrl_cli.config.options import nearest
 from mtrl_cli.config.overrides import PATHS
-from mtrl_cli.errors import UserError, show
+from mtrl_cli.errors import UserError, did_you_mean, nearest, quoted, show
 
 Value = str | int | float
 """The value of a key in a trial: a choice as it was written, or a number drawn from an interval."""
@@ -285,8 +284,8 @@ def near_miss(words: Sequence[str]) -> str | None:
     """Return an error for an override whose section is misspelled, such as `swep.trials=3`; None if there is none."""
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
-        top, _, rest = key.partition(".")
+        top = key.partition(".")[0]
         near = nearest(top, ["sweep", "launcher"], cutoff=0.8)
         if near and top != near:
-            return f"{show(key)}: there is no such key; did you mean {near}{'.' + rest if rest else ''}?"
+            return f"unknown key {quoted(key)}. {did_you_mean(near + key.removeprefix(top), '')}"
     return None

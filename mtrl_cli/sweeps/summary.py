@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from mtrl_cli.metric_names import MEAN_SCORE
 from mtrl_cli.runs.terminal import fixed, table
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan, Value
@@ -62,7 +63,7 @@ def best(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> S
 
 def metric_of(plan: Plan) -> str:
     """Describe the metric that ranks trials."""
-    return plan.search["metric"] or "eval/score/mean (or a single task's return)"
+    return plan.search["metric"] or f"{MEAN_SCORE} (or a single task's return)"
 
 
 def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:

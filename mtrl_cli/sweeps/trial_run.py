@@ -16,6 +16,7 @@ from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic, file_lock
 from mtrl_cli.launchers.base import OUTPUT
+from mtrl_cli.metric_names import EVAL_RETURN, MEAN_SCORE
 from mtrl_cli.runs.run_dir import IN_USE, RunFolder
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan
@@ -231,8 +232,8 @@ class TrialRun:
         """Return an evaluation's `sweep.metric`, by default the metric that ranks checkpoints; None if it has none."""
         name = self._metric
         if name is None:
-            returns = [key for key in row if key.startswith("eval/return/")]
-            name = "eval/score/mean" if "eval/score/mean" in row else returns[0] if len(returns) == 1 else None
+            returns = [key for key in row if key.startswith(EVAL_RETURN)]
+            name = MEAN_SCORE if MEAN_SCORE in row else returns[0] if len(returns) == 1 else None
         value = row.get(name) if name is not None else None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtrl_cli import metric_names
 from mtrl_cli.config import compose as configuration
 from mtrl_cli.config import validation
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.stats.bootstrap import AGGREGATES
+from mtrl_cli.machine import extras
 from mtrl_cli.sweeps.search_space import Choices, NumberRange, Value, near_miss
 
 MOST_TRIALS = 100_000
@@ -159,13 +159,11 @@ def _metrics(env: Mapping[str, Any]) -> tuple[list[str], bool]:
     tasks = env.get("tasks")
     if not isinstance(tasks, list) or not tasks:
         return [], True
-    returns = [f"eval/return/{task}" for task in tasks]
-    every = [f"eval/score/{name}" for name in (*tasks, *AGGREGATES)]
     *package, suite, _ = str(env["_target_"]).split(".")
     if package != ["mtrl_cli", "envs"]:
-        return [*returns, *every], True  # the user's own pack, whose references are in its code
+        return metric_names.of_evaluation(tasks, tasks), True  # the user's own pack, whose references are in its code
     scored = [task for task in tasks if None not in scores(suite, task)]
-    return [*returns, *(f"eval/score/{name}" for name in (*scored, *(AGGREGATES if scored else ())))], bool(scored)
+    return metric_names.of_evaluation(tasks, scored), bool(scored)
 
 
 def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
@@ -202,9 +200,8 @@ def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Numbe
         raise UserError(f"sweep.trials must be at most {MOST_TRIALS:,}, got {search['trials']}")
     if sampler == "cmaes" and len(intervals) < 2:
         raise UserError("sweep.sampler=cmaes needs intervals of at least two keys; give more intervals, or sweep.sampler=tpe")
-    package = NEEDED.get(sampler)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'")
+    if sampler in NEEDED:
+        extras.require(f"sweep.sampler={sampler}", NEEDED[sampler], "search")
     storage = search["storage"]
     if storage is not None and "://" not in storage and not re.fullmatch(r"env:\w+", storage):  # not printed: it may contain a password
         raise UserError(

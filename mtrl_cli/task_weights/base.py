@@ -1,4 +1,4 @@
-"""How the losses of tasks become one gradient."""
+"""Interface of task weightings: the losses of all tasks become one gradient."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 
+from mtrl_cli.machine import rng
+
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a weighting may know of the run's K tasks.
+    """The K tasks of a run, for the constructor of a weighting.
 
     Attributes:
-        names: in order.
-        random_scores, reference_scores: what random play and the reference reach, each None where it is not known.
-        seed: for what is drawn.
-        device: of the losses.
+        names: names of the tasks, in order.
+        random_scores, reference_scores: scores of random play and of the reference; None if unknown.
+        seed: seed of random draws.
+        device: device of the losses.
     """
 
     names: tuple[str, ...]
@@ -31,54 +33,88 @@ class Tasks:
 
 
 class TaskGradients(ABC):
-    """The gradients of one batch's K losses, as far as they are asked for; P: all parameters that tasks share, flattened in order.
+    """Gradients of the K losses of one batch, computed on demand. P: size of all shared parameters, flattened in order.
 
-    One of `weigh`, `combine` and `replace` is called, once: it adds to the parameters' `grad`.
+    A weighting calls exactly one of `weigh`, `combine` and `replace`, once. The call adds to the `grad` of the parameters.
 
     Attributes:
-        loss_K: float32 `[K]`, detached: each task's mean loss.
+        loss_K: float32 `[K]`, detached: mean loss of each task.
     """
 
     loss_K: torch.Tensor
 
     @abstractmethod
     def weigh(self, weight_K: torch.Tensor) -> None:
-        """The gradient of the weighted sum of the losses, to all parameters, in one backward pass."""
+        """Add the gradient of the weighted sum of the losses to all parameters, in one backward pass."""
 
-    @abstractmethod
     def gram(self) -> torch.Tensor:
         """Inner products of the tasks' gradients over the shared parameters, float32 `[K, K]`."""
+        rows_KP = self.rows()
+        return rows_KP @ rows_KP.T
 
     @abstractmethod
     def rows(self) -> torch.Tensor:
-        """Each task's gradient of the shared parameters, float32 `[K, P]`."""
+        """Gradient of each task in the shared parameters, float32 `[K, P]`."""
 
     @abstractmethod
     def combine(self, weight_K: torch.Tensor) -> None:
-        """The weighted sum of the tasks' gradients to the shared parameters; to each task's own 1 / K of its gradient."""
+        """Add the weighted sum of the tasks' gradients to the shared parameters, and 1 / K of its gradient to each task's own."""
 
     @abstractmethod
     def replace(self, gradient_P: torch.Tensor) -> None:
-        """A gradient (float32 `[P]`) to the shared parameters; to each task's own 1 / K of its gradient."""
+        """Add a gradient (float32 `[P]`) to the shared parameters, and 1 / K of its gradient to each task's own."""
 
     def agreed(self, weight_K: torch.Tensor) -> torch.Tensor:
-        """Weights (or whatever a solver decides), as all processes have them that train together."""
+        """Weights, or another result of a solver, that are equal on all ranks."""
         return weight_K
 
 
-class TaskWeights(ABC):
-    """Losses of all tasks to gradients of all parameters.
-
-    All are brought to the scale of the mean: where every task has the same gradient, that gradient is the result.
+class Saved:
+    """Object with a state of named attributes: tensors, generators, numbers, None and other objects with a state.
 
     Attributes:
-        needs: what of the gradients a method asks for, and so what an update costs: "losses" one backward pass, "gram" hardly more,
-            "rows" every task's own gradient.
-        uses_scores: whether the method requires `update_scores`.
-        uses_losses_after_step: whether the method requires `after_step`: one more forward pass per update.
-        capturable: whether an update can be recorded once and replayed (`capture.py`): whatever changes from one update to the next lies in
-            tensors that stay where they are, and what the host works out goes through `capture.on_host`. Where not, updates are made one
-            operation at a time.
+        saved: names of the attributes. The keys of the state are the same names without a leading underscore.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name.lstrip("_"): getattr(self, name) for name in self.saved}
+        return {key: _state_of(value) for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state of `state_dict`. Tensors are copied in place."""
+        for name in self.saved:
+            mine, value = getattr(self, name), state[name.lstrip("_")]
+            if isinstance(mine, torch.Generator):
+                rng.restore(mine, value)
+            elif isinstance(mine, Saved):
+                mine.load_state_dict(value)
+            elif isinstance(mine, torch.Tensor):
+                mine.copy_(value)
+            else:
+                setattr(self, name, value)
+
+
+def _state_of(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.state_dict() if isinstance(value, Saved) else value
+
+
+class TaskWeights(Saved, ABC):
+    """Losses of all tasks to gradients of all parameters.
+
+    Weights are on the scale of the mean: if all tasks have the same gradient, that gradient is the result.
+
+    Attributes:
+        needs: required form of the gradients, which sets the cost of an update: "losses" (one backward pass), "gram" (little more) or
+            "rows" (the gradient of every task).
+        uses_scores: whether the training loop calls `update_scores`.
+        uses_losses_after_step: whether `after_step` is called with the losses of the batch after the optimizer step, at the cost of one
+            more forward pass.
+        capturable: whether CUDA graphs can record an update (`machine/cuda_graphs.py`): state lives in tensors that are changed in place,
+            and computations on the host go through `cuda_graphs.on_host`. Otherwise updates run eagerly.
     """
 
     needs: ClassVar[str] = "losses"
@@ -91,21 +127,14 @@ class TaskWeights(ABC):
 
     @abstractmethod
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        """Add the weighted gradient to each parameter's `grad`.
+        """Add the weighted gradient to the `grad` of each parameter.
 
         Returns:
-            The weights used, float32 `[K]`, detached.
+            The weights, float32 `[K]`, detached.
         """
 
     def after_step(self, loss_K: torch.Tensor) -> None:
         """Update the weights with the losses (float32 `[K]`) of the same batch after the optimizer step."""
 
     def update_scores(self, recent: dict[str, float]) -> None:
-        """Update the weights with mean unscaled returns of recent training episodes, by task; tasks without episodes are absent."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the weights have learned so far."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Update the weights with mean unscaled returns of recent training episodes, by task; tasks without episodes are missing."""

@@ -1,4 +1,4 @@
-"""Gradients of tasks by plain autograd: for any network, and what quicker ways are held against."""
+"""Gradients of tasks by plain autograd, for any network. Faster ways are tested against it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mtrl_cli.task_weights.base import TaskGradients
 
 
 class AutogradGradients(TaskGradients):
-    """A backward pass for each task where rows are asked for.
+    """One backward pass per task for rows.
 
     Args:
         loss_K: float32 `[K]`, with its graph.
-        shared: parameters that several tasks reach.
+        shared: parameters that several tasks share.
         own: parameters whose rows belong to one task each.
-        trained: of shared parameters that are frozen in part, by position: what multiplies their gradients, 1 where they are trained.
+        trained: factors on the gradients of partly frozen shared parameters, by position in `shared`: 1 for trained rows, 0 for frozen.
     """
 
     def __init__(
@@ -34,10 +34,6 @@ class AutogradGradients(TaskGradients):
     def weigh(self, weight_K: torch.Tensor) -> None:
         (weight_K * self._loss_K).sum().backward()
 
-    def gram(self) -> torch.Tensor:
-        rows_KP = self.rows()
-        return rows_KP @ rows_KP.T
-
     def rows(self) -> torch.Tensor:
         if self._rows is None:
             self._rows = torch.stack([self._row(loss) for loss in self._loss_K])
@@ -53,20 +49,24 @@ class AutogradGradients(TaskGradients):
         if self._rows is not None:
             self.replace(weight_K @ self._rows)
             return
-        weighted = torch.autograd.grad((weight_K * self._loss_K).sum(), self._shared, retain_graph=True, materialize_grads=True)
-        self._add(weighted)
+        self._add(torch.autograd.grad((weight_K * self._loss_K).sum(), self._shared, retain_graph=True, materialize_grads=True))
 
     def replace(self, gradient_P: torch.Tensor) -> None:
-        parts = gradient_P.split([parameter.numel() for parameter in self._shared])
-        self._add([part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)])
+        self._add(split_like(gradient_P, self._shared))
 
     def _add(self, of_shared: Sequence[torch.Tensor]) -> None:
         of_own = torch.autograd.grad(self._loss_K.mean(), self._own, materialize_grads=True)
         add_gradients([*self._shared, *self._own], [*of_shared, *of_own])
 
 
+def split_like(gradient_P: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Divide a flat gradient into the shapes of parameters."""
+    parts = gradient_P.split([parameter.numel() for parameter in parameters])
+    return [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+
+
 def add_gradients(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
-    """Add to each parameter's `grad`, in the parameter's own layout, as a backward pass would: fused optimizers count on it."""
+    """Add gradients to the `grad` of parameters, in the memory layout of the parameter: fused optimizers require it."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient.stride() != parameter.stride():
             gradient = torch.empty_like(parameter).copy_(gradient)

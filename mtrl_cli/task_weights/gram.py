@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
-from mtrl_cli.task_weights.parts import combine, on_host
+from mtrl_cli.task_weights.common import combine, combine_on_host
 from mtrl_cli.types import Fraction, PositiveInt
 
-_HIGHEST_COSINE = 0.99  # of GradVac's targets: the correction that reaches 1 is infinite
+_HIGHEST_COSINE = 0.99  # of GradVac's targets: the correction for a target of 1 is infinite
+_MAX_ABSOLUTE_SUM = 10.0  # of IMTL-G's weights, which sum to 1
+_MIN_COSINE = 0.99  # of IMTL-G: between the tasks' projections and the gradient norms
 
 
 class PCGrad(TaskWeights):
-    """Project conflicting gradients (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Algorithm 1), as a mean, not a sum.
+    """Projection of conflicting gradients (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Algorithm 1), as a mean, not a sum.
 
-    Written for all tasks at once, where TorchJD's loops over pairs; the order of the others is drawn for each task and update.
+    All tasks are projected at once, where TorchJD loops over pairs. The order of the other tasks is random for each task and update.
     """
 
     needs = "gram"
     capturable = True
+    saved = ("_generator",)
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -33,18 +35,12 @@ class PCGrad(TaskWeights):
         order_KK = random_orders(len(self.tasks), self._generator)
         return combine(gradients, lambda gram_KK: projected(gram_KK, order_KK))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rng.restore(self._generator, state["generator"])
-
 
 class GradVac(TaskWeights):
-    """Gradient vaccine (Wang et al. 2021, "Gradient Vaccine", Algorithm 1 and equation 6), over all shared parameters at once, as a mean.
+    """Gradient vaccine (Wang et al. 2021, "Gradient Vaccine", Algorithm 1 and equation 6), over all shared parameters, as a mean.
 
-    Where PCGrad lets no cosine be below 0, this lets none be below its target, the moving average of what it was. A target counts as
-    0.99 at most.
+    PCGrad raises negative cosines to 0. GradVac raises every cosine to its target, the moving average of its past values. Targets are
+    capped at 0.99.
 
     Args:
         beta: share of the newest cosine in the average.
@@ -52,6 +48,7 @@ class GradVac(TaskWeights):
 
     needs = "gram"
     capturable = True
+    saved = ("_generator", "_target_KK")
 
     def __init__(self, tasks: Tasks, *, beta: Fraction):
         super().__init__(tasks)
@@ -70,19 +67,12 @@ class GradVac(TaskWeights):
 
         return combine(gradients, weights_of)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state(), "target": self._target_KK}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rng.restore(self._generator, state["generator"])
-        self._target_KK.copy_(state["target"])
-
 
 class MGDA(TaskWeights):
-    """Multiple-gradient descent (Désidéri 2012; Sener and Koltun 2018, Algorithm 2): the shortest of all weighted means, by Frank-Wolfe.
+    """Multiple-gradient descent (Désidéri 2012; Sener and Koltun 2018, Algorithm 2): the shortest weighted mean, by Frank-Wolfe.
 
     Args:
-        max_iterations: of Frank-Wolfe.
+        max_iterations: iterations of Frank-Wolfe.
     """
 
     needs = "gram"
@@ -93,22 +83,15 @@ class MGDA(TaskWeights):
         self._max_iterations = max_iterations
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(shortest(host_KK.numpy(), self._max_iterations))
-
-        return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float64))
-
-
-_MOST = 10.0  # of the absolute weights of IMTL-G, which sum to 1
-_SAME = 0.99  # cosine between the tasks' projections, times their norms, and what they should be
+        return combine_on_host(gradients, lambda host_KK: torch.from_numpy(shortest(host_KK.numpy(), self._max_iterations)))
 
 
 class IMTLG(TaskWeights):
-    """IMTL-G (Liu et al. 2021, "Towards Impartial Multi-task Learning", equation 6): the weighted mean with the same projection onto every
-    task's direction. TorchJD's weights, which also know linearly dependent gradients (Quinton and Rey 2024).
+    """IMTL-G (Liu et al. 2021, "Towards Impartial Multi-task Learning", equation 6): the weighted mean with the same projection onto the
+    direction of every task. Weights come from TorchJD, which also handles linearly dependent gradients (Quinton and Rey 2024).
 
-    Weights may be negative. Where the gradients cancel there is no such mean, and where they almost do, its weights grow without bound:
-    they are uniform where the projections are not the same after all, or the absolute weights sum to more than 10.
+    Weights may be negative. Where the gradients cancel, no such mean exists; where they almost cancel, the weights grow without bound. So
+    weights are uniform if the projections are not equal after all, or the absolute weights sum to more than 10.
     """
 
     needs = "gram"
@@ -121,23 +104,23 @@ class IMTLG(TaskWeights):
         self._weighting = IMTLGWeighting()
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        def weights_of(host_KK: torch.Tensor) -> torch.Tensor:
-            weight_K = self._weighting(host_KK)
-            weight_K = weight_K / weight_K.sum()  # TorchJD's are all zero where there is no answer
-            norm_K, along_K = host_KK.diagonal().sqrt(), host_KK @ weight_K
-            same = torch.cosine_similarity(along_K, norm_K, dim=0).abs() > _SAME
-            return torch.where(same & (weight_K.abs().sum() <= _MOST), weight_K, torch.nan)
+        # float32, the precision of the matrix: the test for linear dependence depends on the dtype.
+        return combine_on_host(gradients, self._solve, torch.float32)
 
-        # In the precision that the matrix has: what counts as linearly dependent follows from the dtype.
-        return combine(gradients, lambda gram_KK: on_host(gram_KK, weights_of, torch.float32))
+    def _solve(self, host_KK: torch.Tensor) -> torch.Tensor:
+        weight_K = self._weighting(host_KK)
+        weight_K = weight_K / weight_K.sum()  # TorchJD returns zeros if there is no solution
+        norm_K, along_K = host_KK.diagonal().sqrt(), host_KK @ weight_K
+        same = torch.cosine_similarity(along_K, norm_K, dim=0).abs() > _MIN_COSINE
+        return torch.where(same & (weight_K.abs().sum() <= _MAX_ABSOLUTE_SUM), weight_K, torch.nan)
 
 
 class AlignedMTL(TaskWeights):
-    """Aligned-MTL (Senushkin et al. 2023, "Independent Component Alignment", Algorithm 1): the mean after the singular values of the
-    gradients are made one. TorchJD's weights.
+    """Aligned-MTL (Senushkin et al. 2023, "Independent Component Alignment", Algorithm 1): the mean of the gradients after their singular
+    values are made equal. Weights come from TorchJD.
 
     Args:
-        scale: which singular value all become: the smallest, the median, or the root of the mean square.
+        scale: common singular value: the smallest, the median, or the root mean square.
     """
 
     needs = "gram"
@@ -150,21 +133,18 @@ class AlignedMTL(TaskWeights):
         self._weighting = AlignedMTLWeighting(scale_mode=scale)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        # In the precision that the matrix has: what counts as a singular value of zero follows from the dtype.
-        return combine(gradients, lambda gram_KK: on_host(gram_KK, self._weighting, torch.float32))
-
-
-# -- the mathematics ------------------------------------------------------------------------------------------------------------
+        # float32, the precision of the matrix: the test for a singular value of zero depends on the dtype.
+        return combine_on_host(gradients, self._weighting, torch.float32)
 
 
 def random_orders(num_tasks: int, generator: torch.Generator) -> torch.Tensor:
-    """For each task the others in a random order: int64 `[K, K - 1]`, on the generator's device."""
+    """Random order of the other tasks for each task: int64 `[K, K - 1]`, on the generator's device."""
     draw_KK = torch.rand(num_tasks, num_tasks, generator=generator, device=generator.device)
     return draw_KK.fill_diagonal_(torch.inf).argsort(1)[:, :-1]
 
 
 def projected(gram_KK: torch.Tensor, order_KK: torch.Tensor) -> torch.Tensor:
-    """PCGrad's weights `[K]` of gradients with Gram matrix `[K, K]`, each task visiting the others in its order `[K, K - 1]`."""
+    """PCGrad's weights `[K]` for a Gram matrix `[K, K]`, with an order of the other tasks for each task `[K, K - 1]`."""
     task_K = torch.arange(len(gram_KK), device=gram_KK.device)
     coefficient_KK = torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)  # row k: task k's gradient, projected
     square_K = gram_KK.diagonal()
@@ -173,19 +153,20 @@ def projected(gram_KK: torch.Tensor, order_KK: torch.Tensor) -> torch.Tensor:
         conflicts_K = (product_K < 0) & (square_K[other_K] > 0)
         step_K = torch.where(conflicts_K, product_K / square_K[other_K], 0.0)
         coefficient_KK[task_K, other_K] -= step_K
-    # Zero times what is not finite, so that a matrix that is not finite is seen in the weights.
+    # Adding zero times the matrix makes the weights NaN for a matrix that is not finite.
     return coefficient_KK.mean(0) + 0 * gram_KK.sum()
 
 
 def vaccinated(
     gram_KK: torch.Tensor, target_KK: torch.Tensor, order_KK: torch.Tensor, eps: float = 1e-8
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GradVac's weights `[K]`, and the cosines `[K, K]` that were found on the way (the targets where none was looked at: the diagonal).
+    """GradVac's weights `[K]`, and the cosines `[K, K]` between each corrected gradient and the others (targets on the diagonal).
 
     Args:
-        gram_KK: the Gram matrix, of about unit size.
-        target_KK: cosines that are to be reached.
-        order_KK: `[K, K - 1]`, in which each task visits the others.
+        gram_KK: Gram matrix with a diagonal of about 1.
+        target_KK: target cosines.
+        order_KK: `[K, K - 1]`, order of the other tasks for each task.
+        eps: added to denominators.
     """
     task_K = torch.arange(len(gram_KK), device=gram_KK.device)
     coefficient_KK = torch.eye(len(gram_KK), dtype=gram_KK.dtype, device=gram_KK.device)
@@ -197,16 +178,16 @@ def vaccinated(
         target_K = target_KK[task_K, other_K].clamp(max=_HIGHEST_COSINE)
         sine_K, target_sine_K = (1 - cosine_K.square()).clamp(min=0).sqrt(), (1 - target_K.square()).clamp(min=0).sqrt()
         step_K = mine_K * (target_K * sine_K - cosine_K * target_sine_K) / (others_K * target_sine_K + eps)
-        # Towards a gradient that is zero no step changes the angle.
+        # No step towards a zero gradient changes the angle.
         coefficient_KK[task_K, other_K] += torch.where((cosine_K < target_K) & (others_K > 0), step_K, 0.0)
         found_KK[task_K, other_K] = cosine_K
     return coefficient_KK.mean(0) + 0 * gram_KK.sum(), found_KK
 
 
 def shortest(gram_KK: NDArray[np.float64], max_iterations: int, tolerance: float = 1e-9) -> NDArray[np.float64]:
-    """The weights `[K]` (at least 0, sum 1) of the shortest weighted mean, by Frank-Wolfe with exact steps from the uniform ones.
+    """Weights `[K]` (at least 0, sum 1) of the shortest weighted mean, by Frank-Wolfe with exact steps from uniform weights.
 
-    Ends when no weight can be moved to a gradient that would shorten the square by more than `tolerance`.
+    Stops when no step would shorten the squared length by more than about `tolerance`.
     """
     weight_K = np.full(len(gram_KK), 1 / len(gram_KK))
     for _ in range(max_iterations):

@@ -1,7 +1,7 @@
-"""Gradients of one layer by task, from what it was given and what came back: pure functions.
+"""Gradients of one layer by task, from its input and the gradient in its output: pure functions.
 
-K tasks' samples pass a layer together, task by task: its input x and the gradient d of the losses in its output have K * B rows, or
-`[K, B]` rows. No sample of one task meets another's, so a task's gradient follows from its own rows.
+The samples of K tasks pass a layer together, task after task. The input x and the gradient d of the losses in the output have K * B rows,
+or `[K, B]` rows. Samples do not interact, so the gradient of a task follows from its own rows.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from torch import nn
 from torch.nn import functional
 
 KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
-"""The layers whose gradients are known here."""
+"""Supported layers."""
 
 Rows = dict[str, torch.Tensor]
 
 
 def rows(layer: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Rows:
-    """Each task's gradient of the layer's parameters.
+    """Gradient of each task in the parameters of a layer.
 
     Args:
         layer: one of `KINDS`.
-        x: its input, `[K, B, ...]`.
-        d: the gradient of the sum of all tasks' losses in its output, `[K, B, ...]`.
+        x: input of the layer, `[K, B, ...]`.
+        d: gradient of the sum of all tasks' losses in the output, `[K, B, ...]`.
 
     Returns:
-        "weight" and, where it has one, "bias": float32 `[K, *parameter]`.
+        "weight" and, if the layer has one, "bias": float32 `[K, *parameter]`.
     """
     if isinstance(layer, nn.Linear):
         x, d = x.flatten(1, -2), d.flatten(1, -2)
@@ -47,7 +47,7 @@ def _present(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Rows
 
 
 def _convolution_rows(layer: nn.Conv2d, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    # On a CPU a call for each task is as fast as one for all, and a grouped convolution or patches are not (docs/performance.md).
+    # On a CPU, one call per task is as fast as one for all; a grouped convolution or patches are slower (docs/performance.md).
     geometry = (layer.stride, layer.padding, layer.dilation, False, [0, 0], layer.groups, [False, True, False])
     x, weight = x.to(d.dtype), layer.weight.detach().to(d.dtype)
     each = [torch.ops.aten.convolution_backward(d_B, x_B, weight, None, *geometry)[1] for x_B, d_B in zip(x, d, strict=True)]
@@ -55,12 +55,12 @@ def _convolution_rows(layer: nn.Conv2d, x: torch.Tensor, d: torch.Tensor) -> tor
 
 
 def linear_gram(layer: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor | None:
-    """Inner products of the tasks' gradients of a linear layer, weight and bias, without forming them, where that is less work.
+    """Inner products of the tasks' gradients in a linear layer, weight and bias, without computing the gradients.
 
-    <G_i, G_j> = sum over samples s of i and t of j of (x_s . x_t + 1) (d_s . d_t); the 1 is the bias's.
+    <G_i, G_j> = sum over samples s of i and t of j of (x_s . x_t + 1) (d_s . d_t). The 1 is for the bias.
 
     Returns:
-        float32 `[K, K]`, or None where the gradients themselves are less work.
+        float32 `[K, K]`, or None if computing the gradients is less work.
     """
     K = x.shape[0]
     x, d = x.flatten(1, -2), d.flatten(1, -2)
@@ -75,7 +75,7 @@ def linear_gram(layer: nn.Linear, x: torch.Tensor, d: torch.Tensor) -> torch.Ten
 
 
 def linear_combination(layer: nn.Linear, x: torch.Tensor, d: torch.Tensor, weight_K: torch.Tensor) -> Rows:
-    """The weighted sum of the tasks' gradients of a linear layer, one matrix product: "weight" and "bias", of the parameters' shapes."""
+    """Weighted sum of the tasks' gradients in a linear layer, in one matrix product: "weight" and "bias" in the parameters' shapes."""
     weighted = d.flatten(1, -2) * weight_K.to(d.dtype)[:, None, None]
     weighted = weighted.flatten(0, 1)
     return _present(layer, (weighted.T @ x.flatten(0, -2).to(d.dtype)).float(), weighted.float().sum(0))

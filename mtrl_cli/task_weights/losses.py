@@ -1,21 +1,18 @@
-"""Task weights from losses: one number per task, and one backward pass."""
+"""Task weights from the losses, with one backward pass."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
-from mtrl_cli.task_weights.parts import LearnedVector, finite_or_uniform
+from mtrl_cli.task_weights.common import LearnedVector, finite_or_uniform
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
-_TINY = 1e-8  # keeps logarithms and ratios of losses finite; FAMO's own
+_TINY = 1e-8  # keeps logarithms and ratios of losses finite; the value of FAMO's code
 
 
 class Uniform(TaskWeights):
-    """The mean of the tasks' losses: every task weighs 1 / K."""
+    """Mean of the tasks' losses: every task has weight 1 / K."""
 
     capturable = True
 
@@ -26,13 +23,13 @@ class Uniform(TaskWeights):
 
 
 class Static(TaskWeights):
-    """Weights that the user chose, divided by their sum.
+    """Constant weights from the configuration, divided by their sum.
 
     Args:
-        weights: a number for each task by name; tasks that are not named weigh 1.
+        weights: weight of each task by name; other tasks have 1.
 
     Raises:
-        ValueError: a name that is not a task's, or no task weighs more than 0.
+        ValueError: an unknown task name, or no weight above 0.
     """
 
     capturable = True
@@ -41,10 +38,10 @@ class Static(TaskWeights):
         super().__init__(tasks)
         for name in weights:
             if name not in tasks.names:
-                raise ValueError(f"task_weights.weights names {name}, which is not in env.tasks; there are {', '.join(tasks.names)}")
+                raise ValueError(f"task_weights.weights: unknown task {name}; env.tasks has {', '.join(tasks.names)}")
         chosen = [float(weights.get(name, 1.0)) for name in tasks.names]
         if not sum(chosen) > 0:
-            raise ValueError("task_weights.weights gives every task 0: expected a number above 0 for at least one")
+            raise ValueError("task_weights.weights must be above 0 for at least one task, got 0 for all")
         self._weight_K = torch.tensor([weight / sum(chosen) for weight in chosen], device=tasks.device)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
@@ -53,9 +50,10 @@ class Static(TaskWeights):
 
 
 class Random(TaskWeights):
-    """RLW (Lin et al. 2022, "Reasonable Effectiveness of Random Weighting", Algorithm 2): the softmax of normal draws, new each update."""
+    """RLW (Lin et al. 2022, "Reasonable Effectiveness of Random Weighting", Algorithm 2): softmax of new normal draws in each update."""
 
     capturable = True
+    saved = ("_generator",)
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -66,24 +64,18 @@ class Random(TaskWeights):
         gradients.weigh(weight_K)
         return weight_K
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rng.restore(self._generator, state["generator"])
-
 
 class Uncertainty(TaskWeights):
-    """Weights by learned uncertainty (Kendall et al. 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses", section 3.2).
+    """Weights from learned uncertainty (Kendall et al. 2018, "Multi-Task Learning Using Uncertainty to Weigh Losses", section 3.2).
 
-    The log-variances s minimise sum(exp(-s) L / 2 + s / 2), by an Adam of their own beside the network's. A task weighs exp(-s),
-    divided by the sum of these.
+    The log-variances s minimise sum(exp(-s) L / 2 + s / 2), with a separate Adam. Weights are exp(-s), divided by their sum.
 
     Args:
-        lr: step size of the log-variances.
+        lr: learning rate of the log-variances.
     """
 
     capturable = True
+    saved = ("_log_variance",)
 
     def __init__(self, tasks: Tasks, *, lr: PositiveFloat):
         super().__init__(tasks)
@@ -96,32 +88,28 @@ class Uncertainty(TaskWeights):
         self._log_variance.step(0.5 - 0.5 * (-log_variance_K).exp() * gradients.loss_K)
         return weight_K
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"log_variance": self._log_variance.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._log_variance.load_state_dict(state["log_variance"])
-
 
 class DWA(TaskWeights):
     """Dynamic weight average (Liu et al. 2019, "End-to-End Multi-Task Learning with Attention", equation 7).
 
-    A task weighs softmax(r / temperature), r being its mean loss of the last epoch over that of the epoch before: more where the loss
-    falls slowest. Uniform in the first two epochs.
+    Weights are softmax(r / temperature), with r a task's mean loss in the last epoch divided by that in the epoch before. A task whose
+    loss falls slowest has the largest weight. Weights are uniform in the first two epochs.
 
     Args:
-        epoch: what counts as an epoch, in updates: reinforcement learning has no pass over a data set.
-        temperature: larger is closer to uniform.
+        epoch: updates per epoch. Reinforcement learning has no pass over a data set.
+        temperature: larger values give more uniform weights.
     """
 
-    capturable = False  # epochs are counted on the host
+    capturable = False  # counts epochs on the host
+    saved = ("_updates", "_sum_K", "_last_K", "_before_K")
 
     def __init__(self, tasks: Tasks, *, epoch: PositiveInt, temperature: PositiveFloat):
         super().__init__(tasks)
         self._epoch, self._temperature = epoch, temperature
-        self._sum_K = torch.zeros(len(tasks), device=tasks.device)
-        self._last_K, self._before_K = torch.zeros_like(self._sum_K), torch.zeros_like(self._sum_K)
         self._updates = 0
+        self._sum_K = torch.zeros(len(tasks), device=tasks.device)
+        self._last_K = torch.zeros_like(self._sum_K)
+        self._before_K = torch.zeros_like(self._sum_K)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         if self._updates and self._updates % self._epoch == 0:
@@ -136,29 +124,22 @@ class DWA(TaskWeights):
         self._updates += 1
         return weight_K
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "sum": self._sum_K, "last": self._last_K, "before": self._before_K}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._updates = int(state["updates"])
-        for name, mine_K in (("sum", self._sum_K), ("last", self._last_K), ("before", self._before_K)):
-            mine_K.copy_(state[name])
-
 
 class FAMO(TaskWeights):
-    """Fast adaptive multitask optimization (Liu et al. 2023, "FAMO", Algorithm 1; losses are at least 0, as ours are).
+    """Fast adaptive multitask optimization (Liu et al. 2023, "FAMO", Algorithm 1), for losses of at least 0.
 
-    The gradient is that of c sum(z log L), z the softmax of learned logits, c such that the weights c z / L sum to 1 (equation 9).
-    After the step, the logits move by Adam so that the task whose logarithm of the loss fell least weighs more: one more forward pass
-    each update.
+    The gradient is that of c sum(z log L), with z the softmax of learned logits and c such that the weights c z / L sum to 1 (equation 9).
+    After the step, Adam moves the logits so that the task whose log loss fell least has a larger weight. This needs one more forward pass
+    per update.
 
     Args:
-        lr: step size of the logits.
-        weight_decay: of the logits; the paper's gamma.
+        lr: learning rate of the logits.
+        weight_decay: weight decay of the logits; gamma in the paper.
     """
 
     uses_losses_after_step = True
     capturable = True
+    saved = ("_logit",)
 
     def __init__(self, tasks: Tasks, *, lr: PositiveFloat, weight_decay: NonNegativeFloat):
         super().__init__(tasks)
@@ -166,7 +147,7 @@ class FAMO(TaskWeights):
         self._before_K = torch.zeros_like(self._logit.value_K)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        # log z - log L, by softmax: a loss near 0 must not make the quotient overflow.
+        # Softmax of log z - log L: the quotient z / L would overflow for a loss near 0.
         weight_K = finite_or_uniform((self._logit.value_K.log_softmax(0) - (gradients.loss_K + _TINY).log()).softmax(0))
         gradients.weigh(weight_K)
         self._before_K.copy_(gradients.loss_K)
@@ -175,23 +156,17 @@ class FAMO(TaskWeights):
     def after_step(self, loss_K: torch.Tensor) -> None:
         fell_K = (self._before_K + _TINY).log() - (loss_K + _TINY).log()
         z_K = self._logit.value_K.softmax(0)
-        self._logit.step(z_K * (fell_K - (z_K * fell_K).sum()))  # the gradient of sum(z fell) by the logits
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"logit": self._logit.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._logit.load_state_dict(state["logit"])
+        self._logit.step(z_K * (fell_K - (z_K * fell_K).sum()))  # the gradient of sum(z fell) in the logits
 
 
 class STCH(TaskWeights):
     """Smooth Tchebycheff scalarization (Lin et al. 2024, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", equation 9).
 
-    The loss is mu log sum(exp(L / (K mu))), a smooth largest loss: preferences are equal, the ideal point is the same for every task and
-    so drops out. Its gradient weighs a task by softmax(L / (K mu)) / K; the last factor is left out, so that the weights sum to 1.
+    The loss is mu log sum(exp(L / (K mu))), a smooth maximum of the losses. Preferences are equal. The ideal point is the same for every
+    task, so it cancels. The gradient weighs a task by softmax(L / (K mu)) / K. The factor 1 / K is left out, so that weights sum to 1.
 
     Args:
-        mu: smaller is closer to training the task of the largest loss alone.
+        mu: smaller values train mostly the task with the largest loss.
     """
 
     capturable = True

@@ -1,50 +1,45 @@
-"""Task weights that need every task's own gradient, or its norm."""
+"""Task weights that need the gradient of every task, or its norm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
-from mtrl_cli.task_weights.parts import LearnedVector, finite_or_uniform
+from mtrl_cli.task_weights.common import LearnedVector, finite_or_uniform
 from mtrl_cli.types import Fraction, NonNegativeFloat, PositiveFloat
 
 _TINY = 1e-8
-_LOWEST = 1e-3  # GradNorm's weights stay above this: nothing in the paper keeps them from turning negative
-
-
-_COLUMNS = 2**17
-"""So many entries of each row are worked on at a time on a CPU: they stay in its cache from one step to the next."""
+_LOWEST = 1e-3  # bound of GradNorm's weights: the paper does not keep them positive
+_COLUMNS = 2**17  # of each row that GradDrop processes at a time on a CPU: they stay in the cache from one step to the next
 
 
 class GradNorm(TaskWeights):
-    """GradNorm (Chen et al. 2018, "GradNorm", Algorithm 1): weights on losses, learned so that tasks train at similar rates.
+    """GradNorm (Chen et al. 2018, "GradNorm", Algorithm 1): learned loss weights, so that tasks train at similar rates.
 
-    The norm of each weighted loss's gradient is led towards the mean of these norms, times (loss / first loss, divided by the tasks'
-    mean of it) to the power of alpha (equation 2). The paper takes the gradient by the last shared layer alone, to save time;
-    here it is that by all shared parameters, whose norms the Gram matrix holds. Weights move by Adam, and are divided by their sum.
+    The gradient norm of each weighted loss moves towards the mean norm times the task's relative loss ratio to the power of alpha. The loss
+    ratio is loss / first loss, divided by its mean over tasks (equation 2). The paper takes gradients in the last shared layer, to save
+    time. Here they are taken in all shared parameters, whose norms are in the Gram matrix. Adam moves the weights, and their sum is fixed.
 
     Args:
-        alpha: how strongly a task that trains slower is pulled up; 0: equal norms.
-        lr: step size of the weights.
+        alpha: strength with which slow tasks are favoured; 0 gives equal norms.
+        lr: learning rate of the weights.
     """
 
     needs = "gram"
     capturable = True
+    saved = ("_weight", "_first_K")
 
     def __init__(self, tasks: Tasks, *, alpha: NonNegativeFloat, lr: PositiveFloat):
         super().__init__(tasks)
         self._alpha = alpha
         self._weight = LearnedVector(torch.ones(len(tasks), device=tasks.device), lr)  # sums to K, as in the paper
-        self._first_K: torch.Tensor | None = None
+        self._first_K = torch.full_like(self._weight.value_K, torch.nan)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        if self._first_K is None:
-            self._first_K = gradients.loss_K.clone()
+        self._first_K.copy_(torch.where(self._first_K.isnan(), gradients.loss_K, self._first_K))
         learned_K, K = self._weight.value_K, len(self.tasks)
         norm_K = gradients.gram().diagonal().clamp(min=0).sqrt()
         weight_K = learned_K / K
@@ -57,24 +52,18 @@ class GradNorm(TaskWeights):
         learned_K.mul_(K / learned_K.sum())
         return weight_K
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"weight": self._weight.state_dict(), "first": self._first_K}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._weight.load_state_dict(state["weight"])
-        self._first_K = None if state["first"] is None else state["first"].to(self.tasks.device, copy=True)
-
 
 class GradDrop(TaskWeights):
     """GradDrop (Chen et al. 2020, "Just Pick a Sign", Algorithm 1 without leaks), by TorchJD, as a mean, not a sum.
 
-    In each entry of the gradient one sign is drawn, the more probable the more of the tasks' absolute values have it, and only entries of
-    that sign are kept. A task's weight, for the metrics, is the coefficient of its gradient in what is kept of it: the share of its
-    squared norm in kept entries, divided by K. It is 1 / K where nothing is dropped, and 0 where everything is.
+    For each entry of the gradient one sign is drawn. Its probability grows with its share of the tasks' absolute values. Entries of the
+    other sign are dropped. The reported weight of a task is its share of squared norm in kept entries, divided by K: 1 / K if nothing is
+    dropped, 0 if everything is.
     """
 
     needs = "rows"
-    capturable = False  # a seed is drawn on the host each time
+    capturable = False  # draws a seed on the host
+    saved = ("_generator",)
 
     def __init__(self, tasks: Tasks):
         super().__init__(tasks)
@@ -85,7 +74,7 @@ class GradDrop(TaskWeights):
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         rows_KP = gradients.rows()
-        seed = int(torch.randint(2**63 - 1, (), generator=self._generator))  # on the host, for any device
+        seed = int(torch.randint(2**63 - 1, (), generator=self._generator))  # on the host, equal for all devices
         kept, kept_K, all_K = [], torch.zeros_like(gradients.loss_K), torch.zeros_like(gradients.loss_K)
         with seeded(rows_KP.device, seed):
             for part_KC in rows_KP.split(_COLUMNS if rows_KP.device.type == "cpu" else rows_KP.shape[1], 1):
@@ -97,65 +86,51 @@ class GradDrop(TaskWeights):
         share_K = torch.where(all_K > 0, kept_K / all_K, 1.0)
         return finite_or_uniform(share_K / len(self.tasks))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rng.restore(self._generator, state["generator"])
-
 
 class DBMTL(TaskWeights):
-    """DB-MTL (Lin et al. 2023, "Dual-Balancing for Multi-Task Learning", Algorithm 1): logarithms of losses, gradients of one length.
+    """DB-MTL (Lin et al. 2023, "Dual-Balancing for Multi-Task Learning", Algorithm 1): log losses, and gradients of equal norm.
 
-    Each task's gradient of log(loss) goes into a moving average; the averages are scaled to the length of the longest and summed. On the
-    mean's scale: divided by the sum of the weights. The average begins with the first gradient, where the authors' code begins with zero.
-    A task's weight is the factor of the gradients in its average, whose losses' inverses are averaged beside them.
+    The gradient of log(loss) of each task enters a moving average. The averages are scaled to the norm of the longest and summed. The sum
+    is divided by the sum of the weights, which gives the scale of the mean. The average starts with the first gradient (with zero in the
+    authors' code). The weight of a task is the factor of its gradients in the average; it contains a moving average of 1 / loss.
 
     Args:
         beta: share of the past in the average.
-        beta_decay: the share at update t is beta / t^beta_decay; 0: constant.
+        beta_decay: the share at update t is beta / t^beta_decay; 0 keeps it constant.
     """
 
     needs = "rows"
-    capturable = False  # updates are counted on the host
+    capturable = False  # counts updates on the host
+    saved = ("_updates", "_average_KP", "_inverse_K")
 
     def __init__(self, tasks: Tasks, *, beta: Fraction, beta_decay: NonNegativeFloat):
         super().__init__(tasks)
         self._beta, self._beta_decay = beta, beta_decay
         self._updates = 0
         self._average_KP: torch.Tensor | None = None
-        self._inverse_K: torch.Tensor | None = None
+        self._inverse_K = torch.zeros(len(tasks), device=tasks.device)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         inverse_K = 1 / (gradients.loss_K + _TINY)
         newest_KP = gradients.rows() * inverse_K[:, None]
         self._updates += 1
-        if self._average_KP is None or self._inverse_K is None:
-            self._average_KP, self._inverse_K = newest_KP, inverse_K
+        if self._average_KP is None:
+            average_KP, self._inverse_K = newest_KP, inverse_K
         else:
             past = self._beta * self._updates**-self._beta_decay
-            self._average_KP, self._inverse_K = newest_KP.lerp(self._average_KP, past), inverse_K.lerp(self._inverse_K, past)
-        norm_K = torch.linalg.vector_norm(self._average_KP, dim=1)
+            average_KP = newest_KP.lerp(self._average_KP.to(newest_KP.device), past)  # a restored average is on the CPU
+            self._inverse_K = inverse_K.lerp(self._inverse_K, past)
+        self._average_KP = average_KP
+        norm_K = torch.linalg.vector_norm(average_KP, dim=1)
         factor_K = torch.where(norm_K > 0, norm_K.max() / norm_K, 1.0)
         weight_K = factor_K * self._inverse_K
-        gradients.replace(factor_K @ self._average_KP / weight_K.sum())
+        gradients.replace(factor_K @ average_KP / weight_K.sum())
         return weight_K / weight_K.sum()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "average": self._average_KP, "inverse": self._inverse_K}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._updates = int(state["updates"])
-        average_KP, inverse_K = state["average"], state["inverse"]
-        self._average_KP = None if average_KP is None else average_KP.to(self.tasks.device, copy=True)
-        self._inverse_K = None if inverse_K is None else inverse_K.to(self.tasks.device, copy=True)
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Within, what draws from torch's own generator of a device draws from a seed; after it, that generator is as it was before."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
-        generator.manual_seed(seed)
+    """Seed the default generator of a device inside the context, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield

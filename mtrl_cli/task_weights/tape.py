@@ -1,4 +1,4 @@
-"""One forward and one backward pass for all tasks, kept layer by layer, so that each task's gradient can be told apart afterwards."""
+"""Tape of one forward and one backward pass for all tasks, from which the gradient of each task is computed layer by layer."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from torch import nn
 
 from mtrl_cli.task_weights import layers
 from mtrl_cli.task_weights.base import TaskGradients
-from mtrl_cli.task_weights.gradients import AutogradGradients, add_gradients
+from mtrl_cli.task_weights.gradients import AutogradGradients, add_gradients, split_like
 
-# How well a tape must agree with plain autograd on random samples, parameter by parameter, to be used: rounding is off by less, a layer
-# that is used in another way than a tape can tell by much more.
-_AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+# Largest relative difference per parameter between a tape and plain autograd on random samples. Rounding errors are smaller. A layer that
+# is used in a way that the tape does not support differs by much more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 class Tape:
-    """What shared layers are given in a forward pass of all tasks, and the gradients that come back to their outputs.
+    """Inputs of shared layers in a forward pass of all tasks, and gradients of the losses in the outputs of the layers.
 
-    Zeros that require gradients are added to each layer's output: their gradients are the outputs'. The layers' own parameters
-    require none meanwhile, so the backward pass leaves out what will be computed by task.
+    Zeros that require gradients ("taps") are added to the output of each layer. Their gradients are the gradients in the output. The
+    parameters of the layers require no gradients meanwhile, so the backward pass skips work that is done per task afterwards.
 
     Args:
-        shared: the layers, each called once in a forward pass, with all tasks' samples in the order of tasks.
+        shared: shared layers. A forward pass calls each once, with the samples of all tasks in order.
         num_tasks: K.
+
+    Attributes:
+        inputs: input of each layer in the last recorded pass.
+        taps: taps of the pass that is recorded now; None outside `recording`.
     """
 
     def __init__(self, shared: Sequence[nn.Module], num_tasks: int):
@@ -39,19 +43,19 @@ class Tape:
         ]
 
     def close(self) -> None:
-        """Leave the layers alone from now on."""
+        """Remove the hooks from the layers."""
         for hook in self._hooks:
             hook.remove()
 
     def _pass(self, index: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self.taps is None or not torch.is_grad_enabled():
             return output
-        self.inputs[index] = x.detach()  # without the graph, which would outlive its update
+        self.inputs[index] = x.detach()  # detached, so that the graph does not outlive its update
         return output + self.taps[index]
 
     @contextmanager
     def recording(self, taps: list[torch.Tensor]) -> Iterator[None]:
-        """Record the forward pass made inside; `taps`: what `make_taps` gave for as many samples."""
+        """Record the forward pass inside the context, with `taps` from `make_taps` for the same number of samples."""
         self.taps = taps
         for parameter in self._parameters:
             parameter.requires_grad_(False)
@@ -63,32 +67,27 @@ class Tape:
                 parameter.requires_grad_(True)
 
     def make_taps(self, network: nn.Module, observation: torch.Tensor) -> list[torch.Tensor]:
-        """Zeros like each layer's output when the network is given `observation` (`[K, B, ...]`). They take no memory."""
-        outputs: list[torch.Tensor] = []
-        handles = [layer.register_forward_hook(lambda _, x, output: outputs.append(output)) for layer in self.shared]
-        with torch.no_grad():
-            network(observation)
-        for handle in handles:
-            handle.remove()
+        """Make zeros in the shape of each layer's output for `observation` (`[K, B, ...]`). They take no memory."""
+        outputs = [output for _, output in _calls(network, self.shared, observation)]
         return [output.new_zeros(()).expand(output.shape).requires_grad_() for output in outputs]
 
     def by_task(self, index: int, tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """A layer's input or output, `[K * B, ...]` or `[K, B, ...]`, as `[K, B, ...]`."""
+        """Input or output of a layer, `[K * B, ...]` or `[K, B, ...]`, as `[K, B, ...]`."""
         is_image = isinstance(self.shared[index], nn.Conv2d | nn.GroupNorm)
         split = tensor.dim() > 2 and not is_image and tensor.shape[:2] == (self.num_tasks, batch_size)
         return tensor if split else tensor.unflatten(0, (self.num_tasks, batch_size))
 
 
 class TapedGradients(TaskGradients):
-    """The gradients of tasks from a tape of their joint forward pass: one backward pass serves them all.
+    """Gradients of tasks from the tape of their common forward pass, with one backward pass for all.
 
     Args:
-        loss_KB: float32 `[K, B]`, of a forward pass that was recorded.
-        tape: of it.
-        taps: the tape's, then.
-        shared: parameters that several tasks reach: all those of the tape's layers, in the order of the rows' columns.
+        loss_KB: float32 `[K, B]`, of the recorded forward pass.
+        tape: tape of that pass.
+        taps: taps of that pass.
+        shared: all parameters of the tape's layers, in the order of the rows' columns.
         own: parameters whose rows belong to one task each.
-        samples: of each task in that forward pass, where they are more than the losses.
+        samples: samples of each task in the forward pass, if more than losses.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class TapedGradients(TaskGradients):
         self._tape, self._shared, self._own = tape, list(shared), list(own)
         gradients = torch.autograd.grad(loss_K.sum(), [*taps, *own], materialize_grads=True)
         self._outputs = [tape.by_task(index, gradient, batch_size) for index, gradient in enumerate(gradients[: len(taps)])]
-        self._inputs = [tape.by_task(index, x.detach(), batch_size) for index, x in enumerate(tape.inputs)]
+        self._inputs = [tape.by_task(index, x, batch_size) for index, x in enumerate(tape.inputs)]
         self._of_own = gradients[len(taps) :]
         self._rows: dict[int, layers.Rows] = {}
 
@@ -143,8 +142,7 @@ class TapedGradients(TaskGradients):
         self._add_own()
 
     def replace(self, gradient_P: torch.Tensor) -> None:
-        parts = gradient_P.split([parameter.numel() for parameter in self._shared])
-        add_gradients(self._shared, [part.view_as(parameter) for part, parameter in zip(parts, self._shared, strict=True)])
+        add_gradients(self._shared, split_like(gradient_P, self._shared))
         self._add_own()
 
     def _combine_shared(self, weight_K: torch.Tensor) -> None:
@@ -160,13 +158,13 @@ class TapedGradients(TaskGradients):
 
 
 def tape_for(network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], observation: torch.Tensor) -> Tape | None:
-    """A tape of the network's shared layers, or None where it would not give the tasks' gradients: then they take plain autograd.
+    """Make a tape of the network's shared layers, or return None if it would not give the gradients of the tasks.
 
-    It is tried on random samples rather than declared, so that any torso and sharing structure may come.
+    The tape is tested on random samples, so any torso and sharing structure may be used without declaring support.
 
     Args:
-        network: observations `[K, B, ...]` to values `[K, B, A]`, minus infinity where invalid.
-        shared, own: its parameters.
+        network: observations `[K, B, ...]` to values `[K, B, A]`, minus infinity for invalid actions.
+        shared, own: parameters of the network.
         observation: a few samples of each task, `[K, B, ...]`.
     """
     wanted = {id(parameter) for parameter in shared}
@@ -176,32 +174,37 @@ def tape_for(network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[n
     held = [id(parameter) for module in holders for parameter in module.parameters()]
     if sorted(held) != sorted(wanted):
         return None
-    num_tasks = observation.shape[0]
-    order: list[nn.Module] = []
-    handles = [module.register_forward_hook(lambda module, x, output: order.append(module)) for module in holders]
-    with torch.no_grad():
-        network(observation)
-    for handle in handles:
-        handle.remove()
+    order = [module for module, _ in _calls(network, holders, observation)]
     if len(order) != len(holders) or set(map(id, order)) != set(map(id, holders)):
         return None
-    tape = Tape(order, num_tasks)
+    tape = Tape(order, observation.shape[0])
     if not _agrees(tape, network, shared, own, observation):
         tape.close()
         return None
     return tape
 
 
+def _calls(network: nn.Module, watched: Sequence[nn.Module], observation: torch.Tensor) -> list[tuple[nn.Module, torch.Tensor]]:
+    """Calls of the watched modules in a forward pass without gradients, in order, with their outputs."""
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    handles = [module.register_forward_hook(lambda module, x, output: calls.append((module, output))) for module in watched]
+    with torch.no_grad():
+        network(observation)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
 def _agrees(tape: Tape, network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[nn.Parameter], observation: torch.Tensor) -> bool:
-    """Whether the tape gives the rows that plain autograd gives."""
+    """Whether the tape gives the same rows as plain autograd."""
 
     def losses_KB() -> torch.Tensor:
         q_KBA = network(observation)
-        # Values differ from each other, so the samples of a task pull in different directions.
-        pull_B1 = torch.linspace(-1.0, 1.5, observation.shape[1], device=q_KBA.device)[:, None]
-        return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) * pull_B1).sum(2)
+        # Different factors, so that the gradients of a task's samples point in different directions.
+        factor_B1 = torch.linspace(-1.0, 1.5, observation.shape[1], device=q_KBA.device)[:, None]
+        return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) * factor_B1).sum(2)
 
-    # Both draw the same, where the network draws at all (dropout).
+    # The same seed for both, in case the network has dropout.
     device = observation.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -212,9 +215,9 @@ def _agrees(tape: Tape, network: nn.Module, shared: Sequence[nn.Parameter], own:
             losses = losses_KB()
     try:
         found = TapedGradients(losses, tape, taps, shared, own).rows()
-    except RuntimeError:  # shapes that do not go by task
+    except RuntimeError:  # shapes without a task dimension
         return False
-    most = max(_AGREEMENT.get(tap.dtype, 0.0) for tap in taps)
+    most = max(_TOLERANCE.get(tap.dtype, 0.0) for tap in taps)
     sizes = [parameter.numel() for parameter in shared]
     pairs = zip(found.split(sizes, 1), expected.split(sizes, 1), strict=True)
     return all(bool((mine - other).norm() <= most * other.norm()) for mine, other in pairs)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE, GRAD_NORM
 from mtrl_cli.networks.per_task import Stacked
 from mtrl_cli.replay.buffers import Replay, Samples
 from mtrl_cli.task_weights.gradients import AutogradGradients
@@ -99,10 +100,10 @@ class Diagnostics:
             loss_K = self._agent.losses(batch).loss_KB.mean(1)
         gram = AutogradGradients(loss_K, network.shared_parameters(), network.own_parameters()).gram()
         norms, cosines = norms_and_cosines(gram.double().cpu().numpy())
-        report.metrics |= {f"grad/norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
-        pairs = self._report_pairs(report, "grad/cosine", "grad/cosine/mean", cosines)
+        report.metrics |= {f"{GRAD_NORM}/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
+        pairs = self._report_pairs(report, GRAD_COSINE, f"{GRAD_COSINE}/mean", cosines)
         if pairs:
-            report.metrics["grad/conflict"] = sum(cosine < 0 for cosine in pairs) / len(pairs)
+            report.metrics[GRAD_CONFLICT] = sum(cosine < 0 for cosine in pairs) / len(pairs)
 
     def _report_pairs(self, report: Report, name: str, mean: str, values_KK: NDArray[np.float64]) -> list[float]:
         """Report a metric of pairs of tasks: single values, mean and picture. Returns the finite values."""

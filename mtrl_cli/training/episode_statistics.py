@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtrl_cli.metric_names import TRAIN_LENGTH, TRAIN_RETURN
+
 Total = Callable[[NDArray[Any]], NDArray[Any]]
 
 
@@ -54,8 +56,8 @@ class EpisodeStatistics:
         metrics: dict[str, float] = {}
         returns, lengths, ended = total(np.stack([self._ended_return, self._ended_length, self._ended]))
         for index in np.flatnonzero(ended):
-            metrics[f"train/return/{self.tasks[index]}"] = float(returns[index] / ended[index])
-            metrics[f"train/length/{self.tasks[index]}"] = float(lengths[index] / ended[index])
+            metrics[TRAIN_RETURN + self.tasks[index]] = float(returns[index] / ended[index])
+            metrics[TRAIN_LENGTH + self.tasks[index]] = float(lengths[index] / ended[index])
         for ended in (self._ended_return, self._ended_length, self._ended):
             ended[:] = 0
         return metrics

@@ -13,8 +13,9 @@ from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.envs.scores import normalised
 from mtrl_cli.envs.vector_tasks import VectorTasks
+from mtrl_cli.metric_names import AGGREGATES, of_evaluation
 from mtrl_cli.networks.network import MultiTaskNetwork
-from mtrl_cli.stats.bootstrap import AGGREGATES, bootstrap_mean_ci, over_tasks
+from mtrl_cli.stats.bootstrap import bootstrap_mean_ci, over_tasks
 from mtrl_cli.training.frame_stack import FrameStack
 
 # Parallel episodes of one task.
@@ -140,21 +141,20 @@ def summarise(
     }
 
 
-def metrics(summary: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+def metrics(summary: dict[str, Any], prefix: str = "eval/") -> dict[str, float]:
     """Return the metrics of an evaluation by name, such as eval/return/<task>."""
     found: dict[str, float] = {}
     for name, task in summary["tasks"].items():
-        found[f"{prefix}/return/{name}"] = task["mean"]
+        found[f"{prefix}return/{name}"] = task["mean"]
         if task["score"] is not None:
-            found[f"{prefix}/score/{name}"] = task["score"]
-    return found | {f"{prefix}/score/{name}": summary["over_tasks"][name] for name in AGGREGATES if summary["over_tasks"]}
+            found[f"{prefix}score/{name}"] = task["score"]
+    return found | {f"{prefix}score/{name}": summary["over_tasks"][name] for name in AGGREGATES if summary["over_tasks"]}
 
 
 def metric_names(pack: Pack) -> list[str]:
     """Return the names of the metrics of an evaluation of the tasks."""
     scored = [task.name for task in pack.tasks if normalised(0.0, task.random_score, task.reference_score) is not None]
-    scores = [*scored, *(AGGREGATES if scored else ())]
-    return [*(f"eval/return/{task.name}" for task in pack.tasks), *(f"eval/score/{name}" for name in scores)]
+    return of_evaluation([task.name for task in pack.tasks], scored)
 
 
 def ranking(summary: dict[str, Any]) -> float | None:

@@ -32,10 +32,6 @@ class RankGradients(TaskGradients):
         self._mine.weigh(weight_K)
         self._average([*self._shared, *self._own])
 
-    def gram(self) -> torch.Tensor:
-        rows_KP = self.rows()
-        return rows_KP @ rows_KP.T
-
     def rows(self) -> torch.Tensor:
         if self._rows is None:
             self._rows = self._mine.rows().clone()

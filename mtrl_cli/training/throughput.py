@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from mtrl_cli.envs.vector_tasks import Step
+from mtrl_cli.metric_names import PERF
 from mtrl_cli.replay.rollout_buffer import Rollouts
 from mtrl_cli.replay.types import Transition
 from mtrl_cli.training.loop import Loop
@@ -56,10 +57,10 @@ def between_rows(seconds: Mapping[str, float], steps: float, learned: float, per
     """
     rates = {"emulators": (steps, seconds["env"]), "acting": (steps, seconds["act"]), "learning": (learned, seconds["learn"])}
     known = {part: count / spent for part, (count, spent) in rates.items() if count > 0 and spent > 0}
-    metrics = {f"perf/{part}": each for part, each in known.items()}
+    metrics = {PERF + part: each for part, each in known.items()}
     if len(known) == len(rates) and abs(learned - steps) < per_update:
         highest = limit(**known, shared_cores=True)
-        metrics |= {"perf/limit": highest, "perf/share": rate / highest}
+        metrics |= {f"{PERF}limit": highest, f"{PERF}share": rate / highest}
     return metrics
 
 

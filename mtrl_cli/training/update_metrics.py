@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mtrl_cli.errors import RunError
+from mtrl_cli.metric_names import GRAD_NORM, LOSS, Q_MEAN, WEIGHT
 from mtrl_cli.parallel.distributed import Ranks
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -70,8 +71,8 @@ class UpdateMetrics:
         if count:
             means: dict[str, Any] = {name: (total / count).tolist() for name, total in self._totals.items()}
             for k, name in enumerate(self._task_names):
-                metrics |= {f"loss/{name}": means["loss"][k], f"q/mean/{name}": means["q"][k], f"weight/{name}": means["weight"][k]}
-            metrics["grad/norm"] = means["norm"]
+                metrics |= {LOSS + name: means["loss"][k], Q_MEAN + name: means["q"][k], WEIGHT + name: means["weight"][k]}
+            metrics[GRAD_NORM] = means["norm"]
         for total in self._totals.values():
             total.zero_()
         return metrics

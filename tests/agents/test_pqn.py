@@ -306,13 +306,13 @@ def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["agent.minibatches=5"], "agent.minibatches=5 cannot divide a rollout into equal parts: agent.rollout_length=8 times"),
-        (["agent.rollout_length=60"], "steps_per_task=240: agent.rollout_length=60 with env.num_envs=4 needs 244 steps per task"),
-        (["replay=uniform"], "agent's PQN learns from rollouts, which replay's UniformReplay does not keep"),
-        (["replay=prioritized"], "which replay's PrioritizedReplay does not keep"),
-        (["agent.n_step=3"], "agent.n_step: there is no such key in PQN"),
-        (["replay.capacity=100"], "replay.capacity: there is no such key in Rollouts"),
-        (["agent.overlap=maybe"], "agent.overlap=maybe: expected true or false or auto"),
+        (["agent.minibatches=5"], "agent.minibatches must divide agent.rollout_length * env.num_envs = 8 * "),
+        (["agent.rollout_length=60"], "steps_per_task must be at least (agent.rollout_length + 1) * env.num_envs = 244, got 240"),
+        (["replay=uniform"], "agent's PQN requires rollouts, and replay's UniformReplay keeps none"),
+        (["replay=prioritized"], "replay's PrioritizedReplay keeps none"),
+        (["agent.n_step=3"], "unknown key 'agent.n_step' in PQN"),
+        (["replay.capacity=100"], "unknown key 'replay.capacity' in Rollouts"),
+        (["agent.overlap=maybe"], "agent.overlap must be true or false or auto, got 'maybe'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(here: MtrlHere, overrides: list[str], says: str) -> None:
@@ -333,6 +333,6 @@ def test_what_is_left_open_is_settled_by_the_device(monkeypatch: pytest.MonkeyPa
     chosen = resolve_auto.settle(compose.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None)
     assert chosen["agent"]["overlap"] is True
     # 2 rollouts of 32 rows and 3 more of 16 environments; each of 6 numbers, an action, a reward, flags and a value.
-    assert "rollouts: 1,072 transitions per task, 0.1 MiB in all (46 bytes each)" in resolve_auto.describe(
+    assert "rollouts: 1,072 transitions per task, 0.1 MiB in total (46 bytes each)" in resolve_auto.describe(
         settled | {"device": "cpu"}, pack
     )

@@ -211,12 +211,15 @@ def test_every_scale_trains_with_every_head_that_it_goes_with(here: MtrlHere, sc
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["network/head=c51", "agent/value_scale=return_norm", "agent.value_scale.limit=11"], "agent.value_scale.limit=11 is above"),
+        (
+            ["network/head=c51", "agent/value_scale=return_norm", "agent.value_scale.limit=11"],
+            "agent.value_scale.limit must be at most network.head.v_max=10",
+        ),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_max=0.5"], "network.head.v_max=0.5"),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_min=10"], "network.head.v_min=10"),
         (["agent/value_scale=popart", "agent.value_scale.step_size=0"], "agent.value_scale.step_size must be above 0"),
-        (["agent.reward_factors={MountainCar: 1000}"], "did you mean MountainCar-v0?"),
-        (["agent.reward_factors={MountainCar-v0: 0}"], "above 0"),
+        (["agent.reward_factors={MountainCar: 1000}"], "Did you mean 'MountainCar-v0'?"),
+        (["agent.reward_factors={MountainCar-v0: 0}"], "each a positive number"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(here: MtrlHere, overrides: list[str], says: str) -> None:

@@ -1,4 +1,4 @@
-"""Augmentations: known cases by hand, torch and kornia as oracles, and what is drawn for whom."""
+"""Augmentations: cases by hand, comparisons with torch and kornia, and random draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtrl_cli.augmentation.base import Augmentation, Observations, Pipeline
+from mtrl_cli.augmentation.base import Augmentation, ObservationSpec, Pipeline
 from mtrl_cli.augmentation.geometry import Crop, Rotate, Scale, Shift, auto_pad, looked_up, padded_windows, shifted, turned
 from mtrl_cli.augmentation.mirror import Flip
 from mtrl_cli.augmentation.pixels import NOISE_TABLE, Blur, Cutout, Intensity, Noise, blurred, brightened, cut_out, with_noise
@@ -17,33 +17,33 @@ from mtrl_cli.replay.buffers import Batch
 from tests.helpers.recorded_operations import RecordedOperations
 
 ATARI, TINY, VECTOR = (1, 40, 36), (6, 10, 10), (5,)
-MAKE: dict[str, Callable[[Observations], Augmentation]] = {
-    "shift": lambda seen: Shift(seen, pad=3),
-    "crop": lambda seen: Crop(seen, share=0.8),
-    "rotate": lambda seen: Rotate(seen, degrees=20.0),
-    "scale": lambda seen: Scale(seen, low=0.7, high=1.4),
-    "flip": lambda seen: Flip(seen, probability=0.5),
-    "cutout": lambda seen: Cutout(seen, least=0.2, most=0.5),
-    "noise": lambda seen: Noise(seen, std=0.1),
-    "intensity": lambda seen: Intensity(seen, scale=0.3),
-    "blur": lambda seen: Blur(seen, low=0.1, high=1.5),
+MAKE: dict[str, Callable[[ObservationSpec], Augmentation]] = {
+    "shift": lambda spec: Shift(spec, pad=3),
+    "crop": lambda spec: Crop(spec, share=0.8),
+    "rotate": lambda spec: Rotate(spec, degrees=20.0),
+    "scale": lambda spec: Scale(spec, low=0.7, high=1.4),
+    "flip": lambda spec: Flip(spec, probability=0.5),
+    "cutout": lambda spec: Cutout(spec, least=0.2, most=0.5),
+    "noise": lambda spec: Noise(spec, std=0.1),
+    "intensity": lambda spec: Intensity(spec, scale=0.3),
+    "blur": lambda spec: Blur(spec, low=0.1, high=1.5),
 }
-WEAKEST: dict[str, Callable[[Observations], Augmentation]] = {
-    "shift": lambda seen: Shift(seen, pad=0),
-    "crop": lambda seen: Crop(seen, share=1.0),
-    "rotate": lambda seen: Rotate(seen, degrees=0.0),
-    "scale": lambda seen: Scale(seen, low=1.0, high=1.0),
-    "flip": lambda seen: Flip(seen, probability=0.0),
-    "cutout": lambda seen: Cutout(seen, least=0.0, most=0.0),
-    "noise": lambda seen: Noise(seen, std=0.0),
-    "intensity": lambda seen: Intensity(seen, scale=0.0),
-    "blur": lambda seen: Blur(seen, low=0.0, high=0.0),
+WEAKEST: dict[str, Callable[[ObservationSpec], Augmentation]] = {
+    "shift": lambda spec: Shift(spec, pad=0),
+    "crop": lambda spec: Crop(spec, share=1.0),
+    "rotate": lambda spec: Rotate(spec, degrees=0.0),
+    "scale": lambda spec: Scale(spec, low=1.0, high=1.0),
+    "flip": lambda spec: Flip(spec, probability=0.0),
+    "cutout": lambda spec: Cutout(spec, least=0.0, most=0.0),
+    "noise": lambda spec: Noise(spec, std=0.0),
+    "intensity": lambda spec: Intensity(spec, scale=0.0),
+    "blur": lambda spec: Blur(spec, low=0.0, high=0.0),
 }
 EVERY = pytest.mark.parametrize("name", MAKE)
 
 
-def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> Observations:
-    """Two tasks, of which the second has fewer channels where there are several."""
+def spec(shape: tuple[int, ...] = ATARI, **changes: Any) -> ObservationSpec:
+    """Two tasks; the second has fewer channels if there are several."""
     values: dict[str, Any] = {
         "kind": "vector" if len(shape) == 1 else "image",
         "frame_shape": shape,
@@ -55,7 +55,7 @@ def seen(shape: tuple[int, ...] = ATARI, **changes: Any) -> Observations:
         "device": torch.device("cpu"),
         "seed": 7,
     }
-    return Observations(**values | changes)
+    return ObservationSpec(**values | changes)
 
 
 def observations(shape: tuple[int, ...] = ATARI, samples: int = 16, stack: int = 4, seed: int = 0) -> torch.Tensor:
@@ -84,25 +84,25 @@ def batch(shape: tuple[int, ...] = ATARI, samples: int = 16, stack: int = 4) -> 
     )
 
 
-# -- what all have in common --------------------------------------------------------------------------------------------------
+# -- properties of all augmentations --------------------------------------------------------------------------------------------------
 
 
 @EVERY
 @pytest.mark.parametrize("shape", [ATARI, TINY])
-def test_at_no_strength_nothing_changes(name: str, shape: tuple[int, ...]) -> None:
+def test_zero_strength_changes_nothing(name: str, shape: tuple[int, ...]) -> None:
     given = batch(shape)
-    result = WEAKEST[name](seen(shape))(given)
+    result = WEAKEST[name](spec(shape))(given)
     assert torch.equal(result.observation.to(torch.uint8), given.observation)
     assert torch.equal(result.next_observation.to(torch.uint8), given.next_observation)
     assert torch.equal(result.action, given.action)
 
 
 @EVERY
-def test_all_frames_of_a_stack_are_changed_by_one_draw_and_samples_by_draws_of_their_own(name: str) -> None:
+def test_one_draw_per_sample_for_all_frames_of_its_stack(name: str) -> None:
     given = batch()
     same = observations(samples=1, stack=1).expand(-1, 16, 4, -1, -1, -1)
     given.observation, given.next_observation = same.clone(), same.clone()
-    result = MAKE[name](seen())(given)
+    result = MAKE[name](spec())(given)
     for changed in (result.observation, result.next_observation):
         assert changed.shape == same.shape
         assert changed.dtype == torch.uint8
@@ -110,29 +110,29 @@ def test_all_frames_of_a_stack_are_changed_by_one_draw_and_samples_by_draws_of_t
     different = (result.observation[:, :, None, 0] != result.observation[:, None, :, 0]).flatten(3).any(3)
     assert different.float().mean() > (0.4 if name == "flip" else 0.7)
     unlike = (result.observation != result.next_observation).flatten(2).any(2).float().mean()
-    assert unlike == 0 if name == "flip" else unlike > 0.7  # a transition is flipped as a whole
+    assert unlike == 0 if name == "flip" else unlike > 0.7  # a transition is mirrored as a whole
 
 
 @EVERY
-def test_the_next_draws_are_others_and_a_saved_state_brings_them_back(name: str) -> None:
-    augmentation = MAKE[name](seen())
+def test_restored_state_repeats_the_draws(name: str) -> None:
+    augmentation = MAKE[name](spec())
     state = augmentation.state_dict()
     first, second = augmentation(batch()), augmentation(batch())
     assert not torch.equal(first.observation, second.observation)
-    again = MAKE[name](seen(seed=8))
+    again = MAKE[name](spec(seed=8))
     again.load_state_dict(state)
-    if name != "noise":  # whose table is made of the seed
+    if name != "noise":  # its table depends on the seed
         assert torch.equal(again(batch()).observation, first.observation)
     augmentation.load_state_dict(state)
     assert torch.equal(augmentation(batch()).next_observation, first.next_observation)
-    other = MAKE[name](seen(seed=9))(batch())
+    other = MAKE[name](spec(seed=9))(batch())
     assert not torch.equal(other.observation, first.observation)
 
 
 @EVERY
-def test_padding_stays_zero_and_what_is_there_changes(name: str) -> None:
+def test_padding_stays_zero(name: str) -> None:
     given = batch(TINY, stack=1)
-    result = MAKE[name](seen(TINY))(given)
+    result = MAKE[name](spec(TINY))(given)
     assert not result.observation[1, :, :, 4:].any()
     assert not result.next_observation[1, :, :, 4:].any()
     assert (result.observation != given.observation).any()
@@ -140,11 +140,11 @@ def test_padding_stays_zero_and_what_is_there_changes(name: str) -> None:
 
 
 @EVERY
-def test_recorded_it_draws_what_it_would_have_drawn(name: str) -> None:
-    """As in a CUDA graph: nothing waits for a value, and no number of Python's changes from call to call."""
+def test_recorded_calls_draw_the_same_as_eager_calls(name: str) -> None:
+    """As in a CUDA graph: no synchronization, and no Python number changes between calls."""
     results = []
     for recorded in (False, True):
-        augmentation, given = MAKE[name](seen()), batch(samples=4)
+        augmentation, given = MAKE[name](spec()), batch(samples=4)
         assert augmentation.capturable
         assert cuda_graphs.generators_of(augmentation) == [augmentation._generator]
 
@@ -159,35 +159,35 @@ def test_recorded_it_draws_what_it_would_have_drawn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in ("noise", "scale")])
-def test_vectors_are_refused_in_a_line_that_says_what_is_for_them(name: str) -> None:
-    with pytest.raises(ValueError, match="changes images, and this pack's are vectors; for these there are noise and scale"):
-        MAKE[name](seen(VECTOR))
+def test_image_augmentation_refuses_vectors_and_names_alternatives(name: str) -> None:
+    with pytest.raises(ValueError, match="supports images, but observations are vectors: use noise or scale"):
+        MAKE[name](spec(VECTOR))
 
 
-def test_a_rollouts_samples_are_changed_once() -> None:
+def test_rollout_samples_are_augmented_once() -> None:
     given = batch()
     given.next_observation = given.observation
     for name in MAKE:
-        result = MAKE[name](seen())(given)
+        result = MAKE[name](spec())(given)
         assert result.next_observation is result.observation
 
 
-# -- one by one ---------------------------------------------------------------------------------------------------------------
+# -- single augmentations ---------------------------------------------------------------------------------------------------------------
 
 
 def image(*rows: list[int]) -> torch.Tensor:
     return torch.tensor([[rows]], dtype=torch.uint8)
 
 
-def test_a_shift_by_hand() -> None:
-    """Down by one and to the left by one; the edges are repeated."""
+def test_shift_by_hand() -> None:
+    """One pixel down and one to the left, with repeated edges."""
     start = image([1, 2, 3], [4, 5, 6], [7, 8, 9])
     moved = padded_windows(start, torch.tensor([0]), torch.tensor([2]), pad=1)
     assert moved.tolist() == image([2, 3, 3], [2, 3, 3], [5, 6, 6]).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_windows_are_those_of_padded_images_and_of_a_lookup(dtype: torch.dtype) -> None:
+def test_windows_equal_crops_of_padded_images(dtype: torch.dtype) -> None:
     images, pad = observations()[0].squeeze(2).to(dtype), 4
     top_M, left_M = torch.randint(2 * pad + 1, (2, len(images)), generator=torch.Generator().manual_seed(1))
     padded = torch.nn.functional.pad(images.float(), (pad, pad, pad, pad), mode="replicate").to(dtype)
@@ -198,26 +198,26 @@ def test_windows_are_those_of_padded_images_and_of_a_lookup(dtype: torch.dtype) 
     assert torch.equal(looked_up(images, shifted(top_M - pad, left_M - pad, 40, 36)), expected)
 
 
-def test_every_shift_up_to_the_pad_is_drawn_and_none_beyond() -> None:
+def test_shift_draws_every_offset_up_to_the_pad() -> None:
     place = torch.arange(40)[:, None] * 100 + torch.arange(36)
     observation = place.float().expand(2, 400, 1, 1, 40, 36)
-    middle = Shift(seen(), pad=2).augment(observation)[..., 20, 18].flatten()
+    middle = Shift(spec(), pad=2).augment(observation)[..., 20, 18].flatten()
     assert sorted(set(middle.tolist())) == sorted({float((20 + y) * 100 + 18 + x) for y in range(-2, 3) for x in range(-2, 3)})
 
 
-def test_a_pad_that_leaves_nothing_of_a_picture_is_refused() -> None:
-    with pytest.raises(ValueError, match="pad=36"):
-        Shift(seen(), pad=36)
+def test_pad_of_the_image_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="pad must be below the image size, 36, got 36"):
+        Shift(spec(), pad=36)
 
 
 @pytest.mark.parametrize(("shape", "pad"), [((1, 84, 84), 4), ((10, 10, 10), 1), ((3, 64, 96), 3), ((1, 5, 5), 1)])
-def test_the_pad_goes_with_the_images_size(shape: tuple[int, ...], pad: int) -> None:
+def test_auto_pad_follows_the_image_size(shape: tuple[int, ...], pad: int) -> None:
     assert auto_pad(shape) == pad
 
 
-def test_a_crop_is_a_window_enlarged_as_torch_enlarges_it() -> None:
+def test_crop_equals_torch_nearest_interpolation_of_a_window() -> None:
     observation = observations(samples=200, stack=2)
-    changed = Crop(seen(), share=0.75).augment(observation)
+    changed = Crop(spec(), share=0.75).augment(observation)
     for before, after in zip(observation.flatten(0, 1)[::40], changed.flatten(0, 1)[::40], strict=True):
         windows = before[:, 0].float().unfold(1, 30, 1).unfold(2, 27, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
         enlarged = torch.nn.functional.interpolate(windows, (40, 36), mode="nearest-exact").to(torch.uint8)
@@ -225,58 +225,58 @@ def test_a_crop_is_a_window_enlarged_as_torch_enlarges_it() -> None:
     assert len(changed.flatten(2)[0].unique(dim=0)) > 50
 
 
-def test_a_quarter_turn_is_counter_clockwise() -> None:
+def test_quarter_turn_is_counter_clockwise() -> None:
     images = torch.randint(256, (1, 2, 9, 9), dtype=torch.uint8)
     zero, one = torch.zeros(1), torch.ones(1)
     assert torch.equal(looked_up(images, turned(zero, one, one, 9, 9)), images.rot90(1, (2, 3)))
     assert torch.equal(looked_up(images, turned(-one, zero, one, 9, 9)), images.flip(-1, -2))
 
 
-def test_twice_as_large_each_pixel_of_the_middle_fills_a_square() -> None:
+def test_zoom_by_two_repeats_central_pixels() -> None:
     images = torch.arange(25, dtype=torch.uint8).view(1, 1, 5, 5)
     index, middle = turned(torch.ones(1), torch.zeros(1), torch.full((1,), 2.001), 5, 5), [11, 12, 12, 12, 13]
     assert looked_up(images, index)[0, 0].tolist() == [[6, 7, 7, 7, 8], middle, middle, middle, [16, 17, 17, 17, 18]]
 
 
-def test_a_box_by_hand() -> None:
+def test_cut_out_by_hand() -> None:
     ones = torch.ones(1, 2, 3, 4, dtype=torch.uint8)
     cut = cut_out(ones, *(torch.tensor([each]) for each in (1, 0, 2, 3)))
     assert cut[0, 1].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
 
 
-def test_boxes_lie_within_and_are_as_large_as_they_may_be() -> None:
+def test_cutout_boxes_stay_inside_and_reach_all_sizes() -> None:
     ones = torch.full((2, 300, 1, *ATARI), 9, dtype=torch.uint8)
-    black = (Cutout(seen(), least=0.25, most=0.5).augment(ones) == 0).flatten(0, 3)
+    black = (Cutout(spec(), least=0.25, most=0.5).augment(ones) == 0).flatten(0, 3)
     heights, widths = black.any(2).sum(1), black.any(1).sum(1)
     assert (black.flatten(1).sum(1) == heights * widths).all()
     assert (heights.min(), heights.max(), widths.min(), widths.max()) == (10, 20, 9, 18)
     assert all(black.any(0).any(dim).all() for dim in (0, 1))
 
 
-def test_noise_is_gaussian_rounded_and_stops_at_the_ends() -> None:
+def test_noise_is_gaussian_rounded_and_clipped() -> None:
     grey = torch.full((2, 50, 4, *ATARI), 128, dtype=torch.uint8)
-    change = Noise(seen(), std=0.04).augment(grey).float()[:, :, 0] - 128
+    change = Noise(spec(), std=0.04).augment(grey).float()[:, :, 0] - 128
     assert change.mean().abs() < 0.1
     assert change.std() == pytest.approx(0.04 * 255, rel=0.02)
     within = (change.abs() <= 0.04 * 255 + 0.5).float().mean()  # bytes up to 10
     assert within == pytest.approx(torch.erf(torch.tensor(10.5 / 10.2 / 2**0.5)).item(), abs=0.01)
     ends = with_noise(torch.tensor([0, 250], dtype=torch.uint8), torch.tensor([-3, 9], dtype=torch.int16), 255)
     assert ends.tolist() == [0, 255]
-    table = Noise(seen(), std=0.04)._float_table[:NOISE_TABLE]
+    table = Noise(spec(), std=0.04)._float_table[:NOISE_TABLE]
     assert (table[1:] * table[:-1]).mean().abs() < 0.005 * table.square().mean()
 
 
-def test_a_vectors_noise_is_in_its_own_units_and_leaves_padding() -> None:
+def test_vector_noise_is_in_units_of_components_and_spares_padding() -> None:
     given = observations(VECTOR, samples=2000, stack=1)
-    change = Noise(seen(VECTOR), std=0.5).augment(given) - given
+    change = Noise(spec(VECTOR), std=0.5).augment(given) - given
     assert not change[1, :, :, 3:].any()
     assert change[0].std() == pytest.approx(0.5, rel=0.05)
     assert change[0].mean(0).abs().max() < 0.06
 
 
-def test_a_vectors_scale_is_one_factor_for_each_sample() -> None:
+def test_vector_scale_is_one_factor_per_sample() -> None:
     given = observations(VECTOR, samples=500, stack=1) + 0.1
-    factors = Scale(seen(VECTOR), low=0.5, high=2.0).augment(given) / given
+    factors = Scale(spec(VECTOR), low=0.5, high=2.0).augment(given) / given
     assert torch.allclose(factors, factors[..., :1].expand_as(factors))
     assert 0.5 <= factors.min() < 0.52
     assert 1.95 < factors.max() <= 2.0
@@ -288,16 +288,16 @@ def test_brightness_by_hand() -> None:
     assert brightened(bytes_ // 10, torch.tensor([[0.5]]), 1.0).tolist() == [[0.0, 0.5, 5.0, 12.5]]
 
 
-def test_factors_of_brightness_are_cut_at_two_deviations() -> None:
+def test_intensity_factors_are_clipped_at_two_standard_deviations() -> None:
     ones = torch.ones((2, 2000, 1, *TINY))
-    factors = Intensity(seen(TINY), scale=0.1).augment(ones)[:, :, 0, 0, 0, 0]
+    factors = Intensity(spec(TINY), scale=0.1).augment(ones)[:, :, 0, 0, 0, 0]
     assert factors.min() == pytest.approx(0.8)
     assert factors.max() == pytest.approx(1.2)
     assert factors.mean() == pytest.approx(1.0, abs=0.01)
     assert ((factors - 1).abs() < 0.1).float().mean() == pytest.approx(0.683, abs=0.03)
 
 
-def test_a_blur_spreads_a_point_and_keeps_a_plain_image() -> None:
+def test_blur_spreads_a_point_and_keeps_a_constant_image() -> None:
     point = torch.zeros(1, 1, 7, 7)
     point[..., 3, 3] = 1.0
     spread = blurred(point, torch.tensor([0.8]), 1.0)[0, 0]
@@ -311,9 +311,9 @@ def test_a_blur_spreads_a_point_and_keeps_a_plain_image() -> None:
 # -- kornia -------------------------------------------------------------------------------------------------------------------
 
 
-def test_turns_and_zooms_are_kornias() -> None:
-    """But for pixels whose place lies so near to the middle between two that rounding decides."""
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
+def test_rotation_and_zoom_agree_with_kornia() -> None:
+    """Except for pixels so close to the middle of two others that rounding decides."""
+    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     angle, zoom = torch.linspace(-40, 40, len(images)), torch.linspace(0.6, 1.7, len(images))
     radians = angle * torch.pi / 180
@@ -326,8 +326,8 @@ def test_turns_and_zooms_are_kornias() -> None:
         assert (looked_up(images, mine) == other.to(torch.uint8)).float().mean() > 0.995
 
 
-def test_blurs_are_kornias() -> None:
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
+def test_blur_agrees_with_kornia() -> None:
+    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     sigma = torch.linspace(0.2, 2.0, len(images))
     other = kornia.filters.gaussian_blur2d(images.float(), (5, 5), torch.stack([sigma, sigma], 1), border_type="replicate")
@@ -335,35 +335,39 @@ def test_blurs_are_kornias() -> None:
     assert torch.allclose(blurred(images.float(), sigma, 255.0), other, atol=1e-3)
 
 
-def test_flips_are_kornias() -> None:
-    kornia = pytest.importorskip("kornia", reason="the oracle is kornia: pip install 'mtrl_cli[test]'")
-    images = observations(samples=3)
-    flipped = Flip(seen(), probability=1.0).augment(images)
-    assert torch.equal(flipped, kornia.geometry.transform.hflip(images))
+def test_flip_agrees_with_kornia() -> None:
+    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
+    given = batch(samples=3)
+    flipped = Flip(spec(), probability=1.0)(given)
+    assert torch.equal(flipped.observation, kornia.geometry.transform.hflip(given.observation))
+    assert torch.equal(flipped.next_observation, kornia.geometry.transform.hflip(given.next_observation))
 
 
-# -- several ------------------------------------------------------------------------------------------------------------------
+# -- pipelines ------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_are_applied_in_their_order() -> None:
-    """A box cut out before a turn is turned; one cut out after is straight. As each has draws of its own, both are what they are alone."""
+def test_pipeline_applies_augmentations_in_order() -> None:
+    """A box cut out before a rotation is rotated, one cut out after is not.
+
+    Each augmentation has its own draws, as if it were the only one.
+    """
     given = batch()
-    alone = {name: MAKE[name](seen()) for name in ("cutout", "rotate")}
-    expected = alone["rotate"](alone["cutout"](given))
-    orders = [Pipeline({name: MAKE[name](seen()) for name in names}) for names in (["cutout", "rotate"], ["rotate", "cutout"])]
+    separate = {name: MAKE[name](spec()) for name in ("cutout", "rotate")}
+    expected = separate["rotate"](separate["cutout"](given))
+    orders = [Pipeline({name: MAKE[name](spec()) for name in names}) for names in (["cutout", "rotate"], ["rotate", "cutout"])]
     results = [order(given) for order in orders]
     assert torch.equal(results[0].observation, expected.observation)
     assert not torch.equal(results[1].observation, expected.observation)
 
 
-def test_without_any_a_batch_is_left_as_it_is() -> None:
+def test_empty_pipeline_returns_the_same_batch() -> None:
     given = batch()
     assert Pipeline()(given) is given
 
 
-def test_several_draws_of_each_sample_lie_draw_after_draw() -> None:
+def test_several_draws_are_stored_draw_after_draw() -> None:
     given = batch()
-    made = Pipeline({"shift": Shift(seen(), pad=0)}, loss_draws=3, target_draws=2)(given)
+    made = Pipeline({"shift": Shift(spec(), pad=0)}, loss_draws=3, target_draws=2)(given)
     assert torch.equal(made.observation.unflatten(1, (3, 16)), given.observation[:, None].expand(-1, 3, *(-1,) * 5))
     assert torch.equal(made.next_observation.unflatten(1, (2, 16)), given.next_observation[:, None].expand(-1, 2, *(-1,) * 5))
     assert torch.equal(made.action, given.action.repeat(1, 3))

@@ -126,26 +126,26 @@ def test_version_option(mtrl: Callable[..., Outcome]) -> None:
         (["resume"], "Missing argument 'RUN' (see mtrl resume --help)"),
         (["eval"], "Missing argument 'RUN' (see mtrl eval --help)"),
         (["transfer"], "Missing argument 'RUN' (see mtrl transfer --help)"),
-        (["train", "netwrok=mlp"], "netwrok: there is no such key; did you mean network?"),
-        (["train", "env=atari_pak"], "did you mean atari_pack?"),
-        (["train", "env.tasks=[pong,breakot]", "--dry-run"], "did you mean breakout?"),
-        (["train", "steps_per_task=0"], "steps_per_task=0: expected a whole number above 0"),
-        (["train", "agent.n_step=a", "--dry-run"], "agent.n_step=a: expected a whole number above 0"),
-        (["train", "nonsense"], "nonsense: expected KEY=VALUE"),
-        (["train", "launcher=local"], "launcher is of mtrl sweep"),
+        (["train", "netwrok=mlp"], "unknown key 'netwrok'. Did you mean 'network'?"),
+        (["train", "env=atari_pak"], "Did you mean 'env=atari_pack'?"),
+        (["train", "env.tasks=[pong,breakot]", "--dry-run"], "Did you mean 'breakout'?"),
+        (["train", "steps_per_task=0"], "steps_per_task must be a positive integer, got 0"),
+        (["train", "agent.n_step=a", "--dry-run"], "agent.n_step must be a positive integer, got 'a'"),
+        (["train", "nonsense"], "'nonsense' is not an override. Expected KEY=VALUE"),
+        (["train", "launcher=local"], "launcher is a key of mtrl sweep"),
         (["sweep", "env=classic_pack"], "no key has several values"),
-        (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "did you mean sweep.trials?"),
-        (["sweep", "env=classic_pak", "seed=1,2"], "did you mean classic_pack?"),
-        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not used here"),
-        (["eval", "nowhere", "eval.episode=3"], "did you mean eval.episodes?"),
-        (["ls", "netwrk"], "did you mean network?"),
+        (["sweep", "env=classic_pack", "seed=range(2)", "sweep.trails=1"], "Did you mean 'sweep.trials'?"),
+        (["sweep", "env=classic_pak", "seed=1,2"], "Did you mean 'env=classic_pack'?"),
+        (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not supported"),
+        (["eval", "nowhere", "eval.episode=3"], "Did you mean 'eval.episodes'?"),
+        (["ls", "netwrk"], "Did you mean 'network'?"),
         (["ls", "env", "network"], "mtrl ls takes one group, got env network"),
         (["ls", "env=atari_pack"], "expected a group"),
         (["ls", "agent", "env=atari_pack"], "expected a group or hydra.searchpath=[file:///home/me/conf], got env=atari_pack"),
         (["ls", "network", "network=mlp"], "mtrl ls network lists all options of network; remove network=mlp"),
-        (["ls", "network/head", "env=atari_pak"], "did you mean atari_pack?"),
-        (["ls", "network/head", "network.parameters=lots"], "network.parameters=lots: expected a number of parameters"),
-        (["ls", "network/head", "agent.n_stp=3"], "did you mean agent.n_step?"),
+        (["ls", "network/head", "env=atari_pak"], "Did you mean 'env=atari_pack'?"),
+        (["ls", "network/head", "network.parameters=lots"], "network.parameters must be a number of parameters"),
+        (["ls", "network/head", "agent.n_stp=3"], "Did you mean 'agent.n_step'?"),
     ],
 )
 def test_invalid_input_is_one_error_with_exit_code_2_and_creates_nothing(
@@ -288,14 +288,17 @@ def test_ls_applies_overrides_and_explains_missing_sizes(mtrl: Callable[..., Out
     assert (code, err) == (0, "")
     assert row(out, "mlp")[5] == "classic_pack"
     assert row(out, "nature")[1:5] == ["-"] * 4
-    assert "(not counted: network=NatureCNN reads image observations; those of env=classic_pack are vectors" in row(out, "nature")[-1]
+    assert (
+        "(not counted: network=NatureCNN requires image observations, and env=classic_pack has vector observations"
+        in row(out, "nature")[-1]
+    )
 
 
 def test_ls_shows_the_other_sizes_if_a_package_is_missing(mtrl: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "minatar", None)
     code, out, err = mtrl("ls", "network")
     assert (code, err) == (0, "")
-    assert "(not counted: env=minatar_pack needs the minatar package: pip install 'mtrl_cli[minatar]')" in row(out, "minatar")[-1]
+    assert "(not counted: env=minatar_pack requires minatar, which is not installed. Install it" in row(out, "minatar")[-1]
     assert row(out, "nature")[5] == "atari_pack"
 
 

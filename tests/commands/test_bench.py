@@ -41,18 +41,18 @@ def test_table_output(here: MtrlHere, more: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["env=no_such"], "env=no_such: there is no such option"),
+        (["env=no_such"], "unknown option 'env=no_such'"),
         (["agent.nope=1"], "nope"),
         (["device=cuda:99"], "device=cuda:99"),
         (["replay.capacity=3"], "replay.capacity=3 holds"),
     ],
 )
-def test_invalid_configuration_is_refused(here: MtrlHere, words: list[str], said: str) -> None:
+def test_invalid_configuration_is_refused(here: MtrlHere, words: list[str], message: str) -> None:
     done = here("bench", *SMALL, *words, code=2)
     assert done.stdout == ""
-    assert said in done.stderr.splitlines()[-1] or said in done.stderr.splitlines()[-2]
+    assert message in done.stderr.splitlines()[-1] or message in done.stderr.splitlines()[-2]
     assert "mtrl: error: " in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -115,7 +115,7 @@ def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda folder: (folder / "COMPLETE").unlink(), "COMPLETE"),
         (lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1]), "model.safetensors"),
@@ -124,11 +124,11 @@ def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
     ],
     ids=["unfinished", "truncated", "foreign", "incomplete"],
 )
-def test_damaged_checkpoint_named_explicitly_is_refused(run: Path, here: MtrlHere, damage, says: str) -> None:
+def test_damaged_checkpoint_named_explicitly_is_refused(run: Path, here: MtrlHere, damage, message: str) -> None:
     damage(run / "checkpoints" / "60")
     for words in (["run", "checkpoint=60"], ["run/checkpoints/60"]):
         refused = here("eval", *words, code=2)
-        assert says in refused.stderr
+        assert message in refused.stderr
         assert len(refused.stderr.strip().splitlines()) <= 2
 
 

@@ -149,7 +149,7 @@ def test_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
         [
             (["network/sharing=film"], "torso all tasks 304 loaded"),
             (["network/sharing=input_adapters"], "head CartPole-v1, Acrobot-v1 85 loaded"),
-            (["network/head=dueling"], "head CartPole-v1, Acrobot-v1 119 fresh (other actions or head)"),
+            (["network/head=dueling"], "head CartPole-v1, Acrobot-v1 119 fresh (different actions or head)"),
             (["network/sharing=independent"], "layer 2 of each torso CartPole-v1, Acrobot-v1 608 loaded"),
         ]
     ):
@@ -325,7 +325,7 @@ def test_or_resume_knows_its_source_again(here: MtrlHere, sources: Path) -> None
 
 def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlHere, sources: Path) -> None:
     done = here("train", *SMALL, TWO, f"init_from={sources / 'two'}", "transfer.freeze=torso", "transfer.adapters=lora", "run_dir=run")
-    assert "adapter CartPole-v1, Acrobot-v1 256 fresh (changes nothing at first)" in lines(done.stdout)
+    assert "adapter CartPole-v1, Acrobot-v1 256 fresh (zero at the start)" in lines(done.stdout)
     run = here.folder / "run"
     source, found, before = model(sources / "two"), model(run), bytes_of(run)
     assert all(torch.equal(found[name], value) for name, value in source.items() if name.startswith("sharing"))

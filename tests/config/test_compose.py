@@ -1,4 +1,4 @@
-"""Composing what ships with us, saving, loading, and what is said about each mistake."""
+"""Compose the built-in configurations, save and load them, and refuse mistakes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """A user's own folder with a pack built on ours, an optimizer, and a recipe."""
+    """Return a user's configuration folder with a pack that extends a built-in one, and an optimizer."""
     folder = tmp_path / "own conf"
     (folder / "env").mkdir(parents=True)
     (folder / "optimizer").mkdir()
@@ -35,7 +35,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def other(group: str, option: str) -> list[str]:
-    """The overrides with which an option composes: some go only with a pack."""
+    """Return overrides with which an option composes: some options require a pack."""
     more = {
         "mlp": ["env=classic_pack"],
         "minatar": ["env=minatar_pack"],
@@ -46,7 +46,7 @@ def other(group: str, option: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options.options(group, [CONF])])
-def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> None:
+def test_every_option_composes_and_has_a_description(group: str, option: str) -> None:
     composed = compose.compose_training(other(group, option))
     assert options.description(options.options(group, [CONF])[option]), "the first comment describes the option"
     if group == "env":
@@ -61,7 +61,7 @@ def test_every_pack_composes_with_every_choice_that_does_not_depend_on_it(env: s
     assert composed["agent"]["value_scale"] == {"_target_": "mtrl_cli.agents.value_scale.ClipRewards", "limit": 1.0}
 
 
-def test_the_packs_hold_the_games_that_they_are_known_for() -> None:
+def test_packs_contain_the_documented_tasks() -> None:
     def tasks(env: str) -> list[str]:
         return compose.compose_training([f"env={env}"])["env"]["tasks"]
 
@@ -77,7 +77,7 @@ def test_the_packs_hold_the_games_that_they_are_known_for() -> None:
     assert tasks("classic_pack") == ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
-def test_a_pack_brings_its_network_and_the_command_line_has_the_last_word() -> None:
+def test_pack_chooses_its_network_and_the_command_line_overrides_the_pack() -> None:
     classic = compose.compose_training(["env=classic_pack"])
     assert classic["network"]["_target_"].endswith(".MLP")
     assert classic["agent"]["value_scale"]["_target_"].endswith(".NoValueScale")
@@ -87,7 +87,7 @@ def test_a_pack_brings_its_network_and_the_command_line_has_the_last_word() -> N
     assert compose.compose_training(["env=minatar_pack", "network=minatar", "network.features=32"])["network"]["features"] == 32
 
 
-def test_whole_numbers_become_floats_where_floats_are_expected_and_auto_stays() -> None:
+def test_integers_become_floats_where_floats_are_expected_and_auto_stays() -> None:
     composed = compose.compose_training(["agent.samples_per_step=4", "optimizer.lr=1e-4"])
     assert repr(composed["agent"]["samples_per_step"]) == "4.0"
     assert composed["optimizer"]["lr"] == 1e-4
@@ -104,62 +104,62 @@ def test_run_dir_may_be_any_path() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("env=atari_pak", "env=atari_pak: there is no such option; did you mean atari_pack?"),
-        ("env=zzz", "expected one of: atari_26, atari_57, atari_pack, classic_pack, gymnasium, minatar_pack"),
-        ("env=[atari_pack,minatar_pack]", "there is no such option"),
-        ("agent=null", "agent=null: there is no such option"),
-        ("network/shring=hard", "network/shring: there is no such group; did you mean network/sharing?"),
-        ("netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
-        ("+netwrok=mlp", "netwrok: there is no such key; did you mean network?"),
-        ("agent.n_stp=3", "did you mean agent.n_step?"),
-        ("++agent.n_stp=3", "did you mean agent.n_step?"),
-        ("lr=3", "did you mean optimizer.lr?"),
-        ("agent.n_step=three", "agent.n_step=three: expected a whole number above 0"),
-        ("optimizer.lr=-1", "optimizer.lr=-1: expected a number above 0"),
-        ("steps_per_task=0", "steps_per_task=0: expected a whole number above 0"),
-        ("steps_per_task=1.5", "steps_per_task=1.5: expected a whole number above 0"),
-        ("seed=1,2", "seed=1,2: expected one value; for a list write seed=[1,2]"),
-        ("seed=1,2", "for a run of each: mtrl sweep seed=1,2"),
-        ("seed=range(3)", "seed=range(3): expected one value, not a sweep; for a run of each: mtrl sweep 'seed=range(3)'"),
-        ("launcher=local", "launcher is of mtrl sweep"),
-        ("launcher.jobs=2", "launcher is of mtrl sweep"),
-        ("sweep.trials=3", "sweep is of mtrl sweep"),
-        ("seed=choice(1,2)", "expected one value"),
-        ("env.tasks=[pong,breakot]", "env.tasks: atari_pack has no task breakot; did you mean breakout?"),
-        ("env.tasks=[SpaceInvaders]", "did you mean space_invaders?"),
-        ("env.tasks=[]", "env.tasks=[]: expected a list of names that is not empty"),
-        ("env.tasks=[pong,pong]", "env.tasks names pong twice"),
-        ("env.tasks=pong", "env.tasks=pong: expected a list of names"),
-        ("network.sharing=hard", "network.sharing=hard: to choose an option write network/sharing=hard"),
-        ("env@pack=atari_pack", "a group has one place here; write env=atari_pack"),
-        ("hydra.run.dir=x", "of Hydra's own settings only hydra.searchpath"),
-        ("hydra.searchpath=[/nowhere/at/all]", "hydra.searchpath: /nowhere/at/all is no folder"),
-        ("hydra.searchpath=[pkg://os]", "is no folder"),
-        ("atari_pack", "atari_pack: did you mean env=atari_pack?"),
-        ("quickstart", "did you mean experiment=quickstart?"),
-        ("nonsense", "nonsense: expected KEY=VALUE"),
-        ("", "expected KEY=VALUE"),
-        ("=3", "expected KEY=VALUE"),
-        ("env.tasks=[pong", "expected KEY=VALUE"),
+        ("env=atari_pak", "unknown option 'env=atari_pak'. Did you mean 'env=atari_pack'?"),
+        ("env=zzz", "Expected one of: atari_26, atari_57, atari_pack, classic_pack, gymnasium, minatar_pack"),
+        ("env=[atari_pack,minatar_pack]", "unknown option"),
+        ("agent=null", "unknown option 'agent=null'. Expected one of: dqn, pqn"),
+        ("network/shring=hard", "unknown group 'network/shring'. Did you mean 'network/sharing'?"),
+        ("netwrok=mlp", "unknown key 'netwrok'. Did you mean 'network'?"),
+        ("+netwrok=mlp", "unknown key 'netwrok'. Did you mean 'network'?"),
+        ("agent.n_stp=3", "Did you mean 'agent.n_step'?"),
+        ("++agent.n_stp=3", "Did you mean 'agent.n_step'?"),
+        ("lr=3", "Did you mean 'optimizer.lr'?"),
+        ("agent.n_step=three", "agent.n_step must be a positive integer, got 'three'"),
+        ("optimizer.lr=-1", "optimizer.lr must be a positive number, got -1"),
+        ("steps_per_task=0", "steps_per_task must be a positive integer, got 0"),
+        ("steps_per_task=1.5", "steps_per_task must be a positive integer, got 1.5"),
+        ("seed=1,2", "seed must be a single value, got 1,2. For a list: seed=[1,2]"),
+        ("seed=1,2", "For one run per value: mtrl sweep seed=1,2"),
+        ("seed=range(3)", "seed must be a single value, got range(3). For one run per value: mtrl sweep 'seed=range(3)'"),
+        ("launcher=local", "launcher is a key of mtrl sweep"),
+        ("launcher.jobs=2", "launcher.jobs is a key of mtrl sweep"),
+        ("sweep.trials=3", "sweep.trials is a key of mtrl sweep"),
+        ("seed=choice(1,2)", "seed must be a single value"),
+        ("env.tasks=[pong,breakot]", "unknown task 'breakot' of atari_pack in env.tasks. Did you mean 'breakout'?"),
+        ("env.tasks=[SpaceInvaders]", "Did you mean 'space_invaders'?"),
+        ("env.tasks=[]", "env.tasks must be a non-empty list of names, got []"),
+        ("env.tasks=[pong,pong]", "env.tasks contains pong twice"),
+        ("env.tasks=pong", "env.tasks must be a non-empty list of names, got 'pong'"),
+        ("network.sharing=hard", "network.sharing is a group. To choose an option: network/sharing=hard"),
+        ("env@pack=atari_pack", "packages (@) are not supported. Use env=atari_pack"),
+        ("hydra.run.dir=x", "hydra.run.dir is not supported. Of Hydra's settings only hydra.searchpath"),
+        ("hydra.searchpath=[/nowhere/at/all]", "hydra.searchpath must list folders, such as [file:///home/me/conf], got /nowhere/at/all"),
+        ("hydra.searchpath=[pkg://os]", "hydra.searchpath must list folders"),
+        ("atari_pack", "'atari_pack' is not an override. Did you mean 'env=atari_pack'?"),
+        ("quickstart", "Did you mean 'experiment=quickstart'?"),
+        ("nonsense", "'nonsense' is not an override. Expected KEY=VALUE"),
+        ("", "Expected KEY=VALUE"),
+        ("=3", "Expected KEY=VALUE"),
+        ("env.tasks=[pong", "Expected KEY=VALUE"),
         ("~network", "network has no _target_"),
         ("~agent.gamma", "agent.gamma is missing"),
         ("~agent.gama", "cannot be composed"),
         ("seed=${oc.env:NO_SUCH_VARIABLE_HERE}", "cannot be composed"),
         ("seed=???", "cannot be composed"),
         ("env.tasks.x=3", "cannot be composed"),
-        ("run_dir='\\${x}'", "holds '${'"),
-        ("++network._target_=os.system", "network._target_=os.system: expected a class of mtrl_cli"),
-        ("++network._target_=mtrl_cli.commands.train.shutil.copy", "expected a Torso that mtrl_cli itself defines"),
+        ("run_dir='\\${x}'", "contains '${'"),
+        ("++network._target_=os.system", "network._target_ must be a class of mtrl_cli, got os.system"),
+        ("++network._target_=mtrl_cli.commands.train.shutil.copy", "network._target_ must be a Torso defined in mtrl_cli"),
     ],
 )
-def test_each_mistake_is_named_in_two_lines_at_most(override: str, message: str) -> None:
+def test_wrong_override_is_refused_in_at_most_two_lines(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         compose.compose_training([override])
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_users_own_folder_adds_options_packs_and_games(own: Path) -> None:
+def test_search_path_adds_options_packs_and_tasks(own: Path) -> None:
     composed = compose.compose_training(["env=two", "optimizer=slow", f"hydra.searchpath=[file://{own}]"])
     assert composed["env"]["tasks"] == ["pong", "tetris"]
     assert composed["seed"] == 7
@@ -167,19 +167,19 @@ def test_a_users_own_folder_adds_options_packs_and_games(own: Path) -> None:
     assert "two" in options.options("env", compose.search_path([f"hydra.searchpath=[{own}]"]))
 
 
-def test_an_option_of_ones_own_may_not_hide_one_of_ours(own: Path) -> None:
+def test_option_in_a_user_folder_must_not_shadow_a_built_in_option(own: Path) -> None:
     (own / "optimizer" / "adam.yaml").write_text("# Mine\nlr: 1\n")
-    with pytest.raises(UserError, match="rename your own"):
+    with pytest.raises(UserError, match="Rename your own"):
         compose.compose_training(["optimizer=adam", f"hydra.searchpath=[{own}]"])
 
 
-def test_a_broken_yaml_of_ones_own_is_named(own: Path) -> None:
+def test_invalid_yaml_in_a_user_folder_is_named(own: Path) -> None:
     (own / "env" / "broken.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"broken\.yaml"):
         compose.compose_training([f"hydra.searchpath=[{own}]"])
 
 
-def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
+def test_saved_configuration_loads_unchanged(tmp_path: Path) -> None:
     for overrides in ([], ["env=classic_pack", "optimizer.lr=1e-7", "agent.epsilon_tasks={CartPole-v1:0.2}", "run_dir=1e5"]):
         composed = compose.compose_training(overrides)
         (tmp_path / "config.yaml").write_text(compose.dump(composed))
@@ -187,7 +187,7 @@ def test_saved_and_loaded_again_is_the_same(tmp_path: Path) -> None:
     assert "&" not in compose.dump({"a": (shared := ["x"]), "b": shared})
 
 
-def test_a_number_that_was_typed_into_a_saved_file_is_read_as_a_number(tmp_path: Path) -> None:
+def test_exponent_in_a_saved_file_is_read_as_a_number(tmp_path: Path) -> None:
     composed = compose.compose_training([])
     path = tmp_path / "config.yaml"
     path.write_text(compose.dump(composed).replace("lr: 0.0001", "lr: 1e-4"))
@@ -195,7 +195,7 @@ def test_a_number_that_was_typed_into_a_saved_file_is_read_as_a_number(tmp_path:
     assert compose.load(path) == composed
 
 
-def test_trust_comes_from_the_command_line_and_the_users_settings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_packages_come_from_command_line_environment_and_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compose.trusted_packages() == []
     assert compose.trusted_packages(["trusted_packages=[mine]"]) == ["mine"]
     monkeypatch.setenv("MTRL_TRUSTED_PACKAGES", "a.b, c")
@@ -212,7 +212,7 @@ def test_trust_comes_from_the_command_line_and_the_users_settings_alone(tmp_path
 
 
 @pytest.mark.parametrize("content", ["trusted_packages: os", "trust: [a]", "trusted_packages: ['a;b']", "- a"])
-def test_wrong_settings_are_named(content: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(content: str, tmp_path: Path) -> None:
     settings = tmp_path / "no-settings" / "mtrl" / "settings.yaml"
     settings.parent.mkdir(parents=True)
     settings.write_text(content)
@@ -220,10 +220,10 @@ def test_wrong_settings_are_named(content: str, tmp_path: Path) -> None:
         compose.trusted_packages()
 
 
-def test_a_recipe_cannot_name_packages_to_trust(own: Path) -> None:
+def test_experiment_cannot_add_trusted_packages(own: Path) -> None:
     (own / "experiment").mkdir()
     (own / "experiment" / "evil.yaml").write_text("# @package _global_\n# Evil\ntrusted_packages: [os]\nnetwork: {_target_: os.system}\n")
-    with pytest.raises(UserError, match="expected a class of mtrl_cli"):
+    with pytest.raises(UserError, match="must be a class of mtrl_cli"):
         compose.compose_training(["experiment=evil", f"hydra.searchpath=[{own}]"])
 
 
@@ -235,7 +235,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_is_resumed_with_a_larger_budget_or_on_another_device(run: Path) -> None:
+def test_resume_may_change_budget_and_device(run: Path) -> None:
     before = compose.load_run(run)
     assert before["device"] == "cpu"
     after = compose.load_run(run, ["steps_per_task=9000000", "device=cuda:1", "trusted_packages=[mine]"])
@@ -245,31 +245,31 @@ def test_a_run_is_resumed_with_a_larger_budget_or_on_another_device(run: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=3", "seed=3: a run is resumed as it was started; only steps_per_task, device and trusted_packages can be given"),
-        ("env.tasks=[pong,qbert]", "a run is resumed as it was started"),
-        ("network=impala", "a run is resumed as it was started"),
-        ("steps_per_task=1000", "nothing would be learned"),
-        ("steps_per_task=20000", "its budget can only be raised"),
-        ("steps_per_task=many", "expected a whole number above 0"),
-        ("steps_per_task=", "expected a whole number above 0"),
-        ("device=gpu", "expected auto, cpu"),
-        ("~device", "a run is resumed as it was started"),
+        ("seed=3", "seed=3: a resumed run keeps its configuration. Only steps_per_task, device and trusted_packages can change"),
+        ("env.tasks=[pong,qbert]", "a resumed run keeps its configuration"),
+        ("network=impala", "a resumed run keeps its configuration"),
+        ("steps_per_task=1000", "agent.learning_starts must be at most steps_per_task=1000, got 10000"),
+        ("steps_per_task=20000", "steps_per_task must be at least 2500000, the budget of the run, got 20000"),
+        ("steps_per_task=many", "must be a positive integer, got 'many'"),
+        ("steps_per_task=", "must be a positive integer, got ''"),
+        ("device=gpu", "device must be auto, cpu, cuda or cuda:<index>, got 'gpu'"),
+        ("~device", "a resumed run keeps its configuration"),
         ("nonsense", "KEY=VALUE"),
     ],
 )
-def test_nothing_else_changes_on_resume(run: Path, override: str, message: str) -> None:
+def test_resume_refuses_other_changes(run: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         compose.load_run(run, [override])
     assert message in str(caught.value)
 
 
-def test_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+def test_folder_without_configuration_is_not_a_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="is no run folder"):
+        with pytest.raises(UserError, match="is not a run folder"):
             compose.load_run(folder)
 
 
-def test_evaluation_takes_the_runs_own_unless_told() -> None:
+def test_evaluation_uses_the_values_of_the_run_by_default() -> None:
     nothing: dict[str, Any] = {"episodes": None, "max_steps": None, "epsilon": None, "seed": None}
     assert compose.compose_evaluation([]) == {
         "checkpoint": "latest", "video": False, "device": None, "trusted_packages": [], "eval": nothing,
@@ -283,31 +283,31 @@ def test_evaluation_takes_the_runs_own_unless_told() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("eval.episode=1", "did you mean eval.episodes?"),
-        ("eval.episodes=0", "expected a whole number above 0"),
-        ("checkpoint=newest", "expected latest or best or a whole number"),
-        ("checkpoint=-1", "expected latest or best"),
-        ("video=yes please", "video=yes please: expected true or false"),
-        ("env.tasks=[pong]", "mtrl eval takes a run's env as it was trained"),
-        ("seed=1", "mtrl eval takes a run's seed as it was trained"),
-        ("network=impala", "mtrl eval takes a run's network as it was trained"),
-        ("eval.every=3", "there is no such key"),
-        ("vido=true", "did you mean video?"),
+        ("eval.episode=1", "Did you mean 'eval.episodes'?"),
+        ("eval.episodes=0", "eval.episodes must be a positive integer or null, got 0"),
+        ("checkpoint=newest", "checkpoint must be latest or best or a non-negative integer, got 'newest'"),
+        ("checkpoint=-1", "must be latest or best or"),
+        ("video=yes please", "video must be true or false, got 'yes please'"),
+        ("env.tasks=[pong]", "mtrl eval uses the env of the run"),
+        ("seed=1", "mtrl eval uses the seed of the run"),
+        ("network=impala", "mtrl eval uses the network of the run"),
+        ("eval.every=3", "unknown key 'eval.every'. Keys of eval: episodes,"),
+        ("vido=true", "Did you mean 'video'?"),
     ],
 )
-def test_evaluation_refuses_what_it_cannot_change(override: str, message: str) -> None:
+def test_evaluation_refuses_keys_of_training(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         compose.compose_evaluation([override])
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_every_number_in_a_written_configuration_is_plain_yaml() -> None:
+def test_written_configuration_is_plain_yaml() -> None:
     composed = compose.compose_training(["optimizer.lr=1e-9"])
     assert yaml.safe_load(compose.dump(composed)) == composed
 
 
-# -- what is tuned for an agent and a pack ----------------------------------------------------------------------------------------
+# -- values tuned for an agent and a pack -------------------------------------------------------------------------------------------
 
 SEARCHED = "hydra.searchpath=[file://{}]"
 
@@ -328,8 +328,8 @@ def test_every_pack_composes_with_every_agent(env: str, agent: str) -> None:
     assert composed["env"]["num_envs"] == (8 if agent == "dqn" else 32 if env == "minatar_pack" else 16)
 
 
-def test_what_is_tuned_gives_way_to_packs_of_ones_own_to_experiments_and_to_the_command_line(own: Path) -> None:
-    """Packs built on ours inherit it, too."""
+def test_user_packs_experiments_and_command_line_override_tuned_values(own: Path) -> None:
+    """Packs that extend a built-in pack inherit its tuned values."""
     (own / "experiment").mkdir()
     (own / "env" / "poles.yaml").write_text(
         "# @package _global_\n# One game\ndefaults: [classic_pack, _self_]\n"
@@ -350,19 +350,19 @@ def test_what_is_tuned_gives_way_to_packs_of_ones_own_to_experiments_and_to_the_
     assert pqn["env"]["num_envs"] == 4
 
 
-def test_a_pack_of_ones_own_may_hold_keys_of_one_agent(own: Path) -> None:
+def test_user_pack_may_set_keys_of_one_agent(own: Path) -> None:
     (own / "env" / "hasty.yaml").write_text(
         "# @package _global_\n# Hasty\ndefaults: [minatar_pack, _self_]\nenv: {name: hasty}\nagent: {n_step: 7, target_period: 9}\n"
     )
     composed = compose.compose_training(["env=hasty", SEARCHED.format(own)])
     assert (composed["agent"]["n_step"], composed["agent"]["target_period"]) == (7, 9)
-    with pytest.raises(UserError, match=r"agent\.n_step: there is no such key in PQN; it is one of agent=dqn"):
+    with pytest.raises(UserError, match=r"unknown key 'agent\.n_step' in PQN. It is a key of agent=dqn"):
         compose.compose_training(["env=hasty", "agent=pqn", SEARCHED.format(own)])
 
 
-def test_what_is_tuned_is_nothing_to_choose() -> None:
+def test_tuned_is_not_a_group_to_choose_from() -> None:
     assert "tuned" not in options.groups([CONF])
-    with pytest.raises(UserError, match="tuned: what is tuned follows from env and agent"):
+    with pytest.raises(UserError, match="tuned cannot be chosen: it follows from env and agent"):
         compose.compose_training(["tuned=dqn_minatar_pack"])
     for file in (CONF / "tuned").glob("*.yaml"):
         agent, _, pack = file.stem.partition("_")
@@ -370,14 +370,14 @@ def test_what_is_tuned_is_nothing_to_choose() -> None:
         assert pack in packs(), file
 
 
-def test_rollouts_are_for_agents_that_learn_from_them() -> None:
-    with pytest.raises(UserError, match="replay's Rollouts forgets what agent's DQN would learn from: choose replay=uniform"):
+def test_rollouts_require_an_agent_that_learns_from_rollouts() -> None:
+    with pytest.raises(UserError, match="replay's Rollouts is for agents that learn from rollouts, and agent's DQN does not"):
         compose.compose_training(["replay=rollouts"])
-    with pytest.raises(UserError, match="agent's PQN learns from rollouts, which replay's UniformReplay does not keep"):
+    with pytest.raises(UserError, match="agent's PQN requires rollouts, and replay's UniformReplay keeps none"):
         compose.compose_training(["agent=pqn", "replay=uniform"])
 
 
-def test_a_sweeps_own_words() -> None:
+def test_sweep_composes_its_own_keys() -> None:
     composed = compose.compose_sweep(["launcher.jobs=2", "sweep.trials=3", "sweep.sampler=tpe", "run_dir=~/a,b"])
     assert composed["launcher"]["jobs"] == 2
     assert composed["launcher"]["_target_"] == "mtrl_cli.launchers.local.LocalLauncher"
@@ -389,24 +389,24 @@ def test_a_sweeps_own_words() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sweep.trails=3", "sweep.trails: there is no such key; did you mean sweep.trials?"),
-        ("sweep.trials=0", "sweep.trials=0: expected a whole number above 0 or null"),
-        ("sweep.sampler=tpee", "sweep.sampler=tpee: expected auto or grid or random or tpe or cmaes or gp"),
-        ("launcher=loca", "launcher=loca: there is no such option; did you mean local?"),
-        ("launcher.job=1", "did you mean launcher.jobs?"),
-        ("launcher.jobs=none", "launcher.jobs=none: expected"),
-        ("launcher._target_=os.system", "expected a class of mtrl_cli"),
-        ("launcher._target_=mtrl_cli.training.optimizers.Adam", "expected a Launcher"),
-        ("seed=3", "seed: there is no such key"),
+        ("sweep.trails=3", "unknown key 'sweep.trails'. Did you mean 'sweep.trials'?"),
+        ("sweep.trials=0", "sweep.trials must be a positive integer or null, got 0"),
+        ("sweep.sampler=tpee", "sweep.sampler must be auto, grid, random, tpe, cmaes or gp, got 'tpee'"),
+        ("launcher=loca", "unknown option 'launcher=loca'. Did you mean 'launcher=local'?"),
+        ("launcher.job=1", "Did you mean 'launcher.jobs'?"),
+        ("launcher.jobs=none", "launcher.jobs must be a positive integer, got 'none'"),
+        ("launcher._target_=os.system", "must be a class of mtrl_cli"),
+        ("launcher._target_=mtrl_cli.training.optimizers.Adam", "must be a Launcher defined in mtrl_cli"),
+        ("seed=3", "unknown key 'seed'"),
     ],
 )
-def test_what_is_wrong_with_a_sweeps_own_words_is_told(override: str, message: str) -> None:
+def test_wrong_sweep_override_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         compose.compose_sweep([override])
     assert message in str(refused.value)
 
 
-def test_launchers_of_a_users_own_folder(tmp_path: Path) -> None:
+def test_search_path_adds_launchers(tmp_path: Path) -> None:
     (tmp_path / "launcher").mkdir()
     (tmp_path / "launcher" / "two.yaml").write_text("# Two at a time\ndefaults: [local, _self_]\njobs: 2\n")
     assert compose.compose_sweep([f"hydra.searchpath=[{tmp_path}]", "launcher=two"])["launcher"]["jobs"] == 2

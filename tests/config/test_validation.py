@@ -1,4 +1,4 @@
-"""The schema reads our classes' source and imports nothing: a small package of its own shows how."""
+"""Validation reads class signatures from source code and imports nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read(target: Any, root: Path, trusted: tuple[str, ...] = ()) -> introspectio
     return introspection.read("network._target_", target, KIND, trusted, root)
 
 
-def test_a_signature_is_the_keyword_only_parameters_with_their_types_and_defaults(root: Path) -> None:
+def test_signature_has_keyword_only_parameters_with_types_and_defaults(root: Path) -> None:
     found = read("mtrl_cli.toys.torsos.Small", root)
     assert list(found.keys) == ["size", "mode", "names", "rest"]
     assert found.keys["size"].annotation == PositiveInt
@@ -86,7 +86,7 @@ def test_a_signature_is_the_keyword_only_parameters_with_their_types_and_default
     assert found.attributes == {"observation_kind": "image"}
 
 
-def test_a_class_without_init_takes_no_keys_and_a_package_may_define_one(root: Path) -> None:
+def test_class_without_init_has_no_keys_and_may_be_defined_in_a_package(root: Path) -> None:
     assert read("mtrl_cli.toys.torsos.Bare", root).keys == {}
     assert read("mtrl_cli.toys.Packaged", root).target == "mtrl_cli.toys.Packaged"
 
@@ -94,12 +94,12 @@ def test_a_class_without_init_takes_no_keys_and_a_package_may_define_one(root: P
 @pytest.mark.parametrize(
     "target",
     [
-        "mtrl_cli.toys.torsos.Alias",  # a function by another name
+        "mtrl_cli.toys.torsos.Alias",  # alias of a function
         "mtrl_cli.toys.torsos.Imported",  # an import
         "mtrl_cli.toys.torsos.Renamed",
         "mtrl_cli.toys.torsos.shutil.copy",  # through an import
-        "mtrl_cli.toys.torsos.Torso",  # the kind itself
-        "mtrl_cli.toys.torsos.Stranger",  # another kind
+        "mtrl_cli.toys.torsos.Torso",  # the base class itself
+        "mtrl_cli.toys.torsos.Stranger",  # another base class
         "mtrl_cli.toys.torsos.Grandchild",
         "mtrl_cli.toys.torsos.Hidden",
         "mtrl_cli.toys.torsos.Inner",
@@ -122,14 +122,14 @@ def test_a_class_without_init_takes_no_keys_and_a_package_may_define_one(root: P
         ["mtrl_cli.toys.torsos.Small"],
     ],
 )
-def test_nothing_else_is_a_class_of_ours(target: Any, root: Path) -> None:
+def test_target_that_is_no_class_of_the_package_is_refused(target: Any, root: Path) -> None:
     with pytest.raises(UserError) as caught:
         read(target, root)
     assert "network._target_" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_link_out_of_the_package_is_not_followed(root: Path) -> None:
+def test_link_out_of_the_package_is_not_followed(root: Path) -> None:
     (root / "linked.py").symlink_to(root.parent / "outside.py")
     with pytest.raises(UserError):
         read("mtrl_cli.linked.Outside", root)
@@ -137,7 +137,7 @@ def test_a_link_out_of_the_package_is_not_followed(root: Path) -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of the user's own, with a class of the kind, one of another kind, and imports."""
+    """Return the name of a user package with a class of the base class, other classes and imports."""
     folder = tmp_path / "plugins"
     folder.mkdir()
     (folder / "mtrl_plugin_of_mine.py").write_text(
@@ -155,7 +155,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 WEIGHTS = "mtrl_cli.task_weights.base.TaskWeights"
 
 
-def test_a_trusted_package_is_imported_and_any_other_is_not(plugin: str) -> None:
+def test_only_trusted_packages_are_imported(plugin: str) -> None:
     for trusted in ((), ("mtrl_plugin",), (plugin + "x",), ("",)):
         with pytest.raises(UserError, match=rf"trusted_packages=\[{plugin}\]"):
             introspection.read("task_weights._target_", f"{plugin}.Mine", WEIGHTS, trusted)
@@ -165,8 +165,8 @@ def test_a_trusted_package_is_imported_and_any_other_is_not(plugin: str) -> None
     assert introspection.import_class(f"{plugin}.Mine").__name__ == "Mine"
 
 
-def test_a_class_that_hands_further_keywords_on_has_the_keys_of_its_kind_too(plugin: str) -> None:
-    """Ours is read, one of the user's imported; where both name a key the class's own counts."""
+def test_class_with_further_keywords_has_the_keys_of_its_base_class(plugin: str) -> None:
+    """Built-in classes are read, user classes imported. A key of the class replaces the key of the base class."""
     kind = "mtrl_cli.training.optimizers.Optimizer"
     common = {"lr", "lr_final", "schedule", "warm_up", "factors", "max_grad_norm"}
     ours = introspection.read("optimizer._target_", "mtrl_cli.training.optimizers.SGD", kind)
@@ -179,7 +179,7 @@ def test_a_class_that_hands_further_keywords_on_has_the_keys_of_its_kind_too(plu
 
 
 @pytest.mark.parametrize("name", ["NotOne", "shutil", "TaskWeights", "nothing", "shutil.copy", "Mine.__init__"])
-def test_a_trusted_package_must_define_a_class_of_the_kind(plugin: str, name: str) -> None:
+def test_trusted_package_must_define_a_subclass_of_the_base_class(plugin: str, name: str) -> None:
     with pytest.raises(UserError):
         introspection.read("task_weights._target_", f"{plugin}.{name}", WEIGHTS, (plugin,))
 
@@ -196,7 +196,7 @@ def test_a_trusted_package_must_define_a_class_of_the_kind(plugin: str, name: st
         (str | None, None, None),
     ],
 )
-def test_values_of_the_right_type_pass(annotation: Any, value: Any, result: Any) -> None:
+def test_values_of_the_right_type_are_accepted(annotation: Any, value: Any, result: Any) -> None:
     checked = validation.check_value("key", value, annotation)
     assert checked == result
     assert type(checked) is type(result)
@@ -205,37 +205,37 @@ def test_values_of_the_right_type_pass(annotation: Any, value: Any, result: Any)
 @pytest.mark.parametrize(
     ("annotation", "value", "expected"),
     [
-        (PositiveInt, 0, "a whole number above 0"),
-        (PositiveInt, True, "a whole number above 0"),
-        (PositiveInt, 1.5, "a whole number above 0"),
-        (PositiveInt, "1", "a whole number above 0"),
-        (NonNegativeInt, -1, "a whole number of at least 0"),
-        (PositiveFloat, True, "a number above 0"),
-        (PositiveFloat, float("inf"), "a number above 0"),
-        (PositiveFloat, float("nan"), "a number above 0"),
-        (PositiveInt, 2**63, "a number below 2**63"),
+        (PositiveInt, 0, "a positive integer"),
+        (PositiveInt, True, "a positive integer"),
+        (PositiveInt, 1.5, "a positive integer"),
+        (PositiveInt, "1", "a positive integer"),
+        (NonNegativeInt, -1, "a non-negative integer"),
+        (PositiveFloat, True, "a positive number"),
+        (PositiveFloat, float("inf"), "a positive number"),
+        (PositiveFloat, float("nan"), "a positive number"),
+        (PositiveInt, 2**63, "below 2**63"),
         (Fraction, 1.5, "a number from 0 to 1"),
         (Fraction, float("nan"), "a number from 0 to 1"),
         (bool, 1, "true or false"),
         (bool | Auto, "maybe", "true or false or auto"),
-        (Literal["auto", "fp32", "bf16"], "fp16", "auto or fp32 or bf16"),
-        (PositiveInt | Auto, "lots", "a whole number above 0 or auto"),
-        (Names, [], "a list of names that is not empty"),
-        (Names, "pong", "a list of names that is not empty"),
-        (list[PositiveInt], [3, 0], "a list, each a whole number above 0"),
-        (dict[str, Fraction], {"a": 2}, "names with values, each a number from 0 to 1"),
+        (Literal["auto", "fp32", "bf16"], "fp16", "auto, fp32 or bf16"),
+        (PositiveInt | Auto, "lots", "a positive integer or auto"),
+        (Names, [], "a non-empty list of names"),
+        (Names, "pong", "a non-empty list of names"),
+        (list[PositiveInt], [3, 0], "a list, each a positive integer"),
+        (dict[str, Fraction], {"a": 2}, "a mapping of names to values, each a number from 0 to 1"),
         (str | None, 3, "text or null"),
         (Annotated[str, Field(pattern="^a$", description="an a")], "b", "an a"),
     ],
 )
-def test_values_of_a_wrong_type_are_named_with_what_was_expected(annotation: Any, value: Any, expected: str) -> None:
+def test_value_of_a_wrong_type_is_refused_with_the_expected_type(annotation: Any, value: Any, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         validation.check_value("agent.key", value, annotation)
-    assert str(caught.value) == f"agent.key={validation.show(value)}: expected {expected}"
+    assert str(caught.value) == f"agent.key must be {expected}, got {repr(value) if isinstance(value, str) else validation.show(value)}"
 
 
 def changed(key: str, value: Any) -> dict[str, Any]:
-    """The default configuration with one key changed, added, or (`...`) taken out."""
+    """Return the default configuration with one key changed, added, or (`...`) removed."""
     config = compose_training([])
     node = config
     *path, last = key.split(".")
@@ -248,46 +248,49 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     return config
 
 
-def test_what_is_valid_stays_as_it_is() -> None:
+def test_valid_configuration_is_unchanged() -> None:
     config = compose_training([])
     assert validation.validate(config) == config
 
 
-def test_defaults_that_are_left_out_are_written_down() -> None:
+def test_omitted_defaults_are_filled_in() -> None:
     assert validation.validate(changed("network.width", ...))["network"]["width"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("agent.n_stp", 3, "agent.n_stp: there is no such key in DQN; did you mean agent.n_step?"),
-        ("n_step", 3, "n_step: there is no such key; did you mean agent.n_step?"),
-        ("learning_rate", 3, "learning_rate: there is no such key"),
-        ("checkpoint.evry", 3, "checkpoint.evry: there is no such key; did you mean checkpoint.every?"),
-        ("network.sharing.x", 3, "network.sharing takes no keys"),
-        ("agent.n_step", ..., "agent.n_step is missing: expected a whole number above 0"),
+        ("agent.n_stp", 3, "unknown key 'agent.n_stp' in DQN. Did you mean 'agent.n_step'?"),
+        ("n_step", 3, "unknown key 'n_step'. Did you mean 'agent.n_step'?"),
+        ("learning_rate", 3, "unknown key 'learning_rate'"),
+        ("checkpoint.evry", 3, "unknown key 'checkpoint.evry'. Did you mean 'checkpoint.every'?"),
+        ("network.sharing.x", 3, "unknown key 'network.sharing.x' in HardSharing. Keys of network.sharing: none"),
+        ("agent.n_step", ..., "agent.n_step is missing. It must be a positive integer"),
         ("eval", ..., "eval is missing"),
+        ("resets", ..., "resets is missing"),
+        ("eval.test_seed", ..., "eval.test_seed is missing"),
+        ("ranks", ..., "ranks is missing"),
         ("seed", ..., "seed is missing"),
-        ("network._target_", ..., "network has no _target_: choose one of `mtrl ls network` with network=NAME"),
-        ("network.head", "plain", "network.head=plain: expected a section of keys and values; to choose one: network/head=NAME"),
-        ("eval", 5, "eval=5: expected a section"),
-        ("agent", None, "agent=null: expected a section"),
-        ("env.name", "../up", "env.name=../up: expected letters"),
-        ("env.name", "..", "env.name=..: expected letters"),
-        ("device", "gpu", "device=gpu: expected auto, cpu, cuda or cuda:<index>"),
-        ("device", "cuda:", "device=cuda:: expected"),
-        ("steps_per_task", 0, "steps_per_task=0: expected a whole number above 0"),
-        ("steps_per_task", -5, "steps_per_task=-5: expected a whole number above 0"),
-        ("env.tasks", [], "env.tasks=[]: expected"),
-        ("env.tasks", ["pong", "qbert", "pong"], "env.tasks names pong twice"),
-        ("agent.epsilon_start", 0.001, "agent.epsilon_end=0.01 is above agent.epsilon_start=0.001"),
-        ("agent.epsilon_tasks", {"pog": 0.1}, "agent.epsilon_tasks names pog, which is not in env.tasks: did you mean pong?"),
-        ("steps_per_task", 5000, "agent.learning_starts=10000 is beyond steps_per_task=5000"),
-        ("replay.capacity", 3, "replay.capacity=3 holds no window of agent.n_step=3"),
+        ("network._target_", ..., "network has no _target_. Choose one of `mtrl ls network` with network=NAME"),
+        ("network.head", "plain", "network.head must be a section of keys and values, got plain. To choose one: network/head=NAME"),
+        ("eval", 5, "eval must be a section of keys and values, got 5"),
+        ("agent", None, "agent must be a section of keys and values, got null"),
+        ("env.name", "../up", "env.name must be letters, digits"),
+        ("env.name", "..", "env.name must be letters, digits"),
+        ("device", "gpu", "device must be auto, cpu, cuda or cuda:<index>, got 'gpu'"),
+        ("device", "cuda:", "device must be auto, cpu"),
+        ("steps_per_task", 0, "steps_per_task must be a positive integer, got 0"),
+        ("steps_per_task", -5, "steps_per_task must be a positive integer, got -5"),
+        ("env.tasks", [], "env.tasks must be a non-empty list of names, got []"),
+        ("env.tasks", ["pong", "qbert", "pong"], "env.tasks contains pong twice"),
+        ("agent.epsilon_start", 0.001, "agent.epsilon_end must be at most agent.epsilon_start=0.001, got 0.01"),
+        ("agent.epsilon_tasks", {"pog": 0.1}, "unknown task 'pog' in agent.epsilon_tasks. Did you mean 'pong'?"),
+        ("steps_per_task", 5000, "agent.learning_starts must be at most steps_per_task=5000, got 10000"),
+        ("replay.capacity", 3, "replay.capacity must be above agent.n_step=3, got 3"),
         ("network._target_", "mtrl_cli.networks.torsos.MLP", "network.hidden is missing"),
     ],
 )
-def test_what_is_wrong_is_refused_in_a_line(key: str, value: Any, message: str) -> None:
+def test_invalid_configuration_is_refused_in_at_most_two_lines(key: str, value: Any, message: str) -> None:
     if message == "network.hidden is missing":
         config = changed(key, value)
         config["network"] = {name: config["network"][name] for name in ("_target_", "sharing", "head")}
@@ -299,27 +302,27 @@ def test_what_is_wrong_is_refused_in_a_line(key: str, value: Any, message: str) 
     assert len(str(caught.value).splitlines()) <= 2
 
 
-def test_a_target_network_that_never_moves_is_refused() -> None:
+def test_target_network_without_updates_is_refused() -> None:
     config = changed("agent.target_period", 0)
     config["agent"]["target_tau"] = 0.0
-    with pytest.raises(UserError, match=r"target_period=0 with agent.target_tau=0.0"):
+    with pytest.raises(UserError, match=r"target_tau must be above 0 and at most 1 with agent\.target_period=0, got 0\.0"):
         validation.validate(config)
 
 
 @pytest.mark.parametrize(("env", "network"), [("atari_pack", "mlp"), ("minatar_pack", "mlp")])
-def test_a_torso_that_cannot_read_the_pack_is_refused(env: str, network: str) -> None:
-    with pytest.raises(UserError, match=rf"env={env} shows images, and network's MLP reads vectors"):
+def test_torso_for_other_observations_is_refused(env: str, network: str) -> None:
+    with pytest.raises(UserError, match=f"env={env} has image observations, and MLP of network requires vector observations"):
         compose_training([f"env={env}", f"network={network}"])
 
 
 @pytest.mark.parametrize("value", ["a\x1b[2Jb", "line\nline", "x" * 500, {"a": "b\n"}, None, True])
-def test_a_value_is_shown_on_one_short_line(value: Any) -> None:
+def test_shown_value_is_one_short_line(value: Any) -> None:
     shown = validation.show(value)
     assert shown.isprintable()
     assert len(shown) <= 80
 
 
-def test_whole_number_may_be_written_with_an_exponent() -> None:
+def test_integer_may_be_written_with_an_exponent() -> None:
     value = validation.check_value("steps_per_task", 1e6, PositiveInt)
     assert (value, type(value)) == (1_000_000, int)
     assert type(validation.check_value("lr", 1.0, PositiveFloat)) is float

@@ -27,7 +27,7 @@ SECONDS = 90.0
 def cluster() -> Iterator[Any]:
     """A Ray cluster with one core on its head node; a test may add nodes."""
     if importlib.util.find_spec("ray") is None:
-        required.skip_or_fail("ray", "Ray is not installed (pip install 'mtrl_cli[ray]')")
+        required.skip_or_fail("ray", "Ray is not installed (make test installs it)")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 

@@ -50,7 +50,7 @@ def browser() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
-        skip_or_fail("browser", "playwright is not installed: pip install 'mtrl_cli[test]'")
+        skip_or_fail("browser", "playwright is not installed (make test installs it)")
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"], timeout=60_000

@@ -34,7 +34,7 @@ def test_a_grid_with_a_combination_that_cannot_be(mtrl: Mtrl, tmp_path: Path) ->
     assert "1 of 4 trials failed" in done.stderr
     found = trials(tmp_path / "s")
     assert [each["state"] for each in found] == ["completed", "completed", "completed", "failed"]
-    assert "needs returns of a known range" in found[3]["why"]
+    assert "requires bounded returns" in found[3]["why"]
     assert "failed: 1 of 4 trials (3)" in done.stdout
     best = max(found[:3], key=lambda each: each["value"])
     (command,) = (line for line in done.stdout.splitlines() if line.startswith("mtrl train "))

@@ -65,7 +65,7 @@ def test_batch_split_over_two_ranks_gives_the_gradients_of_one(found: list[dict[
         assert value["metrics"] < 1e-4, name
 
 
-def test_ranks_stay_the_same_bit_by_bit(found: list[dict[str, Any]]) -> None:
+def test_ranks_stay_bit_identical(found: list[dict[str, Any]]) -> None:
     digests = [{name: value["digest"] for name, value in rank.items() if isinstance(value, dict) and "digest" in value} for rank in found]
     assert digests[0] == digests[1]
     assert len(set(digests[0].values())) > 10  # and weightings differ
@@ -75,7 +75,7 @@ def test_returns_are_normalised_over_the_environments_of_all_ranks(found: list[d
     assert [rank["return_norm"] for rank in found] == [0.0, 0.0]
 
 
-def test_exchanges_worked_out_by_hand(found: list[dict[str, Any]]) -> None:
+def test_exchanges_agree_with_values_computed_by_hand(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["mean"] == [[[0.5] * 3] * 2, 0.5, [[0.0, 1.5], [0.5, 2.0], [1.0, 2.5]]]
         assert rank["joined"] == [[0, 1], [10, 11]]
@@ -93,13 +93,13 @@ def test_error_of_one_rank_is_raised_on_all(found: list[dict[str, Any]]) -> None
     assert found[1]["raised"] == [["UserError", "0 cannot"], ["RunError", "1 cannot"]]
 
 
-def test_rank_that_fails_alone_takes_the_others_with_it_and_the_first_knows_why(found: list[dict[str, Any]]) -> None:
+def test_failure_of_one_rank_ends_all_ranks_and_the_first_prints_the_reason(found: list[dict[str, Any]]) -> None:
     line, seconds = found[0]["lost"]
     assert line == "rank 1 has failed: the disk is full"
     assert seconds < 10
 
 
-def test_rank_that_cannot_notice_a_loss_by_itself_is_ended_from_beside(tmp_path: Path) -> None:
+def test_busy_rank_is_ended_by_its_watchdog_when_a_peer_is_lost(tmp_path: Path) -> None:
     begun = time.monotonic()
     _, errors = Torchrun(tmp_path)(tmp_path, "stuck", script="helpers/ranks_checks.py", code=1)
     assert time.monotonic() - begun < 90  # it would be busy for longer than that
@@ -142,7 +142,7 @@ def test_evaluates_in_one_process_and_refuses_another_number_of_ranks(alone: Pat
     assert "ranks=2" in refused
 
 
-def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, tmp_path: Path) -> None:
+def test_run_whose_ranks_are_killed_ends_with_the_same_bytes(alone: Path, tmp_path: Path) -> None:
     run, ranks = tmp_path / "run", Torchrun(tmp_path)
 
     def record() -> dict[str, Any]:
@@ -181,9 +181,9 @@ def test_whatever_happens_to_ranks_a_run_ends_with_the_same_bytes(alone: Path, t
     assert learning_rows(run) == learning_rows(alone)
 
 
-def test_error_of_the_user_is_told_once_and_nothing_is_made(tmp_path: Path) -> None:
+def test_user_error_is_printed_once_and_nothing_is_created(tmp_path: Path) -> None:
     _, errors = Torchrun(tmp_path)("train", *SMALL, "env.num_envs=3", "run_dir=run", code=1)
-    assert errors_of_ours(errors) == ["mtrl: error: env.num_envs=3 cannot be shared evenly by 2 ranks: expected a multiple of 2"]
+    assert errors_of_ours(errors) == ["mtrl: error: env.num_envs must be a multiple of the number of ranks (2), got 3"]
     assert "exitcode  : 2" in errors
     assert not (tmp_path / "run").exists()
 

@@ -169,7 +169,11 @@ def test_task_attributes() -> None:
 
 @pytest.mark.parametrize(
     ("game", "words"),
-    [("brekout", "Did you mean breakout"), ("SpaceInvaders", "Did you mean space_invaders"), ("combat", "'combat' is not an Atari game")],
+    [
+        ("brekout", "Did you mean 'breakout'?"),
+        ("SpaceInvaders", "Did you mean 'space_invaders'?"),
+        ("combat", "unknown task 'combat' in env.tasks: not an Atari game"),
+    ],
 )
 def test_unknown_game_is_refused(game: str, words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
@@ -163,8 +165,8 @@ def test_images_are_channels_first() -> None:
         (["ToyKeyboard-v0"], "300 actions; at most 256"),
         (["CartPole-v1", "ToyHWC-v0"], "mixes vectors and images"),
         (["ToyHWC-v0", "ToyBits-v0"], "the same height and width"),
-        (["cartpole-v1"], r"'cartpole-v1' is not a registered Gymnasium id\. Did you mean CartPole-v1"),
-        (["CartPole"], "Did you mean CartPole-v"),
+        (["cartpole-v1"], r"unknown task 'cartpole-v1' in env\.tasks: not a registered Gymnasium id\. Did you mean 'CartPole-v1'"),
+        (["CartPole"], "Did you mean 'CartPole-v"),
         (["CartPole-v1", "CartPole-v1"], "got CartPole-v1 2 times"),
         ([], "env.tasks must name at least one task"),
     ],
@@ -220,7 +222,7 @@ def test_rendering_reproduces_the_episode() -> None:
 
 def test_rendering_without_pygame_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pygame", None)
-    with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[video\]'"):
+    with pytest.raises(UserError, match=re.escape(extras.install_command("video"))):
         next(make("CartPole-v1").render(0, 3, []))
 
 

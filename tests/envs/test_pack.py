@@ -307,8 +307,8 @@ def test_tasks_that_cannot_share_a_pack_are_refused(tasks: list[Task], words: st
     [
         ([], r"env.tasks must name at least one task \(a game\), for example env.tasks=\[breakout\]"),
         (["pong", "breakout", "pong"], "env.tasks must name each task once, got pong 2 times"),
-        (["Brekout"], r"'Brekout' is not a game\. Did you mean breakout\?"),
-        (["zzz"], r"'zzz' is not a game\. Choose from breakout, pong\."),
+        (["Brekout"], r"unknown task 'Brekout' in env\.tasks: not a game\. Did you mean 'breakout'\?"),
+        (["zzz"], r"unknown task 'zzz' in env\.tasks: not a game\. Expected one of: breakout, pong"),
     ],
 )
 def test_invalid_names_are_refused_with_a_suggestion(names: list[str], words: str) -> None:

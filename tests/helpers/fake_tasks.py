@@ -1,4 +1,4 @@
-"""What a weighting and a value scale are told of a run, and every weighting by name, for tests."""
+"""Tasks, gradients and reward streams for tests, and every weighting by name."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 
 _CONF = Path(__file__).resolve().parents[2] / "conf" / "task_weights"
 ALL_WEIGHTS = sorted(path.stem for path in _CONF.glob("*.yaml"))
-"""What `task_weights=` may be."""
+"""All options of `task_weights`."""
 
 
 def tasks_of(names: Sequence[str], seed: int = 0) -> Tasks:
-    """Tasks of these names, with random play at 0 and the reference at 10, 20, 30, ..."""
+    """Tasks with random scores of 0 and reference scores of 10, 20, 30, ..."""
     references = tuple(10.0 * (index + 1) for index in range(len(names)))
     return Tasks(tuple(names), (0.0,) * len(names), references, seed, torch.device("cpu"))
 
 
 def weights_of(name: str, num_tasks: int = 3, seed: int = 0, **changes: Any) -> TaskWeights:
-    """The weighting of a YAML, with its values but for `changes`, for tasks `t0`, `t1`, ..."""
+    """Weighting of a YAML with `changes` to its values, for tasks `t0`, `t1`, ..."""
     values = yaml.safe_load((_CONF / f"{name}.yaml").read_text())
     found = introspection.import_class(values.pop("_target_"))
     made = found(tasks_of([f"t{index}" for index in range(num_tasks)], seed), **(values | changes))
@@ -34,27 +34,27 @@ def weights_of(name: str, num_tasks: int = 3, seed: int = 0, **changes: Any) -> 
 
 
 class GivenGradients(TaskGradients):
-    """Gradients that a test made up: rows `[K, P]` of shared parameters, and losses.
+    """Gradients with given rows `[K, P]` of shared parameters and given losses.
 
     Attributes:
-        result_P: what was added to the parameters.
-        asked: what was asked for.
+        result_P: gradient added to the parameters.
+        calls: names of the methods called, in order.
     """
 
     def __init__(self, rows_KP: torch.Tensor, loss_K: torch.Tensor | None = None):
         self.rows_KP, self.loss_K = rows_KP, torch.ones(len(rows_KP)) if loss_K is None else loss_K
         self.result_P = torch.zeros_like(rows_KP[0])
-        self.asked: list[str] = []
+        self.calls: list[str] = []
 
     def weigh(self, weight_K: torch.Tensor) -> None:
         self._give("weigh", weight_K @ self.rows_KP)
 
     def gram(self) -> torch.Tensor:
-        self.asked.append("gram")
+        self.calls.append("gram")
         return self.rows_KP @ self.rows_KP.T
 
     def rows(self) -> torch.Tensor:
-        self.asked.append("rows")
+        self.calls.append("rows")
         return self.rows_KP
 
     def combine(self, weight_K: torch.Tensor) -> None:
@@ -64,11 +64,11 @@ class GivenGradients(TaskGradients):
         self._give("replace", gradient_P)
 
     def _give(self, how: str, gradient_P: torch.Tensor) -> None:
-        assert not {"weigh", "combine", "replace"} & set(self.asked), "called once"
-        self.asked.append(how)
+        assert not {"weigh", "combine", "replace"} & set(self.calls), "called once"
+        self.calls.append(how)
         self.result_P = gradient_P
 
 
 def stream_of(names: Sequence[str], num_envs: int = 2, gamma: float = 0.9) -> RewardStream:
-    """Rewards of tasks of these names."""
+    """Reward stream of tasks by name."""
     return RewardStream(len(names), num_envs, gamma, torch.device("cpu"))

@@ -14,7 +14,7 @@ from mtrl_cli.config.introspection import import_class
 from mtrl_cli.networks.heads import DuelingHead, PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import tagged
-from mtrl_cli.networks.per_task import PerTask, Stacked
+from mtrl_cli.networks.per_task import PerTask, Stacked, parameter_counts
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
 
@@ -33,10 +33,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "soft_moe": {"experts": 3},
     "paco": {"bases": 3},
 }
-"""Options with which structures are quick to test."""
+"""Small options for fast tests."""
 
 SHARES_BODIES = ["mmoe", "ple", "moore", "care", "soft_moe", "paco"]
-"""Structures that refuse a torso whose one layer is each task's own."""
+"""Structures that refuse a torso of one layer for tasks of different shapes."""
 
 YAMLS = sorted((Path(__file__).resolve().parents[2] / "conf/network/sharing").glob("*.yaml"))
 STRUCTURES = [path.stem for path in YAMLS]
@@ -66,8 +66,8 @@ def structure(name: str, torso: Torso, shapes: list[tuple[int, ...]], seed: int 
     return made
 
 
-class Loose(Torso):
-    """A user's torso, whose layers and activations are separate children."""
+class UngroupedTorso(Torso):
+    """Torso whose layers and activations are separate children of the body."""
 
     observation_kind = "vector"
     num_features = 6
@@ -79,7 +79,7 @@ class Loose(Torso):
         return nn.Sequential(nn.ReLU(), nn.Linear(8, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 6))
 
 
-def alone(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
+def unstacked(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
     """Give `module` the parameters of one of the stacked modules."""
     for name, parameter in module.named_parameters():
         padded = stacked.stacked[name.replace(".", ":")][row]
@@ -87,10 +87,15 @@ def alone(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
     return module
 
 
+def counts(sharing: Sharing) -> tuple[int, list[int]]:
+    """Number of shared parameters and number of each task's own parameters."""
+    return parameter_counts(sharing, sharing.num_tasks)
+
+
 def stem_of_task(sharing: Sharing, torso: Torso, shapes: Shapes, task: int) -> nn.Module:
     """Return a task's own stem, or the shared stem."""
     stem = sharing.get_submodule("stem")
-    return alone(torso.stem(shapes[task]), stem, task) if isinstance(stem, PerTask) else stem
+    return unstacked(torso.stem(shapes[task]), stem, task) if isinstance(stem, PerTask) else stem
 
 
 VECTOR = {"a": (4,), "b": (6,), "c": (2,), "d": (6,)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtrl_cli.agents.value_scale import ClipRewards, NoValueScale, PopArt, ReturnNorm, ValueScale
-from mtrl_cli.augmentation.base import Observations, Pipeline
+from mtrl_cli.augmentation.base import ObservationSpec, Pipeline
 from mtrl_cli.augmentation.geometry import Scale
 from mtrl_cli.augmentation.pixels import Noise
 from mtrl_cli.build import resolve_auto
@@ -159,7 +159,7 @@ def test_with_a_tape_it_learns_what_an_eager_one_does(name: str) -> None:
 def test_with_augmentations_it_learns_what_an_eager_one_does(replay_kind: type[Replay], draws: tuple[int, int], weights: str) -> None:
     def change(learner: Any) -> None:
         learner.task_weights = weights_of(weights, num_tasks=2)
-        seen = Observations("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
+        seen = ObservationSpec("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
         parts = {"noise": Noise(seen, std=0.1), "scale": Scale(seen, low=0.5, high=1.5)}
         learner.augmentation = Pipeline(parts, loss_draws=draws[0], target_draws=draws[1])
         if weights == "pcgrad":

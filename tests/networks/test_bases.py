@@ -1,4 +1,4 @@
-"""Parameters that are mixtures of a basis: against torsos built alone from mixed parameters, and how they start."""
+"""PaCo against torsos with mixed parameters, and its initialisation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 from mtrl_cli.networks.bases import PaCo
 from mtrl_cli.networks.torsos import MLP, Torso
 from tests.helpers.experts import CASES, Shapes, read_by_experts
-from tests.helpers.structures import VECTORS, observations
+from tests.helpers.structures import VECTORS, counts, observations
 
 
 def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCo:
-    """The structure as training may leave it: a basis of different sets."""
+    """PaCo with different sets in the basis, as after training."""
     torch.manual_seed(0)
     sharing = PaCo(torso, shapes, bases=bases)
     with torch.no_grad():
@@ -23,30 +23,30 @@ def scattered(torso: Torso, shapes: Shapes, bases: int) -> PaCo:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_a_tasks_torso_has_the_mixture_of_the_basis_as_parameters(torso: Torso, shapes: Shapes) -> None:
+def test_paco_torso_has_mixed_parameters(torso: Torso, shapes: Shapes) -> None:
     sharing, observation = scattered(torso, shapes, bases=4), observations(shapes)
     features = sharing(observation)
     same = len(set(shapes)) == 1
     names = sorted(sharing.basis.stacked)
     for task in range(len(shapes)):
-        alone = nn.Sequential(*([torso.stem(shapes[0])] if same else []), *torso.body(shapes[0]))
+        single = nn.Sequential(*([torso.stem(shapes[0])] if same else []), *torso.body(shapes[0]))
         with torch.no_grad():
-            for name, stacked in zip(sorted(name for name, _ in alone.named_parameters()), names, strict=True):
+            for name, stacked in zip(sorted(name for name, _ in single.named_parameters()), names, strict=True):
                 sets, weights = sharing.basis.stacked[stacked], sharing.weights.vectors[task]
-                alone.get_parameter(name).copy_(sum(weights[each] * sets[each] for each in range(4)))
+                single.get_parameter(name).copy_(sum(weights[each] * sets[each] for each in range(4)))
         for sample in range(4):
             x = read_by_experts(sharing, torso, shapes, task, observation[task, sample : sample + 1])
-            assert torch.allclose(features[task, sample], alone(x)[0], atol=1e-4)
+            assert torch.allclose(features[task, sample], single(x)[0], atol=1e-4)
 
 
-def test_pacos_parameters() -> None:
+def test_paco_parameter_counts() -> None:
     torso = MLP(hidden=[8, 6])
-    assert PaCo(torso, [(4,)] * 3, bases=2).parameter_counts() == (2 * (5 * 8 + 9 * 6), [2] * 3)
-    assert PaCo(torso, VECTORS, bases=2).parameter_counts() == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
+    assert counts(PaCo(torso, [(4,)] * 3, bases=2)) == (2 * (5 * 8 + 9 * 6), [2] * 3)
+    assert counts(PaCo(torso, VECTORS, bases=2)) == (2 * 9 * 6, [5 * 8 + 2, 7 * 8 + 2, 3 * 8 + 2])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_task_starts_with_a_torso_as_usual_and_then_goes_its_own_way(seed: int) -> None:
+def test_paco_tasks_start_equal_and_diverge(seed: int) -> None:
     torch.manual_seed(seed)
     sharing = PaCo(MLP(hidden=[8, 6]), [(4,)] * 3, bases=3)
     assert torch.allclose(sharing.weights.vectors.sum(1), torch.ones(3), atol=1e-5)
@@ -63,8 +63,8 @@ def test_every_task_starts_with_a_torso_as_usual_and_then_goes_its_own_way(seed:
     assert not torch.allclose(sharing(x)[0], sharing(x)[1], atol=1e-4)
 
 
-def test_a_mixture_is_made_in_full_precision_under_autocast() -> None:
-    """Sets that cancel to what bfloat16 would lose."""
+def test_paco_mixes_in_float32_under_autocast() -> None:
+    """Sets whose mixture cancels to a value that bfloat16 would lose."""
     sharing = PaCo(MLP(hidden=[6]), [(4,)] * 2, bases=2)
     with torch.no_grad():
         for parameter in sharing.basis.parameters():

@@ -10,7 +10,7 @@ from mtrl_cli.networks.columns import MTAN, CrossStitch
 from mtrl_cli.networks.per_task import PerTask, Stacked
 from mtrl_cli.networks.sharing import IndependentSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, Loose, alone, observations, stem_of_task
+from tests.helpers.structures import IMAGES, VECTORS, UngroupedTorso, counts, observations, stem_of_task, unstacked
 
 Shapes = list[tuple[int, ...]]
 CASES = [
@@ -18,7 +18,7 @@ CASES = [
     (MLP(hidden=[8, 7, 5], layer_norm=True), [(4,)] * 3),
     (MinAtarCNN(channels=3, features=5), IMAGES),
     (ImpalaCNN(features=5), [(4, 9, 9)] * 3),
-    (Loose(), [(4,)] * 3),
+    (UngroupedTorso(), [(4,)] * 3),
 ]
 
 # -- cross-stitch ---------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def layers_of_columns(sharing: CrossStitch, torso: Torso, shapes: Shapes) -> lis
     columns = []
     for column in range(len(shapes)):
         layers = [*([torso.stem(shapes[0])] if alike else []), *blocks_of(torso.body(shapes[0]))]
-        columns.append([alone(layer, stacked, column) for layer, stacked in zip(layers, stacks(sharing), strict=True)])
+        columns.append([unstacked(layer, stacked, column) for layer, stacked in zip(layers, stacks(sharing), strict=True)])
     return [list(layer) for layer in zip(*columns, strict=True)]
 
 
@@ -39,7 +39,7 @@ def stacks(sharing: CrossStitch) -> list[Stacked]:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_columns_are_mixed_after_every_block_and_each_task_takes_its_own(torso: Torso, shapes: Shapes) -> None:
+def test_cross_stitch_mixes_columns_after_every_block(torso: Torso, shapes: Shapes) -> None:
     sharing, observation = CrossStitch(torso, shapes), observations(shapes)
     assert sharing.last_mixing is not None
     with torch.no_grad():
@@ -59,21 +59,21 @@ def test_columns_are_mixed_after_every_block_and_each_task_takes_its_own(torso: 
         assert torch.allclose(features[task], read[task], atol=1e-4)
 
 
-def test_without_mixing_columns_are_independent_torsos() -> None:
+def test_cross_stitch_with_identity_mixing_equals_independent() -> None:
     torso, shapes = MLP(hidden=[8, 5]), [(4,)] * 3
     sharing, independent = CrossStitch(torso, shapes, self_weight=1.0), IndependentSharing(torso, shapes)
     with torch.no_grad():
         for index, stacked in enumerate(sharing.columns):
             for name, parameter in stacked.named_parameters():
                 prefix = "stacked.0:" if index == 0 else "stacked.1:"
-                # A block of the body lies in a sequence of its own: 0:0:weight rather than 0:weight.
+                # A block of the body is a sequence in a sequence: 0:0:weight instead of 0:weight.
                 independent.torsos.get_parameter(prefix + name.removeprefix("stacked.")).copy_(parameter)
     observation = observations(shapes)
     assert torch.allclose(sharing(observation), independent(observation), atol=1e-6)
 
 
 @pytest.mark.parametrize("self_weight", [0.9, 0.4])
-def test_mixing_starts_near_the_identity_and_adds_up_to_one(self_weight: float) -> None:
+def test_cross_stitch_rows_start_near_identity_and_sum_to_one(self_weight: float) -> None:
     sharing = CrossStitch(MLP(hidden=[8, 7, 5]), [(4,)] * 4, self_weight=self_weight)
     assert len(sharing.mixing) == 2
     assert sharing.last_mixing is not None
@@ -86,20 +86,20 @@ def test_mixing_starts_near_the_identity_and_adds_up_to_one(self_weight: float) 
     assert alone_.last_mixing.vectors.tolist() == [[1.0]]
 
 
-def test_columns_and_mixing_are_counted() -> None:
-    """K torsos and a K x K matrix after each block but the last, of which each task has a row."""
+def test_cross_stitch_parameter_counts() -> None:
+    """K torsos, a K x K matrix after each block except the last, and a row per task after the last."""
     torso = 4 * 8 + 8 + 8 * 7 + 7 + 7 * 5 + 5
-    assert CrossStitch(MLP(hidden=[8, 7, 5]), [(4,)] * 3).parameter_counts() == (3 * torso + 2 * 9, [3] * 3)
+    assert counts(CrossStitch(MLP(hidden=[8, 7, 5]), [(4,)] * 3)) == (3 * torso + 2 * 9, [3] * 3)
     body = 8 * 7 + 7 + 7 * 5 + 5
-    assert CrossStitch(MLP(hidden=[8, 7, 5]), VECTORS).parameter_counts() == (3 * body + 9, [40 + 3, 56 + 3, 24 + 3])
-    assert CrossStitch(MLP(hidden=[8]), VECTORS).parameter_counts() == (0, [40, 56, 24])
+    assert counts(CrossStitch(MLP(hidden=[8, 7, 5]), VECTORS)) == (3 * body + 9, [40 + 3, 56 + 3, 24 + 3])
+    assert counts(CrossStitch(MLP(hidden=[8]), VECTORS)) == (0, [40, 56, 24])
 
 
 # -- MTAN -----------------------------------------------------------------------------------------------------------------------
 
 
 def mask_by_hand(attention: nn.Module, task: int, x: torch.Tensor) -> torch.Tensor:
-    """Position by position: what a convolution of kernel 1 does."""
+    """Convolution of kernel 1, position by position."""
     hidden = attention.get_parameter("hidden.weight")[task], attention.get_parameter("hidden.bias")[task, 0]
     mask = attention.get_parameter("mask.weight")[task], attention.get_parameter("mask.bias")[task, 0]
     if x.dim() == 4:
@@ -109,7 +109,7 @@ def mask_by_hand(attention: nn.Module, task: int, x: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_each_task_masks_the_shared_features_of_every_block(torso: Torso, shapes: Shapes) -> None:
+def test_mtan_masks_shared_features_of_every_block(torso: Torso, shapes: Shapes) -> None:
     sharing, observation = MTAN(torso, shapes), observations(shapes)
     features = sharing(observation)
     assert len(sharing.attentions) == len(sharing.blocks) + 1
@@ -124,7 +124,7 @@ def test_each_task_masks_the_shared_features_of_every_block(torso: Torso, shapes
         assert torch.allclose(features[task], masked, atol=1e-5)
 
 
-def test_masks_are_each_tasks_own() -> None:
+def test_mtan_masks_belong_to_one_task() -> None:
     sharing, same = MTAN(MLP(hidden=[8, 5]), [(4,)] * 2), torch.randn(1, 6, 4).expand(2, -1, -1)
     features = sharing(same)
     assert not torch.allclose(features[0], features[1])
@@ -136,13 +136,16 @@ def test_masks_are_each_tasks_own() -> None:
     assert torch.allclose(features[0], features[1], atol=1e-6)
 
 
-def test_masks_and_bridges_are_counted() -> None:
-    """Shared: a torso and its body once more. Of each task: two layers of a block's width, from its channels, after the stem twice them."""
+def test_mtan_parameter_counts() -> None:
+    """Shared: a torso and a second body.
+
+    Per task and block: two layers of the block's width; after the stem, the first reads twice the channels.
+    """
     body = 8 * 7 + 7 + 7 * 5 + 5
     masks = (8 * 8 + 8) * 2 + (14 * 7 + 7) + (7 * 7 + 7) + (10 * 5 + 5) + (5 * 5 + 5)
-    assert MTAN(MLP(hidden=[8, 7, 5]), [(4,)] * 2).parameter_counts() == (4 * 8 + 8 + 2 * body, [masks] * 2)
-    assert MTAN(MLP(hidden=[8, 7, 5]), VECTORS).parameter_counts() == (2 * body, [40 + masks, 56 + masks, 24 + masks])
+    assert counts(MTAN(MLP(hidden=[8, 7, 5]), [(4,)] * 2)) == (4 * 8 + 8 + 2 * body, [masks] * 2)
+    assert counts(MTAN(MLP(hidden=[8, 7, 5]), VECTORS)) == (2 * body, [40 + masks, 56 + masks, 24 + masks])
     # MinAtar: 3 channels of 8 x 8, then 5 features.
     body = 3 * 8 * 8 * 5 + 5
     masks = (3 * 3 + 3) * 2 + (10 * 5 + 5) + (5 * 5 + 5)
-    assert MTAN(MinAtarCNN(channels=3, features=5), IMAGES[:1] * 2).parameter_counts() == (4 * 9 * 3 + 3 + 2 * body, [masks] * 2)
+    assert counts(MTAN(MinAtarCNN(channels=3, features=5), IMAGES[:1] * 2)) == (4 * 9 * 3 + 3 + 2 * body, [masks] * 2)

@@ -1,4 +1,4 @@
-"""Multiply-adds of a forward, against those worked out by hand."""
+"""Multiply-adds of a forward pass, against counts by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP, NatureCNN, Torso
 
-# Outputs times inputs of each, of convolutions 20x20, 9x9 and 7x7 positions; then 7*7*64 numbers to 512.
+# Outputs times inputs of each layer: convolutions at 20x20, 9x9 and 7x7 positions, then 7*7*64 inputs to 512.
 NATURE = 20 * 20 * 32 * (4 * 8 * 8) + 9 * 9 * 64 * (32 * 4 * 4) + 7 * 7 * 64 * (64 * 3 * 3) + 512 * (7 * 7 * 64)
 
 
@@ -26,20 +26,20 @@ def cost(
 
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
-def test_nature(sharing: type[Sharing], tasks: int) -> None:
+def test_nature_multiply_adds(sharing: type[Sharing], tasks: int) -> None:
     assert NATURE == 9_342_976
     assert cost(NatureCNN(), sharing, PlainHead, [(4, 84, 84)] * tasks, [6] * tasks) == NATURE + 512 * 6
 
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
-def test_an_mlp_and_heads_are_counted_as_wide_as_they_are_padded(sharing: type[Sharing]) -> None:
+def test_padding_of_mlp_and_heads_is_counted(sharing: type[Sharing]) -> None:
     shapes: list[tuple[int, ...]] = [(4,), (6,), (2,)]
     assert cost(MLP(hidden=[20, 30]), sharing, PlainHead, shapes, [2, 5, 3]) == 6 * 20 + 20 * 30 + 30 * 5
     # Value, advantages, and the mean over them.
     assert cost(MLP(hidden=[20, 30]), sharing, DuelingHead, shapes, [2, 5, 3]) == 6 * 20 + 20 * 30 + 30 * (1 + 5) + 5
 
 
-def test_on_a_device_that_computes_it_is_the_same() -> None:
+def test_cost_is_the_same_on_any_device() -> None:
     for device in ("cpu", "meta"):
         assert cost(NatureCNN(width=0.1, features=8), IndependentSharing, PlainHead, [(4, 40, 40)] * 2, [3, 2], device) == (
             9 * 9 * 3 * 256 + 3 * 3 * 6 * (3 * 16) + 6 * (6 * 9) + 8 * 6 + 8 * 3

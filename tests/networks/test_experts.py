@@ -1,4 +1,4 @@
-"""Sharing structures of experts, each against a plain loop over tasks, samples and experts (see test_sharing.py for what all promise)."""
+"""Sharing structures with experts, against loops over tasks, samples and experts. Properties of all structures are in test_sharing.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.soft_moe import SoftMoE
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
 from tests.helpers.experts import CASES, SAME, SAME_IMAGES, Shapes, read_by_experts, row
-from tests.helpers.structures import VECTORS, observations
+from tests.helpers.structures import VECTORS, counts, observations
 
 KINDS = [MMoE, PLE, MOORE, CARE, SoftMoE, PaCo]
 OF_EVERY_KIND = list(itertools.product(KINDS, CASES))
@@ -32,7 +32,7 @@ def seeded() -> None:
 
 
 @pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
-def test_a_sample_changes_the_features_of_no_other(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
+def test_samples_do_not_affect_each_other(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
     sharing, shapes = kind(*case), case[1]
     observation, replaced = observations(shapes), observations(shapes, seed=1)
     features = sharing(observation)
@@ -46,21 +46,21 @@ def test_a_sample_changes_the_features_of_no_other(kind: type[Sharing], case: tu
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", [CASES[2], CASES[3], CASES[5]])
-def test_one_task_alone_has_the_features_it_has_in_company(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
-    """A network of one task with the parameters that it would have among others."""
+def test_single_task_network_gives_the_same_features(kind: type[Sharing], case: tuple[Torso, Shapes]) -> None:
+    """A network of one task with the parameters of a network of several tasks."""
     torso, shapes = case
-    sharing, alone, observation = kind(torso, shapes), kind(torso, shapes[:1]), observations(shapes)
+    sharing, single, observation = kind(torso, shapes), kind(torso, shapes[:1]), observations(shapes)
     if kind is PLE:  # which has fewer experts for fewer tasks
-        assert alone(observation[:1]).shape == (1, 4, sharing.num_features)
+        assert single(observation[:1]).shape == (1, 4, sharing.num_features)
         return
     owned = {f"{path}.{name}" for path, module in sharing.named_modules() if isinstance(module, TaskOwned) for name in module.state_dict()}
-    alone.load_state_dict({name: tensor[:1] if name in owned else tensor for name, tensor in sharing.state_dict().items()})
-    assert torch.allclose(alone(observation[:1]), sharing(observation)[:1], atol=1e-5)
+    single.load_state_dict({name: tensor[:1] if name in owned else tensor for name, tensor in sharing.state_dict().items()})
+    assert torch.allclose(single(observation[:1]), sharing(observation)[:1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [MMoE, MOORE, CARE, SoftMoE, PaCo])
 @pytest.mark.parametrize("number", [1, 2])
-def test_as_many_experts_as_one_chooses(kind: type[Sharing], number: int) -> None:
+def test_number_of_experts_is_configurable(kind: type[Sharing], number: int) -> None:
     sharing = kind(MLP(hidden=[8, 6]), SAME, **{"bases" if kind is PaCo else "experts": number})
     assert sharing(observations(SAME)).shape == (3, 4, sharing.num_features)
     assert {share.shape for share in sharing.routing(observations(SAME)).values()} == {(3, number)}
@@ -72,44 +72,45 @@ STEM, BODY = 5 * 8, 9 * 6  # a layer of 8 for vectors of 4, and of 6 after it
 OWN_STEMS = [5 * 8, 7 * 8, 3 * 8]
 
 
-def test_mmoes_parameters() -> None:
+def test_mmoe_parameter_counts() -> None:
     torso, gate = MLP(hidden=[8, 6]), 9 * 2
-    assert MMoE(torso, SAME, experts=2).parameter_counts() == (STEM + 2 * BODY, [gate] * 3)
-    assert MMoE(torso, VECTORS, experts=2).parameter_counts() == (2 * BODY, [stem + gate for stem in OWN_STEMS])
-    assert MMoE(MLP(hidden=[6]), SAME, experts=2).parameter_counts() == (2 * 5 * 6, [5 * 2] * 3)
+    assert counts(MMoE(torso, SAME, experts=2)) == (STEM + 2 * BODY, [gate] * 3)
+    assert counts(MMoE(torso, VECTORS, experts=2)) == (2 * BODY, [stem + gate for stem in OWN_STEMS])
+    assert counts(MMoE(MLP(hidden=[6]), SAME, experts=2)) == (2 * 5 * 6, [5 * 2] * 3)
 
 
-def test_ples_parameters() -> None:
+def test_ple_parameter_counts() -> None:
     torso = MLP(hidden=[8, 6])
-    # Below: 3 tasks' 2 experts and a shared one, and its gate; above: a shared one. A task: its experts above, and two gates over 3.
-    assert PLE(torso, SAME, task_experts=2).parameter_counts() == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
-    # Only one level: the stems are the tasks'.
-    assert PLE(torso, VECTORS, shared_experts=2).parameter_counts() == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
+    # Lower level: 2 experts for each of 3 tasks, a shared expert and its gate. Upper level: a shared expert.
+    # Per task: upper experts and two gates over 3.
+    assert counts(PLE(torso, SAME, task_experts=2)) == (7 * STEM + 5 * 7 + BODY, [5 * 3 + 2 * BODY + 9 * 3] * 3)
+    # One level, because each task has its own stem.
+    assert counts(PLE(torso, VECTORS, shared_experts=2)) == (2 * BODY, [stem + BODY + 9 * 3 for stem in OWN_STEMS])
     # Two levels of bodies: 8 to 7 and 7 to 6.
     deeper = PLE(MLP(hidden=[8, 7, 6]), VECTORS)
-    assert deeper.parameter_counts() == (4 * 9 * 7 + 9 * 4 + 8 * 6, [stem + 9 * 2 + 8 * 6 + 8 * 2 for stem in OWN_STEMS])
+    assert counts(deeper) == (4 * 9 * 7 + 9 * 4 + 8 * 6, [stem + 9 * 2 + 8 * 6 + 8 * 2 for stem in OWN_STEMS])
 
 
-def test_moores_parameters() -> None:
+def test_moore_parameter_counts() -> None:
     torso = MLP(hidden=[8, 6])
-    assert MOORE(torso, SAME, experts=3).parameter_counts() == (3 * (STEM + BODY), [3] * 3)
-    assert MOORE(torso, VECTORS, experts=3).parameter_counts() == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
+    assert counts(MOORE(torso, SAME, experts=3)) == (3 * (STEM + BODY), [3] * 3)
+    assert counts(MOORE(torso, VECTORS, experts=3)) == (3 * BODY, [stem + 3 for stem in OWN_STEMS])
 
 
-def test_cares_parameters() -> None:
+def test_care_parameter_counts() -> None:
     sharing = CARE(MLP(hidden=[8, 6]), SAME, experts=2, context=7)
     # Three layers of the context, two of the attention and its output.
-    assert sharing.parameter_counts() == (2 * (STEM + BODY) + 3 * 8 * 7 + 2 * 8 * 7 + 8 * 2, [7] * 3)
+    assert counts(sharing) == (2 * (STEM + BODY) + 3 * 8 * 7 + 2 * 8 * 7 + 8 * 2, [7] * 3)
     assert sharing.num_features == 6 + 7
 
 
-def test_soft_moes_parameters() -> None:
+def test_soft_moe_parameter_counts() -> None:
     vector = SoftMoE(MLP(hidden=[8, 6]), SAME, experts=2)
-    assert vector.parameter_counts() == (STEM + 2 * BODY + 8 * 2, [0] * 3)
+    assert counts(vector) == (STEM + 2 * BODY + 8 * 2, [0] * 3)
     assert vector.num_features == 6
     # Images of 10x10 have 64 tokens of 3 channels after the convolution: 13 slots for each of 5 experts.
     image = SoftMoE(MinAtarCNN(channels=3, features=6), SAME_IMAGES, experts=5)
-    assert image.parameter_counts() == ((4 * 9 + 1) * 3 + 5 * (4 * 6 + 7 * 3) + 3 * 5 * 13, [0] * 3)
+    assert counts(image) == ((4 * 9 + 1) * 3 + 5 * (4 * 6 + 7 * 3) + 3 * 5 * 13, [0] * 3)
     assert image.num_features == 64 * 3
 
 
@@ -117,13 +118,13 @@ def test_soft_moes_parameters() -> None:
 
 
 def layers(torso: Torso, shapes: Shapes, least: float) -> list[nn.Module]:
-    """What experts are made of: the body's blocks, after the stem where there are too few and it can be shared."""
+    """Layers of an expert: the blocks of the body, after the stem if they are too few and the stem can be shared."""
     blocks = list(torso.body(shapes[0]))
     return [torso.stem(shapes[0]), *blocks] if len(blocks) < least and len(set(shapes)) == 1 else blocks
 
 
 def gate(linear: nn.Module, task: int, x: torch.Tensor) -> list[float]:
-    """A task's gate for one sample `[1, C, ...]`."""
+    """Gate weights of a task for one sample `[1, C, ...]`."""
     read = x[0].reshape(x.shape[1], -1).mean(1)
     if isinstance(linear, nn.Linear):
         return torch.softmax(linear.weight @ read + linear.bias, 0).tolist()
@@ -131,7 +132,7 @@ def gate(linear: nn.Module, task: int, x: torch.Tensor) -> list[float]:
 
 
 def agree(sharing: Sharing, shapes: Shapes, one: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-    """The structure's features are those of `one(task, sample)` for each task's samples `[1, ...]`."""
+    """Assert that features equal `one(task, sample)` for samples `[1, ...]` of each task."""
     observation = observations(shapes)
     features = sharing(observation)
     for task, sample in itertools.product(range(len(shapes)), range(2)):
@@ -144,7 +145,7 @@ def weighted(weights: list[float], outputs: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_mmoe_is_a_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
+def test_mmoe_equals_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
     sharing = MMoE(torso, shapes, experts=3)
     experts = [row(sharing.experts, index, nn.Sequential(*layers(torso, shapes, 1))) for index in range(3)]
 
@@ -157,7 +158,7 @@ def test_mmoe_is_a_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 @pytest.mark.parametrize(("shared", "own"), [(1, 1), (2, 3)])
-def test_ple_separates_tasks_level_by_level(torso: Torso, shapes: Shapes, shared: int, own: int) -> None:
+def test_ple_equals_loop_over_levels_and_experts(torso: Torso, shapes: Shapes, shared: int, own: int) -> None:
     sharing, tasks = PLE(torso, shapes, shared_experts=shared, task_experts=own), range(len(shapes))
     below = len(layers(torso, shapes, 2)) // 2
     assert (sharing.lower is None) == (not below)
@@ -181,8 +182,8 @@ def test_ple_separates_tasks_level_by_level(torso: Torso, shapes: Shapes, shared
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_moore_mixes_orthogonal_experts(torso: Torso, shapes: Shapes) -> None:
-    """Against a QR decomposition for each sample, whose columns have the signs of Gram-Schmidt's."""
+def test_moore_equals_mixture_of_qr_factors(torso: Torso, shapes: Shapes) -> None:
+    """Against a QR decomposition per sample, with the signs of Gram-Schmidt."""
     sharing = MOORE(torso, shapes, experts=3)
     recipe = nn.Sequential(*layers(torso, shapes, 9))
     assert isinstance(recipe[-1][-1], nn.ReLU)
@@ -198,7 +199,7 @@ def test_moore_mixes_orthogonal_experts(torso: Torso, shapes: Shapes) -> None:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_care_attends_to_encoders_by_the_tasks_context(torso: Torso, shapes: Shapes) -> None:
+def test_care_equals_attention_from_task_context(torso: Torso, shapes: Shapes) -> None:
     sharing = CARE(torso, shapes, experts=3, context=7)
     encoders = [row(sharing.experts, index, nn.Sequential(*layers(torso, shapes, 9))) for index in range(3)]
 
@@ -219,7 +220,7 @@ def test_care_attends_to_encoders_by_the_tasks_context(torso: Torso, shapes: Sha
 
 
 @pytest.mark.parametrize(("torso", "shapes"), [*CASES, (ImpalaCNN(features=6), [(2, 20, 20)] * 2)])
-def test_soft_moe_mixes_tokens_into_slots_and_back(torso: Torso, shapes: Shapes) -> None:
+def test_soft_moe_equals_loop_over_slots_and_tokens(torso: Torso, shapes: Shapes) -> None:
     """Against the formula, slot by slot and token by token."""
     sharing = SoftMoE(torso, shapes, experts=5)
     *before, last = layers(torso, shapes, 1)
@@ -250,15 +251,15 @@ def test_soft_moe_mixes_tokens_into_slots_and_back(torso: Torso, shapes: Shapes)
 # -- gates and orthogonality ----------------------------------------------------------------------------------------------------
 
 
-def test_mmoes_routes_are_its_gates_means() -> None:
+def test_mmoe_routing_is_the_mean_gate() -> None:
     sharing, observation = MMoE(MLP(hidden=[8, 6]), SAME, experts=4), observations(SAME)
     gates = [[gate(sharing.gate.linear, task, sharing.stem(observation[task, [sample]])) for sample in range(4)] for task in range(3)]
     assert torch.allclose(sharing.routing(observation)["experts"], torch.tensor(gates).mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("shapes", [SAME, SAME_IMAGES])
-def test_an_expert_that_gets_all_the_weight_is_alone(shapes: Shapes) -> None:
-    """Of soft mixtures: where one expert's slots are far ahead, only it makes the features."""
+def test_expert_with_all_weight_determines_features(shapes: Shapes) -> None:
+    """If the slots of one expert have all the weight, only that expert affects the features."""
     sharing = SoftMoE(MLP(hidden=[8, 6]) if shapes is SAME else MinAtarCNN(channels=3, features=6), shapes, experts=2)
     observation = observations(shapes)
     with torch.no_grad():
@@ -282,14 +283,14 @@ def test_gram_schmidt_gives_orthonormal_vectors_in_the_same_span(seed: int) -> N
     v_EBF = orthonormal(x_EBF)
     products = torch.einsum("ebf,dbf->bed", v_EBF, v_EBF)
     assert torch.allclose(products, torch.eye(experts).expand_as(products), atol=1e-4)
-    # Each is a combination of itself and those before it, and points its own way.
+    # Each input is a combination of the results up to its own, with a positive coefficient for its own.
     combined = torch.einsum("ebf,dbf->bed", x_EBF, v_EBF)
     assert torch.allclose(torch.einsum("bed,dbf->ebf", combined.tril(), v_EBF), x_EBF, rtol=1e-3, atol=1e-4)
     assert (combined.diagonal(dim1=1, dim2=2) > 0).all()
 
 
 @pytest.mark.parametrize("same", [0, 1])
-def test_an_expert_that_repeats_another_does_no_harm(same: int) -> None:
+def test_equal_experts_give_finite_gradients(same: int) -> None:
     x_EBF = torch.randn(3, 2, 8)
     x_EBF[2] = x_EBF[same] * 2
     x_EBF.requires_grad_()
@@ -301,8 +302,8 @@ def test_an_expert_that_repeats_another_does_no_harm(same: int) -> None:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_moores_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: Shapes) -> None:
-    """Seen from outside: a task whose weights are one expert's has that expert's unit vector, before tanh."""
+def test_moore_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: Shapes) -> None:
+    """Weights that select one expert give its unit vector before tanh."""
     sharing, observation = MOORE(torso, shapes), observations(shapes)
     vectors = []
     with torch.no_grad():
@@ -313,6 +314,6 @@ def test_moores_experts_are_orthonormal_for_every_sample(torso: Torso, shapes: S
     assert torch.allclose(products, torch.eye(4).expand_as(products), atol=1e-3)
 
 
-def test_more_experts_than_features_cannot_be_orthogonal() -> None:
-    with pytest.raises(ValueError, match=r"network\.sharing\.experts=7.*6 features"):
+def test_moore_refuses_more_experts_than_features() -> None:
+    with pytest.raises(ValueError, match=r"network\.sharing\.experts must be at most the number of features, 6, got 7"):
         MOORE(MLP(hidden=[8, 6]), SAME, experts=7)

@@ -1,4 +1,4 @@
-"""Heads: every task's own, with the actions that it has and no others."""
+"""Heads of each task: values, masks, losses and parameter counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from mtrl_cli.agents.targets import of_action
 from mtrl_cli.networks.heads import C51Head, DuelingHead, Head, HLGaussHead, PlainHead, QuantileHead
-from mtrl_cli.networks.per_task import TaskLinear
+from mtrl_cli.networks.per_task import TaskLinear, parameter_counts
 
 HEADS = [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead]
 ACTIONS = [3, 1, 5, 2]
@@ -24,7 +24,7 @@ def values(head: Head) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(kind: type[Head]) -> None:
+def test_values_of_missing_actions_are_minus_infinity(kind: type[Head]) -> None:
     q = values(kind(7, ACTIONS))
     assert q.shape == (4, 6, 5)
     for task, number in enumerate(ACTIONS):
@@ -32,7 +32,7 @@ def test_values_of_a_tasks_actions_are_finite_and_of_all_others_minus_infinity(k
         assert (q[task, :, number:] == -torch.inf).all()
 
 
-def test_a_plain_head_is_a_linear_layer_per_task() -> None:
+def test_plain_head_is_a_linear_layer_per_task() -> None:
     head = PlainHead(7, ACTIONS)
     q = values(head)
     for task, number in enumerate(ACTIONS):
@@ -40,20 +40,20 @@ def test_a_plain_head_is_a_linear_layer_per_task() -> None:
         assert torch.allclose(q[task, :, :number], torch.nn.functional.linear(features()[task], weight.T, bias), atol=1e-6)
 
 
-def test_dueling_takes_the_mean_over_the_tasks_own_actions_only() -> None:
-    """Wang et al. 2016, equation 9, each task by itself."""
+def test_dueling_mean_is_over_the_tasks_own_actions() -> None:
+    """Wang et al. 2016, equation 9, per task."""
     head = DuelingHead(7, ACTIONS)
     q = values(head)
     for task, number in enumerate(ACTIONS):
         value = features()[task] @ head.value.weight[task] + head.value.bias[task]
         advantage = features()[task] @ head.advantage.weight[task, :, :number] + head.advantage.bias[task, :, :number]
         assert torch.allclose(q[task, :, :number], value + advantage - advantage.mean(1, keepdim=True), atol=1e-5)
-        # so that the mean of a task's action values is its state value
+        # then the mean of a task's action values is its state value
         assert torch.allclose(q[task, :, :number].mean(1, keepdim=True), value, atol=1e-5)
 
 
 def test_dueling_by_hand() -> None:
-    """One feature, 1; value 10; advantages 1 and 3 of mean 2; the padded third action does not count."""
+    """One feature, 1; value 10; advantages 1 and 3 with mean 2. The padded third action is excluded."""
     head = DuelingHead(1, [2, 3])
     with torch.no_grad():
         for layer in (head.value, head.advantage):
@@ -65,16 +65,16 @@ def test_dueling_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_parameters_are_those_of_linear_layers_of_each_tasks_own_size(kind: type[Head]) -> None:
+def test_head_parameter_counts_match_linear_layers_without_padding(kind: type[Head]) -> None:
     state_value = 8 if kind is DuelingHead else 0
     each = {C51Head: 51, HLGaussHead: 101, QuantileHead: 51}.get(kind, 1)
-    assert kind(7, ACTIONS).parameter_counts() == [8 * number * each + state_value for number in ACTIONS]
+    assert parameter_counts(kind(7, ACTIONS), len(ACTIONS))[1] == [8 * number * each + state_value for number in ACTIONS]
     same = kind(7, [4, 4])
-    assert sum(same.parameter_counts()) == sum(parameter.numel() for parameter in same.parameters())
+    assert sum(parameter_counts(same, 2)[1]) == sum(parameter.numel() for parameter in same.parameters())
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_tasks_loss_moves_its_own_head_only(kind: type[Head]) -> None:
+def test_loss_of_a_task_has_gradients_in_its_own_head_only(kind: type[Head]) -> None:
     for task, number in enumerate(ACTIONS):
         head = kind(7, ACTIONS)
         values(head)[task, :, :number].square().sum().backward()
@@ -105,8 +105,8 @@ def test_padding_stays_zero_while_training(kind: type[Head], weight_decay: float
             assert layer.weight[task, :, :own].all()
 
 
-def test_a_layer_starts_as_torchs_does() -> None:
-    """Uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), weights and biases (torch.nn.Linear)."""
+def test_task_linear_is_initialised_as_torch_linear() -> None:
+    """Weights and biases are uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), as in torch.nn.Linear."""
     torch.manual_seed(0)
     layer = TaskLinear(25, [400, 300])
     for tensor in (layer.weight, layer.bias):
@@ -122,7 +122,7 @@ def test_a_layer_starts_as_torchs_does() -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
-    """Six states, a fixed return in each, no next state: what the head says of the action taken becomes its return."""
+    """Six states with fixed returns and no next state: the values of the chosen actions become the returns."""
     torch.manual_seed(0)
     head, states = kind(6, ACTIONS), torch.eye(6).expand(4, 6, 6)
     action = torch.tensor([[number * b // 6 for b in range(6)] for number in ACTIONS])
@@ -141,15 +141,15 @@ def test_every_head_learns_the_values_of_a_bandit(kind: type[Head]) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[Head]) -> None:
-    """No reward and no discount: the target is what is said of the next state, and that is what is said of this one."""
+def test_loss_has_no_gradient_if_outputs_equal_the_target(kind: type[Head]) -> None:
+    """Zero reward and discount 1: the target is the output of the next state, which equals the current output."""
     torch.manual_seed(0)
     head = kind(7, [2])
     outputs = (4 * head(features()[:1])[:, :, 0]).detach()
     if kind is QuantileHead:
         outputs = outputs.sort(-1).values
-    if kind is HLGaussHead:  # its target is a Gaussian, whatever distribution the next state has
-        outputs = -((head.centre_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
+    if kind is HLGaussHead:  # the target is a Gaussian for any distribution of the next state
+        outputs = -((head.value_Z - torch.randn(1, 6, 1)) / (0.75 * 20 / 101)).square() / 2
     now = outputs.clone().requires_grad_()
     head.loss(now, outputs, torch.zeros(1, 6), torch.ones(1, 6), 0.0).sum().backward()
     assert now.grad is not None
@@ -158,7 +158,7 @@ def test_a_head_that_says_what_its_target_says_has_nothing_to_learn(kind: type[H
 
 
 @pytest.mark.parametrize("kind", [PlainHead, DuelingHead, QuantileHead])
-def test_rescaled_values_are_factor_times_themselves_plus_offset(kind: type[Head]) -> None:
+def test_rescale_gives_factor_times_value_plus_offset(kind: type[Head]) -> None:
     head = kind(7, ACTIONS)
     before = values(head)
     factor, offset = torch.tensor([2.0, 0.5, 3.0, 1.0]), torch.tensor([-1.0, 4.0, 0.0, 100.0])
@@ -171,7 +171,7 @@ def test_rescaled_values_are_factor_times_themselves_plus_offset(kind: type[Head
 
 
 @pytest.mark.parametrize("kind", [C51Head, HLGaussHead])
-def test_values_of_a_bounded_head_lie_within_its_ends_and_cannot_be_rescaled(kind: type[Head]) -> None:
+def test_bounded_head_values_stay_in_range_and_refuse_rescale(kind: type[Head]) -> None:
     head = kind(7, ACTIONS, v_min=-3.0, v_max=5.0)
     assert kind.bounded
     with torch.no_grad():
@@ -185,14 +185,14 @@ def test_values_of_a_bounded_head_lie_within_its_ends_and_cannot_be_rescaled(kin
 
 
 @pytest.mark.parametrize(
-    ("kind", "keys", "says"),
+    ("kind", "keys", "message"),
     [
-        (C51Head, {"atoms": 1}, r"network\.head\.atoms=1"),
-        (HLGaussHead, {"bins": 1}, r"network\.head\.bins=1"),
-        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min=2 is not below network\.head\.v_max=2"),
-        (HLGaussHead, {"v_min": 20.0}, r"v_min=20 is not below network\.head\.v_max=10"),
+        (C51Head, {"atoms": 1}, r"network\.head\.atoms must be at least 2, got 1"),
+        (HLGaussHead, {"bins": 1}, r"network\.head\.bins must be at least 2, got 1"),
+        (C51Head, {"v_min": 2.0, "v_max": 2.0}, r"v_min must be below network\.head\.v_max, got 2 and 2"),
+        (HLGaussHead, {"v_min": 20.0}, r"v_min must be below network\.head\.v_max, got 20 and 10"),
     ],
 )
-def test_a_support_that_is_none_is_refused(kind: type[Head], keys: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_empty_support_is_refused(kind: type[Head], keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         kind(7, ACTIONS, **keys)

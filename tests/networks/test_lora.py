@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing at first, then what each task's own product of matrices adds."""
+"""Low-rank adapters: zero at the start, then a product of matrices per task."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from mtrl_cli.networks.lora import LowRank, add_adapters
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.per_task import parameter_counts
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, NatureCNN, Torso
-from tests.helpers.structures import STRUCTURES, VECTORS, observations, structure
+from tests.helpers.structures import STRUCTURES, VECTORS, counts, observations, structure
 
 ONCE = ["film", "hard", "input_adapters", "mtan", "soft_modular", "task_embedding"]
 """Structures that run one torso for all tasks' samples."""
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_a_structure_starts_unchanged_or_is_refused(name: str) -> None:
+def test_adapters_start_as_identity_or_are_refused(name: str) -> None:
     sharing = structure(name, tagged(MLP(hidden=[8, 7, 5])), VECTORS)
     before, plain = sharing(observations(VECTORS)), copy.deepcopy(sharing.state_dict())
     if name not in ONCE:
         with pytest.raises(ValueError, match="needs a torso that all tasks share"):
             add_adapters(sharing, 2)
         return
-    shared, own = sharing.parameter_counts()
+    shared, own = counts(sharing)
     add_adapters(sharing, 2)
     assert torch.equal(sharing(observations(VECTORS)), before)
     assert set(plain) < set(sharing.state_dict())
-    assert sharing.parameter_counts() == (shared, [each + 2 * (8 + 7) + 2 * (7 + 5) for each in own])
+    assert counts(sharing) == (shared, [each + 2 * (8 + 7) + 2 * (7 + 5) for each in own])
 
 
-def test_a_linear_layer_gets_each_tasks_product_of_two_matrices() -> None:
+def test_adapter_of_linear_layer_adds_a_matrix_product_per_task() -> None:
     layer = nn.Linear(6, 4)
     adapter = LowRank(layer, 3, 2)
     nn.init.normal_(adapter.up)
@@ -45,7 +45,7 @@ def test_a_linear_layer_gets_each_tasks_product_of_two_matrices() -> None:
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"padding": 1}, {"dilation": 2}])
-def test_a_convolution_gets_one_of_low_rank_that_can_be_merged_into_it(options: dict[str, int]) -> None:
+def test_adapter_of_convolution_equals_merged_low_rank_weight(options: dict[str, int]) -> None:
     layer = nn.Conv2d(3, 5, 3, **options)
     adapter = LowRank(layer, 2, 2)
     nn.init.normal_(adapter.up)
@@ -58,7 +58,7 @@ def test_a_convolution_gets_one_of_low_rank_that_can_be_merged_into_it(options: 
 
 
 @pytest.mark.parametrize("torso", [NatureCNN(width=0.1, features=6), ImpalaCNN(width=0.2, features=6)])
-def test_every_convolution_and_linear_layer_of_a_torso_is_adapted_for_each_task_alone(torso: Torso) -> None:
+def test_every_torso_layer_is_adapted_per_task(torso: Torso) -> None:
     sharing = structure("hard", tagged(torso), [(2, 36, 36)] * 2)
     layers = [module for module in sharing.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     add_adapters(sharing, 1)
@@ -74,6 +74,6 @@ def test_every_convolution_and_linear_layer_of_a_torso_is_adapted_for_each_task_
     assert not torch.allclose(before[1], after[1])
 
 
-def test_a_torso_of_each_tasks_own_layer_has_nothing_to_adapt() -> None:
-    with pytest.raises(ValueError, match="finds no layer"):
+def test_adapters_need_a_shared_layer() -> None:
+    with pytest.raises(ValueError, match="needs a shared layer in the torso, got none"):
         add_adapters(structure("hard", tagged(MLP(hidden=[8])), VECTORS), 2)

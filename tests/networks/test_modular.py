@@ -1,4 +1,4 @@
-"""Soft modularization, against a walk through its modules one by one."""
+"""Soft modularization, against a loop over its modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from mtrl_cli.networks.modular import SoftModularization
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, observations, stem_of_task
+from tests.helpers.structures import IMAGES, VECTORS, counts, observations, stem_of_task
 
 Shapes = list[tuple[int, ...]]
 
@@ -17,15 +17,15 @@ def modular(torso: Torso, shapes: Shapes, layers: int, modules: int) -> SoftModu
     return SoftModularization(torso, shapes, num_layers=layers, num_modules=modules, module_size=4, routing_size=7)
 
 
-def away_from_the_start(sharing: nn.Module) -> None:
-    """Routing that is far from even."""
+def with_uneven_routing(sharing: nn.Module) -> None:
+    """Set parameters for clearly uneven routing."""
     with torch.no_grad():
         for parameter in sharing.get_submodule("routing_logits").parameters():
             parameter.normal_()
 
 
 def by_hand(sharing: SoftModularization, encoded: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One observation's features, and the weights on the way to them: `[modules, modules before]` for each layer, `[modules]` at last."""
+    """Features of one observation and the routing weights: `[modules, modules before]` per layer, `[modules]` for the last."""
     number, layers = sharing.layers[0].get_parameter("stacked.weight").shape[0], len(sharing.layers)
     first, second = sharing.routing_base[1], sharing.routing_base[3]
     base = second(first((encoded * vector).relu()).relu())
@@ -50,9 +50,9 @@ def by_hand(sharing: SoftModularization, encoded: torch.Tensor, vector: torch.Te
 
 @pytest.mark.parametrize(("layers", "modules"), [(2, 2), (4, 3), (3, 1)])
 @pytest.mark.parametrize(("torso", "shapes"), [(MLP(hidden=[8, 5]), VECTORS), (MinAtarCNN(channels=3, features=5), [IMAGES[0]] * 3)])
-def test_every_module_reads_its_own_mix_of_the_layer_before(torso: Torso, shapes: Shapes, layers: int, modules: int) -> None:
+def test_soft_modularization_equals_walk_through_modules(torso: Torso, shapes: Shapes, layers: int, modules: int) -> None:
     sharing, observation = modular(torso, shapes, layers, modules), observations(shapes)
-    away_from_the_start(sharing)
+    with_uneven_routing(sharing)
     features, routing = sharing(observation), sharing.routing(observation)
     assert set(routing) == {f"layer{layer}/module{module}" for layer in range(2, layers + 1) for module in range(1, modules + 1)} | {
         "output"
@@ -71,7 +71,7 @@ def test_every_module_reads_its_own_mix_of_the_layer_before(torso: Torso, shapes
 def test_routing_depends_on_the_task_and_on_the_state() -> None:
     torch.manual_seed(0)
     sharing = SoftModularization(MLP(hidden=[32, 32]), [(4,)] * 2, num_layers=3, num_modules=3, module_size=4, routing_size=32)
-    away_from_the_start(sharing)
+    with_uneven_routing(sharing)
     same = torch.randn(1, 6, 4).expand(2, -1, -1)
     here, there = sharing.routing(same), sharing.routing(same + 1)
     for name, where in here.items():
@@ -79,24 +79,24 @@ def test_routing_depends_on_the_task_and_on_the_state() -> None:
         assert not torch.allclose(where, there[name]), name
 
 
-def test_routing_is_nearly_even_at_first() -> None:
+def test_routing_starts_nearly_uniform() -> None:
     routing = modular(MLP(hidden=[8, 5]), VECTORS, 3, 4).routing(observations(VECTORS))
     for where in routing.values():
         assert torch.allclose(where, torch.full((3, 4), 0.25), atol=0.01)
 
 
-def test_modules_and_routing_are_counted() -> None:
-    """2 layers of 3 modules of 4 units on 5 features; a routing network of 7 units; a vector of 5 for each task."""
+def test_soft_modularization_parameter_counts() -> None:
+    """2 layers of 3 modules of 4 units on 5 features, a routing network of 7 units, and a vector of 5 per task."""
     body = 8 * 5 + 5
     modules = 3 * (5 * 4 + 4) + 3 * (4 * 4 + 4)
     routing = (5 * 7 + 7) + (7 * 7 + 7) + (7 * 9 + 9) + (9 * 7 + 7) + (7 * 3 + 3)
     sharing = modular(MLP(hidden=[8, 5]), VECTORS, 2, 3)
-    assert sharing.parameter_counts() == (body + modules + routing, [40 + 5, 56 + 5, 24 + 5])
+    assert counts(sharing) == (body + modules + routing, [40 + 5, 56 + 5, 24 + 5])
     assert sharing.num_features == 4
     third = 3 * (4 * 4 + 4) + (18 * 7 + 7) + (7 * 9 + 9)
-    assert modular(MLP(hidden=[8, 5]), VECTORS, 3, 3).parameter_counts()[0] == body + modules + routing + third
+    assert counts(modular(MLP(hidden=[8, 5]), VECTORS, 3, 3))[0] == body + modules + routing + third
 
 
-def test_one_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"network\.sharing\.num_layers=1: expected at least 2"):
+def test_single_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"network\.sharing\.num_layers must be at least 2, got 1"):
         modular(MLP(hidden=[8, 5]), VECTORS, 1, 2)

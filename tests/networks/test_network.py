@@ -1,4 +1,4 @@
-"""The multi-task network: masks over random packs, independence of tasks, and the order of tasks."""
+"""Multi-task network: masks for random packs, independence and order of tasks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def random_pack(seed: int) -> tuple[Shapes, list[int]]:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("sharing", "head"), KINDS)
-def test_an_action_that_a_task_does_not_have_is_never_chosen(sharing: type[Sharing], head: type[Head], seed: int) -> None:
-    """Not by argmax, not by exploration, not in a target, whatever the parameters; all of its own may be."""
+def test_missing_action_is_never_chosen(sharing: type[Sharing], head: type[Head], seed: int) -> None:
+    """Neither argmax, exploration nor targets choose a missing action, for any parameters. All own actions are reachable."""
     torch.manual_seed(seed)
     shapes, actions = random_pack(seed)
     online, target = (network_of(sharing, head, shapes, actions) for _ in range(2))
@@ -69,7 +69,7 @@ def test_an_action_that_a_task_does_not_have_is_never_chosen(sharing: type[Shari
 
 
 @pytest.mark.parametrize(("sharing", "head"), KINDS)
-def test_a_gradient_through_masked_values_is_finite(sharing: type[Sharing], head: type[Head]) -> None:
+def test_gradient_through_masked_values_is_finite(sharing: type[Sharing], head: type[Head]) -> None:
     network = network_of(sharing, head, [(4,), (2,)], [2, 5])
     action = torch.zeros(2, 4, 1, dtype=torch.int64)
     network(observations([(4,), (2,)])).gather(-1, action).square().mean().backward()
@@ -80,7 +80,7 @@ def test_a_gradient_through_masked_values_is_finite(sharing: type[Sharing], head
 
 
 @pytest.mark.parametrize(("sharing", "head"), KINDS)
-def test_where_tasks_are_alike_counts_add_up_to_all_parameters(sharing: type[Sharing], head: type[Head]) -> None:
+def test_counts_of_equal_tasks_sum_to_all_parameters(sharing: type[Sharing], head: type[Head]) -> None:
     network = network_of(sharing, head, [(4,)] * 3, [2] * 3)
     counts = network.parameter_counts()
     assert counts.total == sum(parameter.numel() for parameter in network.parameters())
@@ -90,14 +90,14 @@ def test_where_tasks_are_alike_counts_add_up_to_all_parameters(sharing: type[Sha
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead])
 def test_padding_is_not_counted(head: type[Head], seed: int) -> None:
-    """Against networks of one task each, which need no padding: independent tasks have as many, hard sharing repeats no body."""
+    """Against single-task networks, which have no padding: independent tasks have the same counts, hard sharing has one body."""
     shapes, actions = random_pack(seed)
     single = [network_of(IndependentSharing, head, [shape], [number]) for shape, number in zip(shapes, actions, strict=True)]
-    alone = [sum(parameter.numel() for parameter in network.parameters()) for network in single]
+    separate = [sum(parameter.numel() for parameter in network.parameters()) for network in single]
     independent = network_of(IndependentSharing, head, shapes, actions).parameter_counts()
-    assert (independent.shared, independent.per_task) == (0, alone)
+    assert (independent.shared, independent.per_task) == (0, separate)
     hard = network_of(HardSharing, head, shapes, actions).parameter_counts()
-    assert [hard.shared + own for own in hard.per_task] == alone
+    assert [hard.shared + own for own in hard.per_task] == separate
     assert hard.total == hard.shared + sum(hard.per_task)
 
 
@@ -105,13 +105,13 @@ def test_padding_is_not_counted(head: type[Head], seed: int) -> None:
 
 
 def own_rows(network: MultiTaskNetwork) -> dict[str, bool]:
-    """Every parameter by name, and whether its first dimension is the tasks'."""
+    """Each parameter by name, and whether its first dimension is the task."""
     return {name: name.startswith("head.") or ".stacked." in name for name, _ in network.named_parameters()}
 
 
 @pytest.mark.parametrize("shapes", [[(4,)] * 3, [(4,), (6,), (2,)]])
 @pytest.mark.parametrize(("sharing", "head"), KINDS)
-def test_a_tasks_loss_moves_only_its_own_and_the_shared(sharing: type[Sharing], head: type[Head], shapes: Shapes) -> None:
+def test_loss_of_a_task_has_gradients_in_own_and_shared_parameters_only(sharing: type[Sharing], head: type[Head], shapes: Shapes) -> None:
     for task, number in enumerate((2, 4, 3)):
         network = network_of(sharing, head, shapes, [2, 4, 3])
         network(observations(shapes))[task, :, :number].square().sum().backward()
@@ -128,7 +128,7 @@ def test_a_tasks_loss_moves_only_its_own_and_the_shared(sharing: type[Sharing], 
 @pytest.mark.parametrize("shapes", [[(4,)] * 3, [(4,), (6,), (2,)]])
 @pytest.mark.parametrize(("sharing", "head"), KINDS)
 def test_the_order_of_tasks_does_not_matter(sharing: type[Sharing], head: type[Head], shapes: Shapes) -> None:
-    """Permuted tasks with permuted parameters give permuted values, and move the shared parameters the same way."""
+    """Permuted tasks with permuted parameters give permuted values and the same gradients in shared parameters."""
     actions, order = [2, 4, 3], [2, 0, 1]
     network = network_of(sharing, head, shapes, actions)
     permuted = network_of(sharing, head, [shapes[task] for task in order], [actions[task] for task in order])
@@ -152,7 +152,7 @@ def test_the_order_of_tasks_does_not_matter(sharing: type[Sharing], head: type[H
 # -- numbers --------------------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_scaled_to_about_one() -> None:
+def test_image_bytes_are_scaled() -> None:
     scaled = network_of(HardSharing, PlainHead, [(4, 10, 10)], [3], observation_scale=255.0)
     plain = network_of(HardSharing, PlainHead, [(4, 10, 10)], [3])
     plain.load_state_dict(scaled.state_dict())
@@ -165,7 +165,7 @@ def test_bytes_are_scaled_to_about_one() -> None:
 )
 @pytest.mark.parametrize("channels", [(4, 4), (2, 4)])
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
-def test_in_bfloat16_values_are_float32_and_about_the_same(sharing: type[Sharing], channels: tuple[int, int], torso: Torso) -> None:
+def test_bfloat16_values_are_float32_and_close(sharing: type[Sharing], channels: tuple[int, int], torso: Torso) -> None:
     shapes: Shapes = [(number, 40, 40) for number in channels]
     exact = network_of(sharing, DuelingHead, shapes, [3, 2], torso, observation_scale=255.0)
     fast = network_of(sharing, DuelingHead, shapes, [3, 2], torso, observation_scale=255.0, autocast=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Which part of the network each parameter belongs to, whatever a sharing structure has made of the torso."""
+"""Part of the network of each parameter, under every sharing structure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import Part, parts_of, tagged
 from mtrl_cli.networks.sharing import HardSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import STRUCTURES, Loose, structure
+from tests.helpers.structures import STRUCTURES, UngroupedTorso, structure
 
 Shapes = list[tuple[int, ...]]
 CASES: list[tuple[Torso, Shapes]] = [
@@ -23,14 +23,14 @@ CASES: list[tuple[Torso, Shapes]] = [
     (MinAtarCNN(channels=3, features=5, layer_norm=True), [(4, 10, 10), (7, 10, 10), (6, 10, 10)]),
     (NatureCNN(width=0.1, features=6), [(4, 84, 84)] * 2),
     (ImpalaCNN(width=0.2, features=6), [(4, 24, 24)] * 2),
-    (Loose(), [(4,), (6,)]),
+    (UngroupedTorso(), [(4,), (6,)]),
 ]
 OWN = {"mtan": ("sharing.bridges.",), "soft_moe": ("sharing.experts.",)}
 """What is made like a layer of the torso and is none, or stands in its place and is newly initialised."""
 
 
-class Painted(Torso):
-    """A torso each of whose parameters holds the number of its layer, plus 1000."""
+class LabelledTorso(Torso):
+    """Torso whose parameters all hold 1000 plus the number of their layer."""
 
     observation_kind = "vector"
 
@@ -54,27 +54,27 @@ class Painted(Torso):
         return module
 
 
-def painted(name: str, torso: Torso, shapes: Sequence[tuple[int, ...]]) -> MultiTaskNetwork:
-    sharing = structure(name, tagged(Painted(torso)), list(shapes))
+def labelled(name: str, torso: Torso, shapes: Sequence[tuple[int, ...]]) -> MultiTaskNetwork:
+    sharing = structure(name, tagged(LabelledTorso(torso)), list(shapes))
     return MultiTaskNetwork(sharing, DuelingHead(sharing.num_features, [2] * len(shapes)), 1.0)
 
 
-def painted_layers(parameter: torch.Tensor) -> set[int]:
-    """The layers whose paint a parameter bears."""
+def layers_in_labels(parameter: torch.Tensor) -> set[int]:
+    """Layer numbers found in the values of a parameter."""
     return {int(value) - 1000 for value in parameter.detach().flatten().unique().tolist() if value >= 1000}
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_every_parameter_bears_the_paint_of_its_layer_and_of_no_other(name: str, torso: Torso, shapes: Shapes) -> None:
-    if name == "soft_moe" and len(shapes[0]) > 1 and isinstance(torso, Loose):
+def test_every_parameter_is_assigned_to_its_layer(name: str, torso: Torso, shapes: Shapes) -> None:
+    if name == "soft_moe" and len(shapes[0]) > 1 and isinstance(torso, UngroupedTorso):
         pytest.skip("refused")
-    network = painted(name, torso, shapes)
+    network = labelled(name, torso, shapes)
     parts = parts_of(network)
     assert list(parts) == [each for each, _ in network.named_parameters()]
     seen = set()
     for path, parameter in network.named_parameters():
-        part, found = parts[path], painted_layers(parameter)
+        part, found = parts[path], layers_in_labels(parameter)
         assert (part.kind == "heads") == path.startswith("head.")
         assert (part.layer is None) == (part.kind != "torso")
         if path.startswith(OWN.get(name, ("nothing",))):
@@ -85,25 +85,25 @@ def test_every_parameter_bears_the_paint_of_its_layer_and_of_no_other(name: str,
     assert layers - seen <= ({max(layers)} if name == "soft_moe" else set())
 
 
-def test_bridges_are_what_a_structure_adds_and_experts_of_tokens_stand_in_the_torsos_place() -> None:
+def test_mtan_bridges_are_sharing_and_token_experts_are_torso() -> None:
     torso, shapes = MinAtarCNN(channels=3, features=5), [(4, 10, 10)] * 2
-    for path, part in parts_of(painted("mtan", torso, shapes)).items():
+    for path, part in parts_of(labelled("mtan", torso, shapes)).items():
         if path.startswith("sharing.bridges"):
             assert part == Part("sharing")
-    found = {path: part for path, part in parts_of(painted("soft_moe", torso, shapes)).items() if "experts" in path}
+    found = {path: part for path, part in parts_of(labelled("soft_moe", torso, shapes)).items() if "experts" in path}
     assert set(found.values()) == {Part("torso", 1), Part("sharing")}
     assert found["sharing.experts.stacked.0:weight"] == Part("torso", 1)  # reads a token; the last brings it back to its channels
 
 
 @pytest.mark.parametrize("name", ["hard", "independent", "paco", "cross_stitch"])
-def test_copies_and_other_devices_know_their_parts(name: str) -> None:
-    network = painted(name, MLP(hidden=[8, 5]), [(4,)] * 2)
+def test_parts_survive_copies_and_dtype_changes(name: str) -> None:
+    network = labelled(name, MLP(hidden=[8, 5]), [(4,)] * 2)
     assert parts_of(copy.deepcopy(network)) == parts_of(network) == parts_of(network.to(torch.float64))
     with torch.device("meta"):
-        assert parts_of(painted(name, MLP(hidden=[8, 5]), [(4,)] * 2)) == parts_of(network)
+        assert parts_of(labelled(name, MLP(hidden=[8, 5]), [(4,)] * 2)) == parts_of(network)
 
 
-def test_a_tagged_torso_gives_what_it_gave() -> None:
+def test_tagged_torso_makes_the_same_modules() -> None:
     torso = MLP(hidden=[8, 5])
     torch.manual_seed(0)
     plain = HardSharing(torso, [(4,), (3,)])

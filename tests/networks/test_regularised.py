@@ -1,4 +1,4 @@
-"""Dropout and spectral norm: known answers, no trace where nothing is learned, and all structures."""
+"""Dropout and spectral normalisation: known answers, and all sharing structures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES: list[tuple[int, ...]] = [(4,)] * 3
 
 
 def torsos(**options: object) -> list[tuple[Torso, list[tuple[int, ...]]]]:
-    """Every torso."""
+    """All torsos."""
     return [
         (MLP(hidden=[8, 6], **options), [(4,), (6,), (2,)]),  # type: ignore[arg-type]
         (MLP(hidden=[8], **options), SHAPES),  # type: ignore[arg-type]
@@ -40,8 +40,8 @@ def network_of(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> MultiT
 # -- dropout ------------------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_by_its_definition() -> None:
-    """A share of the values is zero, the others are scaled by 1 / (1 - share), and the gradient passes through these alone."""
+def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
+    """A share of the values is zero; the others are scaled by 1 / (1 - share), and only these have gradients."""
     generator = dropout_generator(CPU, 3)
     x = torch.ones(200, 50, requires_grad=True)
     y = Dropout(0.25)(x)
@@ -58,7 +58,7 @@ def test_dropout_by_its_definition() -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), torsos(dropout=0.4))
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_only_a_forward_with_gradients_drops_whatever_the_structure(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_dropout_is_active_only_with_gradients(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     network, observation = network_of(name, torso, shapes), observations(shapes)
     assert network.has_dropout
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_only_a_forward_with_gradients_drops_whatever_the_structure(name: str, t
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_stacked_modules_and_samples_drop_each_their_own(one_by_one: bool) -> None:
+def test_stacked_modules_and_samples_have_separate_dropout(one_by_one: bool) -> None:
     stacked = PerTask([nn.Sequential(nn.Identity(), nn.Linear(1, 64), Dropout(0.5)) for _ in range(2)])
     stacked.one_by_one = one_by_one
     for parameter in stacked.parameters():
@@ -80,7 +80,7 @@ def test_stacked_modules_and_samples_drop_each_their_own(one_by_one: bool) -> No
     assert len({str(row.tolist()) for row in dropped.flatten(0, 1)}) == 6
 
 
-def test_without_dropout_and_spectral_norm_a_network_is_what_it_was() -> None:
+def test_disabled_regularisation_does_not_change_the_network() -> None:
     for (plain, shapes), (with_keys, _) in zip(torsos(), torsos(dropout=0.0, spectral_norm=False), strict=True):
         torch.manual_seed(0)
         one = network_of("hard", plain, shapes)
@@ -92,7 +92,7 @@ def test_without_dropout_and_spectral_norm_a_network_is_what_it_was() -> None:
         assert not spectral_layers(one)
 
 
-def test_the_quick_gradients_of_tasks_are_there_with_dropout_and_leave_the_generator_alone() -> None:
+def test_tape_supports_dropout_and_keeps_the_generator_state() -> None:
     network = network_of("hard", MLP(hidden=[8, 6], layer_norm=True, dropout=0.4), SHAPES)
     generator = dropout_generator(CPU, 5)
     state = generator.get_state()
@@ -104,8 +104,8 @@ def test_the_quick_gradients_of_tasks_are_there_with_dropout_and_leave_the_gener
 # -- spectral norm ------------------------------------------------------------------------------------------------------------
 
 
-def test_power_steps_find_the_largest_singular_value() -> None:
-    """Of one matrix and of a stack, against the singular value decomposition."""
+def test_power_steps_converge_to_the_largest_singular_value() -> None:
+    """One matrix and a stack of matrices, against the singular value decomposition."""
     weight = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
     left, right = torch.ones(3, 5) / 5**0.5, torch.ones(3, 4) / 2
     power_step(weight, left, right, times=200)
@@ -116,7 +116,7 @@ def test_power_steps_find_the_largest_singular_value() -> None:
     assert torch.allclose(one_left, left[1], atol=1e-5)
 
 
-def test_a_layer_agrees_with_torchs_own_spectral_norm_and_its_gradient() -> None:
+def test_spectral_linear_agrees_with_torch_and_its_gradient() -> None:
     torch.manual_seed(0)
     layer, plain = SpectralLinear(6, 5), nn.Linear(6, 5)
     layer.power_step(times=200)
@@ -136,10 +136,8 @@ def test_a_layer_agrees_with_torchs_own_spectral_norm_and_its_gradient() -> None
 
 @pytest.mark.parametrize(("torso", "shapes"), torsos(spectral_norm=True))
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_the_last_layer_is_normalised_whatever_the_structure_and_its_vectors_are_saved(
-    name: str, torso: Torso, shapes: list[tuple[int, ...]]
-) -> None:
-    """Twice the weights (and no bias) give the same features; the vectors follow weights that changed, of what is trained alone."""
+def test_last_layer_is_normalised_in_every_structure_and_vectors_are_saved(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    """Doubled weights (without bias) give the same features. The vectors follow changed weights of trained layers only."""
     if name == "paco":
         with pytest.raises(ValueError, match=r"network\.spectral_norm"):
             structure(name, torso, shapes)
@@ -176,7 +174,7 @@ def _weights(layer: nn.Module) -> list[torch.Tensor]:
     return [layer.stacked[f"{name}.weight".replace(".", ":")] for name in layer.spectral]  # type: ignore[union-attr, index]
 
 
-def test_only_the_last_layer_of_an_mlp_is_normalised() -> None:
+def test_only_the_last_mlp_layer_is_normalised() -> None:
     body = MLP(hidden=[8, 7, 6], spectral_norm=True).body((4,))
     assert [type(block[0]) for block in body] == [nn.Linear, SpectralLinear]  # type: ignore[index]
     assert not any(isinstance(module, SpectralLinear) for module in MLP(hidden=[8, 7], spectral_norm=True).stem((4,)).modules())

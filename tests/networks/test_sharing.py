@@ -1,4 +1,4 @@
-"""Sharing structures, and one module per task evaluated at once."""
+"""Sharing structures, and stacked modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, Loose, observations, structure
+from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, UngroupedTorso, counts, observations, structure
 
 CASES = [
     (MLP(hidden=[8, 5]), VECTORS),
@@ -29,8 +29,8 @@ EVERY_TORSO = [
     (MLP(hidden=[8]), [(4,)] * 3),
     (MinAtarCNN(channels=3, features=8), IMAGES),
     (MinAtarCNN(channels=3, features=8, layer_norm=True), [(4, 10, 10)] * 3),
-    (Loose(), VECTORS),
-    (Loose(), [(4,)] * 3),
+    (UngroupedTorso(), VECTORS),
+    (UngroupedTorso(), [(4,)] * 3),
     (ImpalaCNN(features=5), [(4, 9, 9), (2, 9, 9), (3, 9, 9)]),
     (NatureCNN(features=5, width=0.1), [(4, 36, 36)] * 3),
 ]
@@ -44,8 +44,8 @@ def count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_all_at_once_is_one_after_the_other(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
-    """Values and gradients, against a Python loop over the modules."""
+def test_per_task_equals_a_loop_over_modules(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    """Values and gradients, against a Python loop."""
     modules = [nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes]
     together = PerTask(modules)
     observation = observations(shapes)
@@ -66,14 +66,14 @@ def test_all_at_once_is_one_after_the_other(torso: Torso, shapes: list[tuple[int
             assert not padding.any()
 
 
-def test_one_task_alone_is_its_module() -> None:
+def test_single_stacked_module_equals_its_module() -> None:
     module = nn.Linear(3, 2)
     together, x = PerTask([module]), torch.randn(1, 5, 3)
     assert torch.allclose(together(x)[0], module(x[0]))
     assert together.sizes == [8]
 
 
-def test_a_copy_is_independent_of_its_original() -> None:
+def test_copy_is_independent_of_its_original() -> None:
     together = PerTask([nn.Linear(3, 2), nn.Linear(2, 2)])
     twin, x = copy.deepcopy(together), observations([(3,), (2,)])
     before = together(x)
@@ -102,15 +102,15 @@ def test_padding_stays_zero_while_training(weight_decay: float) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_one_input_goes_through_all_stacked_modules(number: int) -> None:
+def test_broadcast_applies_all_modules_to_one_input(number: int) -> None:
     modules = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(number)]
     stacked, x = Stacked(modules), torch.randn(5, 3)
-    out = stacked.of_one(x)
+    out = stacked.broadcast(x)
     assert torch.allclose(out, torch.stack([module(x) for module in modules]), atol=1e-6)
     assert torch.allclose(stacked(x.expand(number, -1, -1)), out, atol=1e-6)
 
 
-def test_only_modules_of_tasks_are_owned() -> None:
+def test_per_task_modules_are_task_owned() -> None:
     modules = [nn.Linear(3, 2), nn.Linear(1, 2)]
     assert isinstance(PerTask(modules), TaskOwned)
     assert not isinstance(Stacked(modules), TaskOwned)
@@ -132,7 +132,7 @@ def test_parameters_are_counted_without_padding() -> None:
 # -- parts of a torso -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_parameters_belongs_to_the_block_before_it() -> None:
+def test_child_without_parameters_joins_the_block_before_it() -> None:
     first, second = nn.Linear(4, 3), nn.Linear(3, 2)
     body = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.Tanh(), nn.ReLU())
     blocks = blocks_of(body)
@@ -164,7 +164,7 @@ def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: lis
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_features_are_task_major_and_every_tasks_its_own(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_features_are_task_major_and_depend_on_their_task_only(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     features = sharing(observation)
     assert features.shape == (3, 4, sharing.num_features)
@@ -177,7 +177,7 @@ def test_features_are_task_major_and_every_tasks_its_own(name: str, torso: Torso
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("torso", [MLP(hidden=[8, 5]), MLP(hidden=[8]), MinAtarCNN(channels=3, features=5)])
-def test_a_single_task_is_a_pack_too(name: str, torso: Torso) -> None:
+def test_structure_works_for_a_single_task(name: str, torso: Torso) -> None:
     shape = (4,) if torso.observation_kind == "vector" else (4, 10, 10)
     sharing, observation = structure(name, torso, [shape]), observations([shape])
     features = sharing(observation)
@@ -188,7 +188,7 @@ def test_a_single_task_is_a_pack_too(name: str, torso: Torso) -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_what_a_task_owns_only_it_moves_and_the_rest_is_moved_by_several(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_owned_parameters_have_gradients_of_one_task_and_shared_of_several(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes, batch=32)
     features = sharing(observation)
     parameters = dict(sharing.named_parameters())
@@ -206,22 +206,22 @@ def test_what_a_task_owns_only_it_moves_and_the_rest_is_moved_by_several(name: s
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_counts_are_those_of_all_parameters_but_padding(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_counts_include_all_parameters_without_padding(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing = structure(name, torso, shapes)
-    shared, own = sharing.parameter_counts()
+    shared, own = counts(sharing)
     longest = [max(shapes)] * 3
     padded = structure(name, torso, longest)
-    # Only a stem knows a shape: where each task has one, padding is what it lacks of the widest stem.
+    # Only stems depend on the shape: padding is the difference to the largest stem.
     padding = sum(count(torso.stem(longest[0])) - count(torso.stem(shape)) for shape in shapes)
     assert shared + sum(own) == count(sharing) - padding
-    padded_shared, padded_own = padded.parameter_counts()
+    padded_shared, padded_own = counts(padded)
     assert padded_shared + sum(padded_own) == count(padded)
     assert len(set(padded_own)) == 1
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), [EVERY_TORSO[0], EVERY_TORSO[5]])
-def test_state_goes_out_and_back_in(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_state_dict_round_trip(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing, other = structure(name, torso, shapes), structure(name, torso, shapes, seed=1)
     observation = observations(shapes)
     assert not torch.allclose(other(observation), sharing(observation))
@@ -230,7 +230,7 @@ def test_state_goes_out_and_back_in(name: str, torso: Torso, shapes: list[tuple[
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_a_small_batch_is_overfitted(name: str) -> None:
+def test_structure_overfits_a_small_batch(name: str) -> None:
     sharing = structure(name, MLP(hidden=[16, 16]), VECTORS)
     head = TaskLinear(sharing.num_features, [2] * 3)
     observation, target = observations(VECTORS, batch=4), torch.randn(3, 4, 2)
@@ -247,7 +247,7 @@ def test_a_small_batch_is_overfitted(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO[1:6])
-def test_in_bfloat16_features_are_about_the_same(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_bfloat16_features_are_close(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     exact = sharing(observation).detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -267,7 +267,7 @@ def test_routing_is_a_distribution_for_each_task(name: str, torso: Torso, shapes
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     with torch.no_grad():
         for parameter in sharing.parameters():
-            parameter.mul_(3)  # away from an even start
+            parameter.mul_(3)  # far from the uniform start
     for where in sharing.routing(observation).values():
         assert where.dim() == 2
         assert len(where) == 3
@@ -278,40 +278,40 @@ def test_routing_is_a_distribution_for_each_task(name: str, torso: Torso, shapes
 # -- hard sharing and none --------------------------------------------------------------------------------------------------------
 
 
-def test_tasks_of_one_shape_share_the_whole_torso() -> None:
+def test_hard_sharing_of_one_shape_shares_the_whole_torso() -> None:
     torso = MLP(hidden=[8, 5])
     sharing = HardSharing(torso, [(4,)] * 3)
     observation = observations([(4,)] * 3)
-    alone = nn.Sequential(sharing.stem, sharing.body)
+    reference = nn.Sequential(sharing.stem, sharing.body)
     for task in range(3):
-        assert torch.allclose(sharing(observation)[task], alone(observation[task]), atol=1e-6)
-    assert sharing.parameter_counts() == (5 * 8 + 9 * 5, [0, 0, 0])
+        assert torch.allclose(sharing(observation)[task], reference(observation[task]), atol=1e-6)
+    assert counts(sharing) == (5 * 8 + 9 * 5, [0, 0, 0])
 
 
-def test_tasks_of_different_shapes_share_all_but_the_stem() -> None:
+def test_hard_sharing_of_different_shapes_shares_the_body() -> None:
     torso = MLP(hidden=[8, 5])
     sharing = HardSharing(torso, VECTORS)
     observation = observations(VECTORS)
-    assert sharing.parameter_counts() == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
+    assert counts(sharing) == (9 * 5, [5 * 8, 7 * 8, 3 * 8])
     stemmed = sharing.stem(observation)
     for task in range(3):
         assert torch.allclose(sharing(observation)[task], sharing.body(stemmed[task]), atol=1e-6)
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_independent_tasks_have_the_parameters_of_torsos_built_alone(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
-    alone = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
-    assert IndependentSharing(torso, shapes).parameter_counts() == (0, alone)
+def test_independent_counts_equal_separate_torsos(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+    separate = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
+    assert counts(IndependentSharing(torso, shapes)) == (0, separate)
 
 
 @pytest.mark.parametrize("kind", [HardSharing, IndependentSharing])
-def test_natures_parameters_are_counted(kind: type[Sharing]) -> None:
-    shared, own = kind(NatureCNN(), [(4, 84, 84)] * 2).parameter_counts()
+def test_nature_parameter_counts(kind: type[Sharing]) -> None:
+    shared, own = counts(kind(NatureCNN(), [(4, 84, 84)] * 2))
     assert (shared, own) == ((1_684_128, [0, 0]) if kind is HardSharing else (0, [1_684_128] * 2))
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_a_loss_of_one_independent_task_moves_nothing_of_another(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_independent_loss_has_gradients_in_its_own_torso_only(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
     for task in range(3):
         sharing = IndependentSharing(torso, shapes)
         sharing(observations(shapes))[task].square().sum().backward()
@@ -320,7 +320,7 @@ def test_a_loss_of_one_independent_task_moves_nothing_of_another(torso: Torso, s
         assert moved.tolist() == [each == task for each in range(3)]
 
 
-def test_a_loss_of_one_task_moves_its_own_stem_and_the_shared_body() -> None:
+def test_hard_sharing_loss_has_gradients_in_own_stem_and_body() -> None:
     for task in range(3):
         sharing = HardSharing(MLP(hidden=[8, 5]), VECTORS)
         sharing(observations(VECTORS))[task].square().sum().backward()
@@ -330,7 +330,7 @@ def test_a_loss_of_one_task_moves_its_own_stem_and_the_shared_body() -> None:
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in sharing.body.parameters())
 
 
-def test_independent_torsos_start_out_different() -> None:
+def test_independent_torsos_are_initialised_differently() -> None:
     sharing = IndependentSharing(MLP(hidden=[8, 5]), [(4,)] * 2)
     same = torch.randn(1, 6, 4).expand(2, -1, -1)
     features = sharing(same)

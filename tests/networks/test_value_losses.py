@@ -1,4 +1,4 @@
-"""Losses of heads: against answers by hand, and against plain Python written from the papers."""
+"""Losses of heads, against results by hand and plain Python versions of the papers' formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_huber_agrees_with_torch(threshold: float) -> None:
     assert torch.allclose(huber(error, threshold), expected)
 
 
-def test_hubers_gradient_is_the_error_clipped() -> None:
+def test_huber_gradient_is_the_clipped_error() -> None:
     error = torch.tensor([-4.0, -0.5, 0.5, 4.0], requires_grad=True)
     huber(error, 1.0).sum().backward()
     assert error.grad is not None
@@ -39,7 +39,7 @@ def test_hubers_gradient_is_the_error_clipped() -> None:
 
 
 def projected(probability: list[float], location: list[float], v_min: float, v_max: float) -> list[float]:
-    """Bellemare et al. 2017, algorithm 1: each mass to the floor and the ceiling of its place on the grid."""
+    """Bellemare et al. 2017, algorithm 1: divide each mass between the neighbouring atoms."""
     width = (v_max - v_min) / (len(probability) - 1)
     mass = [0.0] * len(probability)
     for share, value in zip(probability, location, strict=True):
@@ -54,7 +54,10 @@ def projected(probability: list[float], location: list[float], v_min: float, v_m
 
 
 def test_projection_by_hand() -> None:
-    """Atoms -1, 0, 1. Half of the mass at 0.25: three quarters of it to 0, a quarter to 1. The rest at 7 and at -1 is at the ends."""
+    """Atoms -1, 0, 1.
+
+    Half of the mass is at 0.25: three quarters of it go to 0, a quarter to 1. The rest, at 7 and -1, goes to the ends.
+    """
     mass = project(torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.25, 7.0, -1.0]), -1.0, 1.0)
     assert mass.tolist() == pytest.approx([0.2, 0.375, 0.425])
 
@@ -66,14 +69,14 @@ def test_projection_agrees_with_the_papers_algorithm(seed: int) -> None:
     v_max = v_min + draw.uniform(0.5, 30)
     torch.manual_seed(seed)
     probability = torch.randn(3, 4, atoms).softmax(-1)
-    location = v_min + (v_max - v_min) * (1.6 * torch.rand(3, 4, atoms) - 0.3)  # some beyond the ends
+    location = v_min + (v_max - v_min) * (1.6 * torch.rand(3, 4, atoms) - 0.3)  # some outside the range
     mass = project(probability, location, v_min, v_max)
     for index in [(k, b) for k in range(3) for b in range(4)]:
         expected = projected(probability[index].tolist(), location[index].tolist(), v_min, v_max)
         assert mass[index].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_projection_keeps_the_mass_and_within_the_ends_the_mean() -> None:
+def test_projection_keeps_mass_and_the_mean_within_the_range() -> None:
     torch.manual_seed(0)
     probability, atoms = torch.randn(200, 51).softmax(-1), torch.linspace(-10, 10, 51)
     location = 20 * torch.rand(200, 51) - 10
@@ -84,7 +87,7 @@ def test_projection_keeps_the_mass_and_within_the_ends_the_mean() -> None:
     assert torch.allclose(beyond[:, -1], torch.ones(200), atol=1e-5)
 
 
-def test_a_distribution_on_the_atoms_stays_as_it_is() -> None:
+def test_projection_of_a_distribution_on_the_atoms_is_the_identity() -> None:
     probability = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert project(probability, torch.tensor([-3.0, -1.0, 1.0, 3.0]), -3.0, 3.0).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
@@ -93,7 +96,7 @@ def test_a_distribution_on_the_atoms_stays_as_it_is() -> None:
 
 
 def histogram(value: float, edges: list[float], sigma: float) -> list[float]:
-    """Differences of the normal distribution's own function, over all that lies between the ends."""
+    """Differences of the normal distribution function, normalised to the range."""
 
     def below(x: float) -> float:
         return (1 + math.erf((x - value) / sigma / math.sqrt(2))) / 2
@@ -111,8 +114,8 @@ def test_histogram_agrees_with_the_normal_distribution(ratio: float) -> None:
     assert torch.allclose(probability.sum(-1), torch.ones(57), atol=1e-5)
 
 
-def test_histogram_gives_its_value_back_and_beyond_the_ends_the_ends() -> None:
-    """The mean over bins is the value, but for the Gaussian's tail that is cut off near an end."""
+def test_histogram_mean_is_the_clipped_value() -> None:
+    """The mean over bins is the value, except for truncated tails near the ends."""
     edges, width = torch.linspace(-10, 10, 102), 20 / 101
     centres = (edges[1:] + edges[:-1]) / 2
     values = torch.linspace(-9.2, 9.2, 401)  # five sigma within
@@ -156,8 +159,8 @@ def test_quantile_loss_agrees_with_a_double_loop(threshold: float, number: int, 
             assert loss[k, b].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_plain_quantile_loss_is_least_at_the_quantiles() -> None:
-    """Of 0, 1, ..., 99 the quantiles at 1/8, 3/8, 5/8 and 7/8 lie between 12 and 13, 37 and 38, ..."""
+def test_quantile_loss_is_smallest_at_the_quantiles() -> None:
+    """The quantiles of 0, 1, ..., 99 at 1/8, 3/8, 5/8 and 7/8 lie between 12 and 13, 37 and 38, ..."""
     target = torch.arange(100.0)
     quantile = torch.zeros(4, requires_grad=True)
     optimizer = torch.optim.SGD([quantile], lr=1.0)

@@ -7,18 +7,16 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.build.resolve_auto import settle
-from mtrl_cli.config.compose import compose_training, load
+from mtrl_cli.config.compose import compose_training
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.errors import UserError
 from mtrl_cli.parallel import torchrun
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.parallel.torchrun import Place
 from mtrl_cli.runs.run_dir import ReadOnlyRunFolder, RunFolder
-from tests.helpers.command import MtrlHere
-from tests.helpers.ranks import SMALL
 
 
-def test_what_torchrun_says_is_read_from_the_environment() -> None:
+def test_place_is_read_from_the_variables_of_torchrun() -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     assert torchrun.place(given) == Place(3, 4, 1, 2)
     assert torchrun.place({"RANK": "3", "WORLD_SIZE": "4"}) == Place()
@@ -27,29 +25,24 @@ def test_what_torchrun_says_is_read_from_the_environment() -> None:
             torchrun.place(given | {name: value})
 
 
-def test_number_of_ranks_is_not_for_the_command_line() -> None:
+def test_ranks_cannot_be_set_on_the_command_line() -> None:
     assert compose_training(["env=classic_pack"])["ranks"] == 1
     with pytest.raises(UserError, match="torchrun --nproc-per-node=4"):
         compose_training(["env=classic_pack", "ranks=4"])
 
 
-def test_run_from_before_there_were_ranks_is_one_of_one(here: MtrlHere) -> None:
-    here("train", *SMALL, "steps_per_task=200", "resets.every=0", "eval.every=0", "run_dir=run")
-    config = here.folder / "run" / "config.yaml"
-    config.write_text(config.read_text().replace("ranks: 1\n", ""))
-    assert load(config)["ranks"] == 1
-    here("resume", "run", "steps_per_task=400")
-
-
-@pytest.mark.parametrize(("changes", "words"), [("env.num_envs=8", "env.num_envs=8"), ("device=cuda:1", "device=cuda:1")])
-def test_settling_refuses_what_ranks_cannot_share(changes: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [("env.num_envs=8", r"env\.num_envs must be a multiple of the number of ranks \(3\), got 8"), ("device=cuda:1", "device=cuda:1")],
+)
+def test_numbers_that_ranks_cannot_share_evenly_are_refused(changes: str, words: str) -> None:
     config = compose_training(["env=classic_pack", changes])
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)
     with pytest.raises(UserError, match=words):
         settle(config, pack, lambda line: None, Ranks(Place(0, 3, 0, 3)))
 
 
-def test_settled_capacity_is_that_of_all_ranks_and_each_keeps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_capacity_is_the_total_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose_training(["env=classic_pack", "device=cpu", "checkpoint.replay=false"])
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)
     each = 4 * 4 + 6  # CartPole's four numbers, and action, reward and flags
@@ -59,7 +52,7 @@ def test_settled_capacity_is_that_of_all_ranks_and_each_keeps_its_part(monkeypat
     assert (of_one_machine, of_two) == (1000, 2000)
 
 
-def test_folder_of_the_first_is_written_to_only_when_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_write_run_json_only_after_the_first_rank_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtrl_cli.runs.run_dir.LOCK_TIMEOUT_SECONDS", 0.1)
     first = RunFolder.create(tmp_path / "run")
     first.write("config.yaml", "{}")

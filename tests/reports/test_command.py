@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 
@@ -176,7 +177,7 @@ def test_words_that_name_no_runs(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[plots\]'"):
+    with pytest.raises(UserError, match=re.escape(extras.install_command("plots"))):
         report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -190,7 +191,7 @@ def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path:
     words, message = {
         "no_run": ([tmp_path / "empty"], "no run lies there"),
         "a_file": ([tmp_path / "file"], "file is no folder"),
-        "a_typo": ([run, "otu=x"], "did you mean out="),
+        "a_typo": ([run, "otu=x"], "unknown key 'otu'. Did you mean 'out'?"),
         "unwritable": ([run], "cannot be written"),
         "no_file_system": ([run, "out=/proc/x"], "cannot be written"),
     }[kind]

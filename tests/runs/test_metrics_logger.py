@@ -1,3 +1,5 @@
+"""Metrics files of a run: rows and events, cut back to a checkpoint by a resume."""
+
 from __future__ import annotations
 
 import errno
@@ -35,7 +37,7 @@ def _log(logger: Logger, steps, scale: float = 1.0) -> None:
         logger.row(step, step * 4, step / 10, step // 2, {"train/return/pong": -21 + scale * step, "loss/pong": scale / step})
 
 
-def test_rows_are_in_both_places(tmp_path):
+def test_rows_are_in_metrics_jsonl_and_in_tensorboard(tmp_path):
     logger = Logger(tmp_path)
     _log(logger, [10, 20])
     logger.close()
@@ -45,7 +47,7 @@ def test_rows_are_in_both_places(tmp_path):
     assert _scalars(tmp_path, "train/return/pong") == [(10, -11.0), (20, -1.0)]
 
 
-def test_metrics_that_are_no_numbers_stay_valid_json(tmp_path):
+def test_values_that_are_not_finite_stay_valid_json(tmp_path):
     logger = Logger(tmp_path)
     logger.row(1, 4, 0.1, 0, {"a": math.nan, "b": math.inf, "c": np.float32(0.5), "d": -1e300})
     logger.close()
@@ -65,7 +67,7 @@ def test_rows_are_on_disk_after_a_flush_without_closing(tmp_path):
     logger.close()
 
 
-def test_a_resume_cuts_what_came_after_its_checkpoint(tmp_path):
+def test_resume_cuts_rows_and_events_past_its_checkpoint(tmp_path):
     logger = Logger(tmp_path)
     _log(logger, range(10, 60, 10))
     logger.histogram("weights", np.arange(9.0), 50)
@@ -78,7 +80,7 @@ def test_a_resume_cuts_what_came_after_its_checkpoint(tmp_path):
     assert _tensorboard(tmp_path).Tags()["histograms"] == []
 
 
-def test_a_second_resume_further_back_cuts_all_files(tmp_path):
+def test_second_resume_from_an_earlier_checkpoint_cuts_all_files(tmp_path):
     for resume_at, steps in ((None, [10, 20, 30]), (20, [30, 40]), (10, [20])):
         logger = Logger(tmp_path, resume_at)
         _log(logger, steps)
@@ -88,7 +90,7 @@ def test_a_second_resume_further_back_cuts_all_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
-def test_the_leavings_of_a_killed_process_do_not_hinder(tmp_path):
+def test_half_written_files_of_a_killed_process_are_readable_after_a_resume(tmp_path):
     logger = Logger(tmp_path)
     _log(logger, [10, 20])
     logger.close()
@@ -104,7 +106,7 @@ def test_the_leavings_of_a_killed_process_do_not_hinder(tmp_path):
     assert [step for step, _ in _scalars(tmp_path, "loss/pong")] == [10, 20, 30]
 
 
-def test_lines_and_files_that_are_not_ours_are_cut(tmp_path):
+def test_invalid_lines_and_event_files_are_cut(tmp_path):
     lines = ['{"step": 5}', "[]", "5", '{"step": "5"}', '{"step": true}', "[" * 50_000, "\x00", '{"step": 5, "x": null}']
     (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     (tmp_path / "tensorboard").mkdir()
@@ -116,7 +118,7 @@ def test_lines_and_files_that_are_not_ours_are_cut(tmp_path):
     assert [step for step, _ in _scalars(tmp_path, "loss/pong")] == [20]
 
 
-def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
+def test_new_run_removes_files_of_an_earlier_attempt(tmp_path):
     for _ in range(2):
         logger = Logger(tmp_path)
         _log(logger, [10])
@@ -143,7 +145,7 @@ def test_nothing_is_written_through_links(tmp_path):
     assert (outside / "events.out.tfevents.1").read_text() == "theirs"
 
 
-def test_histograms_keep_count_and_extremes(tmp_path):
+def test_histogram_has_count_minimum_and_maximum(tmp_path):
     values = np.random.default_rng(0).normal(size=(20, 50))
     values[0, 0] = math.nan
     logger = Logger(tmp_path)
@@ -157,7 +159,7 @@ def test_histograms_keep_count_and_extremes(tmp_path):
     assert sum(event.histogram_value.bucket) == 999
 
 
-def test_images_come_back_as_they_were(tmp_path):
+def test_image_is_stored_without_loss(tmp_path):
     import io
 
     from PIL import Image
@@ -180,7 +182,7 @@ def _declared(run: Path) -> dict[str, plugin_data_pb2.HParamsPluginData]:
     return {tag: plugin_data_pb2.HParamsPluginData.FromString(data) for tag, data in content.items()}
 
 
-def test_hyperparameters_stand_beside_final_scores_and_are_written_anew_by_a_resume(tmp_path):
+def test_hyperparameters_and_final_scores_are_replaced_by_a_resume(tmp_path):
     for resume_at, lr in ((None, 1e-4), (10, 2e-4)):
         logger = Logger(tmp_path, resume_at)
         config = {"optimizer.lr": lr, "env.tasks": ["pong"], "agent.double": True, "run_dir": None}
@@ -196,7 +198,7 @@ def test_hyperparameters_stand_beside_final_scores_and_are_written_anew_by_a_res
     assert _scalars(tmp_path, "final/eval/score/mean") == [(10, 0.5)]
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_is_an_error_of_one_line(tmp_path, monkeypatch):
     logger = Logger(tmp_path)
 
     def full(*_, **__):
@@ -208,7 +210,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_the_null_logger_takes_everything_and_writes_nothing(tmp_path, monkeypatch):
+def test_null_logger_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logger = NullLogger()
     _log(logger, [1, 2])

@@ -143,13 +143,15 @@ def test_forked_child_does_not_keep_the_lock(tmp_path):
     os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOLCK, "no file locks"), (errno.ENOSYS, "no file locks"), (errno.EIO, "I/O|Input")])
-def test_file_system_without_locks_is_refused_and_nothing_is_left(tmp_path, monkeypatch, number, said):
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOLCK, "no file locks"), (errno.ENOSYS, "no file locks"), (errno.EIO, "I/O|Input")]
+)
+def test_file_system_without_locks_is_refused_and_nothing_is_left(tmp_path, monkeypatch, number, message):
     def flock(handle, operation):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         RunFolder.create(tmp_path / "run")
     assert os.listdir(tmp_path) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.runs.video import write_mp4
 
 
@@ -56,6 +58,6 @@ def test_a_failure_leaves_nothing_behind_and_an_older_video_whole(tmp_path: Path
 
 def test_without_pyav_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"pip install 'mtrl_cli\[video\]'"):
+    with pytest.raises(UserError, match=re.escape(extras.install_command("video"))):
         write_mp4(tmp_path / "pong.mp4", brightening(2), fps=15)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
+from mtrl_cli.machine import extras
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps import validation as sweep_validation
 from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 BASE = ["env=classic_pack", "steps_per_task=1000", "agent.learning_starts=100"]
@@ -87,7 +88,7 @@ def test_a_trial_is_the_run_that_mtrl_train_would_make_of_the_same_words(tmp_pat
 def test_a_combination_that_does_not_go_together_is_its_trials_failure(tmp_path: Path) -> None:
     """Checking all combinations would take a product of time; a sweep's other trials are not to suffer."""
     plan = make("network/head=dueling,c51", "agent/value_scale=clip,none")
-    with pytest.raises(UserError, match="needs returns of a known range"):
+    with pytest.raises(UserError, match="requires bounded returns"):
         plan.configuration({"network/head": "c51", "agent/value_scale": "none"}, tmp_path)
     assert plan.configuration({"network/head": "c51", "agent/value_scale": "clip"}, tmp_path)["network"]["head"]["_target_"].endswith(
         "C51Head"
@@ -104,23 +105,23 @@ def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     ("words", "message"),
     [
         ([], "no key has several values"),
-        (["agent.n_stp=1"], "did you mean agent.n_step?"),
-        (["seed=1,2", "agent.n_stp=1"], "did you mean agent.n_step?"),
-        (["seed=1,2", "sweep.trails=1"], "did you mean sweep.trials?"),
-        (["seed=1,2", "swep.trials=1"], "did you mean sweep.trials?"),
-        (["seed=1,2", "launcher=loca"], "did you mean local?"),
-        (["seed=1,2", "launcher.job=1"], "did you mean launcher.jobs?"),
-        (["seed=1,2", "laucher.jobs=1"], "did you mean launcher.jobs?"),
-        (["seed=1,-2"], "seed=-2: expected a whole number of at least 0"),
-        (["seed=range(-3,9)"], "seed=-3: expected"),
-        (["seed=range(0,5,0.5)"], "seed=0.5: expected a whole number"),
-        (["network/sharing=hard,flm"], "network/sharing=flm: there is no such option; did you mean film?"),
-        (["network/head=dueling,c51"], "with network/head=c51: network/head's C51Head needs returns"),
-        (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr=-1: expected a number above 0"),
-        (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma=1.5: expected"),
-        (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step=0.5: expected a whole number"),
+        (["agent.n_stp=1"], "Did you mean 'agent.n_step'?"),
+        (["seed=1,2", "agent.n_stp=1"], "Did you mean 'agent.n_step'?"),
+        (["seed=1,2", "sweep.trails=1"], "Did you mean 'sweep.trials'?"),
+        (["seed=1,2", "swep.trials=1"], "Did you mean 'sweep.trials'?"),
+        (["seed=1,2", "launcher=loca"], "Did you mean 'launcher=local'?"),
+        (["seed=1,2", "launcher.job=1"], "Did you mean 'launcher.jobs'?"),
+        (["seed=1,2", "laucher.jobs=1"], "Did you mean 'launcher.jobs'?"),
+        (["seed=1,-2"], "seed must be a non-negative integer, got -2"),
+        (["seed=range(-3,9)"], "seed must be a non-negative integer, got -3"),
+        (["seed=range(0,5,0.5)"], "seed must be a non-negative integer, got 0.5"),
+        (["network/sharing=hard,flm"], "unknown option 'network/sharing=flm'. Did you mean 'network/sharing=film'?"),
+        (["network/head=dueling,c51"], "with network/head=c51: network/head's C51Head requires bounded returns"),
+        (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr must be a positive number, got -1"),
+        (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma must be a number from 0 to 1, got 1.5"),
+        (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step must be a positive integer, got 0.5"),
         (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step must be an integer; give integers at both ends"),
-        (["network=interval(1,3)", "sweep.trials=3"], "network=1: there is no such option"),
+        (["network=interval(1,3)", "sweep.trials=3"], "unknown option 'network=1'"),
         ([LR], "sweep.trials is missing: optimizer.lr is an interval"),
         (["seed=1,2", "sweep.sampler=random"], "sweep.trials is missing: sweep.sampler=random needs it"),
         ([LR, "sweep.sampler=grid"], "sweep.sampler=grid does not support the interval of optimizer.lr"),
@@ -152,11 +153,11 @@ def test_a_pack_without_references_needs_to_be_told_by_what() -> None:
 
 
 def test_what_samplers_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = sweep_validation.importlib.util.find_spec
-    monkeypatch.setattr(sweep_validation.importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
     for sampler, package in (("cmaes", "cmaes"), ("gp", "scipy")):
         told = refusal(LR, "agent.gamma=interval(0.9,1)", f"sweep.sampler={sampler}", "sweep.trials=3")
-        assert told == f"sweep.sampler={sampler} needs the package {package}: pip install 'mtrl_cli[search]'"
+        assert told == str(extras.missing(f"sweep.sampler={sampler}", package, "search"))
 
 
 def test_a_sum_of_values_is_composed_and_not_their_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_a_key_twice_is_refused(words: list[str]) -> None:
 
 
 def test_a_slip_in_a_word_of_the_sweep_is_told() -> None:
-    assert search_space.near_miss(["env=a", "swep.trials=3"]) == "swep.trials: there is no such key; did you mean sweep.trials?"
+    assert search_space.near_miss(["env=a", "swep.trials=3"]) == "unknown key 'swep.trials'. Did you mean 'sweep.trials'?"
     assert search_space.near_miss(["env=a", "sweep.trials=3", "launcher=local", "seed=3"]) is None
 
 

@@ -1,4 +1,4 @@
-"""Task weightings against independent answers: TorchJD on a real network's whole Jacobian, cases worked by hand, properties."""
+"""Task weightings against independent results: TorchJD on the full Jacobian of a network, cases by hand, properties."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ K = 4
 
 
 class Case:
-    """A small network with a head per task, and a batch of each task: losses that conflict."""
+    """A small network with a head per task, a batch per task, and conflicting losses."""
 
     def __init__(self, seed: int):
         torch.manual_seed(seed)
@@ -35,7 +35,7 @@ class Case:
         return (self.network(self.input) - self.target).square().mean((1, 2))
 
     def jacobian(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """The losses' derivatives by all of these parameters, `[K, P]`, by another way than the code's."""
+        """Derivatives of the losses in all parameters, `[K, P]`, computed independently of the code under test."""
         by_parameter = torch.autograd.functional.jacobian(
             lambda *values: (
                 (
@@ -62,7 +62,7 @@ class Case:
 
 def normalised_nash(J: torch.Tensor) -> torch.Tensor:
     weighting = aggregation.NashMTL(len(J), max_norm=0.0, optim_niter=20).weighting
-    weight_K = weighting(J)  # of the rows themselves, not of a root of their Gram matrix
+    weight_K = weighting(J)  # from the rows, not from a root of their Gram matrix
     return weight_K @ J / weight_K.sum()
 
 
@@ -71,7 +71,7 @@ def normalised_fairgrad(J: torch.Tensor) -> torch.Tensor:
     return weight_K @ J / weight_K.sum()
 
 
-# What the whole Jacobian gives in TorchJD, brought to the mean's scale.
+# TorchJD's results on the full Jacobian, on the scale of the mean.
 ORACLES: dict[str, Any] = {
     "mgda": aggregation.MGDA(epsilon=1e-9, max_iters=250),
     "imtl_g": aggregation.IMTLG(),
@@ -86,7 +86,7 @@ ORACLES: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ORACLES)
-def test_the_network_gets_what_torchjd_makes_of_the_whole_jacobian(name: str, seed: int) -> None:
+def test_gradients_equal_torchjd_on_the_full_jacobian(name: str, seed: int) -> None:
     case = Case(seed)
     of_shared, of_own = case.backward(weights_of(name, K))
     J = case.jacobian(case.shared).double()
@@ -98,14 +98,14 @@ def test_the_network_gets_what_torchjd_makes_of_the_whole_jacobian(name: str, se
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", ["pcgrad", "gradvac"])
-def test_projections_of_all_tasks_at_once_are_torchjds_one_by_one(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several updates: GradVac's targets move."""
+def test_vectorised_projections_equal_torchjd_loops(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several updates, because GradVac's targets move."""
     case, weights = Case(seed), weights_of(name, K, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     oracle: Any = aggregation.PCGrad() if name == "pcgrad" else aggregation.GradVac(beta=0.5)
     for _ in range(4):
         orders = random_orders(K, generator).tolist()
-        # PCGrad's permutation is of all tasks, itself passed over; GradVac's of the positions among the others.
+        # PCGrad permutes all tasks and skips the task itself; GradVac permutes the positions of the others.
         drawn = [[*order, i] if name == "pcgrad" else [j - (j > i) for j in order] for i, order in enumerate(orders)]
         of_shared, _ = case.backward(weights)
         J = case.jacobian(case.shared)
@@ -121,7 +121,7 @@ def test_projections_of_all_tasks_at_once_are_torchjds_one_by_one(name: str, see
                 parameter += 0.02 * torch.randn_like(parameter)
 
 
-def test_graddrop_is_torchjds_and_keeps_one_sign_of_each_entry() -> None:
+def test_graddrop_equals_torchjd_and_keeps_one_sign_per_entry() -> None:
     case, weights = Case(0), weights_of("graddrop", K, seed=3)
     of_shared, _ = case.backward(weights)
     J = case.jacobian(case.shared)
@@ -133,8 +133,11 @@ def test_graddrop_is_torchjds_and_keeps_one_sign_of_each_entry() -> None:
     torch.testing.assert_close(of_shared[agreed], J.mean(0)[agreed], rtol=1e-4, atol=1e-7)
 
 
-def test_graddrops_weight_is_the_share_that_is_kept() -> None:
-    """Task 0 has 9 of its 10 in a first entry that both agree on; in the second the larger side wins three times of four."""
+def test_graddrop_weight_is_the_kept_share() -> None:
+    """Task 0 has 9/10 of its squared norm in the first entry, where both agree.
+
+    In the second entry the larger side wins with probability 3/4.
+    """
     gradients = [GivenGradients(torch.tensor([[3.0, 1.0], [1.0, -3.0]])) for _ in range(400)]
     weights = weights_of("graddrop", 2)
     pairs = [tuple(round(each, 5) for each in weights.backward(gradient).tolist()) for gradient in gradients]
@@ -148,14 +151,17 @@ def test_graddrops_weight_is_the_share_that_is_kept() -> None:
 
 
 def test_pcgrad_of_two_tasks_by_hand() -> None:
-    """g = (1, 0), h = (-1, 1): g loses its part along h, (1, 0) + h / 2 = (0.5, 0.5); h loses -g, (0, 1). Their mean."""
+    """g = (1, 0), h = (-1, 1).
+
+    g without its component along h is (1, 0) + h / 2 = (0.5, 0.5); h without its component along g is (0, 1). Their mean.
+    """
     gradients = GivenGradients(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
     weights_of("pcgrad", 2).backward(gradients)
     assert gradients.result_P.tolist() == pytest.approx([0.25, 0.75])
 
 
-def test_gradvac_leads_a_cosine_to_its_target() -> None:
-    """One call's cosines are the next call's targets, where beta is 1; then each is reached, PCGrad's zero included."""
+def test_gradvac_moves_a_cosine_to_its_target() -> None:
+    """With beta 1, the cosines of one call are the targets of the next. Each target is reached, including PCGrad's zero."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         J = torch.randn(2, 5, generator=generator)
@@ -167,7 +173,7 @@ def test_gradvac_leads_a_cosine_to_its_target() -> None:
         changed = []
         for i, j in ((0, 1), (1, 0)):
             row = J[i]
-            if cosine < target_KK[i, j]:  # what it takes, in the plane of the two: equation 6
+            if cosine < target_KK[i, j]:  # the step in the plane of the two gradients: equation 6
                 phi, sine = float(target_KK[i, j]), (1 - target_KK[i, j] ** 2).sqrt()
                 step = J[i].norm() * (phi * (1 - cosine**2).sqrt() - cosine * sine) / (J[j].norm() * sine)
                 row = J[i] + step * J[j]
@@ -177,19 +183,19 @@ def test_gradvac_leads_a_cosine_to_its_target() -> None:
 
 
 def test_mgda_of_two_tasks_by_hand() -> None:
-    """The point of the segment from (2, 0) to (0, 1) that is nearest to the origin: weights 1/5 and 4/5."""
+    """The point nearest to the origin on the segment from (2, 0) to (0, 1): weights 1/5 and 4/5."""
     gradients = GivenGradients(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     assert weights_of("mgda", 2).backward(gradients).tolist() == pytest.approx([0.2, 0.8])
 
 
 def test_nash_mtl_and_fairgrad_of_orthogonal_tasks_by_hand() -> None:
-    """G a = 1 / a with G = diag(4, 1): a = (1/2, 1), of which the sum is made 1."""
+    """G a = 1 / a with G = diag(4, 1): a = (1/2, 1), divided by its sum."""
     for name in ("nash_mtl", "fairgrad"):
         gradients = GivenGradients(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
         assert weights_of(name, 2).backward(gradients).tolist() == pytest.approx([1 / 3, 2 / 3], abs=1e-3), name
 
 
-def test_nash_mtls_weights_solve_the_bargaining_equation() -> None:
+def test_nash_mtl_weights_solve_the_bargaining_equation() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         J = torch.randn(5, 30, generator=generator)
@@ -201,16 +207,16 @@ def test_nash_mtls_weights_solve_the_bargaining_equation() -> None:
 def test_nash_mtl_solves_only_when_due() -> None:
     weights = weights_of("nash_mtl", 3, every=3)
     generator = torch.Generator().manual_seed(0)
-    asked, used = [], []
+    solved, used = [], []
     for _ in range(7):
         gradients = GivenGradients(torch.randn(3, 6, generator=generator))
         used.append(weights.backward(gradients).tolist())
-        asked.append("gram" in gradients.asked)
-    assert asked == [True, False, False, True, False, False, True]
+        solved.append("gram" in gradients.calls)
+    assert solved == [True, False, False, True, False, False, True]
     assert used[0] == used[1] == used[2] != used[3] == used[4] == used[5] != used[6]
 
 
-def test_imtl_g_projects_the_same_onto_every_task() -> None:
+def test_imtl_g_has_equal_projections_onto_all_tasks() -> None:
     J = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
     gradients = GivenGradients(J)
     assert weights_of("imtl_g", 4).backward(gradients).sum() == pytest.approx(1, abs=1e-4)
@@ -219,7 +225,7 @@ def test_imtl_g_projects_the_same_onto_every_task() -> None:
 
 
 @pytest.mark.parametrize("scale", ["min", "median", "rmse"])
-def test_aligned_mtl_makes_all_singular_values_one(scale: str) -> None:
+def test_aligned_mtl_makes_singular_values_equal(scale: str) -> None:
     J = torch.randn(3, 9, generator=torch.Generator().manual_seed(1))
     U, S, V = torch.linalg.svd(J, full_matrices=False)
     wanted = {"min": S.min(), "median": S.median(), "rmse": S.square().mean().sqrt()}[scale]
@@ -229,12 +235,12 @@ def test_aligned_mtl_makes_all_singular_values_one(scale: str) -> None:
 
 
 def test_gradnorm_by_hand() -> None:
-    """Norms 3 and 1 with weights 1 and 1: the first is above their mean, 2, the second below; Adam's first step is lr each way."""
+    """Norms 3 and 1 with weights 1 and 1: the first is above the mean, 2, the second below. Adam's first step is lr in both directions."""
     weights = weights_of("gradnorm", 2, lr=0.025, alpha=1.0)
     rows = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     assert weights.backward(GivenGradients(rows, torch.tensor([2.0, 2.0]))).tolist() == [0.5, 0.5]
     assert weights.backward(GivenGradients(rows, torch.tensor([2.0, 2.0]))).tolist() == pytest.approx([0.975 / 2, 1.025 / 2])
-    # The first task has trained to a tenth, the second not at all: rates 0.1 / 0.55 and 1 / 0.55 make targets far apart.
+    # The first loss fell to a tenth, the second is unchanged: rates 0.1 / 0.55 and 1 / 0.55 give different targets.
     slower = weights_of("gradnorm", 2, lr=0.025, alpha=1.0)
     equal = torch.eye(2)
     slower.backward(GivenGradients(equal, torch.tensor([1.0, 1.0])))
@@ -244,13 +250,16 @@ def test_gradnorm_by_hand() -> None:
 
 
 def test_db_mtl_by_hand() -> None:
-    """Losses 1 and 4, gradients (2, 0) and (0, 4). Of their logarithms: (2, 0) and (0, 1), made (2, 0) and (0, 2): 1 and 1/2 times them."""
+    """Losses 1 and 4, gradients (2, 0) and (0, 4).
+
+    Gradients of log losses: (2, 0) and (0, 1), scaled to (2, 0) and (0, 2): factors 1 and 1/2.
+    """
     weights = weights_of("db_mtl", 2, beta=0.5)
     gradients = GivenGradients(torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.tensor([1.0, 4.0]))
     weight_K = weights.backward(gradients)
     assert gradients.result_P.tolist() == pytest.approx([2 / 1.5, 2 / 1.5])
     assert weight_K.tolist() == pytest.approx([1.0 / 1.5, 0.5 / 1.5])  # of (2, 0) and of (0, 4)
-    # Then (0, 6) and (0, 4) at losses 1 and 1: averages (1, 3) and (0, 2.5), the second made sqrt(10) long.
+    # Then (0, 6) and (0, 4) at losses 1 and 1: averages (1, 3) and (0, 2.5), the second scaled to norm sqrt(10).
     gradients = GivenGradients(torch.tensor([[0.0, 6.0], [0.0, 4.0]]), torch.tensor([1.0, 1.0]))
     weights.backward(gradients)
     factors = 1 + 10**0.5 / 2.5 * (0.25 + 1) / 2  # times the averaged inverses of the losses
@@ -269,7 +278,7 @@ def test_dwa_after_two_epochs_by_hand() -> None:
     torch.testing.assert_close(weights.backward(GivenGradients(rows, torch.ones(2))), torch.tensor([3.0, 1.0]).softmax(0))
 
 
-def test_random_weights_are_softmaxes_of_normal_draws() -> None:
+def test_random_weights_are_softmax_of_normal_draws() -> None:
     weights = weights_of("random", 2)
     drawn = torch.stack([weights.backward(GivenGradients(torch.eye(2))) for _ in range(2000)])
     difference = drawn[:, 0].log() - drawn[:, 1].log()  # of two normal draws
@@ -281,13 +290,13 @@ def test_random_weights_are_softmaxes_of_normal_draws() -> None:
 
 
 def by_scalarizer(scalarizer: Any, loss_K: torch.Tensor) -> torch.Tensor:
-    """The weights with which a scalarizer's gradient takes the losses'."""
+    """Weights of the losses in a scalarizer's gradient."""
     loss_K = loss_K.clone().requires_grad_()
     (weight_K,) = torch.autograd.grad(scalarizer(loss_K), loss_K)
     return weight_K
 
 
-def test_famo_is_torchjds_step_by_step() -> None:
+def test_famo_equals_torchjd_over_several_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     weights, oracle = weights_of("famo", 3, lr=0.1, weight_decay=0.01), scalarization.FAMO(3, lr=0.1, weight_decay=0.01)
     for _ in range(5):
@@ -299,8 +308,10 @@ def test_famo_is_torchjds_step_by_step() -> None:
 
 
 def test_famo_of_two_steps_by_hand() -> None:
-    """Losses 1 and 2 with equal logits: weights 1/L, made to sum to 1. The first loss halves, the second stays: Adam's first step lowers
-    the first logit and raises the second, by lr each."""
+    """Losses 1 and 2 with equal logits give weights 1/L, divided by their sum.
+
+    The first loss halves, the second stays. Adam's first step lowers the first logit and raises the second, by lr each.
+    """
     weights = weights_of("famo", 2, lr=0.1, weight_decay=0.0)
     loss_K = torch.tensor([1.0, 2.0])
     assert weights.backward(GivenGradients(torch.eye(2), loss_K)).tolist() == pytest.approx([2 / 3, 1 / 3])
@@ -310,7 +321,7 @@ def test_famo_of_two_steps_by_hand() -> None:
     torch.testing.assert_close(weights.backward(GivenGradients(torch.eye(2), loss_K)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_uncertainty_is_kendalls_loss_trained_with_adam() -> None:
+def test_uncertainty_equals_kendall_loss_trained_with_adam() -> None:
     generator = torch.Generator().manual_seed(0)
     weights, oracle = weights_of("uncertainty", 3, lr=0.05), scalarization.UW(3)
     adam = torch.optim.Adam(oracle.parameters(), lr=0.05)
@@ -324,7 +335,7 @@ def test_uncertainty_is_kendalls_loss_trained_with_adam() -> None:
 
 
 @pytest.mark.parametrize("mu", [0.01, 0.1, 1.0])
-def test_stch_is_torchjds(mu: float) -> None:
+def test_stch_equals_torchjd(mu: float) -> None:
     for seed in range(5):
         loss_K = torch.rand(3, generator=torch.Generator().manual_seed(seed))
         expected = by_scalarizer(scalarization.STCH(mu), loss_K)
@@ -342,13 +353,13 @@ def test_a_small_step_of_mgda_lowers_every_loss(seed: int) -> None:
     before_K = case.loss_K().detach()
     case.backward(weights_of("mgda", K))
     with torch.no_grad():
-        for parameter in case.shared:  # the heads, which each lower their own, stay
+        for parameter in case.shared:  # heads are not changed, because each lowers only its own loss
             assert parameter.grad is not None
             parameter -= 1e-3 * parameter.grad
     assert (case.loss_K() < before_K).all()
 
 
-def test_mgda_is_no_longer_than_any_weighted_mean() -> None:
+def test_mgda_is_the_shortest_weighted_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         J = torch.randn(4, 6, generator=generator, dtype=torch.float64)
@@ -369,14 +380,14 @@ def test_upgrad_conflicts_with_no_task(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "gradvac", "upgrad", "graddrop"])
-def test_without_conflict_it_is_the_mean(name: str) -> None:
+def test_gradients_without_conflict_give_the_mean(name: str) -> None:
     J = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
     gradients = GivenGradients(J)
     weights_of(name, 4).backward(gradients)
     torch.testing.assert_close(gradients.result_P, J.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_cagrad_with_c_of_0_is_the_mean_and_with_more_lies_within_its_ball() -> None:
+def test_cagrad_with_c_0_is_the_mean_and_else_lies_in_its_ball() -> None:
     J = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     for c in (0.0, 0.3, 0.9):
         gradients = GivenGradients(J)
@@ -387,7 +398,7 @@ def test_cagrad_with_c_of_0_is_the_mean_and_with_more_lies_within_its_ball() -> 
         assert least >= (J @ J.mean(0)).min() - 1e-3, "the task that it serves least is served no less than by the mean"
 
 
-def test_pcgrad_takes_every_order() -> None:
+def test_pcgrad_draws_every_order() -> None:
     seen = {tuple(order) for seed in range(60) for order in random_orders(3, torch.Generator().manual_seed(seed)).tolist()}
     assert seen == {pair for k in range(3) for pair in itertools.permutations([j for j in range(3) if j != k])}
     gram_KK = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 1.0, -0.4], [-0.5, -0.4, 1.0]])
@@ -395,14 +406,14 @@ def test_pcgrad_takes_every_order() -> None:
     assert not torch.allclose(forth, back)
 
 
-def test_cagrad_goes_on_with_the_mean_where_its_direction_is_undefined() -> None:
-    """A task without a gradient, or gradients that sum to zero: the ball around the mean, which excludes a step of zero, has its centre."""
+def test_cagrad_uses_the_mean_if_its_direction_is_undefined() -> None:
+    """A task without a gradient, or gradients that sum to zero: the result is the centre of the ball around the mean."""
     for rows in ([[1.0, 2.0], [0.0, 0.0], [2.0, -1.0]], [[1.0, 0.0], [-1.0, 0.0], [0.0, 1e-6]]):
         gradients = GivenGradients(torch.tensor(rows))
         assert weights_of("cagrad", 3, c=0.5).backward(gradients).tolist() == pytest.approx([1 / 3 / 1.5] * 3)
 
 
-def test_imtl_g_is_uniform_where_gradients_cancel() -> None:
+def test_imtl_g_is_uniform_if_gradients_cancel() -> None:
     torch.manual_seed(0)
     rows_KP = torch.randn(3, 40)
     rows_KP[2] = -rows_KP[0] - rows_KP[1] + 1e-4 * torch.randn(40)
@@ -411,7 +422,7 @@ def test_imtl_g_is_uniform_where_gradients_cancel() -> None:
         assert weights.backward(GivenGradients(rows)).tolist() == pytest.approx([1 / len(rows)] * len(rows))
 
 
-def test_nash_mtl_tries_again_at_the_next_update_where_there_was_no_solution() -> None:
+def test_nash_mtl_retries_a_failed_solution_in_the_next_update() -> None:
     weights, plain = weights_of("nash_mtl", 3, every=50), weights_of("nash_mtl", 3, every=50)
     zero_row = torch.tensor([[1.0, 2.0], [0.0, 0.0], [2.0, -1.0]])
     assert weights.backward(GivenGradients(zero_row)).tolist() == pytest.approx([1 / 3] * 3)

@@ -1,4 +1,4 @@
-"""A tape of one joint pass gives what a backward pass for each task gives, or is not used."""
+"""Tape of one common pass: equal to a backward pass per task, or not used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def network_of(torso: Torso, shapes: Shapes, kind: type[Sharing] = HardSharing) 
 
 
 def losses_of(network: nn.Module, observation: torch.Tensor) -> torch.Tensor:
-    """`[K, B]`: something that is not linear in the values."""
+    """Losses `[K, B]` that are not linear in the values."""
     q_KBA = network(observation)
     return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) - 0.3).square().sum(2)
 
@@ -56,13 +56,13 @@ def both(network: MultiTaskNetwork, observation: torch.Tensor) -> tuple[TaskGrad
 
 
 def grads(network: nn.Module, act: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient after `act`."""
+    """Gradient of every parameter after `act`."""
     network.zero_grad(set_to_none=True)
     act()
     found = {}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        # Fused optimizers read a gradient in its parameter's layout, whatever its own.
+        # Fused optimizers read a gradient in the memory layout of its parameter.
         assert parameter.grad.stride() == parameter.stride(), name
         found[name] = parameter.grad
     return found
@@ -74,7 +74,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_it_gives_what_a_backward_pass_for_each_task_gives(torso: Torso, shapes: Shapes, batch: int) -> None:
+def test_tape_equals_a_backward_pass_per_task(torso: Torso, shapes: Shapes, batch: int) -> None:
     network = network_of(torso, shapes)
     slow, quick, _ = both(network, observations(shapes, batch=max(batch, 2))[:, :batch])
     assert torch.allclose(quick.loss_K, slow.loss_K)
@@ -89,8 +89,8 @@ def test_it_gives_what_a_backward_pass_for_each_task_gives(torso: Torso, shapes:
             assert_close(gradient, expected[name])
 
 
-def test_combining_needs_no_rows_of_linear_layers_and_agrees_with_them() -> None:
-    """Before and after rows were asked for, the weighted sum is the same, and it is that of the rows."""
+def test_combine_of_linear_layers_is_equal_with_and_without_rows() -> None:
+    """The weighted sum is the same before and after `rows`, and equals that of the rows."""
     torso, shapes = MLP(hidden=[8, 6]), [(4,)] * 3
     network = network_of(torso, shapes)
     _, quick, _ = both(network, observations(shapes, batch=5))
@@ -104,7 +104,7 @@ def test_combining_needs_no_rows_of_linear_layers_and_agrees_with_them() -> None
         assert_close(with_rows[name], gradient)
 
 
-def test_own_parameters_get_the_uniform_share_whatever_the_weights() -> None:
+def test_own_parameters_get_a_uniform_share_for_any_weights() -> None:
     network = network_of(MLP(hidden=[8, 6]), [(4,)] * 3)
     observation = observations([(4,)] * 3)
     expected = grads(network, lambda: losses_of(network, observation).mean(1).mean().backward())
@@ -117,8 +117,8 @@ def test_own_parameters_get_the_uniform_share_whatever_the_weights() -> None:
             assert not torch.allclose(found[name], expected[name])
 
 
-def test_a_linear_layers_inner_products_are_those_of_its_rows() -> None:
-    """In both regimes: where samples are few their products are less work than the rows, where they are many the rows are."""
+def test_linear_gram_equals_inner_products_of_rows() -> None:
+    """For few samples, inner products are less work than rows; for many samples, rows are."""
     for samples, size, quick in ((2, 30, True), (40, 3, False)):
         layer = nn.Linear(size, size + 1)
         x, d = torch.randn(3, samples, size), torch.randn(3, samples, size + 1)
@@ -132,8 +132,8 @@ def test_a_linear_layers_inner_products_are_those_of_its_rows() -> None:
 # -- where it would not be right ------------------------------------------------------------------------------------------------
 
 
-class Odd(nn.Module):
-    """A network whose shared layer is used in a way that a tape cannot tell."""
+class UnsupportedUse(nn.Module):
+    """Network that uses its shared layer in a way that a tape does not support."""
 
     def __init__(self, way: str):
         super().__init__()
@@ -155,7 +155,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
-def test_a_convolution_that_pads_with_what_it_sees_is_left_to_autograd(mode: str) -> None:
+def test_no_tape_for_a_convolution_with_reflected_padding(mode: str) -> None:
     network = network_of(NatureCNN(features=6, width=0.1), [(2, 40, 40)] * 3)
     first = network.sharing.stem[0]  # type: ignore[index]
     network.sharing.stem[0] = nn.Conv2d(2, first.out_channels, 8, 4, padding=0, padding_mode=mode)  # type: ignore[index, operator]
@@ -167,8 +167,8 @@ def test_a_convolution_that_pads_with_what_it_sees_is_left_to_autograd(mode: str
 
 
 @pytest.mark.parametrize("way", ["twice", "batch first", "one task", "no layer"])
-def test_a_layer_used_otherwise_is_left_to_autograd(way: str) -> None:
-    network, observation = Odd(way), torch.randn(3, 2, 4)
+def test_no_tape_for_an_unsupported_use_of_a_layer(way: str) -> None:
+    network, observation = UnsupportedUse(way), torch.randn(3, 2, 4)
     before = network(observation)
     shared = [parameter for name, parameter in network.named_parameters() if name != "own"]
     assert tape_for(network, shared, [network.own], observation) is None
@@ -176,12 +176,12 @@ def test_a_layer_used_otherwise_is_left_to_autograd(way: str) -> None:
     assert not network.layer._forward_hooks
 
 
-def test_the_same_layer_used_plainly_is_taped() -> None:
-    network = Odd("plain")
+def test_tape_for_a_plain_use_of_the_same_layer() -> None:
+    network = UnsupportedUse("plain")
     assert tape_for(network, list(network.layer.parameters()), [network.own], torch.randn(3, 2, 4)) is not None
 
 
-def test_where_nothing_is_shared_there_is_nothing_to_tape() -> None:
+def test_no_tape_without_shared_parameters() -> None:
     network = network_of(MLP(hidden=[8, 6]), [(4,)] * 3, IndependentSharing)
     assert tape_for(network, network.shared_parameters(), network.own_parameters(), torch.randn(3, 2, 4)) is None
 
@@ -189,7 +189,7 @@ def test_where_nothing_is_shared_there_is_nothing_to_tape() -> None:
 # -- aside ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_outside_a_recording_the_network_is_as_it_was() -> None:
+def test_network_is_unchanged_outside_a_recording() -> None:
     torso, shapes = MLP(hidden=[8, 6]), [(4,)] * 3
     network, observation = network_of(torso, shapes), observations(shapes)
     expected = grads(network, lambda: losses_of(network, observation).sum().backward())
@@ -199,7 +199,7 @@ def test_outside_a_recording_the_network_is_as_it_was() -> None:
         assert torch.equal(found, expected[name])
 
 
-def test_in_bfloat16_it_agrees_to_precision() -> None:
+def test_tape_in_bfloat16_agrees_to_precision() -> None:
     shapes = [(4, 10, 10)] * 3
     network = network_of(MinAtarCNN(channels=4, features=16, layer_norm=True), shapes)
     network._autocast = torch.bfloat16
@@ -209,7 +209,7 @@ def test_in_bfloat16_it_agrees_to_precision() -> None:
 
 
 @pytest.mark.skipif(missing_for_compile() is not None, reason=f"torch.compile cannot work here: {missing_for_compile()}")
-def test_compiled_it_gives_the_same() -> None:
+def test_tape_of_a_compiled_network_is_equal() -> None:
     torso, shapes = MLP(hidden=[8, 6], layer_norm=True), [(4,)] * 3
     network = network_of(torso, shapes)
     shared, own = network.shared_parameters(), network.own_parameters()

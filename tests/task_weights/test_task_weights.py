@@ -1,4 +1,4 @@
-"""Every task weighting: one scale, degenerate input, randomness of its own, state, and what a run is refused for."""
+"""Properties of every task weighting: scale, degenerate input, randomness, state, refused configurations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
 from mtrl_cli.checkpoints.state_tree import flatten, unflatten
+from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
@@ -20,7 +21,7 @@ from tests.helpers.loops import NAMES as GAMES
 from tests.helpers.loops import loop_of, run
 from tests.helpers.replay_reference import transition
 
-# Metrics at which a few updates show what thousands would.
+# Options with which a few updates have the effect of thousands.
 QUICK: dict[str, dict[str, Any]] = {
     "static": {"weights": {"t1": 3.0}},
     "uncertainty": {"lr": 0.5},
@@ -33,14 +34,14 @@ SOLVERS = ["cagrad", "fairgrad", "nash_mtl", "upgrad"]
 
 
 def random_gradients(number: int, num_tasks: int = 3) -> GivenGradients:
-    """Rows that conflict here and there, of different lengths, and losses."""
+    """Rows of different norms with some conflicts, and losses."""
     generator = torch.Generator().manual_seed(number)
     rows_KP = torch.randn(num_tasks, 5, generator=generator) * torch.arange(1, num_tasks + 1)[:, None]
     return GivenGradients(rows_KP, torch.rand(num_tasks, generator=generator) + 0.1)
 
 
 def updates(weights: TaskWeights, numbers: range) -> list[torch.Tensor]:
-    """What a number of updates gave: each the gradient and the weights, one after the other."""
+    """Gradient and weights of each update, concatenated."""
     given = []
     for number in numbers:
         gradients = random_gradients(number, len(weights.tasks))
@@ -59,7 +60,7 @@ def updates(weights: TaskWeights, numbers: range) -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
 def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
-    """Whatever the method, changing it does not change the step size; also after a while."""
+    """Changing the method does not change the step size, also after several updates."""
     weights = weights_of(name, num_tasks)
     row_P = torch.tensor([3.0, -1.0, 0.5, 2.0]) / 7
     for update in range(30):
@@ -73,18 +74,18 @@ def test_equal_gradients_give_that_gradient(name: str, num_tasks: int) -> None:
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_what_a_method_asks_for_is_what_it_says_it_needs(name: str) -> None:
+def test_method_uses_only_the_gradients_that_it_declares(name: str) -> None:
     weights = weights_of(name)
     assert weights.needs in ("losses", "gram", "rows")
     gradients = random_gradients(0)
     weights.backward(gradients)
-    assert set(gradients.asked) & {"gram", "rows"} == ({weights.needs} - {"losses"})
+    assert set(gradients.calls) & {"gram", "rows"} == ({weights.needs} - {"losses"})
     how = "weigh" if name in (*BY_LOSSES, "uniform") else "replace" if weights.needs == "rows" else "combine"
-    assert gradients.asked[-1] == how
+    assert gradients.calls[-1] == how
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if name != "uniform"])
-def test_gradients_are_other_than_those_of_uniform_weights(name: str) -> None:
+def test_gradients_differ_from_uniform_weights(name: str) -> None:
     given = updates(weights_of(name, **QUICK.get(name, {})), range(6))[-1]
     plain = updates(weights_of("uniform"), range(6))[-1]
     assert (given[:5] - plain[:5]).abs().max() > 0.01
@@ -92,7 +93,7 @@ def test_gradients_are_other_than_those_of_uniform_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BY_LOSSES)
-def test_weights_from_losses_sum_to_one_and_are_not_negative(name: str) -> None:
+def test_loss_weights_sum_to_one_and_are_not_negative(name: str) -> None:
     for given in updates(weights_of(name, **QUICK.get(name, {})), range(20)):
         assert given[5:].sum() == pytest.approx(1, abs=1e-5)
         assert (given[5:] >= 0).all()
@@ -128,12 +129,12 @@ def test_degenerate_gradients_give_finite_weights(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram" and name != "gradnorm"])
-def test_where_there_is_no_gradient_and_so_no_answer_weights_are_uniform(name: str) -> None:
+def test_zero_gradients_give_uniform_weights(name: str) -> None:
     assert weights_of(name).backward(GivenGradients(torch.zeros(3, 4))).tolist() == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram"])
-def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name: str) -> None:
+def test_non_finite_gradient_is_visible_and_not_kept_in_state(name: str) -> None:
     weights = weights_of(name)
     gradients = GivenGradients(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, -1.0]]))
     weights.backward(gradients)
@@ -145,9 +146,7 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_and_stays_in_no_state(name:
 
 @pytest.mark.parametrize("error", [SolverError("no"), QPError("no"), ValueError("no"), torch.linalg.LinAlgError("no")])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
-    name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_solver_failure_gives_uniform_weights_for_one_update(name: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, plain = (weights_of(name, **{"nash_mtl": {"every": 1}}.get(name, {})) for _ in range(2))
 
     def fail(*arguments: Any) -> torch.Tensor:
@@ -161,8 +160,8 @@ def test_a_solver_that_fails_costs_one_update_its_weights_and_not_the_run(
 
 @pytest.mark.parametrize("scale", [1e-6, 1e4])
 @pytest.mark.parametrize("name", [name for name in ALL_WEIGHTS if weights_of(name).needs == "gram"])
-def test_the_common_scale_of_gradients_changes_no_weight(name: str, scale: float) -> None:
-    """Small constants that libraries add to matrices would change them where losses are small."""
+def test_weights_do_not_depend_on_the_common_gradient_scale(name: str, scale: float) -> None:
+    """Small constants that libraries add to matrices would matter for small losses."""
     gradients = random_gradients(4)
     scaled = GivenGradients(gradients.rows_KP * scale, gradients.loss_K)
     torch.testing.assert_close(weights_of(name).backward(scaled), weights_of(name).backward(gradients), rtol=1e-3, atol=1e-4)
@@ -172,8 +171,8 @@ def test_the_common_scale_of_gradients_changes_no_weight(name: str, scale: float
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_randomness_is_its_own(name: str) -> None:
-    """Neither takes from torch's own generator nor depends on it; another seed of the run gives other draws."""
+def test_draws_are_separate_from_torchs_default_generator(name: str) -> None:
+    """Draws neither change nor depend on torch's default generator. Another seed gives other draws."""
     given = []
     for outside, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(outside)
@@ -189,37 +188,37 @@ def test_randomness_is_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 7])
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_a_fresh_weighting_goes_on_bit_for_bit_from_a_state(name: str, before: int) -> None:
-    alone, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
-    updates(alone, range(before))
+def test_restored_weighting_continues_bit_for_bit(name: str, before: int) -> None:
+    uninterrupted, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
+    updates(uninterrupted, range(before))
     tensors: dict[str, torch.Tensor] = {}
-    tree = flatten(alone.state_dict(), tensors)
+    tree = flatten(uninterrupted.state_dict(), tensors)
     fresh.load_state_dict(unflatten(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
-    for mine, theirs in zip(updates(alone, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
+    for mine, theirs in zip(updates(uninterrupted, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
-    """In a learner, with a real network: two tasks with shared parameters and their own."""
+def test_training_with_restored_weighting_continues_bit_for_bit(name: str) -> None:
+    """In a learner with a network of two tasks, with shared and own parameters."""
 
     def learner(weights_seed: int) -> Any:
         made = learner_of(weights_seed=weights_seed)
         made.task_weights = weights_of(name, 2, **{**QUICK, "static": {"weights": {"t0": 3.0}}}.get(name, {}))
         return made
 
-    alone = fill(learner(0))
+    uninterrupted = fill(learner(0))
     for step in range(5):
-        alone.update(step)
-    resumed = restored(learner(1), saved(alone), alone.replay)
-    for each in (alone, resumed):
+        uninterrupted.update(step)
+    resumed = restored(learner(1), saved(uninterrupted), uninterrupted.replay)
+    for each in (uninterrupted, resumed):
         for step, row in enumerate(rows(4, start=20)):
             each.replay.add(transition(row))
             each.update(5 + step)
         each.metrics.check_finite()
-    for key, tensor in parameters(alone).items():
+    for key, tensor in parameters(uninterrupted).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[key]), key
-    metrics = alone.read_metrics()
+    metrics = uninterrupted.read_metrics()
     assert metrics == resumed.read_metrics()
     assert all(f"weight/{task}" in metrics for task in NAMES)
 
@@ -228,17 +227,17 @@ def test_training_with_it_goes_on_bit_for_bit(name: str) -> None:
 
 
 def test_score_gap_by_hand() -> None:
-    """References are 10, 20 and 30, random play is 0."""
+    """Reference scores are 10, 20 and 30; random play scores 0."""
     weights = weights_of("score_gap", temperature=0.5, half_life=1)
-    weights.update_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (cut), and never heard
-    gap_K = torch.tensor([0.75, 0.5, 1.0])  # half the way from 1 to 0.5, 0 and 1
+    weights.update_scores({"t0": 5.0, "t1": 25.0})  # normalised 0.5, 1 (clipped), and missing
+    gap_K = torch.tensor([0.75, 0.5, 1.0])  # half of the way from 1 to 0.5, 0 and 1
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
     weights.update_scores({"t0": -4.0, "t1": 20.0, "t2": 30.0})
     gap_K = torch.tensor([0.875, 0.25, 0.5])
     torch.testing.assert_close(weights.backward(random_gradients(0)), (gap_K / 0.5).softmax(0))
 
 
-def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
+def test_score_gap_does_not_depend_on_how_often_scores_arrive() -> None:
     once, often = weights_of("score_gap", half_life=3), weights_of("score_gap", half_life=3)
     for update in range(6):
         for weights in [once] if update else [once, often]:
@@ -248,7 +247,7 @@ def test_score_gap_does_not_depend_on_how_often_scores_are_heard() -> None:
         assert torch.equal(once.backward(random_gradients(update)), often.backward(random_gradients(update)))
 
 
-def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
+def test_loop_passes_training_scores_to_score_gap() -> None:
     loop = loop_of()
     weights = loop.learner.task_weights = ScoreGap(tasks_of(GAMES), temperature=0.5, half_life=1)
     loop.reset()
@@ -256,7 +255,7 @@ def test_score_gap_hears_the_scores_of_training_from_the_loop() -> None:
     recent = loop.statistics.recent()
     assert len(recent) == len(GAMES)
     gap_K = [1 - min(1.0, max(0.0, recent[name] / (10.0 * (k + 1)))) for k, name in enumerate(GAMES)]
-    assert weights.state_dict()["heard"].tolist() == pytest.approx(gap_K)
+    assert weights.state_dict()["newest_K"].tolist() == pytest.approx(gap_K)
     assert max(gap_K) > min(gap_K)
 
 
@@ -276,37 +275,40 @@ def test_score_gap_is_bounded_and_uniform_at_both_ends() -> None:
 @pytest.mark.parametrize(("random", "reference"), [(None, 1.0), (0.0, None), (1.0, 1.0)])
 def test_score_gap_refuses_a_task_without_a_reference(random: float | None, reference: float | None) -> None:
     tasks = Tasks(("known", "unknown"), (0.0, random), (1.0, reference), 0, torch.device("cpu"))
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         ScoreGap(tasks, temperature=1.0, half_life=1)
-    assert "unknown" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert "unknown" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_static_weights_are_by_name() -> None:
+def test_static_weights_are_set_by_task_name() -> None:
     weights = weights_of("static", weights={"t1": 4.0, "t2": 0.0})
     assert weights.backward(random_gradients(0)).tolist() == pytest.approx([0.2, 0.8, 0.0])
-    for wrong, word in (({"t9": 1.0}, "t9"), (dict.fromkeys(tasks_of(["t0", "t1", "t2"]).names, 0.0), "every task 0")):
+    for wrong, word in (
+        ({"t9": 1.0}, "t9"),
+        (dict.fromkeys(tasks_of(["t0", "t1", "t2"]).names, 0.0), "must be above 0 for at least one task, got 0 for all"),
+    ):
         with pytest.raises(ValueError, match=word):
             weights_of("static", weights=wrong)
 
 
-# -- what a run is refused for, and told -----------------------------------------------------------------------------------------
+# -- refused configurations, and messages -----------------------------------------------------------------------------------------
 
 TINY = ["env=classic_pack", "steps_per_task=64", "agent.learning_starts=16", "network.hidden=[8]", "eval.episodes=1", "eval.max_steps=5"]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_missing_solver_is_told_before_anything_is_made(name: str, here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_solver_is_reported_before_the_run_folder_exists(name: str, here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda package: None)
     done = here("train", *TINY, f"task_weights={name}", "run_dir=run", code=2)
     assert done.stderr.splitlines()[-1].endswith(
-        f"task_weights={name} needs a solver that is not installed: pip install 'mtrl_cli[solvers]'"
+        f"task_weights={name} requires a convex solver, which is not installed. Install it with: {extras.install_command('solvers')}"
     )
     assert not (here.folder / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["task_weights=score_gap", "env=gymnasium", "env.tasks=[CartPole-v1,CartPole-v0]"], "CartPole-v0"),
         (["task_weights=static", "task_weights.weights={Pong: 2}"], "Pong"),
@@ -314,14 +316,14 @@ def test_a_missing_solver_is_told_before_anything_is_made(name: str, here: MtrlH
         (["task_weights=nash_mtl", "task_weights.every=0"], "task_weights.every=0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_made(words: list[str], told: str, here: MtrlHere) -> None:
+def test_invalid_configuration_is_refused_before_the_run_folder_exists(words: list[str], message: str, here: MtrlHere) -> None:
     done = here("train", *TINY, *words, "run_dir=run", code=2)
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (here.folder / "run").exists()
 
 
-def test_a_gradient_method_with_nothing_shared_equals_uniform_and_says_so(here: MtrlHere) -> None:
+def test_gradient_method_without_shared_parameters_equals_uniform_with_a_note(here: MtrlHere) -> None:
     independent = [*TINY, "network/sharing=independent"]
     done = here("train", *independent, "task_weights=gradvac", "run_dir=gradvac")
     assert (done.stdout + done.stderr).count("the tasks share no parameters, so GradVac equals uniform") == 1

@@ -151,7 +151,7 @@ def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere, shared: Share
         (["early_stopping.metric=eval/score/mean", "eval.every=0"], "eval.every"),
         (["early_stopping.metric=eval/score/mean", "early_stopping.patience=0"], "early_stopping.patience"),
         (["early_stopping.metric=eval/score/mean", "early_stopping.min_delta=-1"], "early_stopping.min_delta"),
-        (["early_stopping.metrc=eval/score/mean"], "did you mean early_stopping.metric?"),
+        (["early_stopping.metrc=eval/score/mean"], "Did you mean 'early_stopping.metric'?"),
     ],
 )
 def test_invalid_metric_is_refused_in_a_line_with_exit_code_2(here: MtrlHere, overrides: list[str], says: str) -> None:

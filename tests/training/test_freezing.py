@@ -109,7 +109,8 @@ def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
     optimizer = OPTIMIZERS[name](list(network.parameters()))
     changed = moved(network, freezing, optimizer)
     fresh = {
-        (task, kind, layer) for task, kind, layer in ((each.task, each.kind, each.layer) for each in found.outcomes if each.fate == "fresh")
+        (task, kind, layer)
+        for task, kind, layer in ((each.task, each.kind, each.layer) for each in found.outcomes if each.status == "fresh")
     }
     assert kinds(network, changed) == fresh | HEADS
     assert ("c", "torso", 0) in fresh
@@ -291,4 +292,4 @@ def test_singular_vectors_of_frozen_layers_are_kept(sharing: str) -> None:
     for key, piece in vectors.items():
         assert torch.equal(piece.of(network.state_dict()), piece.of(before)) == (key[0] != "c"), key
     changed = {key for key in changed if key not in vectors}
-    assert kinds(network, changed) == {(each.task, each.kind, each.layer) for each in found.outcomes if each.fate == "fresh"} | HEADS
+    assert kinds(network, changed) == {(each.task, each.kind, each.layer) for each in found.outcomes if each.status == "fresh"} | HEADS
