@@ -57,11 +57,11 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return is_now
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], failure: str) -> Any:
     """Wait until a condition holds."""
     end = time.monotonic() + SECONDS
     while not (found := condition()):
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, failure
         time.sleep(0.05)
     return found
 

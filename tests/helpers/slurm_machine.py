@@ -1,4 +1,4 @@
-"""A Slurm cluster of this one machine, in a folder of its own: munged, slurmctld and slurmd, which end with the test process."""
+"""A Slurm cluster on this machine in its own folder: munged, slurmctld and slurmd, which end with the test process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SECONDS = 30.0
 
 
 def missing() -> str | None:
-    """Why no such cluster can be started here, or None."""
+    """Return the reason why no cluster can be started on this machine, or None."""
     absent = [name for name in (*DAEMONS, "sbatch", "squeue", "scancel", "scontrol", "srun") if shutil.which(name, path=_path()) is None]
     if absent:
         return f"there is no {absent[0]} (Debian's packages slurm-wlm and munge)"
@@ -76,10 +76,10 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands reach a cluster that lives in `folder`, with two cores whatever the machine has."""
+    """Start a cluster in `folder` with two cores, and yield the environment variables for Slurm commands."""
     for path in (folder / "state", folder / "spool"):
         path.mkdir(parents=True)
-    for path in (folder, *folder.parents):  # munged refuses a socket that others cannot reach
+    for path in (folder, *folder.parents):  # munged refuses a socket that other users cannot reach
         if path.stat().st_uid == os.getuid() and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o011)
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
@@ -104,7 +104,7 @@ def started(folder: Path) -> Iterator[dict[str, str]]:
         _wait_for(lambda: "idle" in _output(["sinfo", "--noheader", "--format=%T"], environment), folder)
         yield environment
         _output(["scancel", "--user=root", "--full", "--signal=KILL"], environment)
-        with contextlib.suppress(AssertionError):  # what is left is killed with slurmd's children below
+        with contextlib.suppress(AssertionError):  # remaining processes are killed with slurmd's children below
             _wait_for(lambda: "comp" not in _output(["squeue", "--noheader", "--format=%T"], environment).lower(), folder)
 
 

@@ -172,13 +172,13 @@ def test_killed_sweep_resumes_its_runs(mtrl: Commands, tmp_path: Path) -> None:
 
 def test_failed_trial_is_named_and_the_others_complete(mtrl: Commands, tmp_path: Path) -> None:
     stdout, stderr = mtrl.sweep("seed=0,1,2", code=1, FAKE_WORKER='{"1": "fail"}')
-    assert "trial 1 failed: nothing good came of it" in stdout
+    assert "trial 1 failed: training diverged" in stdout
     assert "1 of 3 trials failed" in stderr
     assert len(stderr.splitlines()) == 1
     records = trials(tmp_path / "S")
     assert [record["state"] for record in records] == ["completed", "failed", "completed"]
     assert [record["value"] for record in records] == [0.0, None, 2.0]
-    assert records[1]["why"] == "nothing good came of it"
+    assert records[1]["why"] == "training diverged"
     mtrl.sweep("seed=0,1,2", code=1)
     assert [record["attempts"] for record in trials(tmp_path / "S")] == [1, 1, 1], "the failed trial is not retried"
 

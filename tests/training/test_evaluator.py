@@ -11,7 +11,7 @@ import torch
 from mtrl_cli.errors import Stopped
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.training.evaluator import Episodes, Evaluator, metrics, ranking, summarise
-from tests.helpers.fake_pack import FakeGame, FakePack, LikesTheLast
+from tests.helpers.fake_pack import FakeGame, FakePack, PrefersLastAction
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def evaluator(pack: FakePack, **changes: Any) -> Evaluator:
 
 
 def play(pack: FakePack, **changes: Any) -> Episodes:
-    network: MultiTaskNetwork = LikesTheLast(pack)  # type: ignore[assignment]
+    network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
     return evaluator(pack, **changes).play(network, lambda: None)
 
 
@@ -117,7 +117,7 @@ def test_stopped_evaluation_closes_its_environments() -> None:
         if len(steps) == 4:
             raise Stopped(15)
 
-    network: MultiTaskNetwork = LikesTheLast(pack)  # type: ignore[assignment]
+    network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
     with pytest.raises(Stopped):
         evaluator(pack).play(network, stop)
     assert len(steps) == 4

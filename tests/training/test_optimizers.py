@@ -123,12 +123,12 @@ def test_radam_by_its_formulas() -> None:
         gradient = min(given, 2.5)  # clipped
         mean, square = beta1 * mean + (1 - beta1) * gradient, beta2 * square + (1 - beta2) * gradient**2
         rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-        step = mean / (1 - beta1**t)
+        update = mean / (1 - beta1**t)
         if rho > 5:
             rectified += 1
             factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-            step *= factor / math.sqrt(square / (1 - beta2**t))
-        value -= 0.1 * step
+            update *= factor / math.sqrt(square / (1 - beta2**t))
+        value -= 0.1 * update
         parameter.grad = torch.full((1,), given)
         step(optimizer)
         assert parameter.item() == pytest.approx(value, rel=1e-4)
