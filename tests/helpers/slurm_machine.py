@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# No cgroups, no binding to cores and no accounting: what a container's root can have. A requeued job may start again a few seconds later
-# (cred_expire, of which less than five seconds counts for nothing; two minutes else).
+# No cgroups, core binding or accounting, so that root in a container can run it. With a short cred_expire a requeued job restarts after
+# a few seconds instead of two minutes; values below five seconds have no effect.
 CONFIGURATION = """
 ClusterName=mtrl
 SlurmctldHost={host}(127.0.0.1)
@@ -55,7 +55,7 @@ def missing() -> str | None:
     absent = [name for name in (*DAEMONS, "sbatch", "squeue", "scancel", "scontrol", "srun") if shutil.which(name, path=_path()) is None]
     if absent:
         return f"there is no {absent[0]} (Debian's packages slurm-wlm and munge)"
-    return None if os.getuid() == 0 else "Slurm's daemons are started by root alone"
+    return None if os.getuid() == 0 else "only root can start Slurm's daemons"
 
 
 def _path() -> str:

@@ -68,7 +68,7 @@ def test_returns_are_reproducible_and_depend_on_the_seed() -> None:
 
 
 def test_episodes_depend_neither_on_the_number_of_tasks_nor_on_their_order() -> None:
-    """A greedy network plays the same episodes of a task alone, with other tasks, and in another position."""
+    """A greedy network plays the same episodes of a task without other tasks, with other tasks, and in another position."""
     together = play(FakePack())
     for name in ("short", "middle", "long"):
         assert play(FakePack([name])).returns[name] == together.returns[name]

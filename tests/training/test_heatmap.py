@@ -16,8 +16,8 @@ def test_colours_of_extreme_middle_and_missing_values() -> None:
 
 
 def test_colour_scale_does_not_depend_on_the_table() -> None:
-    alone = colours(np.array([0.25]))
-    assert (colours(np.array([0.25, -1.0, 1.0]))[0] == alone[0]).all()
+    single = colours(np.array([0.25]))
+    assert (colours(np.array([0.25, -1.0, 1.0]))[0] == single[0]).all()
 
 
 def test_cells_are_large_and_in_the_order_of_the_table() -> None:

@@ -242,7 +242,7 @@ def test_padding_stays_zero_while_learning() -> None:
 
 
 def test_values_converge_to_one_step_rewards() -> None:
-    """Every episode is one step long; in task 0 action 3 gives 1, in task 1 action 0 does, others nothing."""
+    """Every episode has one step; the reward is 1 for action 3 in task 0 and action 0 in task 1, else 0."""
     learner = learner_of(batch_size=32)
     shape = (2, 3)
     random = torch.Generator().manual_seed(0)
@@ -309,27 +309,27 @@ def test_gradient_that_is_not_finite_is_an_error_although_every_loss_is_finite()
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
 def test_training_resumes_bit_for_bit_from_its_state(replay_kind: type[Replay], sharing: type[Sharing], before: int) -> None:
-    alone = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
+    uninterrupted = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
     for step in range(before):
-        alone.update(step)
+        uninterrupted.update(step)
     fresh = learner_of(replay_kind, sharing, weights_seed=1, target_period=0, target_tau=0.1)
-    resumed = restored(fresh, saved(alone), alone.replay)
-    for learner in (alone, resumed):
+    resumed = restored(fresh, saved(uninterrupted), uninterrupted.replay)
+    for learner in (uninterrupted, resumed):
         for step, row in enumerate(rows(10, start=20)):
             learner.replay.add(transition(row))
             learner.update(before + step)
-    for name, tensor in parameters(alone).items():
+    for name, tensor in parameters(uninterrupted).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[name]), name
-    assert alone.updates == resumed.updates == before + 10
-    assert alone.read_metrics() == resumed.read_metrics()
+    assert uninterrupted.updates == resumed.updates == before + 10
+    assert uninterrupted.read_metrics() == resumed.read_metrics()
 
 
 def test_due_updates_are_part_of_the_state() -> None:
-    alone = fill(learner_of(learning_starts=10))
-    alone.run_due_updates(20)
-    alone.refill_from(30)
-    resumed = restored(learner_of(learning_starts=10), saved(alone), alone.replay)
-    assert [resumed.updates_due(step) for step in range(20, 80)] == [alone.updates_due(step) for step in range(20, 80)]
+    uninterrupted = fill(learner_of(learning_starts=10))
+    uninterrupted.run_due_updates(20)
+    uninterrupted.refill_from(30)
+    resumed = restored(learner_of(learning_starts=10), saved(uninterrupted), uninterrupted.replay)
+    assert [resumed.updates_due(step) for step in range(20, 80)] == [uninterrupted.updates_due(step) for step in range(20, 80)]
 
 
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
