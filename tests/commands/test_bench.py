@@ -16,7 +16,7 @@ PROMISED = {"emulators", "acting", "learning", "loop", "limit", "share", "bytes_
 
 def test_json_is_the_only_output_on_stdout_and_nothing_is_written(mtrl: Mtrl) -> None:
     pasted = ["run_dir=run", "checkpoint.every=100", "eval.every=100", "log.every=10", "agent.learning_starts=5000"]
-    done = mtrl("bench", *SMALL, *pasted, "--json", "--seconds", "1")
+    done = mtrl("bench", *SMALL, *pasted, "--json", "--seconds", "0.5")
     result = json.loads(done.stdout)
     assert set(result) >= PROMISED
     assert all(isinstance(result[key], float) and result[key] > 0 for key in PROMISED)
@@ -33,7 +33,7 @@ def test_json_is_the_only_output_on_stdout_and_nothing_is_written(mtrl: Mtrl) ->
 
 @pytest.mark.parametrize("more", [["replay=prioritized"], ["task_weights=pcgrad"], ["steps_per_task=2000", "replay.capacity=200"]])
 def test_table_output(here: MtrlHere, more: list[str]) -> None:
-    done = here("bench", *SMALL, *more, "--seconds", "0.5")
+    done = here("bench", *SMALL, *more, "--seconds", "0.2")
     for word in ("emulators only", "acting only", "learning only", "complete loop", "limit", "bytes per transition", "updates/s"):
         assert word in done.stdout
     assert "of the work: " in done.stdout

@@ -16,7 +16,7 @@ from tests.helpers.short_runs import SMALL, TASKS
 STRUCTURES = sorted(path.stem for path in (ROOT / "conf" / "network" / "sharing").glob("*.yaml"))
 WEIGHTS = ["uniform", "pcgrad", "graddrop", "famo"]
 """A single loss, inner products, rows, and a look back at the batch."""
-LITTLE = ["steps_per_task=120"]
+LITTLE = ["steps_per_task=72"]
 KEYS = {"soft_modular": ["network.sharing.module_size=16", "network.sharing.routing_size=16"]}
 
 
@@ -38,8 +38,8 @@ def test_every_structure_trains_with(structure: str, weights: str, here: MtrlHer
     keys = KEYS.get(structure, [])
     printed = here("train", *SMALL, *LITTLE, *keys, f"network/sharing={structure}", f"task_weights={weights}", "run_dir=run").stdout
     last = last_row(here.folder / "run")
-    assert last["step"] == 120
-    assert last["updates"] == (120 - 4 - 40) * 2 // 16
+    assert last["step"] == 72
+    assert last["updates"] == (72 - 4 - 40) * 2 // 16
     of_gradients = weights in ("pcgrad", "graddrop")
     alone = structure == "independent" and of_gradients
     assert ("equals uniform" in printed) == alone

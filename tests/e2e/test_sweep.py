@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,36 +13,24 @@ import pytest
 
 from mtrl_cli.config import compose
 from mtrl_cli.sweeps import plan as sweep_plan
-from tests.helpers.command import ROOT
+from tests.helpers.command import Mtrl
 
 SMALL = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=200", "agent.learning_starts=100", "eval.episodes=1"]
 SMALL += ["eval.max_steps=20", "eval.test_episodes=0", "device=cpu", "compile=false", "log.diagnostics=0"]
 PATIENCE = 240
 
 
-def environment(folder: Path) -> dict[str, str]:
-    clean = {"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    return clean | {"PYTHONPATH": str(ROOT)}
-
-
-def mtrl(folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mtrl_cli", *words]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done
-
-
 def trials(sweep: Path) -> list[dict[str, Any]]:
     return [json.loads((path / "trial.json").read_text()) for path in sorted((sweep / "trials").iterdir())]
 
 
-def test_a_grid_with_a_combination_that_cannot_be(tmp_path: Path) -> None:
+def test_a_grid_with_a_combination_that_cannot_be(mtrl: Mtrl, tmp_path: Path) -> None:
     """Four trials, one of which makes no sense: it fails for good and is named, the others end, and the best is a command that works."""
     words = [*SMALL, "network/head=dueling,c51", "agent/value_scale=clip,none", "launcher.jobs=2", "run_dir=s"]
-    before = mtrl(tmp_path, "sweep", *words, "--dry-run").stdout
+    before = mtrl("sweep", *words, "--dry-run").stdout
     assert "4 trials, a grid" in before
     assert not (tmp_path / "s").exists()
-    done = mtrl(tmp_path, "sweep", *words, code=1)
+    done = mtrl("sweep", *words, code=1)
     assert "1 of 4 trials failed" in done.stderr
     found = trials(tmp_path / "s")
     assert [each["state"] for each in found] == ["completed", "completed", "completed", "failed"]
@@ -62,24 +47,23 @@ def test_a_grid_with_a_combination_that_cannot_be(tmp_path: Path) -> None:
         assert {key for key in asked if asked[key] != "auto" and asked[key] != ran[key]} == {"run_dir"}
     # What is over is not done again: neither by the same command nor by a resume, which says the same at its end.
     times = [(tmp_path / "s" / "trials" / f"{number:04d}" / "metrics.jsonl").stat().st_mtime_ns for number in range(3)]
-    again = mtrl(tmp_path, "sweep", *words, code=1)
-    resumed = mtrl(tmp_path, "resume", "s", code=1)
+    again = mtrl("sweep", *words, code=1)
+    resumed = mtrl("resume", "s", code=1)
     assert command in again.stdout
     assert command in resumed.stdout
     assert times == [(tmp_path / "s" / "trials" / f"{number:04d}" / "metrics.jsonl").stat().st_mtime_ns for number in range(3)]
     # A dry run tells how it went.
-    listed = [line.split() for line in mtrl(tmp_path, "sweep", *words, "--dry-run").stdout.splitlines()]
+    listed = [line.split() for line in mtrl("sweep", *words, "--dry-run").stdout.splitlines()]
     assert ["0", "completed", f"{found[0]['value']:.3f}"] in [line[:3] for line in listed]
     assert ["3", "failed", "-", "-"] in [line[:4] for line in listed]
     # Another sweep does not go on there.
-    refused = mtrl(tmp_path, "sweep", *words, "seed=3", code=2)
+    refused = mtrl("sweep", *words, "seed=3", code=2)
     assert "holds a sweep with other overrides of seed" in refused.stderr
 
 
-def test_a_search_that_is_stopped_and_given_more_trials(tmp_path: Path) -> None:
+def test_a_search_that_is_stopped_and_given_more_trials(mtrl: Mtrl, tmp_path: Path) -> None:
     words = [*SMALL, "optimizer.lr=tag(log,interval(1e-5,1e-3))", "agent.n_step=interval(1,4)", "sweep.trials=3", "run_dir=s"]
-    command = [sys.executable, "-m", "mtrl_cli", "sweep", *words]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = mtrl.start("sweep", *words)
     deadline = time.monotonic() + PATIENCE
     first = tmp_path / "s" / "trials" / "0000" / "trial.json"
     while not (first.exists() and json.loads(first.read_text())["state"] == "completed") and time.monotonic() < deadline:
@@ -89,7 +73,7 @@ def test_a_search_that_is_stopped_and_given_more_trials(tmp_path: Path) -> None:
     assert process.returncode == 143, stderr
     assert "mtrl resume" in stdout
     before = trials(tmp_path / "s")[0]
-    done = mtrl(tmp_path, "resume", "s", "sweep.trials=4", "launcher.jobs=2")
+    done = mtrl("resume", "s", "sweep.trials=4", "launcher.jobs=2")
     found = trials(tmp_path / "s")
     assert found[0] == before, "what is done is not done again"
     assert [each["state"] for each in found] == ["completed"] * 4
@@ -99,16 +83,16 @@ def test_a_search_that_is_stopped_and_given_more_trials(tmp_path: Path) -> None:
     assert len({each["values"]["optimizer.lr"] for each in found}) == 4
     best = max(found, key=lambda each: each["value"])
     assert best["command"] in done.stdout
-    listed = mtrl(tmp_path, "sweep", *words, "--dry-run").stdout
+    listed = mtrl("sweep", *words, "--dry-run").stdout
     assert "4 trials, sampled by tpe" in listed
     assert listed.count(" completed ") == 4
 
 
 @pytest.mark.parametrize("words", [["resume", "s", "seed=3"], ["resume", "s", "sweep.trials=1"], ["resume", "s", "launcher=loca"]])
-def test_a_resume_that_is_refused_changes_nothing(tmp_path: Path, words: list[str]) -> None:
+def test_a_resume_that_is_refused_changes_nothing(mtrl: Mtrl, tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "s").mkdir()
     sweep_plan.save(sweep_plan.make([*SMALL, "seed=1,2"]), tmp_path / "s", ["mtrl", "sweep"])
     before = (tmp_path / "s" / "sweep.json").read_bytes()
-    assert mtrl(tmp_path, *words, code=2).stderr.startswith("mtrl: error: ")
+    assert mtrl(*words, code=2).stderr.startswith("mtrl: error: ")
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["sweep.json"]
     assert (tmp_path / "s" / "sweep.json").read_bytes() == before

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,9 @@ pytest.importorskip("matplotlib")
 from mtrl_cli.errors import UserError
 from mtrl_cli.studies import sharing_sizes
 from mtrl_cli.sweeps import plan as sweep_plan
-from tests.helpers.command import MtrlHere
+from tests.helpers.command import ROOT, Mtrl, MtrlHere
 from tests.helpers.fake_launcher import STEPS
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["env=classic_pack", "network.hidden=[32,32]", f"steps_per_task={10 * STEPS}", "agent.learning_starts=10", "device=cpu"]
 SMALL = [*WORDS, "network/sharing=hard,film"]
 FAKE = ["launcher._target_=tests.helpers.fake_launcher.FakeLauncher", "trusted_packages=[tests]"]
@@ -162,17 +158,10 @@ def test_damaged_points_are_refused(tmp_path: Path, points: Any) -> None:
 # -- as a whole -----------------------------------------------------------------------------------------------------------------
 
 
-def mtrl(folder: Path, *words: str, code: int = 0, **environment: str) -> tuple[str, str]:
+def run_study(mtrl: Mtrl, *words: str, code: int = 0, **environment: str) -> tuple[str, str]:
     """Run `mtrl study sharing` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mtrl_cli", "study", "sharing", *SMALL, *FAKE, "seeds=2", "launcher.jobs=2", *words],
-        cwd=folder,
-        env={**os.environ, "TERM": "dumb", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    given = ["study", "sharing", *SMALL, *FAKE, "seeds=2", "launcher.jobs=2", *words]
+    done = mtrl(*given, code=code, PYTHONPATH=str(ROOT), **environment)
     return done.stdout, done.stderr
 
 
@@ -180,9 +169,9 @@ def steps_taken(study: Path) -> dict[str, int]:
     return {path.parent.name: len(path.read_text().splitlines()) for path in sorted(study.glob("trials/*/steps.log"))}
 
 
-def test_study_ends_with_its_report_and_the_same_command_resumes(tmp_path: Path) -> None:
+def test_study_ends_with_its_report_and_the_same_command_resumes(mtrl: Mtrl, tmp_path: Path) -> None:
     # One seed's runs fail: that is said at the end, after a report that names them.
-    told, error = mtrl(tmp_path, code=1, FAKE_WORKER=json.dumps({"1": "fail"}))
+    told, error = run_study(mtrl, code=1, FAKE_WORKER=json.dumps({"1": "fail"}))
     assert "8 runs" in told
     assert "4 of 8 trials failed" in error
     study = tmp_path / "runs" / "studies" / "sharing_classic_pack"
@@ -191,7 +180,7 @@ def test_study_ends_with_its_report_and_the_same_command_resumes(tmp_path: Path)
     first = steps_taken(study)
     assert list(first.values()) == [STEPS] * 4
     page.unlink()
-    told, _ = mtrl(tmp_path, code=1)  # the same command: nothing is done twice
+    told, _ = run_study(mtrl, code=1)  # the same command: nothing is done twice
     assert "resuming the sweep in" in told
     assert steps_taken(study) == first
     assert page.exists()
