@@ -394,5 +394,5 @@ class Incomplete(TaskWeights):
 def test_task_weights_without_weights_or_gradient_are_refused(part: str) -> None:
     learner = fill(learner_of())
     learner.task_weights = Incomplete(part)
-    with pytest.raises(RunError, match=r"Forgetful.backward (computed no gradient|returned no weights)"):
+    with pytest.raises(RunError, match=r"Incomplete.backward (computed no gradient|returned no weights)"):
         learner.update(0)
