@@ -109,7 +109,7 @@ def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, fold
     if not isinstance(which, int) and os.path.lexists(study / sweep_plan.RECORD):
         axis = sweep_plan.read(study).axes.get(SOURCE)
         path = str(axis.values[0]).strip("'") if isinstance(axis, Choices) else ""
-        if warm_start.is_of(Path(path), checkpoints / which):
+        if warm_start.may_resolve_to(checkpoints / which, Path(path)):
             return path
     step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=print_line)  # type: ignore[arg-type]
     return str(checkpoints / str(step))
