@@ -194,7 +194,7 @@ def _build(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], build_
     with ranks.together():
         pack = build_run.make_pack(config)
         if ranks.is_first:
-            config = resolve_auto.settle(config, pack, print_line, ranks)
+            config = resolve_auto.resolve(config, pack, print_line, ranks)
             for line in resolve_auto.describe(config, pack):
                 print_line(line)
     config = ranks.from_first(config)

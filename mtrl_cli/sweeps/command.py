@@ -103,7 +103,7 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
         if not is_new:
             plan = sweep_plan.check_same(plan, path)
             for folder in (path / TRIALS, *_listed(path / TRIALS)):
-                atomic.refuse_link(folder)  # a stranger's link may lead to the user's own runs
+                atomic.refuse_link(folder)  # an untrusted link may lead to other runs of the user
             print_line(f"resuming the sweep in {path}")
         sweep_plan.save(plan, path, command)
         try:

@@ -176,6 +176,6 @@ def test_a_storage_may_be_named_in_the_environment(plan: Plan, monkeypatch: pyte
     enter(named).close()
     assert (tmp_path / "secret.db").is_file()
     assert not any(b"secret" in content for content in contents(tmp_path / "S").values())
-    with pytest.raises(UserError, match=r"not taken from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
+    with pytest.raises(UserError, match=r"not read from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
         sweep_plan.load(tmp_path / "S")
     assert sweep_plan.load(tmp_path / "S", ["sweep.storage=env:TRIALS_URL"]).search["storage"] == "env:TRIALS_URL"

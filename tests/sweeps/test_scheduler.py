@@ -170,4 +170,4 @@ def test_a_trial_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
     with StopRequest() as stop:
         (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), told, stop).work()
     assert (row.state, row.score) == ("completed", 30.0)
-    assert told.told == ["trial 0: its folder is gone; its metric is kept, and it is not run again"]
+    assert told.told == ["trial 0: its folder is missing; its metric is kept, and the trial is not repeated"]

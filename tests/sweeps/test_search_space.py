@@ -161,14 +161,14 @@ def usable(value: object) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(VALUES.filter(usable))
 def test_a_value_is_read_from_its_word_as_it_was(value: object) -> None:
-    read = overrides.parse(f"key={search_space.as_word(value)}").value
+    read = overrides.parse(f"key={search_space.as_text(value)}").value
     assert repr(read) == repr(value)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(VALUES.filter(usable), min_size=2, max_size=5))
 def test_words_between_commas_are_taken_apart_as_they_were_put_together(values: list[object]) -> None:
-    words = list({repr(each): search_space.as_word(each) for each in values}.values())
+    words = list({repr(each): search_space.as_text(each) for each in values}.values())
     if len(words) < 2 or {0, 1, -1} & {each for each in values if isinstance(each, int | float)}:
         return  # a value by itself is no choice; 1 and 1.0 are one value
     assert axis("key=" + ",".join(words)) == Choices(tuple(words))
