@@ -90,7 +90,7 @@ def _launcher(plan: Plan) -> Launcher:
 
 
 def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, TrialStorage]:
-    """Create the sweep's folder and its trial storage, or open those of the same sweep. Returns the absolute folder and the plan, too.
+    """Create the folder and the trial storage of a sweep, or open existing ones. Returns the absolute folder, the plan and the storage.
 
     Two processes that start at the same time create one sweep.
     """

@@ -188,7 +188,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
     split = split_overrides(overrides)
     _check_overrides(overrides, split.axes)
     given = {override.lstrip("+~").partition("=")[0] for override in split.sweep}
-    launcher = [] if "launcher" in given else _launcher_words(folder, kept.launcher, given)
+    launcher = [] if "launcher" in given else _launcher_overrides(folder, kept.launcher, given)
     section = configuration.compose_sweep([*launcher, *split.sweep])
     search = {**kept.search, "storage": section["sweep"]["storage"]}
     for key in ("retries", "trials"):
@@ -255,8 +255,8 @@ def _check_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> None:
             )
 
 
-def _launcher_words(folder: Path, launcher: Mapping[str, Any], given: set[str]) -> list[str]:
-    """The sweep's launcher as overrides, if it is the local one. Other launchers run commands from the file and must be given."""
+def _launcher_overrides(folder: Path, launcher: Mapping[str, Any], given: set[str]) -> list[str]:
+    """Return the overrides of a local launcher. Other launchers run commands from the file, so the user must give them."""
     name = str(launcher["_target_"]).rpartition(".")[2].removesuffix("Launcher").lower()
     ours = f"mtrl_cli.launchers.{name}.{str(launcher['_target_']).rpartition('.')[2]}"
     if name != SAFE_LAUNCHER or launcher["_target_"] != ours:
