@@ -180,8 +180,7 @@ def transfer(run: Run, overrides: Overrides = None, dry_run: ListTrials = False)
     \b
     Examples:
       mtrl transfer runs/mine env=minatar_pack 'env.tasks=[asterix,seaquest]'
-      mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=torso seeds=5 run_dir=runs/transfer/mine
-      mtrl transfer runs/mine env=minatar_pack transfer.freeze=none,torso launcher.jobs=2 --dry-run
+      mtrl transfer runs/mine/checkpoints/best env=classic_pack transfer.freeze=none,torso seeds=5 launcher.jobs=2 --dry-run
     """
     from mtrl_cli.studies import transfer
 
@@ -214,10 +213,7 @@ def study_sharing(overrides: Overrides = None, dry_run: ListTrials = False) -> N
 def _run_study(study: Any, dry_run: bool) -> None:
     from mtrl_cli.studies import engine
 
-    if dry_run:
-        print_result(study.listing())
-    else:
-        engine.run(study, command=_command())
+    print_result(study.listing()) if dry_run else engine.run(study, command=_command())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`mtrl report`: one page, and its files, of any set of runs."""
+"""`mtrl report`: a page with tables and pictures for any set of runs."""
 
 from __future__ import annotations
 
@@ -19,163 +19,157 @@ from mtrl_cli.reports import sharing as report_sharing
 from mtrl_cli.reports import transfer as report_transfer
 from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
-from mtrl_cli.reports.run_data import Group, Run
+from mtrl_cli.reports.run_data import RunData, RunGroup
+from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps.plan import without_password
 
 RECORD = "report.json"
-"""In a report's folder: which files are the report's, and of what it was made."""
+"""Lists the files of a report and the runs that it was made of."""
 STATES = {
     "completed": "",
-    "running": "still running, or killed; not in the comparisons",
-    "stopped": "stopped before its end; mtrl resume goes on with it",
+    "running": "still running, or killed",
+    "stopped": "stopped before its end; mtrl resume continues it",
     "failed": "failed",
     "pruned": "ended early by the sweep's pruner",
-    "waiting": "not begun",
+    "waiting": "not started",
     "unreadable": "cannot be read",
 }
-MOST_NAMED = 12
-MOST_SWEEPS = 20  # whose searches are told of
+MAX_NAMED = 12
+MAX_SWEEPS = 20  # with a section on hyper-parameters
 
 
 def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
-    """The paths that a command line names, and `out=PATH`. Raises UserError where there is no path, or two of `out`."""
+    """Split the arguments into paths and `out=PATH`. Raises UserError without a path, or with several `out`."""
     outs = [word.partition("=")[2] for word in words if word.startswith("out=")]
     paths = [Path(word) for word in words if not word.startswith("out=")]
     for word in words:
         if "=" in word and not word.startswith("out=") and not os.path.lexists(word):
             raise UserError(unknown("key", word.partition("=")[0], ["out"], otherwise="mtrl report accepts folders and out=PATH"))
     if len(outs) > 1 or "" in outs:
-        raise UserError("out=PATH: expected one folder for the report")
+        raise UserError("out must be one folder")
     if not paths:
-        raise UserError("which runs? Give their folders, or a sweep's: mtrl report runs/sweeps/mine")
+        raise UserError("no runs given: give their folders, or a sweep's, such as mtrl report runs/sweeps/mine")
     return paths, Path(outs[0]) if outs else None
 
 
 def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None:
-    """Make a report of all runs at, or below, some paths.
+    """Write a report of all runs at or below some paths.
 
     Args:
-        paths: folders of runs, sweeps or studies, or any with runs below.
-        out: the report's folder: new, empty, or an earlier report's; None: `report` in the one path that was given, else in the folder that
-            the command was given in.
-        command: the command line, kept with the report.
+        paths: folders of runs, sweeps or studies, or folders that contain them.
+        out: the report's folder: new, empty, or an earlier report; None: `report` in a single path, else in the working directory.
+        command: the command line, saved in the report.
 
     Raises:
-        UserError: there is no such folder, matplotlib is missing, or `out` holds something else. Nothing was changed.
+        UserError: a path is not a folder, matplotlib is missing, or `out` holds something else. Nothing was changed.
     """
     html.require()
     paths = [Path(path).expanduser() for path in paths]
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path} is no folder: give those of runs, of sweeps, or one with runs below")
+    run_data.check_folders(paths)
     folder = (paths[0] / "report" if len(paths) == 1 else Path("report")) if out is None else Path(out).expanduser()
     earlier = _check(folder, is_default=out is None)
     runs = run_data.read(paths)
     if not runs:
-        raise UserError(f"{', '.join(map(str, paths[:3]))}: no run lies there; a run is what mtrl train, sweep or study has made")
+        raise UserError(f"no run in {', '.join(map(str, paths[:3]))}: give folders that mtrl train, sweep or study made")
     groups = grouped(runs)
-    told = without_password(shlex.join(command))  # a report is for others to read
-    title, lead = _title(paths, runs), _lead(runs, groups, told)
+    shown_command = without_password(shlex.join(command))
+    title, lead = _title(paths, runs), _lead(runs, groups, shown_command)
     sections = [*_compared(groups), *_searches(runs), _all_runs(runs, groups)]
     made = html.render(title, lead, sections)
-    record = {"format": 1, "command": told, "runs": [str(run.path) for run in runs], "files": sorted(made)}
+    record = {"format": 1, "command": shown_command, "runs": [str(run.path) for run in runs], "files": sorted(made)}
     _write(folder, made, {RECORD: atomic.to_json(record).encode()}, earlier)
-    _say_what_is_there(folder, runs, groups)
+    _print_summary(folder, runs, groups)
 
 
-def _compared(groups: Sequence[Group]) -> list[Section]:
+def _compared(groups: Sequence[RunGroup]) -> list[Section]:
     """Return the sections on transfer, sharing and scores, in this order where structures were compared; else diagnostics come last."""
     scores, sharing = report_scores.sections(groups), report_sharing.sections(groups)
     has_structures = any(part.name == "sharing" for section in sharing for part in section.parts)
     return [*report_transfer.sections(groups), *([*sharing, *scores] if has_structures else [*scores, *sharing])]
 
 
-def _searches(runs: Sequence[Run]) -> list[Section]:
-    """What the searches of the sweeps told, a section each."""
+def _searches(runs: Sequence[RunData]) -> list[Section]:
+    """Return a section on the hyper-parameters of each sweep."""
     sweeps = list(dict.fromkeys(run.path.parent.parent for run in runs if run.number is not None))
     suffixes = [f"_{number}" if len(sweeps) > 1 else "" for number in range(1, len(sweeps) + 1)]
     return [
-        section
-        for sweep, suffix in zip(sweeps[:MOST_SWEEPS], suffixes, strict=False)
-        for section in hyperparameters.sections(sweep, suffix)
+        section for sweep, suffix in zip(sweeps[:MAX_SWEEPS], suffixes, strict=False) for section in hyperparameters.sections(sweep, suffix)
     ]
 
 
-# -- the page's words -----------------------------------------------------------------------------------------------------------
+# -- summary and runs -----------------------------------------------------------------------------------------------------------
 
 
-def _title(paths: Sequence[Path], runs: Sequence[Run]) -> str:
+def _title(paths: Sequence[Path], runs: Sequence[RunData]) -> str:
     envs = list(dict.fromkeys(run.env for run in runs if run.env))
     where = os.path.basename(os.path.abspath(paths[0])) if len(paths) == 1 else f"{len(paths)} folders"
-    return f"Report: {', '.join(envs[:3]) or 'nothing known'} ({where})"
+    return f"Report: {', '.join(envs[:3]) or 'unknown'} ({where})"
 
 
-def _lead(runs: Sequence[Run], groups: Sequence[Group], command: str) -> list[str]:
-    """What was compared, in a few lines."""
+def _lead(runs: Sequence[RunData], groups: Sequence[RunGroup], command: str) -> list[str]:
+    """Summarise what is compared."""
     made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {command}"
     states = Counter(run.status for run in runs)
-    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
-    lines = [f"{len(runs):,} {_plural('run', len(runs))} ({told}) of {len(groups):,} {_plural('configuration', len(groups))}."]
+    lines = [f"{counted(len(runs), 'run')} ({_states(runs)}) of {counted(len(groups), 'configuration')}."]
     if not states["completed"]:
-        lines.append("No run is completed yet: nothing was compared.")
-    arenas = report_scores.arenas(groups)
-    for arena in arenas:
-        seeds = [len(entry.runs) for entry in arena.entries]
-        of_seeds = (
-            f"{min(seeds)} to {max(seeds)} seeds each" if seeds and min(seeds) < max(seeds) else f"{max(seeds, default=0)} seeds each"
-        )
-        of_seeds = "one seed each" if set(seeds) == {1} else of_seeds
-        compared = f"{len(seeds):,} {_plural('configuration', len(seeds))} with completed runs, {of_seeds}" if seeds else "no completed run"
-        lines.append(f"{arena.name}: {compared}.{_caution(seeds)}")
-    if len(arenas) > 1:
-        lines.append("Runs of different packs, tasks or budgets cannot be compared with each other; each kind has sections of its own.")
+        lines.append("No run is completed yet, so nothing is compared.")
+    benchmarks = report_scores.benchmarks(groups)
+    for benchmark in benchmarks:
+        seeds = [len(entry.runs) for entry in benchmark.entries]
+        low, high = min(seeds, default=0), max(seeds, default=0)
+        each = counted(high, "seed") if low == high else f"{low} to {high} seeds"
+        compared = f"{counted(len(seeds), 'configuration')} with completed runs, {each} each" if seeds else "no completed run"
+        lines.append(f"{benchmark.name}: {compared}.{_caution(seeds)}")
+    if len(benchmarks) > 1:
+        lines.append("Runs with different packs, tasks or budgets cannot be compared; each combination has its own sections.")
     lines += _differences(groups)
     if len({grouping.option("init_from", group.first) for group in groups}) == 1:  # else the report is about transfer
         lines += report_sharing.summary(groups)
     bad = [run for run in runs if run.status in ("failed", "unreadable")]
     if bad:
-        named = ", ".join(run.name for run in bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED:,} more" if len(bad) > MOST_NAMED else "")
-        lines.append(f"Failed or unreadable, with their reasons in the last table: {named}.")
+        lines.append(f"Failed or unreadable (reasons in the last section): {some([run.name for run in bad], MAX_NAMED)}.")
     return [*lines, made]
 
 
 def _caution(seeds: Sequence[int]) -> str:
-    """What is to be known of few seeds before any metric."""
-    if not seeds or min(seeds) >= report_scores.FEW_SEEDS:
+    if not seeds or min(seeds) >= FEW_SEEDS:
         return ""
     if max(seeds) == 1:
-        return " Of one seed each, a difference may be chance alone."
-    return f" {report_scores.few_seeds(min(count for count in seeds if count > 1))}"
+        return " With one seed each a difference may be chance alone."
+    return f" {few_seeds(min(count for count in seeds if count > 1))}"
 
 
-def _differences(groups: Sequence[Group]) -> list[str]:
+def _differences(groups: Sequence[RunGroup]) -> list[str]:
     if len(groups) < 2:
         return []
     keys = list(groups[0].values)
-    return [f"The configurations differ in {', '.join(keys)}; what else is different follows from these."] if keys else []
+    return [f"The configurations differ in {', '.join(keys)}; all other differences follow from these."] if keys else []
 
 
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
+def _states(runs: Sequence[RunData]) -> str:
+    states = Counter(run.status for run in runs)
+    return ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
 
 
-def _all_runs(runs: Sequence[Run], groups: Sequence[Group]) -> Section:
-    """Every run, with the command that repeats it, and what became of those that are in no comparison."""
+def _all_runs(runs: Sequence[RunData], groups: Sequence[RunGroup]) -> Section:
+    """List every run with the command that repeats it, and why some are not compared."""
     labels = {run.path: group.label for group in groups for run in group.runs}
     rows = [_row(run, labels.get(run.path)) for run in runs]
-    lines = ["Every run that was found. The command repeats the run; its score is the mean over tasks that have a reference."]
+    lines = ["The command repeats the run. The score is the mean over tasks that have a reference."]
     others = [run for run in runs if run.status != "completed"]
     parts = [
-        Table("runs", "All runs", ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "why", "command"], rows)
+        Table(
+            "runs", "All runs", ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "reason", "command"], rows
+        )
     ]
     if others:
         reasons = [[run.name, run.status, _reason(run), str(run.path)] for run in others]
-        parts.insert(0, Table("not_compared", "Runs that are in no comparison", ["run", "status", "why", "folder"], reasons))
+        parts.insert(0, Table("not_compared", "Runs that are not compared", ["run", "status", "reason", "folder"], reasons))
     return Section("runs", "All runs", lines, parts)
 
 
-def _row(run: Run, label: str | None) -> list[Cell]:
+def _row(run: RunData, label: str | None) -> list[Cell]:
     known = bool(run.config)
     score = sum(run.final_scores.values()) / len(run.final_scores) if run.final_scores else None
     about = label or " ".join(run.overrides)
@@ -183,22 +177,27 @@ def _row(run: Run, label: str | None) -> list[Cell]:
     return [run.name, about, run.status, *numbers, _reason(run), run.command]
 
 
-def _reason(run: Run) -> str:
+def _reason(run: RunData) -> str:
     return run.error or STATES.get(run.status, "")
 
 
-# -- its folder -----------------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------------------------------------
 
 
 def _check(folder: Path, *, is_default: bool) -> list[str]:
-    """The files of the report that is there; `is_default`: nobody named the folder.
+    """Return the files of an earlier report in the folder.
 
-    Raises UserError where anything else is, or nothing can be written.
+    Args:
+        folder: of the report.
+        is_default: whether the user did not name it.
+
+    Raises:
+        UserError: the folder holds something else, or is not writable.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
     if is_default and folder.is_symlink():
-        raise UserError(f"{folder} is a link; nothing is written through it: give the folder itself, out=PATH")
+        raise UserError(f"{folder} is a link, and reports are not written through links: give its target, out=PATH")
     if folder.is_dir() and os.listdir(folder):
         if not os.path.lexists(folder / RECORD):
             raise UserError(f"{folder} holds something other than a report: give another folder, out=PATH")
@@ -215,15 +214,15 @@ def _check(folder: Path, *, is_default: bool) -> list[str]:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Make a folder in a folder and remove it. Raises UserError where that cannot be done, whatever permissions say."""
+    """Raise UserError unless a folder can be created in the folder."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=folder))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): give another folder, out=PATH") from None
+        raise UserError(f"{folder} is not writable ({error.strerror}): give another folder, out=PATH") from None
 
 
 def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier: Sequence[str]) -> None:
-    """Put the files in their places, each in one move, the page last; what only an earlier report had goes."""
+    """Write each file atomically, the page last, and remove files that only the earlier report had."""
     folder.mkdir(parents=True, exist_ok=True)
     page = {name: made[name] for name in made if name == "index.html"}
     for name, content in ({name: made[name] for name in made if name not in page} | last | page).items():
@@ -233,13 +232,9 @@ def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier
             (folder / name).unlink(missing_ok=True)
 
 
-def _say_what_is_there(folder: Path, runs: Sequence[Run], groups: Sequence[Group]) -> None:
-    states = Counter(run.status for run in runs)
-    told = ", ".join(f"{states[state]:,} {state}" for state in STATES if states[state])
-    print_line(f"{told}; {len(groups):,} {_plural('configuration', len(groups))}")
-    for arena in report_scores.arenas(groups):
-        for place, entry in enumerate(arena.entries[:5] if arena.scored else [], 1):
-            print_line(
-                f"  {place}. {entry.label}: {entry.aggregates['iqm'].value:.3f} (IQM, {len(entry.runs)} {_plural('seed', len(entry.runs))})"
-            )
+def _print_summary(folder: Path, runs: Sequence[RunData], groups: Sequence[RunGroup]) -> None:
+    print_line(f"{_states(runs)}; {counted(len(groups), 'configuration')}")
+    for benchmark in report_scores.benchmarks(groups):
+        for place, entry in enumerate(benchmark.entries[:5] if benchmark.scored else [], 1):
+            print_line(f"  {place}. {entry.label}: {entry.iqm:.3f} (IQM, {counted(len(entry.runs), 'seed')})")
     print_line(f"report       {run_data.short(folder / 'index.html')}")

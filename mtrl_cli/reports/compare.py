@@ -1,4 +1,4 @@
-"""`mtrl compare`: two runs side by side, in the terminal: what was chosen differently, what they score, how fast they were."""
+"""`mtrl compare`: differences of two runs in configuration, scores, speed and parameter counts, as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mtrl_cli.errors import UserError, printable
 from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping, run_data
-from mtrl_cli.reports.run_data import Run
+from mtrl_cli.reports.run_data import RunData
 from mtrl_cli.runs.terminal import as_text, duration, table
 
-NEVER_TOLD = ("run_dir", "trusted_packages")
+NOT_COMPARED = ("run_dir", "trusted_packages")
 LONGEST_CELL = 48
 Row = tuple[str, str, str, str]
 
 
 def compare(paths: Sequence[Path]) -> str:
-    """What there is to tell of two runs beside each other, as a table in plain text.
+    """Compare two runs in a table of plain text.
 
     Args:
-        paths: two folders, of a run each.
+        paths: the folders of two runs.
 
     Raises:
-        UserError: one is no run, or cannot be read.
+        UserError: a folder is not a run, or is unreadable.
     """
     ours, theirs = (_read(path) for path in paths)
     tests = _test(ours), _test(theirs)
@@ -37,24 +37,26 @@ def compare(paths: Sequence[Path]) -> str:
     rows += [*_speed(ours, theirs), *_parameters(ours, theirs, common)]
     notes = _notes(ours, theirs, tests, common)
     if any(" to " in cell for row in rows for cell in row[1:3]):
-        notes.append("In brackets 95% bootstrap intervals over the games of a test: of one network each, not of its training.")
+        notes.append(
+            "In brackets: 95% bootstrap intervals over test episodes. They cover the episodes of one network, not the chance in training."
+        )
     return printable("\n".join([_table(rows), *notes]))
 
 
-def _read(path: Path) -> Run:
+def _read(path: Path) -> RunData:
     path = Path(path).expanduser()
     if run_data.is_sweep(path):
         raise UserError(f"{path} is a sweep: mtrl compare takes two runs, such as {path / 'trials' / '0000'}; mtrl report takes sweeps")
     runs = run_data.read([path])
     if len(runs) != 1 or runs[0].path != path:
-        raise UserError(f"{path} is no run: mtrl compare takes the folders of two runs; mtrl report takes any number")
+        raise UserError(f"{path} is not a run: mtrl compare takes the folders of two runs; mtrl report takes any number")
     if runs[0].status == "unreadable":
         raise UserError(f"{path} cannot be read: {runs[0].error}")
     return runs[0]
 
 
-def _test(run: Run) -> Mapping[str, Any]:
-    """The test of the last network: by task the interval and the number of its games; {} where there is none."""
+def _test(run: RunData) -> Mapping[str, Any]:
+    """Return the test of the last network, with intervals and returns by task; {} without a test."""
     if not run.is_tested:
         return {}
     last: Mapping[str, Any] = atomic.read_json(run.path / "eval" / "test.json", run.path)["last"]
@@ -65,13 +67,13 @@ def _test(run: Run) -> Mapping[str, Any]:
 
 
 def _heading(paths: Sequence[Path]) -> Row:
-    """Each run by as much of its path as tells it from the other."""
+    """Name each run by the shortest end of its path that differs from the other's."""
     parts = [Path(path).expanduser().absolute().parts for path in paths]
     depth = next((depth for depth in range(1, max(map(len, parts)) + 1) if parts[0][-depth:] != parts[1][-depth:]), 1)
     return ("", *(str(Path(*each[-depth:])) for each in parts), "")  # type: ignore[return-value]
 
 
-def _about(ours: Run, theirs: Run) -> list[Row]:
+def _about(ours: RunData, theirs: RunData) -> list[Row]:
     return [
         ("status", ours.status, theirs.status, ""),
         ("steps per task", *(f"{run.step:,} of {run.steps_per_task:,}" for run in (ours, theirs)), ""),  # type: ignore[list-item]
@@ -79,13 +81,13 @@ def _about(ours: Run, theirs: Run) -> list[Row]:
     ]
 
 
-def _differences(ours: Run, theirs: Run) -> list[Row]:
-    """The configuration's keys of which the two have different values; of a class chosen otherwise, its name."""
+def _differences(ours: RunData, theirs: RunData) -> list[Row]:
+    """Return the keys with different values; for different classes, the names of the options."""
     keys = dict.fromkeys([*ours.config, *theirs.config])
     rows, classes = [], set()
     for key in keys:
         values = ours.config.get(key, math.nan), theirs.config.get(key, math.nan)
-        if key in NEVER_TOLD or values[0] == values[1] or "auto" in values:  # what a run has yet to settle was not chosen otherwise
+        if key in NOT_COMPARED or values[0] == values[1] or "auto" in values:  # an unresolved `auto` is no difference
             continue
         group, _, last = key.rpartition(".")
         if last == "_target_" and group != "env":
@@ -105,9 +107,9 @@ def _word(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
-def _scores(ours: Run, theirs: Run, tests: Sequence[Mapping[str, Any]], common: Sequence[str]) -> list[Row]:
-    """Of each task that both have: scores, or returns where there are none, with the intervals of their games; over them, the mean."""
-    rows = [_title("scores" + ("" if len(common) == len(ours.tasks) == len(theirs.tasks) else ", of the tasks that both have"))]
+def _scores(ours: RunData, theirs: RunData, tests: Sequence[Mapping[str, Any]], common: Sequence[str]) -> list[Row]:
+    """Return the scores of each common task with intervals, returns where there are no scores, and the mean score."""
+    rows = [_title("scores" + ("" if len(common) == len(ours.tasks) == len(theirs.tasks) else ", of the common tasks"))]
     pairs = []
     for task in common:
         scores = [run.final_scores.get(task) for run in (ours, theirs)]
@@ -127,14 +129,14 @@ def _scores(ours: Run, theirs: Run, tests: Sequence[Mapping[str, Any]], common: 
 
 
 def _ends(task: str, value: float, mean: float | None, test: Mapping[str, Any], digits: int) -> str:
-    """The interval over a test's games, which is kept of returns: in units of the value, where a score tells how these are related."""
+    """Format the interval over test episodes, which is saved for returns, in units of the value."""
     own = test.get("tasks", {}).get(task, {}) if isinstance(test.get("tasks"), dict) else {}
     ends = own.get("ci") if isinstance(own, dict) else None
     returns = own.get("returns") if isinstance(own, dict) else None
     if not (isinstance(ends, list) and len(ends) == 2 and all(_is_number(each) for each in ends)):
         return ""
     if mean is None or not isinstance(returns, list) or len(returns) < 2:
-        return ""  # one game has no spread
+        return ""  # one episode has no spread
     if digits == 1:
         return f" ({ends[0]:.1f} to {ends[1]:.1f})"
     scale = _scale(task, value, mean, test)
@@ -142,7 +144,7 @@ def _ends(task: str, value: float, mean: float | None, test: Mapping[str, Any], 
 
 
 def _scale(task: str, value: float, mean: float, test: Mapping[str, Any]) -> float | None:
-    """Scores per return, from the references of the run's own suite: None where they are not known."""
+    """Return scores per return, from the reference scores of the run's suite; None where they are unknown."""
     from mtrl_cli.envs.scores import normalised, scores
 
     for suite in ("atari", "minatar", "gymnasium"):
@@ -157,7 +159,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _speed(ours: Run, theirs: Run) -> list[Row]:
+def _speed(ours: RunData, theirs: RunData) -> list[Row]:
     rates = []
     for run in (ours, theirs):
         values = [value for _, value in run.metrics.get(STEPS_PER_SECOND, ())]
@@ -170,13 +172,13 @@ def _speed(ours: Run, theirs: Run) -> list[Row]:
     ]
 
 
-def _parameters(ours: Run, theirs: Run, common: Sequence[str]) -> list[Row]:
-    names = {"total": "in all", "shared": "shared"} | {task: f"{task} alone" for task in common}
+def _parameters(ours: RunData, theirs: RunData, common: Sequence[str]) -> list[Row]:
+    names = {"total": "total", "shared": "shared"} | {task: f"only {task}" for task in common}
     rows = []
-    for name, told in names.items():
+    for name, label in names.items():
         counts = [run.parameters.get(name) for run in (ours, theirs)]
         if any(count is not None for count in counts) and (name in ("total", "shared") or len(set(counts)) > 1):
-            rows.append((told, *("-" if count is None else f"{count:,}" for count in counts), _ratio(*counts)))
+            rows.append((label, *("-" if count is None else f"{count:,}" for count in counts), _ratio(*counts)))
     return [_title("parameters"), *rows] if rows else []  # type: ignore[list-item]
 
 
@@ -188,26 +190,26 @@ def _title(text: str) -> Row:
     return (f"\n{text}", "", "", "")
 
 
-# -- in words -------------------------------------------------------------------------------------------------------------------
+# -- notes ----------------------------------------------------------------------------------------------------------------------
 
 
-def _notes(ours: Run, theirs: Run, tests: Sequence[Mapping[str, Any]], common: Sequence[str]) -> list[str]:
-    """What makes the two less than comparable, and how to read the table."""
+def _notes(ours: RunData, theirs: RunData, tests: Sequence[Mapping[str, Any]], common: Sequence[str]) -> list[str]:
+    """Return what limits the comparison, and how to read the table."""
     notes = []
     if ours.env != theirs.env or set(ours.tasks) != set(theirs.tasks):
         alone = [task for task in dict.fromkeys([*ours.tasks, *theirs.tasks]) if task not in common]
-        notes.append(f"The runs have different tasks: {len(common)} of them in common; left out: {', '.join(alone[:12]) or 'none'}.")
+        notes.append(f"The runs have different tasks: {len(common)} in common; left out: {', '.join(alone[:12]) or 'none'}.")
     if ours.steps_per_task != theirs.steps_per_task:
         notes.append(f"Their budgets differ: {ours.steps_per_task:,} and {theirs.steps_per_task:,} steps per task.")
     for run, which in ((ours, "first"), (theirs, "second")):
         if run.status != "completed":
-            notes.append(f"The {which} is {run.status}{f' ({run.error})' if run.error else ''}: what it scores is not its last word.")
+            notes.append(f"The {which} run is {run.status}{f' ({run.error})' if run.error else ''}: its scores are not final.")
         if not run.is_tested and run.evaluations:
-            notes.append(f"The {which} has no test: its last validation, at step {run.evaluations[-1].step:,}, stands for it.")
-    games = [test.get("episodes") for test in tests]
-    if None not in games and games[0] != games[1]:
-        notes.append(f"Their tests have different numbers of games: {games[0]} and {games[1]} per task.")
-    notes.append("One run each: with another seed either may come out otherwise. mtrl report compares several.")
+            notes.append(f"The {which} run has no test: its last validation, at step {run.evaluations[-1].step:,}, is used.")
+    episodes = [test.get("episodes") for test in tests]
+    if None not in episodes and episodes[0] != episodes[1]:
+        notes.append(f"Their tests have different numbers of episodes: {episodes[0]} and {episodes[1]} per task.")
+    notes.append("One run each: other seeds may give other results. mtrl report compares several seeds.")
     return ["", *notes]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping
-from mtrl_cli.reports.run_data import Group, Run
+from mtrl_cli.reports.run_data import RunData, RunGroup
 from mtrl_cli.stats import sharing as sharing_stats
 from mtrl_cli.stats.bootstrap import Estimate, Floats
 
@@ -34,7 +34,7 @@ class Variant:
 
     name: str
     option: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunData, ...]
     left_out: tuple[str, ...]
     total: int | None
     shared: int | None
@@ -96,7 +96,7 @@ class Comparison:
 # -- ablations ------------------------------------------------------------------------------------------------------------------
 
 
-def ablations(groups: Sequence[Group], factor: str) -> list[Ablation]:
+def ablations(groups: Sequence[RunGroup], factor: str) -> list[Ablation]:
     """Put groups together that differ in a factor only, in their order.
 
     Args:
@@ -104,7 +104,7 @@ def ablations(groups: Sequence[Group], factor: str) -> list[Ablation]:
         factor: one of `FACTORS`.
     """
     counted = grouping.counting([run for group in groups for run in group.runs])
-    together: dict[tuple[tuple[str, str], ...], list[Group]] = {}
+    together: dict[tuple[tuple[str, str], ...], list[RunGroup]] = {}
     for group in groups:
         others = {key: value for key, value in counted(group.first).items() if not _is_factor(key, factor, group.first)}
         together.setdefault(tuple(sorted(others.items())), []).append(group)
@@ -112,12 +112,12 @@ def ablations(groups: Sequence[Group], factor: str) -> list[Ablation]:
     return [_ablation(own, factor, about) for own, about in zip(together.values(), abouts, strict=True)]
 
 
-def _is_factor(key: str, factor: str, run: Run) -> bool:
+def _is_factor(key: str, factor: str, run: RunData) -> bool:
     is_width = factor == "network/sharing" and (key == grouping.SIZE or key in grouping.widths(run))
     return is_width or any(_is_in(key, section) for section in FACTORS[factor])
 
 
-def _abouts(grouped: Sequence[Sequence[Group]], values: Sequence[Mapping[str, str]]) -> list[str]:
+def _abouts(grouped: Sequence[Sequence[RunGroup]], values: Sequence[Mapping[str, str]]) -> list[str]:
     """Describe each ablation by the values that differ between ablations: those of the group labels, or else the first keys."""
     if len(grouped) == 1:
         return [""]
@@ -136,7 +136,7 @@ def _is_in(key: str, section: str) -> bool:
     return key == section or key.startswith(section + ".")
 
 
-def _ablation(groups: Sequence[Group], factor: str, about: str) -> Ablation:
+def _ablation(groups: Sequence[RunGroup], factor: str, about: str) -> Ablation:
     first = next((group.first for group in groups if group.first.status == "completed"), groups[0].first)
     chosen = [grouping.chosen(group, first.tasks) for group in groups]
     runs = [run for own in chosen for run in own.runs]
@@ -160,19 +160,21 @@ def _ablation(groups: Sequence[Group], factor: str, about: str) -> Ablation:
     return Ablation(about, first.env, first.steps_per_task, first.tasks, scored, tuple(variants))
 
 
-def _final(runs: Sequence[Run], tasks: Sequence[str], scored: Sequence[bool]) -> Floats:
+def _final(runs: Sequence[RunData], tasks: Sequence[str], scored: Sequence[bool]) -> Floats:
     """Return the final results of S runs in each task's own unit, `[S, K]`."""
     rows = [[(run.final_scores if known else run.final_returns)[task] for task, known in zip(tasks, scored, strict=True)] for run in runs]
     return np.array(rows, float).reshape(len(runs), len(tasks))
 
 
-def _left_out(group: Group, chosen: grouping.Chosen) -> tuple[str, ...]:
+def _left_out(group: RunGroup, chosen: grouping.Chosen) -> tuple[str, ...]:
     others = [(run, run.status) for run in group.runs if run.status != "completed"]
-    others += [(run, "no results of all tasks") for run in chosen.untold] + [(run, "superseded by another run") for run in chosen.again]
+    others += [(run, "no results of all tasks") for run in chosen.incomplete] + [
+        (run, "superseded by another run") for run in chosen.superseded
+    ]
     return tuple(f"seed {run.seed} ({why})" for run, why in sorted(others, key=lambda other: other[0].seed))
 
 
-def _size(runs: Sequence[Run]) -> dict[str, Any]:
+def _size(runs: Sequence[RunData]) -> dict[str, Any]:
     counts: Mapping[str, int] = next((run.parameters for run in runs if run.parameters.get("total")), {})
     own = [value for name, value in counts.items() if name not in ("total", "shared")]
     return {"total": counts.get("total"), "shared": counts.get("shared"), "own": sum(own) / len(own) if own else None}
@@ -208,7 +210,7 @@ def mean_curves(ablation: Ablation, variant: Variant) -> tuple[Floats, Floats] |
     return curves(variant.runs, tasks, is_scored=bool(ablation.scored_tasks))
 
 
-def curves(runs: Sequence[Run], tasks: Sequence[str], *, is_scored: bool) -> tuple[Floats, Floats] | None:
+def curves(runs: Sequence[RunData], tasks: Sequence[str], *, is_scored: bool) -> tuple[Floats, Floats] | None:
     """Return learning curves of validation: steps `[P]` and the means over tasks `[S, P]`, at the evaluations that all runs have.
 
     Returns None where the runs have no evaluation in common, or there is no task.

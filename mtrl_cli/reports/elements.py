@@ -1,4 +1,4 @@
-"""What a report is made of: each part is written once, and rendered in the page, as CSV and Markdown, as SVG and PNG."""
+"""Elements of a report, independent of file formats: sections with tables and pictures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ An estimate is `0.83 (0.79 to 0.86)` on the page and three columns in CSV.
 
 
 class GivenNumber(float):
-    """A number that a run was given, such as a step size: four significant digits on the page, however small it is."""
+    """A configuration value, such as a learning rate: four significant digits on the page, however small it is."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `name` is that of its files (letters, digits, `_`), `notes` are lines below it."""
+    """A table: `name` is the name of its files (letters, digits, `_`), `notes` are lines below it."""
 
     name: str
     title: str
@@ -35,7 +35,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing: `name` is that of its files, `text` says in words what is to be seen (for who cannot), `draw` makes it with matplotlib."""
+    """A drawing: `name` is the name of its files, `text` its description for screen readers, `draw` makes it with matplotlib."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a heading, paragraphs, tables and pictures in order. `anchor` is what links to it say."""
+    """A section of the page: a heading, paragraphs, then tables and pictures in order. `anchor` is the target of links."""
 
     anchor: str
     title: str

@@ -1,4 +1,4 @@
-"""Runs put together by configuration: those that differ in their seeds alone are one group, which is called by what sets it apart."""
+"""Groups of runs that differ only in their seeds, and short labels that distinguish the groups of a report."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from mtrl_cli.config import introspection
 from mtrl_cli.config import options as catalogue
 from mtrl_cli.errors import UserError
 from mtrl_cli.reports import run_data
-from mtrl_cli.reports.run_data import Group, Run
+from mtrl_cli.reports.run_data import RunData, RunGroup
 
 KEPT = ("run_dir", "trusted_packages", "checkpoint.", "log.")
-"""Keys that say how a run is kept and told of, or end with a dot: sections of such. They count where a sweep varies them."""
+"""Keys, and sections ending with a dot, that affect only how a run is saved and logged. They count where a sweep varies them."""
 MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks")
-"""Keys that say how a machine works on a run: they change its speed. They count where a sweep varies them."""
+"""Keys that affect only the speed of a run. They count where a sweep varies them."""
 SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
-"""Keys whose `auto` is what a machine makes of it, as are all that a run has yet to settle. They count where somebody has set one."""
+"""Keys whose `auto` depends on the machine. They, and keys that are still `auto` in some run, count only where a user has set them."""
 FRACTION = re.compile(r"-?\d*\.\d{4,}(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 ABSENT = "-"
 FROM_SCRATCH = "from scratch"
 SIZE = "network.parameters"
-LONGEST = 60  # letters of one value in a label
+MAX_LENGTH = 60  # characters of one value in a label
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs by configuration, in the order of the first run of each; those whose configuration is not known are in none."""
+def grouped(runs: Sequence[RunData]) -> list[RunGroup]:
+    """Group runs by configuration, in the order of the first run of each. Runs without a readable configuration are in no group."""
     known = [run for run in runs if run.config]
     if not known:
         return []
     counted = counting(known)
     keys = sorted({key for run in known for key in counted(run)})
-    together: dict[tuple[str, ...], list[Run]] = {}
+    together: dict[tuple[str, ...], list[RunData]] = {}
     for run in known:
         own = counted(run)
         together.setdefault(tuple(own.get(key, "") for key in keys), []).append(run)
-    together = _of_one_network(together, keys)
-    firsts = [Group("", {}, tuple(own)).first for own in together.values()]
-    values = _told_apart(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
+    together = _merge_equal_networks(together, keys)
+    firsts = [RunGroup("", {}, tuple(own)).first for own in together.values()]
+    values = _distinguishing(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
     labels = _labels(values, firsts)
     groups = zip(labels, values, together.values(), strict=True)
-    return [Group(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
+    return [RunGroup(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
 
 
-def _of_one_network(together: Mapping[tuple[str, ...], list[Run]], keys: Sequence[str]) -> dict[tuple[str, ...], list[Run]]:
-    """Groups put together where `network.parameters` came to the very widths that others were given, and all else is the same."""
-    merged: dict[tuple[str, ...], list[Run]] = {}
+def _merge_equal_networks(together: Mapping[tuple[str, ...], list[RunData]], keys: Sequence[str]) -> dict[tuple[str, ...], list[RunData]]:
+    """Merge groups that are equal except that one gives `network.parameters` and the other the widths that follow from it."""
+    merged: dict[tuple[str, ...], list[RunData]] = {}
     seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for values, own in together.items():
-        first = Group("", {}, tuple(own)).first
-        total = first.parameters.get("total")  # told by a run whose network is made, and its widths settled
+        first = RunGroup("", {}, tuple(own)).first
+        total = first.parameters.get("total")  # known once the network is built and its widths are resolved
         of_size = {SIZE, *widths(first)}
         network = tuple(sorted((key, repr(first.config.get(key))) for key in of_size - {SIZE}))
         same = (total, network, tuple(value for key, value in zip(keys, values, strict=True) if key not in of_size))
@@ -63,21 +63,21 @@ def _of_one_network(together: Mapping[tuple[str, ...], list[Run]], keys: Sequenc
     return merged
 
 
-def counting(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
-    """What tells, of each of these runs, its values by key, as words, but those of its seed and those that a machine has decided on."""
+def counting(runs: Sequence[RunData]) -> Callable[[RunData], dict[str, str]]:
+    """Return a function that gives a run's values by key, as text, without the seed and what depends on the machine."""
     varied = {word.partition("=")[0].replace("/", ".") for run in runs for word in run.overrides}
     given = [word.partition("=") for command in {run.command for run in runs} for word in command.split()]
-    set_by_someone = varied | {key for key, _, value in given if value != "auto"}
+    set_by_user = varied | {key for key, _, value in given if value != "auto"}
     settled = {*SETTLED, *(key for run in runs for key, value in run.config.items() if value == "auto")}
     sections = tuple(name for name in KEPT if name.endswith("."))
 
-    def counts(run: Run, key: str) -> bool:
+    def counts(run: RunData, key: str) -> bool:
         if key in varied:
             return key != "seed"
         if key in ("seed", *KEPT, *MACHINES) or key.startswith(sections):
             return False
         if key in settled:
-            return key in set_by_someone
+            return key in set_by_user
         return not (run.config.get(SIZE) is not None and key in widths(run))
 
     return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
@@ -85,33 +85,33 @@ def counting(runs: Sequence[Run]) -> Callable[[Run], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a group's runs are compared by.
+    """The runs of a group that are compared, and those that are not.
 
     Attributes:
-        runs: the completed ones that tell their returns in all tasks, one for each seed, in order of these.
-        untold: completed ones without.
-        again: of a seed of which another run counts.
+        runs: completed runs with returns of all tasks, one for each seed, in the order of seeds.
+        incomplete: completed runs without.
+        superseded: completed runs with a later run of the same seed.
     """
 
-    runs: tuple[Run, ...]
-    untold: tuple[Run, ...]
-    again: tuple[Run, ...]
+    runs: tuple[RunData, ...]
+    incomplete: tuple[RunData, ...]
+    superseded: tuple[RunData, ...]
 
 
-def chosen(group: Group, tasks: Sequence[str]) -> Chosen:
-    """Which of a group's runs count; of several of one seed, the last."""
+def chosen(group: RunGroup, tasks: Sequence[str]) -> Chosen:
+    """Choose the runs of a group to compare; of several runs of one seed, the last."""
     completed = [run for run in group.runs if run.status == "completed"]
-    told = [bool(tasks) and set(tasks) <= set(run.final_returns) for run in completed]
-    last = {run.seed: index for index, run in enumerate(completed) if told[index]}
+    is_whole = [bool(tasks) and set(tasks) <= set(run.final_returns) for run in completed]
+    last = {run.seed: index for index, run in enumerate(completed) if is_whole[index]}
     return Chosen(
         runs=tuple(completed[index] for index in last.values()),
-        untold=tuple(run for index, run in enumerate(completed) if not told[index]),
-        again=tuple(run for index, run in enumerate(completed) if told[index] and last[run.seed] != index),
+        incomplete=tuple(run for index, run in enumerate(completed) if not is_whole[index]),
+        superseded=tuple(run for index, run in enumerate(completed) if is_whole[index] and last[run.seed] != index),
     )
 
 
-def widths(run: Run) -> frozenset[str]:
-    """The keys that `network.parameters` decides on: another width for another structure is no choice of its own."""
+def widths(run: RunData) -> frozenset[str]:
+    """Return the keys that `network.parameters` determines. They differ between structures without being chosen."""
     return _scaled("network", str(run.config.get("network._target_"))) | _scaled(
         "network/sharing", str(run.config.get("network.sharing._target_"))
     )
@@ -121,32 +121,32 @@ def widths(run: Run) -> frozenset[str]:
 def _scaled(group: str, target: str) -> frozenset[str]:
     try:
         names = introspection.read(group, target, introspection.KINDS[group], (), None).attributes.get("scaled_keys", ())
-    except UserError:  # of a package of the user's, which is not imported for this
+    except UserError:  # a class of the user's package, which is not imported for this
         return frozenset()
     return frozenset(f"{group.replace('/', '.')}.{name}" for name in names)
 
 
-# -- what groups are called -----------------------------------------------------------------------------------------------------
+# -- labels -------------------------------------------------------------------------------------------------------------------
 
 
-def _told_apart(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The fewest keys that tell the groups apart, each with the group's value: choices first, and no key that follows from others."""
-    told: list[dict[str, str]] = [{} for _ in firsts]
+def _distinguishing(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return few keys that distinguish all groups, with each group's value: options first, and no key that follows from others."""
+    found: list[dict[str, str]] = [{} for _ in firsts]
     seen: list[tuple[str, ...]] = [() for _ in firsts]
     for name, values in _candidates(firsts, own):
         extended = [(*before, value) for before, value in zip(seen, values, strict=True)]
         if len(set(extended)) == len(set(seen)):
-            continue  # it is the same wherever those before it are
+            continue  # it follows from the keys before it
         seen = extended
-        for of_group, value in zip(told, values, strict=True):
+        for of_group, value in zip(found, values, strict=True):
             of_group[name] = value
         if len(set(seen)) == len(firsts):
             break
-    return told
+    return found
 
 
-def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Keys with each group's value in words, the ones that say most first: what a sweep varies, chosen classes, all others."""
+def _candidates(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield keys with each group's value as text, the most informative first: axes of a sweep, options, all others."""
     words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
     for key in words[0]:
         if key != "seed" and all(key in of_group for of_group in words):
@@ -172,11 +172,11 @@ def _candidates(firsts: Sequence[Run], own: Sequence[Mapping[str, str]]) -> Iter
         values = [of_group.get(key) for of_group, follows in zip(own, settled, strict=True) if not follows]
         if any(key in of_group for of_group in own) and len(set(values)) > 1:
             yield key, [_word(run.config[key]) if key in run.config else ABSENT for run in firsts]
-    for key in sorted({key for of_group in own for key in of_group}):  # where two values are the same in few letters
-        yield key, [_clipped(of_group.get(key, ABSENT), 10 * LONGEST) for of_group in own]
+    for key in sorted({key for of_group in own for key in of_group}):  # where values are equal when shortened
+        yield key, [_clipped(of_group.get(key, ABSENT), 10 * MAX_LENGTH) for of_group in own]
 
 
-def option(group: str, run: Run) -> str:
+def option(group: str, run: RunData) -> str:
     """Return the name of the option that a run has chosen; for `init_from`, the source of its network."""
     if group == "init_from":
         return initialisation(run)
@@ -200,7 +200,7 @@ def option_of(group: str, config: Mapping[str, Any], folders: tuple[Path, ...] =
     return max(alike, key=lambda name: alike[name]) if alike else None
 
 
-def initialisation(run: Run) -> str:
+def initialisation(run: RunData) -> str:
     """Return `from scratch`, or `fine-tuned from RUN` with the name of the source's folder."""
     source = run.config.get("init_from")
     if not source:
@@ -221,13 +221,13 @@ def _options(group: str, folders: tuple[Path, ...]) -> dict[str, dict[str, dict[
     return found
 
 
-def _augmentation(run: Run) -> str:
+def _augmentation(run: RunData) -> str:
     names = [key.split(".")[1] for key in run.config if key.startswith("augmentation.") and key.endswith("._target_")]
     return _clipped("+".join(names)) or "none"
 
 
 def _word(value: Any) -> str:
-    """A value as it stands behind `KEY=`, numbers in few digits."""
+    """Format a value as it is written after `KEY=`, numbers with four digits."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -238,17 +238,17 @@ def _word(value: Any) -> str:
 
 
 def _rounded(word: str) -> str:
-    """A word that is a fraction, in four significant digits."""
+    """Round text that is a decimal fraction to four significant digits."""
     return f"{float(word):.4g}" if FRACTION.fullmatch(word) else word
 
 
-def _clipped(text: str, most: int = LONGEST) -> str:
+def _clipped(text: str, most: int = MAX_LENGTH) -> str:
     text = run_data.short(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[str]:
-    """A choice is its name alone, where it can be nothing else; any other value stands behind its key."""
+def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[RunData]) -> list[str]:
+    """Label each group: an option by its name where that is unambiguous, any other value as KEY=VALUE."""
     if not values[0]:  # one group
         return [option("network/sharing", run) for run in firsts]
     choices = {*introspection.KINDS, "augmentation", "experiment", "init_from"}
@@ -271,7 +271,7 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[Run]) -> list[
 
 
 def sized(names: Sequence[str], sizes: Sequence[Any]) -> list[str]:
-    """Names that several have, with the number of parameters that tells them apart: `independent (74k)`, or in full where that does not."""
+    """Add the parameter count to names that occur several times: `independent (74k)`, or in full where that is ambiguous."""
     for words in ([_in_thousands(size) for size in sizes], [f"{size:,}" if isinstance(size, int) else "" for size in sizes]):
         found = [f"{name} ({word})" if names.count(name) > 1 and word else name for name, word in zip(names, words, strict=True)]
         if len(set(found)) == len(found):
@@ -280,7 +280,7 @@ def sized(names: Sequence[str], sizes: Sequence[Any]) -> list[str]:
 
 
 def _in_thousands(size: Any) -> str:
-    """A number of parameters in few letters: `74k`, `1.3M`."""
+    """Abbreviate a parameter count: `74k`, `1.3M`."""
     if not isinstance(size, int):
         return "" if size is None else _clipped(str(size))
     if size < 10_000:
@@ -289,7 +289,7 @@ def _in_thousands(size: Any) -> str:
 
 
 def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Of keys but the first, the value that most groups have: where many keys differ, it goes without saying."""
+    """Return, for keys after the first, the value that most groups have; labels omit it where many keys differ."""
     most = {}
     for key in list(values[0])[1:]:
         value, times = Counter(of_group[key] for of_group in values).most_common(1)[0]
@@ -299,5 +299,5 @@ def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _last(key: str) -> str:
-    """The end of a key, which in a label is enough: `lr` of `optimizer.lr`."""
+    """Return the last part of a key: `lr` of `optimizer.lr`."""
     return key.replace("/", ".").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""What a search over hyper-parameters tells: which of them mattered, where the good values lie, and the best trials."""
+"""Report sections on hyper-parameter searches: importance of keys, slices, and the best trials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MOST_TICKS = 4  # of a logarithmic axis
 
 @dataclass(frozen=True)
 class Trial:
-    """A completed trial: its number, its values by key, its metric, the command that repeats it."""
+    """A completed trial: number, values by key, metric, and the command that repeats it."""
 
     number: int
     values: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Trial:
 
 
 def sections(sweep: Path, suffix: str = "") -> list[Section]:
-    """The part of a report on one sweep's search; none for one over seeds, structures and task weights alone.
+    """Return the section on a sweep's search; none where the sweep varies only keys that other sections compare.
 
     Args:
         sweep: its folder, which may come from a stranger.
@@ -62,11 +62,11 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     lines = [f"{len(trials):,} completed trials of {plan.trials:,}, judged by {metric or 'nothing yet'}{others}."]
     title = f"Hyper-parameters of {sweep.name}" if suffix else "Hyper-parameters"
     if not trials:
-        return [Section(f"search{suffix}", title, [*lines, "None has a metric, so there is nothing to tell."])]
+        return [Section(f"search{suffix}", title, [*lines, "None of them has a metric."])]
     varied = [key for key in keys if len({trial.values[key] for trial in trials}) > 1]
     same = [key for key in keys if key not in varied]
     if same:
-        lines.append(f"With one value in all completed trials, and so left out: {', '.join(same)}.")
+        lines.append(f"One value in all completed trials, so left out: {', '.join(same)}.")
     parts: list[Table | Picture] = []
     importance, why_not = _importance(trials, varied, plan.axes)
     if importance:
@@ -90,7 +90,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
 
 
 def _trials(sweep: Path, plan: Plan) -> tuple[list[Trial], str, str]:
-    """The completed trials that have a metric, its name, and in words what has become of the others."""
+    """Return the completed trials with a metric, the metric's name, and a phrase that counts other trials."""
     found, names, others = [], set(), {"pruned": 0, "failed": 0}
     for number in range(plan.trials):
         folder = run_data.trial_folder(sweep, number)
@@ -113,7 +113,7 @@ def _trials(sweep: Path, plan: Plan) -> tuple[list[Trial], str, str]:
 
 
 def _values(values: Any, axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any] | None:
-    """A trial's values, numbers where the axis is an interval; None if they are not of the axes."""
+    """Return a trial's values, as numbers where the axis is a range; None where they are not on the axes."""
     if not isinstance(values, dict) or not values.keys() >= axes.keys():
         return None
     known: dict[str, Any] = {}
@@ -136,20 +136,20 @@ def _values(values: Any, axes: Mapping[str, Choices | NumberRange]) -> dict[str,
 
 
 def _good(trials: int) -> float:
-    """The share of trials that count as good."""
+    """Return the share of trials that count as good."""
     return min(0.5, max(0.1, FEWEST_BEST / trials))
 
 
 def _importance(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | NumberRange]) -> tuple[dict[str, float], str]:
-    """Each key's importance, which sum up to 1; or none, and why. Nothing is needed but the values: not the study's storage."""
+    """Compute each key's importance, with sum 1, from the trials' values alone; or none, and the reason."""
     if len(keys) < 2:
-        return {}, f"Importance is of several keys beside each other; {f'only {keys[0]} varies' if keys else 'none varies'}."
+        return {}, f"Importance needs several keys that vary; {f'only {keys[0]} does' if keys else 'none does'}."
     if len(trials) < FEWEST:
-        return {}, f"Importance is told from {FEWEST} completed trials on."
+        return {}, f"Importance needs at least {FEWEST} completed trials."
     if len({trial.value for trial in trials}) == 1:
-        return {}, "All completed trials came to the same metric: no key is of importance."
+        return {}, "All completed trials have the same metric, so no key matters."
     if importlib.util.find_spec("optuna") is None:
-        return {}, "Importance is worked out by Optuna, which is not installed here."
+        return {}, "Importance needs Optuna, which is not installed."
     import optuna
 
     spaces = {key: _distribution(axes[key]) for key in keys}
@@ -186,7 +186,7 @@ def _distribution(axis: Choices | NumberRange) -> Any:
 def _best(trials: Sequence[Trial], keys: Sequence[str], metric: str, suffix: str) -> Table:
     ranked = sorted(trials, key=lambda trial: -trial.value)[:BEST]
     rows: list[list[Cell]] = [[trial.number, trial.value, *(trial.values[key] for key in keys), trial.command] for trial in ranked]
-    notes = ["The metric of the best of many trials is too good: what was lucky is among them. To know, train it again with other seeds."]
+    notes = ["The metric of the best of many trials is optimistic, as the best are also the luckiest. Train it again with other seeds."]
     return Table(f"best_trials{suffix}", "The best trials", ["trial", metric, *keys, "command"], rows, notes)
 
 
@@ -196,7 +196,7 @@ def _words(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _draw(trials: Sequence[Trial], keys: Sequence[str], axes: Mapping[str, Choices | NumberRange], metric: str) -> Figure:
-    """Each trial's metric against each key: a panel for each; choices as strips with their medians."""
+    """Draw each trial's metric against each key, a panel for each key; choices as strips with medians."""
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(keys))
@@ -230,7 +230,7 @@ def _draw_points(panel: Axes, places: Sequence[float], trials: Sequence[Trial]) 
 
 
 def _log_axis(panel: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with few ticks, in plain words: `1e-4`."""
+    """Make an axis logarithmic, with few ticks such as `1e-4`."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     low, high = min(values), max(values)
@@ -243,7 +243,7 @@ def _log_axis(panel: Axes, values: Sequence[float]) -> None:
 
 
 def _plain(value: float) -> str:
-    """A number in two digits, with an exponent where it is far from 1: `0.05`, `1e-4`, `3.2e-5`."""
+    """Format a number with two digits, and an exponent where it is far from 1: `0.05`, `1e-4`, `3.2e-5`."""
     if 0.01 <= value < 10_000:
         return f"{value:.2g}" if value < 100 else f"{value:.0f}"
     digits, _, power = f"{value:.1e}".partition("e")

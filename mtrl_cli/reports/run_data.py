@@ -1,4 +1,4 @@
-"""Runs as a report sees them: read from their folders, which may come from strangers, and put together by configuration."""
+"""Read runs from their folders for reports. Folders may come from others: sizes are bounded, text is sanitised, links are not followed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mtrl_cli.runs.run_dir import STATUSES
 from mtrl_cli.sweeps import plan as sweep_plan
 
 DEEPEST = 6
-"""So far below a folder runs are looked for."""
+"""Depth of the search for runs below a folder."""
 MOST_FOLDERS, MOST_RUNS, MOST_TASKS = 50_000, 10_000, 500
 LARGEST_METRICS = 256 * 2**20
-LONGEST = 2000  # letters of what a stranger may have written
-POINTS = 10_000  # of a run's metrics in all: of those of many rows some are left out, evenly
+MAX_LENGTH = 2000  # characters of text from a run folder
+POINTS = 10_000  # of all metrics of a run; longer series are thinned evenly
 OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
-"""The lines in which the configurations of a sweep's trials mostly differ."""
+"""Lines that differ between the configurations of most trials."""
 NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
 SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
-"""One of these makes a folder a run, if perhaps one that cannot be read."""
+"""A folder with one of these files is a run, though it may be unreadable."""
 TRIAL = "trial.json"
-"""Beside these, in a sweep's trial."""
+"""Additional file of a sweep's trial."""
 PASSED_OVER = ("train/", TEST, EPSILON, "eval/", "parameters/")
-"""Metrics that reports do not need, or keep elsewhere."""
+"""Prefixes of metrics that reports do not use, or read elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """One run.
 
     Attributes:
-        path: its folder.
-        name: short, and unique among the runs of a report.
-        status: completed, running, stopped, failed, pruned, waiting; or unreadable: `error` says why, and nothing else is known.
-        error: why it failed, or cannot be read; of a completed run, that its metrics end before it did.
-        command: the `mtrl train …` that repeats it.
-        config: its configuration by dotted key (`configuration.flat`); empty where unreadable.
-        overrides: of a sweep's trial, the words in which it differs from the others.
-        number: of a sweep's trial.
-        env, tasks, seed, steps_per_task: of its configuration.
-        step: per task, that it has reached; `seconds` of work until then.
+        path: the folder.
+        name: short name, unique in a report.
+        status: completed, running, stopped, failed, pruned, waiting, or unreadable (with the reason in `error`, and no other data).
+        error: why the run failed or is unreadable; for a completed run, that its metrics end too early.
+        command: the `mtrl train …` that repeats the run.
+        config: configuration by dotted key (`compose.flat`); empty where unreadable.
+        overrides: overrides of a trial in which it differs from the sweep's other trials.
+        number: number of a trial.
+        env, tasks, seed, steps_per_task: from the configuration.
+        step, seconds: progress in steps per task and in time.
         evaluations: in order of their steps.
-        final_returns, final_scores: by task, of the test of the last network, or else of the last evaluation; `is_tested` says which.
-        cut_episodes: of the test, those that ended at eval.max_steps.
-        parameters: "total", "shared" and each task's own; empty where a run does not tell.
-        metrics: all others by name as (step, value) in order: grad/cosine/a~b, routing/…, features/…, perf/….
+        final_returns, final_scores: results by task: of the last network's test where `is_tested`, else of the last evaluation.
+        cut_episodes: test episodes that ended at eval.max_steps.
+        parameters: parameter counts "total", "shared" and by task; empty where unknown.
+        metrics: all other metrics by name as (step, value) in order: grad/cosine/a~b, routing/…, features/…, perf/….
     """
 
     path: Path
@@ -93,56 +93,62 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The runs of one configuration, which differ in their seeds alone.
+class RunGroup:
+    """Runs of one configuration, which differ only in their seeds.
 
     Attributes:
-        label: what sets it apart from the other groups of a report, in a few words: `film`, `film, pcgrad`.
-        values: the keys that differ between groups, as words: {"network/sharing": "film"}.
+        label: distinguishes the group in a report: `film`, `film, pcgrad`.
+        values: keys that differ between groups, as text: {"network/sharing": "film"}.
         runs: in order of their seeds.
     """
 
     label: str
     values: Mapping[str, str]
-    runs: tuple[Run, ...]
+    runs: tuple[RunData, ...]
 
     @property
-    def first(self) -> Run:
-        """The first that is completed, whose configuration is settled; where none is, the first."""
+    def first(self) -> RunData:
+        """The first completed run, whose configuration has no open `auto`; where there is none, the first run."""
         return next((run for run in self.runs if run.status == "completed"), self.runs[0])
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
-    """The runs at, or below, some paths: each once, in the order of the paths, those of a folder by their names, of a sweep by number.
+def read(paths: Sequence[Path]) -> list[RunData]:
+    """Read the runs at or below some paths: each once, in the order of paths; in a folder by name, in a sweep by number.
 
     Args:
-        paths: folders of runs, of sweeps, of studies, or any with runs below.
+        paths: folders of runs, sweeps or studies, or folders that contain them.
 
     Raises:
-        UserError: there is no such folder, or too much in it.
+        UserError: a path is not a folder, or contains too much.
     """
-    found: dict[str, Run] = {}
+    check_folders(paths)
+    found: dict[str, RunData] = {}
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path} is no folder: give those of runs, of sweeps, or one with runs below")
         for run in _read_below(path, [0]):
             found.setdefault(os.path.realpath(run.path), run)
             if len(found) > MOST_RUNS:
-                raise UserError(f"there are more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
+                raise UserError(f"more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
     return _named(list(found.values()))
 
 
+def check_folders(paths: Sequence[Path]) -> None:
+    """Raise UserError unless all paths are folders."""
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path} is not a folder: give folders of runs or sweeps, or one that contains them")
+
+
 def trial_folder(sweep: Path, number: int) -> Path:
-    """Where a sweep's trial lies."""
+    """Return the folder of a sweep's trial."""
     return sweep / "trials" / f"{number:04d}"
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a folder is a sweep's."""
+    """Return whether a folder is a sweep."""
     return os.path.lexists(path / sweep_plan.RECORD)
 
 
-def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]:
+def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[RunData]:
     if is_sweep(path):
         yield from _read_sweep(path)
         return
@@ -151,7 +157,7 @@ def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]
         return
     visited[0] += 1
     if visited[0] > MOST_FOLDERS:
-        raise UserError(f"there are more than {MOST_FOLDERS:,} folders to look for runs in: give those of the runs themselves")
+        raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs: give the folders of the runs themselves")
     if depth == DEEPEST:
         return
     for name in _folders(path):
@@ -160,7 +166,7 @@ def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[Run]
 
 
 def _folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, in order; links are no folders."""
+    """Return the sorted names of the folders in a folder, without links."""
     try:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -171,18 +177,18 @@ def _folders(path: Path) -> list[str]:
 # -- a sweep --------------------------------------------------------------------------------------------------------------------
 
 
-def _read_sweep(path: Path) -> Iterator[Run]:
-    """A sweep's trials, by number; those that wait for their turn have no folder yet."""
+def _read_sweep(path: Path) -> Iterator[RunData]:
+    """Read a sweep's trials by number, including those that have not started and have no folder."""
     known: dict[bytes, dict[Any, Any]] = {}
     folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
     planned = _planned(path)
     for number in sorted(folders.keys() | planned.keys()):
-        # A folder in which there is nothing yet was made this moment.
+        # An empty folder is a trial that starts at this moment.
         if number in folders and (number not in planned or any(os.path.lexists(folders[number] / sign) for sign in (TRIAL, *SIGNS))):
             yield _read_run(folders[number], known, number)
         else:
             overrides = planned[number]
-            yield Run(
+            yield RunData(
                 path=trial_folder(path, number),
                 name="",
                 status="waiting",
@@ -195,7 +201,7 @@ def _read_sweep(path: Path) -> Iterator[Run]:
 
 
 def _planned(path: Path) -> dict[int, tuple[str, ...]]:
-    """The overrides of a sweep's trials by number, none where a sampler has yet to choose them; {} for a plan that cannot be read."""
+    """Return the overrides of a sweep's trials by number, empty where a sampler has not chosen them; {} for an unreadable plan."""
     try:
         plan = sweep_plan.read(path)
     except UserError:
@@ -208,28 +214,28 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
-def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> Run:
-    """One run; whatever is wrong with its folder makes it unreadable, and is told. `known`: configurations, but for `OF_ONE_RUN`."""
-    known_of_it = Run(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
+def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> RunData:
+    """Read one run; any fault of its folder makes it unreadable. `known` caches configurations that differ only in `OF_ONE_RUN`."""
+    partial = RunData(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
     try:
         trial = atomic.read_json(path / TRIAL, path) if os.path.lexists(path / TRIAL) else {}
-        known_of_it = replace(known_of_it, **_of_trial(trial))
+        partial = replace(partial, **_of_trial(trial))
         record = atomic.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
-        if trial and not os.path.lexists(path / "config.yaml"):  # just begun, or its words make no valid configuration
+        if trial and not os.path.lexists(path / "config.yaml"):  # just started, or its overrides give no valid configuration
             status, error = _status(trial, record)
-            return replace(known_of_it, status=status, error=error)
+            return replace(partial, status=status, error=error)
         config = _config(path / "config.yaml", known)
-        run = replace(known_of_it, **_about(path, config, trial, record))
+        run = replace(partial, **_about(path, config, trial, record))
         run = replace(run, **_measured(path, run))
         if run.status == "completed" and not record.get("stopped_early") and run.step < run.steps_per_task:
             run = replace(run, error=f"its metrics end at step {run.step:,} of {run.steps_per_task:,}")
         return run
     except UserError as error:
-        return replace(known_of_it, error=short(str(error)))
+        return replace(partial, error=short(str(error)))
 
 
 def _of_trial(trial: dict[str, Any]) -> dict[str, Any]:
-    """What a sweep says of a trial of its own, whatever its run says."""
+    """Return the fields that a sweep records for a trial."""
     overrides = trial.get("overrides")
     return {
         "command": short(trial.get("command") or ""),
@@ -241,20 +247,20 @@ def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
     try:
         config = dict(compose.flat(safe_yaml.read_alike(path, OF_ONE_RUN, known)))
     except TypeError:
-        raise UserError(f"{path}: expected keys that are words") from None
+        raise UserError(f"{path}: keys must be text") from None
     if not all(map(str.isprintable, config)):
-        raise UserError(f"{path}: expected keys that can be printed")
+        raise UserError(f"{path}: keys must be printable")
     return config
 
 
 def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """What a run's configuration and records say of it."""
+    """Return the fields from a run's configuration and records."""
     tasks = config.get("env.tasks")
     tasks = tasks if isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) else []
     numbers = {key: config.get(key) for key in ("seed", "steps_per_task")}
     wrong = next((key for key, value in numbers.items() if type(value) is not int), None)
     if wrong is not None:
-        raise UserError(f"{path / 'config.yaml'}: {wrong}={show(numbers[wrong])}: expected a whole number")
+        raise UserError(f"{path / 'config.yaml'}: {wrong} must be a whole number, got {show(numbers[wrong])}")
     status, error = _status(trial, record)
     return {
         "status": status,
@@ -269,19 +275,19 @@ def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: di
 
 
 def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | None]:
-    """What has become of a run, and why. The sweep has the last word on its trials but for those that it has not heard the end of."""
+    """Return a run's status and the reason. For trials that have ended, the sweep's record takes precedence."""
     of_trial, of_run = trial.get("state"), record.get("status")
     status = of_trial if of_trial in ("completed", "pruned", "failed") else of_run
     if status not in (*STATUSES, "pruned"):
         status = "running" if status is None else "unreadable"
     why = trial.get("why") or record.get("error")
     if status == "unreadable":
-        why = f"its status is none of {', '.join(STATUSES)}"
+        why = f"status is none of {', '.join(STATUSES)}"
     return status, short(why) if why else None
 
 
-def _measured(path: Path, run: Run) -> dict[str, Any]:
-    """What a run's metrics say of it."""
+def _measured(path: Path, run: RunData) -> dict[str, Any]:
+    """Return the fields from a run's metrics."""
     rows = _rows(path)
     evaluations = [_evaluation(row) for row in rows if any(name.startswith(EVAL_RETURN) for name in row)]
     counts = {
@@ -305,7 +311,7 @@ def _measured(path: Path, run: Run) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, each with its finite numbers; lines that are no rows, as one that is being written, are passed over."""
+    """Read the rows of metrics.jsonl with their finite numbers. Invalid lines, such as one that is being written, are skipped."""
     if not os.path.lexists(path / "metrics.jsonl"):
         return []
     rows = []
@@ -328,7 +334,7 @@ def _evaluation(row: Mapping[str, float]) -> Evaluation:
 
 
 def _test(path: Path, step: int) -> Evaluation | None:
-    """The test of the last network; None where there is none, or the run has been trained on since."""
+    """Read the test of the last network; None where it is missing, or older than the last evaluation."""
     if not os.path.lexists(path / "eval" / "test.json"):
         return None
     last = atomic.read_json(path / "eval" / "test.json", path).get("last")
@@ -343,7 +349,7 @@ def _test(path: Path, step: int) -> Evaluation | None:
 
 
 def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:
-    """The other metrics by name, thinned where they are many; the last of each stays, as it is the end of training."""
+    """Return the other metrics by name. Long series are thinned; their last value stays, as it is the end of training."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         step = int(row["step"])
@@ -358,7 +364,7 @@ def _thinned(points: list[tuple[int, float]], stride: int) -> list[tuple[int, fl
     return points[(len(points) - 1) % stride :: stride]
 
 
-# -- small things ---------------------------------------------------------------------------------------------------------------
+# -- text and numbers ---------------------------------------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> float | None:
@@ -366,13 +372,13 @@ def _number(value: Any) -> float | None:
 
 
 def short(value: Any) -> str:
-    """A stranger's words, on one line and of bounded length."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * LONGEST].split()))
-    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+    """Put text from a run folder on one line of bounded length, without control characters."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * MAX_LENGTH].split()))
+    return text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + "…"
 
 
-def _named(runs: list[Run]) -> list[Run]:
-    """Runs with names: each the shortest end of its path that no other has, in letters that can be written."""
+def _named(runs: list[RunData]) -> list[RunData]:
+    """Name runs: each by the shortest unique end of its path, in printable characters."""
     parts = [Path(os.path.abspath(run.path)).parts for run in runs]
     lengths = [1] * len(runs)
     for length in range(1, max(map(len, parts), default=0) + 1):

@@ -10,7 +10,7 @@ from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE
 from mtrl_cli.reports import comparison, grouping, sharing_plots
 from mtrl_cli.reports.comparison import Ablation, Comparison, Variant, at_the_end, over_training
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
-from mtrl_cli.reports.run_data import Group
+from mtrl_cli.reports.run_data import RunGroup
 from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some, titled
 from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats.sharing import nearest_size
@@ -27,7 +27,7 @@ INTERVALS = (
 EFFICIENCY = "Times fewer steps: the baseline's steps to its own final score over the structure's steps to that score; 0: not reached."
 
 
-def sections(groups: Sequence[Group]) -> list[Section]:
+def sections(groups: Sequence[RunGroup]) -> list[Section]:
     """Return a section on sharing structures for each ablation, and those on task weights."""
     if not any(group.runs for group in groups):
         return []
@@ -41,7 +41,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
     return [*made, *_weights(groups)]
 
 
-def summary(groups: Sequence[Group]) -> list[str]:
+def summary(groups: Sequence[RunGroup]) -> list[str]:
     """Return a line for a report whose runs all have one sharing structure, so that it compares none."""
     options = {grouping.option("network/sharing", group.first) for group in groups}
     return [f"All runs have one sharing structure, {options.pop()}, so sharing is not compared: {ADVICE}."] if len(options) == 1 else []
@@ -238,7 +238,7 @@ def _diagnostics(ablation: Ablation, variants: Sequence[Variant], suffix: str) -
 # -- task weights ---------------------------------------------------------------------------------------------------------------
 
 
-def _weights(groups: Sequence[Group]) -> list[Section]:
+def _weights(groups: Sequence[RunGroup]) -> list[Section]:
     """Compare task weights with uniform ones, in each ablation that has both."""
     found: list[Section] = []
     for ablation in comparison.ablations(groups, "task_weights"):

@@ -1,4 +1,4 @@
-"""The pictures of what sharing was worth: which tasks gained, how gradients agree, how tasks are routed, how alike features are."""
+"""Pictures of sharing sections: gains per task, gradient conflict, matrices of tasks, routing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED_TASKS = 20
 
 
 def transfer(ablation: Ablation, compared: Sequence[Comparison]) -> Figure:
-    """Each task's difference in each variant: blue where it gained, red where it lost; in a frame where the interval excludes 0."""
+    """Draw each task's difference in each variant: blue for gains, red for losses, framed where the interval excludes 0."""
     from matplotlib.figure import Figure
 
     values_RK = np.array([[task.value for task in each.tasks] for each in compared])
@@ -55,7 +55,7 @@ def transfer(ablation: Ablation, compared: Sequence[Comparison]) -> Figure:
 
 
 def _scales(ablation: Ablation, values_RK: Floats) -> Floats:
-    """What differences are divided by for their colour, `[K]`: one number for all scores, of each return its own."""
+    """Return the divisors of differences for their colours, `[K]`: one for all scores, one for each task with returns."""
     largest_K = np.abs(values_RK).max(axis=0)
     scored = np.array(ablation.scored, bool)
     largest_K[scored] = largest_K[scored].max(initial=0)
@@ -63,7 +63,7 @@ def _scales(ablation: Ablation, values_RK: Floats) -> Floats:
 
 
 def _frame(axes: Axes, row: int, column: int) -> None:
-    """A line along the inside of a cell's edges: the outer half of it is cut off, so it cannot be taken for the neighbour's."""
+    """Frame a cell along the inside of its edges: the outer half of the line is clipped, so it cannot belong to a neighbour."""
     from matplotlib.patches import Rectangle
 
     frame = axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=3.6))
@@ -76,12 +76,12 @@ def _signed(value: float) -> str:
 
 
 def between_tasks(ablation: Ablation, tables: Mapping[str, Floats]) -> Figure:
-    """A table of tasks by tasks for each variant, whose numbers are from -1 to 1."""
+    """Draw a matrix of tasks by tasks for each variant, with values from -1 to 1."""
     return _panels({name: (table, ablation.tasks, ablation.tasks) for name, table in tables.items()}, COLOURS, -1.0)
 
 
 def routing(ablation: Ablation, tables: Mapping[str, Floats]) -> Figure:
-    """A table of tasks by choices for each structure's gate, whose numbers are shares."""
+    """Draw a matrix of tasks by choices for each gate, with shares from 0 to 1."""
     panels = {name: (table, ablation.tasks, [str(choice) for choice in range(table.shape[1])]) for name, table in tables.items()}
     return _panels(panels, "Blues", 0.0)
 
@@ -107,7 +107,7 @@ def _panels(panels: Mapping[str, tuple[Floats, Sequence[str], Sequence[str]]], c
 
 
 def _cells(axes: Axes, table: Floats, colours: str, lowest: float) -> QuadMesh:
-    """A table's numbers as colours from `lowest` to 1, the first row on top: cells without edges, whose neighbours leave no seam."""
+    """Draw values as colours from `lowest` to 1, the first row on top; cells have no edges, so that no seams appear."""
     image = axes.pcolormesh(
         np.arange(table.shape[1] + 1) - 0.5,
         np.arange(table.shape[0] + 1) - 0.5,
@@ -132,7 +132,7 @@ def _name_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], fontsiz
 
 
 def conflict(ablation: Ablation, variants: Sequence[Variant]) -> Figure:
-    """The share of pairs of tasks whose gradients point apart, over training: the mean over runs."""
+    """Draw the share of task pairs with conflicting gradients over training: the mean over runs."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def conflict(ablation: Ablation, variants: Sequence[Variant]) -> Figure:
         steps_P, shares_P = conflict_over_training(variant)
         axes.plot(steps_P, shares_P, label=variant.name, color=colours(number % 20), linewidth=1.6)
     axes.set_xlabel("steps per task")
-    axes.set_ylabel("pairs in conflict")
+    axes.set_ylabel("conflicting pairs")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -151,9 +151,9 @@ def conflict(ablation: Ablation, variants: Sequence[Variant]) -> Figure:
 
 
 def conflict_over_training(variant: Variant) -> tuple[Floats, Floats]:
-    """Steps `[P]`, and there the mean over runs of the share of pairs in conflict `[P]`, between a run's own steps on a straight line.
+    """Return steps `[P]` and the share of conflicting pairs there, as a mean over runs `[P]`.
 
-    From the first step that all runs have reached to the last one: runs need not have been looked at at the same steps.
+    Diagnostics of runs may be at different steps: each run is interpolated linearly, within the range that all runs cover.
     """
     series = [np.array(run.metrics[GRAD_CONFLICT], float) for run in variant.runs if run.metrics.get(GRAD_CONFLICT)]
     first, last = max(own[0, 0] for own in series), min(own[-1, 0] for own in series)

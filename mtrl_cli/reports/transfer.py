@@ -15,7 +15,7 @@ from mtrl_cli.reports.comparison import Ablation, Variant
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.grouping import FROM_SCRATCH
 from mtrl_cli.reports.plots import Curve
-from mtrl_cli.reports.run_data import Group, Run
+from mtrl_cli.reports.run_data import RunData, RunGroup
 from mtrl_cli.reports.wording import some, titled
 from mtrl_cli.stats import bootstrap
 from mtrl_cli.stats import transfer as transfer_stats
@@ -67,7 +67,7 @@ class Line:
         return transfer_stats.compare(steps_P, tuned_SP, scratch_SP, self.finals_S[1], self.finals_S[0], random)
 
 
-def sections(groups: Sequence[Group]) -> list[Section]:
+def sections(groups: Sequence[RunGroup]) -> list[Section]:
     """Return a section for each ablation that has runs from scratch and fine-tuned ones."""
     found: list[Section] = []
     for ablation in comparison.ablations(groups, "init_from"):
@@ -95,13 +95,13 @@ def _section(ablation: Ablation, scratch: Variant, variants: Sequence[Variant], 
     return Section(f"transfer{suffix}".replace("_", "-"), titled("Transfer", ablation.about), lines, parts)
 
 
-def _pairs(scratch: Variant, variant: Variant) -> list[tuple[Run, Run]]:
+def _pairs(scratch: Variant, variant: Variant) -> list[tuple[RunData, RunData]]:
     """Return the runs from scratch and the fine-tuned runs of the same seeds."""
     tuned = {run.seed: run for run in variant.runs}
     return [(run, tuned[run.seed]) for run in scratch.runs if run.seed in tuned]
 
 
-def _lines(ablation: Ablation, pairs: Sequence[tuple[Run, Run]]) -> list[Line]:
+def _lines(ablation: Ablation, pairs: Sequence[tuple[RunData, RunData]]) -> list[Line]:
     """Return the rows of the table: each task, and the mean over those with scores."""
     scored = ablation.scored_tasks
     rows = [_line(task, [task], pairs, is_scored=task in scored) for task in ablation.tasks]
@@ -110,7 +110,7 @@ def _lines(ablation: Ablation, pairs: Sequence[tuple[Run, Run]]) -> list[Line]:
     return [row for row in rows if row is not None]
 
 
-def _line(name: str, tasks: Sequence[str], pairs: Sequence[tuple[Run, Run]], *, is_scored: bool) -> Line | None:
+def _line(name: str, tasks: Sequence[str], pairs: Sequence[tuple[RunData, RunData]], *, is_scored: bool) -> Line | None:
     found = comparison.curves([run for pair in pairs for run in pair], tasks, is_scored=is_scored)
     if found is None or len(found[0]) < 2:
         return None
@@ -123,7 +123,7 @@ def _line(name: str, tasks: Sequence[str], pairs: Sequence[tuple[Run, Run]], *, 
 # -- the table and the picture --------------------------------------------------------------------------------------------------
 
 
-def _table(ablation: Ablation, rows: Sequence[Line], pairs: Sequence[tuple[Run, Run]], name: str, title: str) -> Table:
+def _table(ablation: Ablation, rows: Sequence[Line], pairs: Sequence[tuple[RunData, RunData]], name: str, title: str) -> Table:
     cells: list[list[Cell]] = []
     starts = all(line.curves[0][0][0] == 0 for line in rows)
     for line in rows:
@@ -134,7 +134,7 @@ def _table(ablation: Ablation, rows: Sequence[Line], pairs: Sequence[tuple[Run, 
     return Table(name, title, header, cells, _notes(rows, cells, pairs, starts=starts))
 
 
-def _notes(rows: Sequence[Line], cells: Sequence[Sequence[Cell]], pairs: Sequence[tuple[Run, Run]], *, starts: bool) -> list[str]:
+def _notes(rows: Sequence[Line], cells: Sequence[Sequence[Cell]], pairs: Sequence[tuple[RunData, RunData]], *, starts: bool) -> list[str]:
     """Return the explanations below the table."""
     config = pairs[0][0].config
     episodes = config.get("eval.episodes"), config.get("eval.test_episodes") or config.get("eval.episodes")

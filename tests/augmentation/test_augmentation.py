@@ -13,7 +13,7 @@ from mtrl_cli.augmentation.geometry import Crop, Rotate, Scale, Shift, auto_pad,
 from mtrl_cli.augmentation.mirror import Flip
 from mtrl_cli.augmentation.pixels import NOISE_TABLE, Blur, Cutout, Intensity, Noise, blurred, brightened, cut_out, with_noise
 from mtrl_cli.machine import cuda_graphs
-from mtrl_cli.replay.buffers import Batch
+from mtrl_cli.replay.types import Batch, Samples
 from tests.helpers.recorded_operations import RecordedOperations
 
 ATARI, TINY, VECTOR = (1, 40, 36), (6, 10, 10), (5,)
@@ -164,12 +164,12 @@ def test_image_augmentation_refuses_vectors_and_names_alternatives(name: str) ->
         MAKE[name](spec(VECTOR))
 
 
-def test_rollout_samples_are_augmented_once() -> None:
-    given = batch()
-    given.next_observation = given.observation
+def test_samples_without_next_observations_are_augmented() -> None:
+    given = Samples(observations(), torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16), torch.zeros(2, 16, dtype=torch.int64))
     for name in MAKE:
-        result = MAKE[name](spec())(given)
-        assert result.next_observation is result.observation
+        result, whole = MAKE[name](spec())(given), MAKE[name](spec())(batch())
+        assert type(result) is Samples
+        assert torch.equal(result.observation, whole.observation)
 
 
 # -- single augmentations ---------------------------------------------------------------------------------------------------------------
@@ -360,9 +360,9 @@ def test_pipeline_applies_augmentations_in_order() -> None:
     assert not torch.equal(results[1].observation, expected.observation)
 
 
-def test_empty_pipeline_returns_the_same_batch() -> None:
+def test_empty_pipeline_changes_nothing() -> None:
     given = batch()
-    assert Pipeline()(given) is given
+    assert all(after is before for after, before in zip(vars(Pipeline()(given)).values(), vars(given).values(), strict=True))
 
 
 def test_several_draws_are_stored_draw_after_draw() -> None:

@@ -46,7 +46,7 @@ def test_table_output(here: MtrlHere, more: list[str]) -> None:
         (["env=no_such"], "unknown option 'env=no_such'"),
         (["agent.nope=1"], "nope"),
         (["device=cuda:99"], "device=cuda:99"),
-        (["replay.capacity=3"], "replay.capacity=3 holds"),
+        (["replay.capacity=3"], "replay.capacity must be above agent.n_step"),
     ],
 )
 def test_invalid_configuration_is_refused(here: MtrlHere, words: list[str], message: str) -> None:

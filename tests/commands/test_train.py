@@ -119,7 +119,7 @@ def test_existing_run_is_not_overwritten(trained: tuple[Path, str], here: MtrlHe
         (["device=cuda"], "cuda"),
         (["network=nature"], "vector"),
         (["replay.capacity=20"], "replay.capacity"),
-        (["replay.capacity=4000000000000"], "fit"),
+        (["replay.capacity=4000000000000"], "GiB are free"),
         (["env=gymnasium", "env.tasks=[NoSuchGame-v0]"], "NoSuchGame-v0"),
         (["env=gymnasium", "env.tasks=[Pendulum-v1]"], "Pendulum-v1"),
         (["agent.epsilon_tasks={Pong: 0.1}"], "Pong"),

@@ -1,4 +1,4 @@
-"""`mtrl report` from the command line: where the page goes, what is beside it, what it refuses, and what it tells."""
+"""`mtrl report` from the command line: files, summary and refusals."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def report(*words: object) -> None:
     report_command.run(*report_command.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
 
 
-def test_the_command_makes_a_page_without_torch_and_says_where(tmp_path: Path) -> None:
+def test_command_writes_a_page_without_torch_and_prints_its_path(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0, 1]}, states={3: "failed"}, **QUICK)
     code = (
         "import sys; sys.argv = ['mtrl', 'report', 'S']\nfrom mtrl_cli.cli.main import main\n"
@@ -43,16 +43,16 @@ def test_the_command_makes_a_page_without_torch_and_says_where(tmp_path: Path) -
     assert "mtrl train env=minatar_pack network/sharing=film seed=0" in page
 
 
-@pytest.mark.parametrize(("seeds", "said"), [(1, "may be chance alone"), (2, "Intervals over 2 seeds say little"), (5, None)])
-def test_the_first_lines_tell_how_little_few_seeds_say(seeds: int, said: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seeds", "caution"), [(1, "may be chance alone"), (2, "Intervals over 2 seeds are too narrow"), (5, None)])
+def test_summary_cautions_about_few_seeds(seeds: int, caution: str | None, tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": list(range(seeds))}, **QUICK)
     report(tmp_path / "S")
     header = (tmp_path / "S" / "report" / "index.html").read_text().partition("</header>")[0]
-    for each in ("may be chance alone", "Intervals over 2 seeds say little"):
-        assert (each in header) == (each == said)
+    for each in ("may be chance alone", "Intervals over 2 seeds are too narrow"):
+        assert (each in header) == (each == caution)
 
 
-def test_what_sharing_was_worth_comes_first_where_structures_were_compared(tmp_path: Path) -> None:
+def test_sharing_comes_first_where_structures_were_compared(tmp_path: Path) -> None:
     for name, structures in {"one": ["hard"], "two": ["hard", "independent"]}.items():
         make_sweep(tmp_path / name, {"network/sharing": structures, "seed": [0, 1]}, **QUICK)
         report(tmp_path / name)
@@ -77,7 +77,7 @@ def test_each_table_and_picture_is_a_file(tmp_path: Path) -> None:
     assert not (tmp_path / "S" / "report").exists()
 
 
-def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
+def test_no_file_contains_the_password_of_the_storage(tmp_path: Path) -> None:
     storage = "postgresql://me:PASSWORD@host/sweeps"
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, plan={"storage": storage}, **QUICK)
     command = ["mtrl", "study", "sharing", "env=minatar_pack", f"sweep.storage={storage}"]
@@ -88,7 +88,7 @@ def test_no_file_holds_the_password_of_the_storage(tmp_path: Path) -> None:
     assert "sweep.storage=postgresql://me:***@host/sweeps" in (tmp_path / "S" / "report" / "index.html").read_text()
 
 
-def test_letters_that_cannot_be_written_end_no_report(tmp_path: Path) -> None:
+def test_surrogates_in_names_are_replaced(tmp_path: Path) -> None:
     half = "\ud800"  # half of a letter: what JSON can hold and no file can
     sweep = make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "agent.n_step": [1, 3], "seed": [0, 1]}, **QUICK)
     record = (sweep / "sweep.json").read_text()
@@ -110,7 +110,7 @@ def test_letters_that_cannot_be_written_end_no_report(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "slices.png").is_file()
 
 
-def test_another_report_takes_the_place_of_an_earlier_one_and_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+def test_new_report_replaces_an_earlier_one_and_keeps_other_files(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0]}, **QUICK)
     report(tmp_path / "S")
     folder = tmp_path / "S" / "report"
@@ -124,7 +124,7 @@ def test_another_report_takes_the_place_of_an_earlier_one_and_leaves_what_is_not
     assert "2 unreadable" in (folder / "index.html").read_text()
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", **QUICK)
     before = sorted(path.name for path in run.iterdir())
     with pytest.raises(UserError, match="holds something other than a report"):
@@ -139,7 +139,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert sorted(path.name for path in run.iterdir()) == before
 
 
-def test_a_reports_record_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+def test_record_cannot_delete_files_outside_the_report(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", **QUICK)
     (tmp_path / "precious").write_text("kept")
     (run / "report").mkdir()
@@ -148,7 +148,7 @@ def test_a_reports_record_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_a_sweep_of_a_strangers_does_not_lead_the_report_elsewhere(tmp_path: Path) -> None:
+def test_report_is_not_written_through_a_link_in_a_sweep(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", **QUICK)
     (tmp_path / "elsewhere").mkdir()
     (run / "report").symlink_to(tmp_path / "elsewhere")
@@ -157,7 +157,7 @@ def test_a_sweep_of_a_strangers_does_not_lead_the_report_elsewhere(tmp_path: Pat
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_several_folders_go_into_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_several_folders_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "a", **QUICK)
     make_run(tmp_path / "b", seed=1, **QUICK)
@@ -165,17 +165,17 @@ def test_several_folders_go_into_one_here(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(json.loads((tmp_path / "report" / "report.json").read_text())["runs"]) == 2
 
 
-def test_words_that_name_no_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="which runs"):
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no runs given"):
         report("out=here")
     with pytest.raises(UserError, match="one folder"):
         report(tmp_path, "out=")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         report(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape(extras.install_command("plots"))):
         report(tmp_path)
@@ -183,17 +183,17 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", ["no_run", "a_file", "a_typo", "unwritable", "no_file_system"])
-def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_refused_before_any_work(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     run = make_run(tmp_path / "run", **QUICK)
     before = sorted(tmp_path.rglob("*"))
     words, message = {
-        "no_run": ([tmp_path / "empty"], "no run lies there"),
-        "a_file": ([tmp_path / "file"], "file is no folder"),
+        "no_run": ([tmp_path / "empty"], "no run in"),
+        "a_file": ([tmp_path / "file"], "file is not a folder"),
         "a_typo": ([run, "otu=x"], "unknown key 'otu'. Did you mean 'out'?"),
-        "unwritable": ([run], "cannot be written"),
-        "no_file_system": ([run, "out=/proc/x"], "cannot be written"),
+        "unwritable": ([run], "is not writable"),
+        "no_file_system": ([run, "out=/proc/x"], "is not writable"),
     }[kind]
     if kind == "unwritable":  # which permissions alone do not show to everybody
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_reported_is_refused_before_any_work(kind: str, tmp_path:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_completed_run_whose_metrics_end_early_is_named(tmp_path: Path) -> None:
+def test_completed_run_whose_metrics_end_early_is_listed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", **QUICK)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text(lines[0])

@@ -18,7 +18,7 @@ from tests.helpers.fake_runs import make_run, make_sweep
 TASKS = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
 
-def test_a_run_is_read(tmp_path: Path) -> None:
+def test_run_is_read(tmp_path: Path) -> None:
     make_run(
         tmp_path / "mine", ["env=minatar_pack", "network/sharing=film"], seed=3, reaches=[0.1, 0.2, 0.3, 0.4, 0.5], spread=0, evaluations=4
     )
@@ -34,14 +34,14 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert not any(name.startswith(("eval/", "test/", "parameters/")) for name in run.metrics)
 
 
-def test_without_a_test_the_last_evaluation_counts(tmp_path: Path) -> None:
+def test_last_evaluation_replaces_a_missing_test(tmp_path: Path) -> None:
     make_run(tmp_path / "mine", tested=False)
     (run,) = run_data.read([tmp_path])
     assert not run.is_tested
     assert run.final_scores == run.evaluations[-1].scores
 
 
-def test_a_test_from_before_more_training_does_not_count(tmp_path: Path) -> None:
+def test_test_from_before_more_training_is_ignored(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine")
     test = json.loads((folder / "eval" / "test.json").read_text())
     test["last"]["step"] = 50_000
@@ -50,7 +50,7 @@ def test_a_test_from_before_more_training_does_not_count(tmp_path: Path) -> None
     assert not run.is_tested
 
 
-def test_all_trials_of_a_sweep_are_there_and_waiting_ones_are_named(tmp_path: Path) -> None:
+def test_all_trials_of_a_sweep_are_read_including_waiting_ones(tmp_path: Path) -> None:
     states = {1: "pruned", 2: "failed", 4: "running", 5: "waiting"}
     make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "seed": [0, 1, 2]}, states=states, whys={2: "it was killed 3 times"})
     runs = run_data.read([tmp_path / "S"])
@@ -61,7 +61,7 @@ def test_all_trials_of_a_sweep_are_there_and_waiting_ones_are_named(tmp_path: Pa
     assert runs[3].command == "mtrl train env=minatar_pack network/sharing=film seed=0"
 
 
-def test_a_trial_without_a_configuration_keeps_its_state_its_reason_and_its_command(tmp_path: Path) -> None:
+def test_trial_without_a_configuration_keeps_state_reason_and_command(tmp_path: Path) -> None:
     axes = {"network/sharing": ["hard", "film"], "seed": [0, 1]}
     sweep = make_sweep(tmp_path / "S", axes, states={1: "uncomposed", 3: "queued"}, whys={1: "optimizer.lr=-1: too small"})
     (sweep / "trials" / "0003" / "config.yaml").unlink()  # its folder was made this moment
@@ -77,7 +77,7 @@ def test_a_trial_without_a_configuration_keeps_its_state_its_reason_and_its_comm
     assert run_data.read([sweep])[3].status == "waiting"
 
 
-def test_runs_are_found_below_and_once(tmp_path: Path) -> None:
+def test_runs_below_a_folder_are_found_once(tmp_path: Path) -> None:
     make_run(tmp_path / "study" / "scratch" / "s0")
     make_run(tmp_path / "study" / "fine_tuned" / "s0")
     make_sweep(tmp_path / "S", {"seed": [0, 1]})
@@ -87,8 +87,8 @@ def test_runs_are_found_below_and_once(tmp_path: Path) -> None:
     assert sorted(run.name for run in runs) == ["0000", "0001", "fine_tuned/s0", "scratch/s0"]
 
 
-def test_a_folder_that_is_not_there_is_an_error_and_an_empty_one_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere is no folder"):
+def test_missing_folder_is_an_error_and_an_empty_one_has_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         run_data.read([tmp_path / "nowhere"])
     assert run_data.read([tmp_path]) == []
 
@@ -98,19 +98,19 @@ DAMAGES = {
     "an_interpolation": ("config.yaml", b"seed: ${oc.env:HOME}", "interpolation"),
     "anchors": ("config.yaml", b"a: &a [1]\nb: *a\n", "anchor"),
     "deep": ("config.yaml", b"a: " + b"[" * 5000, "nested deeper"),
-    "keys_that_are_no_words": ("config.yaml", b"1: {2: 3}\n", "words"),
-    "no_seed": ("config.yaml", b"env: {name: x}\n", "seed="),
+    "keys_that_are_no_words": ("config.yaml", b"1: {2: 3}\n", "keys must be text"),
+    "no_seed": ("config.yaml", b"env: {name: x}\n", "seed must be a whole number, got null"),
     "a_list": ("config.yaml", b"[1, 2]", "keys and values"),
     "broken_record": ("run.json", b"{", "valid JSON"),
-    "a_list_for_a_record": ("run.json", b"[]", "an object was expected"),
-    "another_status": ("run.json", b'{"status": "<script>"}', "its status is none of"),
+    "a_list_for_a_record": ("run.json", b"[]", "expected a JSON object"),
+    "another_status": ("run.json", b'{"status": "<script>"}', "status is none of"),
     "broken_test": ("eval/test.json", b"nonsense", "valid JSON"),
     "broken_trial": ("trial.json", b"\xff\xfe", "valid JSON"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_cannot_be_read_is_named_with_its_reason(damage: str, tmp_path: Path) -> None:
+def test_damaged_run_is_unreadable_with_its_reason(damage: str, tmp_path: Path) -> None:
     name, content, reason = DAMAGES[damage]
     folder = make_run(tmp_path / "mine")
     (folder / name).unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_named_with_its_reason(damage: str, tmp_path: Pat
     assert "\n" not in str(run.error)
 
 
-def test_nothing_is_read_through_a_link_that_leaves_the_run(tmp_path: Path) -> None:
+def test_links_out_of_the_run_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text('{"step": 1, "eval/return/secret": 1.0}\n')
     folder = make_run(tmp_path / "runs" / "mine")
     (folder / "metrics.jsonl").unlink()
@@ -136,7 +136,7 @@ def test_nothing_is_read_through_a_link_that_leaves_the_run(tmp_path: Path) -> N
     assert "not a regular file" in str(run.error)
 
 
-def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
+def test_invalid_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "mine", evaluations=4)
     odd = (
         b'{"step": 1e9}\n[]\n{"step": true}\nnull\n{"step": 7, "perf/x": NaN, "perf/y": 1e999, "perf/z": "1"}\n'
@@ -170,12 +170,12 @@ def labels(*folders: Path) -> dict[str, list[int]]:
     return {group.label: [run.seed for run in group.runs] for group in grouped(run_data.read(folders))}
 
 
-def test_a_sweeps_groups_are_called_by_what_it_varies(tmp_path: Path) -> None:
+def test_groups_of_a_sweep_are_labelled_by_its_axes(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"network/sharing": ["independent", "film"], "task_weights": ["uniform", "pcgrad"], "seed": [0, 1]})
     assert labels(tmp_path) == {f"{sharing}, {weights}": [0, 1] for sharing in ("independent", "film") for weights in ("uniform", "pcgrad")}
 
 
-def test_loose_runs_are_called_by_their_options(tmp_path: Path) -> None:
+def test_single_runs_are_labelled_by_their_options(tmp_path: Path) -> None:
     words = {"film": ["network/sharing=film"], "mmoe": ["network/sharing=mmoe"], "pcgrad": ["network/sharing=mmoe", "task_weights=pcgrad"]}
     for name, own in words.items():
         for seed in (0, 1):
@@ -184,13 +184,13 @@ def test_loose_runs_are_called_by_their_options(tmp_path: Path) -> None:
     assert labels(tmp_path) == {"film, uniform": [0, 1], "mmoe, pcgrad": [0, 1], "mmoe, uniform": [0, 1]}
 
 
-def test_a_value_is_told_with_its_key(tmp_path: Path) -> None:
+def test_value_is_labelled_with_its_key(tmp_path: Path) -> None:
     for rate in ("1e-3", "5e-4"):
         make_run(tmp_path / rate, ["env=minatar_pack", f"optimizer.lr={rate}"])
     assert labels(tmp_path) == {"lr=0.001": [0], "lr=0.0005": [0]}
 
 
-def test_what_the_machine_decides_makes_no_group(tmp_path: Path) -> None:
+def test_values_that_depend_on_the_machine_make_no_group(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
     text = (second / "config.yaml").read_text()
     for old, new in {"device: cpu": "device: cuda", "precision: fp32": "precision: bf16", "capacity: 100000": "capacity: 5000"}.items():
@@ -200,7 +200,7 @@ def test_what_the_machine_decides_makes_no_group(tmp_path: Path) -> None:
     assert list(labels(first, second).values()) == [[0, 1]]
 
 
-def test_what_somebody_has_set_does(tmp_path: Path) -> None:
+def test_values_set_by_the_user_make_a_group(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", ["env=minatar_pack", "replay.capacity=5000"])
     assert labels(tmp_path) == {"capacity=100000": [0], "capacity=5000": [0]}
@@ -211,7 +211,7 @@ def test_what_somebody_has_set_does(tmp_path: Path) -> None:
     assert labels(tmp_path / "S") == {"precision=fp32": [0], "precision=bf16": [0]}
 
 
-def test_widths_that_a_budget_of_parameters_decides_on_make_no_group(tmp_path: Path) -> None:
+def test_widths_that_follow_from_a_parameter_count_make_no_group(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / str(seed), ["env=minatar_pack", "network.parameters=300k"], seed=seed) for seed in (0, 1))
     config = (second / "config.yaml").read_text()
     assert "\n  features: 128\n" in config
@@ -223,21 +223,21 @@ def test_widths_that_a_budget_of_parameters_decides_on_make_no_group(tmp_path: P
     assert list(labels(first, second).values()) == [[0], [1]]
 
 
-def test_packs_and_budgets_are_kept_apart(tmp_path: Path) -> None:
+def test_packs_and_budgets_make_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", ["env=minatar_pack"])
     make_run(tmp_path / "b", ["env=classic_pack"])
     make_run(tmp_path / "c", ["env=classic_pack", "steps_per_task=200000"])
     assert len(labels(tmp_path)) == 3
 
 
-def test_fractions_have_four_digits_in_labels_and_stay_apart(tmp_path: Path) -> None:
+def test_fractions_have_four_digits_in_labels_and_stay_distinct(tmp_path: Path) -> None:
     make_sweep(tmp_path / "S", {"optimizer.lr": ["0.0009884977525173569", "0.0002573"], "seed": [0]})
     assert labels(tmp_path / "S") == {"lr=0.0009885": [0], "lr=0.0002573": [0]}
     make_sweep(tmp_path / "T", {"optimizer.lr": ["0.00098849775", "0.00098849779"], "seed": [0]})
     assert len(labels(tmp_path / "T")) == 2
 
 
-def test_sizes_are_told_one_way_and_networks_that_are_the_same_are_one_group(tmp_path: Path) -> None:
+def test_equal_networks_of_a_parameter_count_and_of_widths_are_one_group(tmp_path: Path) -> None:
     def size(values: Mapping[str, str]) -> int:
         return 206_344 if values == {"network/sharing": "independent", "network.parameters": "null", "seed": values["seed"]} else 74_149
 

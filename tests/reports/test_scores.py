@@ -1,4 +1,4 @@
-"""The sections of scores, from runs made by hand: what is compared, what is said instead of a comparison that would be nonsense."""
+"""Report sections on scores, from runs made by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mtrl_cli.reports import html
 from mtrl_cli.reports import scores as report_scores
 from mtrl_cli.reports.elements import Picture, Section, Table
-from mtrl_cli.reports.run_data import Evaluation, Group, Run
+from mtrl_cli.reports.run_data import Evaluation, RunData, RunGroup
 from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats.bootstrap import Estimate
 
@@ -19,7 +19,7 @@ TASKS = ("pong", "breakout")
 needs_matplotlib = pytest.mark.skipif(pytest.importorskip("matplotlib") is None, reason="matplotlib is missing")
 
 
-def run(seed: int, finals: Sequence[float], *, scored: bool = True, **more: Any) -> Run:
+def run(seed: int, finals: Sequence[float], *, scored: bool = True, **more: Any) -> RunData:
     """A completed run with two evaluations, which ends with these scores."""
     returns = {task: 10 * value for task, value in zip(TASKS, finals, strict=True)}
     scores = dict(zip(TASKS, finals, strict=True)) if scored else {}
@@ -27,17 +27,17 @@ def run(seed: int, finals: Sequence[float], *, scored: bool = True, **more: Any)
         50, 5.0 + seed, {task: value / 2 for task, value in returns.items()}, {task: value / 2 for task, value in scores.items()}
     )
     known = {"env": "pack", "tasks": TASKS, "steps_per_task": 100, "step": 100, "config": {"seed": seed}, "is_tested": True} | more
-    return Run(
+    return RunData(
         path=Path(f"/runs/{seed}"), name=str(seed), error=None, command="mtrl train", seed=seed, final_returns=returns, final_scores=scores,
         evaluations=(half, Evaluation(100, 10.0 + seed, returns, scores)), **({"status": "completed"} | known),
     )  # fmt: skip
 
 
-def group(label: str, *runs: Run) -> Group:
-    return Group(label, {"network/sharing": label}, runs)
+def group(label: str, *runs: RunData) -> RunGroup:
+    return RunGroup(label, {"network/sharing": label}, runs)
 
 
-def two_groups() -> list[Group]:
+def two_groups() -> list[RunGroup]:
     return [
         group("worse", run(0, [0.0, 0.2]), run(1, [0.2, 0.4])),
         group("better", run(0, [0.8, 1.0]), run(1, [1.0, 1.4]), run(2, [0.9, 0.9])),
@@ -52,7 +52,7 @@ def words(sections: Sequence[Section]) -> str:
     return "\n".join(line for section in sections for line in section.lines)
 
 
-def test_over_tasks_the_best_comes_first_with_its_intervals() -> None:
+def test_best_configuration_comes_first_with_intervals() -> None:
     table = part(report_scores.sections(two_groups()), "scores_over_tasks")
     assert [(row[0], row[1]) for row in table.rows] == [("better", 3), ("worse", 2)]
     assert list(table.header) == ["configuration", "seeds", "IQM", "mean", "median", "optimality gap"]
@@ -79,18 +79,18 @@ def test_curves_are_the_aggregate_at_each_evaluation() -> None:
     table = part(report_scores.sections(two_groups()), "learning_curves")
     rows = {(row[0], row[1]): row[2] for row in table.rows}
     assert set(rows) == {(label, step) for label in ("better", "worse") for step in (50, 100)}
-    arena = report_scores.arenas(two_groups())[0]
-    assert rows["better", 100].value == pytest.approx(score_stats.aggregates(arena.entries[0].scores)["iqm"].value)
+    benchmark = report_scores.benchmarks(two_groups())[0]
+    assert rows["better", 100].value == pytest.approx(score_stats.aggregates(benchmark.entries[0].scores)["iqm"].value)
 
 
-def test_one_seed_has_no_interval_and_that_is_said() -> None:
+def test_one_seed_has_no_interval_and_a_caution() -> None:
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2])), group("b", run(0, [0.3, 0.4]))])
     cells = [cell for section in sections for each in section.parts if isinstance(each, Table) for row in each.rows for cell in row]
     assert all(cell.low is None and cell.high is None for cell in cells if isinstance(cell, Estimate))
     assert "One seed of each configuration: there are no intervals" in words(sections)
 
 
-def test_where_nothing_is_completed_nothing_is_drawn() -> None:
+def test_without_completed_runs_nothing_is_drawn() -> None:
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2], status="running"), run(1, [9.0, 9.0], status="pruned"))])
     assert [section.parts for section in sections] == [()]
     assert "No run is completed yet" in words(sections)
@@ -100,20 +100,20 @@ def test_where_nothing_is_completed_nothing_is_drawn() -> None:
 def test_only_completed_runs_count() -> None:
     plain = two_groups()
     others = [run(seed, [9.0, 9.0], status=status) for seed, status in enumerate(("failed", "pruned", "running", "stopped"), 3)]
-    more = [Group(plain[0].label, plain[0].values, (*plain[0].runs, *others)), plain[1]]
+    more = [RunGroup(plain[0].label, plain[0].values, (*plain[0].runs, *others)), plain[1]]
     assert part(report_scores.sections(more), "scores_over_tasks").rows == part(report_scores.sections(plain), "scores_over_tasks").rows
 
 
-def test_a_seed_that_was_run_twice_counts_once() -> None:
+def test_duplicate_seed_counts_once() -> None:
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2]), run(0, [0.1, 0.2]), run(1, [0.1, 0.2]))])
     assert part(sections, "scores_over_tasks").rows[0][1] == 2
-    assert "seeds that were run more than once count once" in words(sections)
+    assert "of several runs of one seed, the last is used" in words(sections)
 
 
-def test_packs_tasks_and_budgets_have_sections_of_their_own() -> None:
+def test_each_combination_of_pack_tasks_and_budget_has_its_own_sections() -> None:
     groups = [*two_groups(), group("long", run(0, [0.5, 0.5], steps_per_task=200)), group("other", run(0, [0.5, 0.5], env="another"))]
     sections = report_scores.sections(groups)
-    assert len(report_scores.arenas(groups)) == 3
+    assert len(report_scores.benchmarks(groups)) == 3
     assert [row[0] for row in part(sections, "scores_over_tasks_2").rows] == ["long"]
     titles = [section.title for section in sections]
     assert "Scores over tasks: pack (2 tasks), 200 steps per task" in titles
@@ -121,7 +121,7 @@ def test_packs_tasks_and_budgets_have_sections_of_their_own() -> None:
     assert len({section.anchor for section in sections}) == len(sections)
 
 
-def test_tasks_without_a_reference_have_returns_alone() -> None:
+def test_tasks_without_a_reference_have_only_returns() -> None:
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2], scored=False), run(1, [0.3, 0.2], scored=False))])
     names = [each.name for section in sections for each in section.parts]
     assert "returns_per_task" in names
@@ -130,12 +130,12 @@ def test_tasks_without_a_reference_have_returns_alone() -> None:
     assert "curves_per_task" in names
 
 
-def test_runs_without_results_of_a_task_are_left_out_and_said() -> None:
+def test_runs_without_results_of_a_task_are_left_out_with_a_note() -> None:
     lame = run(5, [0.1, 0.2])
-    lame = Run(**{**lame.__dict__, "final_returns": {"pong": 1.0}, "final_scores": {"pong": 0.1}})
+    lame = RunData(**{**lame.__dict__, "final_returns": {"pong": 1.0}, "final_scores": {"pong": 0.1}})
     sections = report_scores.sections([group("a", run(0, [0.1, 0.2]), run(1, [0.1, 0.3]), lame)])
     assert part(sections, "scores_over_tasks").rows[0][1] == 2
-    assert "1 completed runs have no results of all their tasks" in words(sections)
+    assert "1 completed run without results of all tasks left out" in words(sections)
 
 
 @needs_matplotlib
@@ -156,14 +156,14 @@ def test_every_picture_can_be_drawn_and_names_its_groups(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("worse", "seeds", "said"),
-    [(0.79, 5, "intervals overlap with worse."), (0.2, 5, None), (0.2, 4, "fewer than 5 seeds of some the order is not certain")],
+    [(0.79, 5, "intervals overlap with worse."), (0.2, 5, None), (0.2, 4, "The order is not certain: some have fewer than 5 seeds")],
 )
-def test_the_highest_is_named_by_its_metric_and_an_uncertain_order_is_said(worse: float, seeds: int, said: str | None) -> None:
+def test_best_configuration_is_named_with_its_metric_and_uncertainty(worse: float, seeds: int, said: str | None) -> None:
     spread = [-0.1, -0.05, 0.0, 0.05, 0.1]
     groups = [
         group(label, *(run(seed, [end + spread[seed]] * 2) for seed in range(seeds))) for label, end in (("worse", worse), ("a", 0.8))
     ]
     line = report_scores.sections(groups)[0].lines[0]
-    assert line.startswith("Of 2 configurations a has the highest IQM in test games, of 0.")
+    assert line.startswith("Of 2 configurations a has the highest IQM in test episodes, 0.")
     assert ("not certain" in line) == (said is not None)
     assert said is None or said in line

@@ -13,18 +13,18 @@ import pytest
 from mtrl_cli.reports import transfer
 from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.reports.grouping import grouped
-from mtrl_cli.reports.run_data import Evaluation, Run
+from mtrl_cli.reports.run_data import Evaluation, RunData
 
 CONFIG = {"eval.episodes": 4, "eval.test_episodes": 5, "network.sharing._target_": "mtrl_cli.networks.sharing.HardSharing"}
 
 
-def run(source: str | None, values: Sequence[float], final: float, *, seed: int = 0, scored: bool = True, **more: Any) -> Run:
+def run(source: str | None, values: Sequence[float], final: float, *, seed: int = 0, scored: bool = True, **more: Any) -> RunData:
     """A completed run on one task, evaluated at steps 0, 100, …, with returns that are ten times its scores."""
     evaluations = tuple(
         Evaluation(100 * index, float(index), {"a": value}, {"a": value / 10} if scored else {}) for index, value in enumerate(values)
     )
     known: dict[str, Any] = {"status": "completed", "env": "pack", "tasks": ("a",), "steps_per_task": 200, "step": 200, "is_tested": True}
-    return Run(
+    return RunData(
         path=Path(f"/runs/{source is None}/{seed}"),
         name=str(seed),
         error=None,
@@ -38,7 +38,7 @@ def run(source: str | None, values: Sequence[float], final: float, *, seed: int 
     )
 
 
-def section(*runs: Run) -> Section:
+def section(*runs: RunData) -> Section:
     (found,) = transfer.sections(grouped(runs))
     return found
 

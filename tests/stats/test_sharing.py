@@ -1,4 +1,4 @@
-"""What one way to share is worth beside another: hand-worked answers, and what holds for any scores."""
+"""Differences between configurations: answers worked out by hand, and properties for any scores."""
 
 from __future__ import annotations
 
