@@ -59,11 +59,11 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return is_now
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], failure: str) -> Any:
     """Wait until a condition holds."""
     end = time.monotonic() + SECONDS
     while not (found := condition()):
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, failure
         time.sleep(0.05)
     return found
 
@@ -233,8 +233,8 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
 
     plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)
     assert plain.returncode == 0
-    of_sweep, alone = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
-    assert of_sweep.read_bytes() == alone.read_bytes()
+    of_sweep, uninterrupted = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
+    assert of_sweep.read_bytes() == uninterrupted.read_bytes()
 
 
 def test_sweep_that_slurm_refuses_creates_nothing(cluster: None, tmp_path: Path) -> None:
