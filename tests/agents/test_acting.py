@@ -1,4 +1,4 @@
-"""Acting: greedy, at random, and in between."""
+"""Epsilon-greedy action selection."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 ACTIONS = [3, 1, 5]
 
 
-class Likes(nn.Module):
-    """A network that finds each task's last action best, whatever it sees."""
+class PrefersLastAction(nn.Module):
+    """A network whose greedy action is each task's last action, for all observations."""
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
         assert observation.shape[2:] == (4, 2), "frames are stacked as channels"
@@ -23,27 +23,27 @@ class Likes(nn.Module):
 
 
 def actor(seed: int = 0) -> EpsilonGreedy:
-    network: MultiTaskNetwork = Likes()  # type: ignore[assignment]
+    network: MultiTaskNetwork = PrefersLastAction()  # type: ignore[assignment]
     return EpsilonGreedy(network, ACTIONS, torch.device("cpu"), seed)
 
 
-def act(of: EpsilonGreedy, epsilon: list[float], envs: int = 3000) -> torch.Tensor:
-    return of.act(torch.zeros(3, envs, 2, 2, 2), np.array(epsilon, np.float32))
+def act(actor: EpsilonGreedy, epsilon: list[float], envs: int = 3000) -> torch.Tensor:
+    return actor.act(torch.zeros(3, envs, 2, 2, 2), np.array(epsilon, np.float32))
 
 
-def test_without_epsilon_the_best_action_is_taken() -> None:
+def test_action_is_greedy_for_epsilon_zero() -> None:
     action = act(actor(), [0.0] * 3)
     assert action.dtype == torch.int64
     assert action.shape == (3, 3000)
     assert (action == torch.tensor([[2], [0], [4]])).all()
 
 
-def test_the_best_values_are_kept_whatever_is_done() -> None:
+def test_returned_value_is_the_maximum_for_any_epsilon() -> None:
     _, value_KN = actor().choose(torch.zeros(3, 2, 2, 2, 2), torch.tensor([1.0, 0.5, 0.0]))
     assert value_KN.tolist() == [[2.0, 2.0], [0.0, 0.0], [4.0, 4.0]]
 
 
-def test_random_actions_are_each_tasks_own_equally_often() -> None:
+def test_random_actions_are_uniform_over_each_tasks_actions() -> None:
     action = act(actor(), [1.0] * 3)
     for task, number in enumerate(ACTIONS):
         counts = torch.bincount(action[task])
@@ -53,7 +53,7 @@ def test_random_actions_are_each_tasks_own_equally_often() -> None:
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.5, 0.9])
 def test_epsilon_is_the_share_of_random_actions(epsilon: float) -> None:
-    """A random action of five is another than the best in four cases of five."""
+    """One of five random actions is the greedy one."""
     other = (act(actor(), [0.0, 1.0, epsilon], envs=20_000)[2] != 4).float().mean()
     assert float(other) == pytest.approx(epsilon * 0.8, abs=0.02)
 
@@ -64,26 +64,26 @@ def test_every_task_has_its_own_epsilon() -> None:
     assert len(action[2].unique()) == 5
 
 
-def test_environments_explore_independently_and_anew_every_step() -> None:
-    of = actor()
-    one, two = act(of, [1.0] * 3), act(of, [1.0] * 3)
+def test_random_actions_differ_between_environments_and_steps() -> None:
+    explorer = actor()
+    one, two = act(explorer, [1.0] * 3), act(explorer, [1.0] * 3)
     assert not torch.equal(one, two)
     assert len(one[2, :50].unique()) > 1
 
 
-def test_the_seed_decides() -> None:
+def test_actions_depend_only_on_the_seed() -> None:
     assert torch.equal(act(actor(1), [0.5] * 3), act(actor(1), [0.5] * 3))
     assert not torch.equal(act(actor(1), [0.5] * 3), act(actor(2), [0.5] * 3))
 
 
-def test_it_goes_on_identically_from_its_state() -> None:
+def test_restored_actor_continues_identically() -> None:
     one, two = actor(1), actor(2)
     act(one, [0.5] * 3)
     two.load_state_dict(one.state_dict())
     assert torch.equal(act(one, [0.5] * 3), act(two, [0.5] * 3))
 
 
-def test_acting_needs_no_gradient() -> None:
+def test_acting_computes_no_gradient() -> None:
     linear = nn.Linear(4, 2)
     greedy: MultiTaskNetwork = linear  # type: ignore[assignment]
     EpsilonGreedy(greedy, [2], torch.device("cpu"), 0).act(torch.ones(1, 3, 1, 4), np.zeros(1, np.float32))

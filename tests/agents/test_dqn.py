@@ -1,4 +1,4 @@
-"""DQN: losses worked out by hand on tables of action values, the target network, and its settings."""
+"""DQN: losses by hand on tables of action values, the target network, and settings."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_losses_by_hand() -> None:
 
 
 def test_double_selects_actions_with_the_online_network() -> None:
-    """In state 1 it prefers action 1, which the target network values at 2: 1 + 1 + 1 + 2/8 = 3.25 against 2. In state 2 both agree."""
+    """In state 1 the online network selects action 1, which the target network values at 2: 1 + 1 + 1 + 2/8 = 3.25 against 2."""
     losses = agent(ONLINE, TARGET, double=True).losses(batch())
     assert losses.error_KB.tolist() == [[1.25, 1.0, 5.5]]
     assert losses.loss_KB.tolist() == [[0.75, 0.25, 5.0]]
@@ -98,7 +98,7 @@ def test_rewards_are_clipped_one_by_one_in_the_learner_only() -> None:
     assert given.rewards.max() == 6.0
 
 
-def test_value_scales() -> None:
+def test_losses_with_each_value_scale() -> None:
     rewards = torch.tensor([-200.0, -0.5, 0.0, 2.0])
     assert ClipRewards(stream_of(["pong"])).rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
     assert ClipRewards(stream_of(["pong"]), limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
@@ -106,7 +106,7 @@ def test_value_scales() -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_the_gradient_passes_through_the_chosen_values_only(double: bool) -> None:
+def test_gradient_flows_only_through_the_values_of_chosen_actions(double: bool) -> None:
     """d Huber / d q = -clip(error), times the weight; nothing flows into the target."""
     made = agent(ONLINE, TARGET, double=double)
     made.losses(batch()).loss_KB.sum().backward()
@@ -115,8 +115,8 @@ def test_the_gradient_passes_through_the_chosen_values_only(double: bool) -> Non
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_target_never_takes_an_action_that_the_task_does_not_have(double: bool) -> None:
-    """The first task has one action, of value -4; the second two. All rewards are 0, so that targets are -4/8 and 3/8."""
+def test_target_never_uses_an_action_that_the_task_does_not_have(double: bool) -> None:
+    """The first task has one action, of value -4, the second has two. All rewards are 0, so targets are -4/8 and 3/8."""
     online = [[[-9.0, None]] * 3, [[5.0, 7.0]] * 3]
     target = [[[-4.0, None]] * 3, [[1.0, 3.0]] * 3]
     made = agent(online, target, names=("one", "two"), double=double)
@@ -145,13 +145,13 @@ def test_sample_of_weight_zero_has_no_loss_and_no_gradient() -> None:
 def test_stacked_frames_reach_the_network_as_channels() -> None:
     seen = []
 
-    class Watching(Table):
+    class RecordingTable(Table):
         def outputs(self, observation: torch.Tensor) -> torch.Tensor:
             seen.append(observation.shape)
             return super().outputs(observation[..., :STATES])
 
     made, given = agent(ONLINE, TARGET), batch()
-    made.network, made.target_network = Watching(ONLINE), Watching(TARGET)
+    made.network, made.target_network = RecordingTable(ONLINE), RecordingTable(TARGET)
     given.observation = torch.cat([given.observation] * 2, 2)
     given.next_observation = torch.cat([given.next_observation] * 2, 2)
     made.losses(given)
@@ -174,7 +174,7 @@ def test_losses_are_compiled_once() -> None:
 
 
 def tasks_batch(samples: int = 8) -> Batch:
-    """Two tasks of three states, one of them at the scale of 1000."""
+    """Two tasks of three states, one with rewards at the scale of 1000."""
     draw = torch.Generator().manual_seed(0)
     states = torch.randint(STATES, (2, 2, samples), generator=draw)
     return Batch(
@@ -201,8 +201,8 @@ def agent_of(head: type[Head], scale: ValueScale, **changes: Any) -> DQN:
 
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead])
-def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head]) -> None:
-    """The same values in the game's units, before and after statistics move: errors divide by the spread, targets and values stay."""
+def test_popart_losses_use_normalised_targets(head: type[Head]) -> None:
+    """After the statistics change, errors are divided by the scale, and unnormalised targets and values stay the same."""
     plain, scale = agent_of(head, NoValueScale(stream_of(["a", "b"]))), PopArt(stream_of(["a", "b"]), step_size=0.5)
     normalised, given = agent_of(head, scale), tasks_batch()
     expected = plain.losses(given)
@@ -216,15 +216,15 @@ def test_popart_learns_the_same_targets_in_units_of_their_spread(head: type[Head
     assert torch.allclose(second.error_KB * scale.scale_K[:, None], expected.error_KB, rtol=1e-4, atol=1e-3)
     assert torch.allclose(second.q_K, expected.q_K, rtol=1e-4, atol=1e-4 * float(scale.scale_K[1]))
     mean_K = scale.mean_K.clone()
-    normalised.after_step(given, second)  # the same targets again: the moments stay
+    normalised.after_step(given, second)  # repeated targets do not change the moments
     assert torch.allclose(scale.mean_K, mean_K, rtol=1e-3)
 
 
-def test_popart_moments_are_of_the_targets_that_the_update_saw() -> None:
+def test_popart_moments_are_those_of_the_targets_of_the_update() -> None:
     scale, given = PopArt(stream_of(["pong"])), batch()
     made = agent(ONLINE, TARGET, scale, target_period=1000)
     made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
-    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is no sample
+    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is masked
     made.after_step(given, made.losses(given))
     assert scale.mean_K.tolist() == [4.25]
     assert scale.scale_K.tolist() == pytest.approx([(18.125 - 0.01 * 4.25**2) ** 0.5])  # one step of 0.01 has been taken
@@ -249,8 +249,8 @@ def test_reward_factors_of_unknown_tasks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
-def test_the_losses_are_one_graph_that_is_compiled_once(head: type[Head]) -> None:
-    """No break, no wait for the device in it, and none anew when statistics move."""
+def test_losses_compile_to_one_graph_without_recompilation(head: type[Head]) -> None:
+    """No graph break, no synchronisation with the device, and no recompilation when statistics change."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -290,15 +290,15 @@ def test_sync_copies_the_network_to_the_target_network() -> None:
     assert values(made.target_network) == ONLINE
 
 
-def test_moving_average_target_moves_by_a_share_in_every_update() -> None:
+def test_soft_target_update_moves_by_tau_in_every_update() -> None:
     made = agent([[[4.0, 8.0]] * 3], [[[0.0, 0.0]] * 3], target_period=0, target_tau=0.25)
     made.after_step(batch(), made.losses(batch()))
     assert values(made.target_network) == [[[1.0, 2.0]] * 3]
-    made.after_step(batch(), made.losses(batch()))  # a quarter of what is left: 1 + 3/4, 2 + 6/4
+    made.after_step(batch(), made.losses(batch()))  # a quarter of the difference: 1 + 3/4, 2 + 6/4
     assert values(made.target_network) == [[[1.75, 3.5]] * 3]
 
 
-def test_the_target_starts_as_a_copy_that_is_not_trained() -> None:
+def test_target_network_starts_as_a_frozen_copy() -> None:
     network: MultiTaskNetwork = Table(ONLINE)  # type: ignore[assignment]
     made = DQN(network, NoValueScale(stream_of(["pong"])), ["pong"], lambda function: function, **SETTINGS)
     assert values(made.target_network) == ONLINE
@@ -308,7 +308,7 @@ def test_the_target_starts_as_a_copy_that_is_not_trained() -> None:
     assert not any(parameter.requires_grad for parameter in made.target_network.parameters())
 
 
-def test_the_target_network_is_part_of_the_state() -> None:
+def test_target_network_is_part_of_the_state() -> None:
     made, fresh = agent(ONLINE, TARGET), agent(ONLINE, ONLINE)
     fresh.load_state_dict(copy.deepcopy(made.state_dict()))
     assert values(fresh.target_network) == TARGET
@@ -325,20 +325,20 @@ def test_epsilon_of_single_tasks_is_set_by_name() -> None:
     assert made.epsilon(100) == pytest.approx(np.array([0.1, 0.5]))
 
 
-def test_epsilon_of_a_task_that_is_not_there_is_refused() -> None:
+def test_epsilon_of_an_unknown_task_is_refused() -> None:
     with pytest.raises(ValueError) as refused:
         agent(ONLINE, TARGET, epsilon_tasks={"pnog": 0.5})
     assert "pnog" in str(refused.value)
     assert "pong" in str(refused.value)
 
 
-def test_a_target_network_that_would_never_move_is_refused() -> None:
+def test_target_network_that_is_never_updated_is_refused() -> None:
     with pytest.raises(ValueError, match=r"agent\.target_tau"):
         agent(ONLINE, TARGET, target_period=0, target_tau=0.0)
 
 
-def test_popart_takes_the_first_targets_in_before_they_are_learned_from() -> None:
-    """Then the first losses are of unit size, however large the targets are; other scales have nothing to begin with."""
+def test_popart_is_initialised_with_the_first_targets() -> None:
+    """The first losses then have unit scale for targets of any size; other scales need no initialisation."""
     scale, given = PopArt(stream_of(["a", "b"])), tasks_batch()
     normalised, plain = agent_of(PlainHead, scale), agent_of(PlainHead, NoValueScale(stream_of(["a", "b"])))
     values = normalised.losses(given).q_K
@@ -356,7 +356,7 @@ def test_popart_takes_the_first_targets_in_before_they_are_learned_from() -> Non
 
 
 def drawn(batch: Batch, observations: list[list[list[int]]], next_observations: list[list[list[int]]]) -> Batch:
-    """The batch of `batch()` with draws of its states, each `[1, 3]`, side by side."""
+    """Return `batch` with several draws of its states, each `[1, 3]`, concatenated."""
     states, next_states = ([[state for draw in draws for state in draw[0]]] for draws in (observations, next_observations))
     batch.observation, batch.next_observation = one_hot(states), one_hot(next_states)
     batch.action = batch.action.repeat(1, len(observations))
@@ -366,8 +366,8 @@ def drawn(batch: Batch, observations: list[list[list[int]]], next_observations: 
 def test_targets_and_losses_are_means_over_draws_by_hand() -> None:
     """Sample 0's next state is drawn as 1 and as 2, with best values 8 and 6: its target is 1 + 1 + 1 + 7/8 = 3.875.
 
-    Its own state is drawn as 0 and as 2, where action 1 is worth 2 and -1: errors 1.875 and 4.875, Huber 1.375 and 4.375.
-    The others' draws are alike.
+    The state of sample 0 is drawn as 0 and as 2, where action 1 has values 2 and -1: errors 1.875 and 4.875, Huber 1.375 and 4.375.
+    All draws of the other samples are equal.
     """
     losses = agent(ONLINE, TARGET).losses(drawn(batch(), [[[0, 1, 2]], [[2, 1, 2]]], [[[1, 1, 2]], [[2, 1, 2]]]))
     assert losses.loss_KB.tolist() == [[(1.375 + 4.375) / 2, 0.25, 5.0]]
@@ -376,7 +376,7 @@ def test_targets_and_losses_are_means_over_draws_by_hand() -> None:
 
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead])
-def test_draws_that_are_alike_count_as_one(head: type[Head]) -> None:
+def test_equal_draws_give_the_losses_of_one_draw(head: type[Head]) -> None:
     torch.manual_seed(0)
     made = []
     for loss_draws, target_draws in ((1, 1), (3, 1), (1, 2), (2, 3)):
@@ -407,7 +407,7 @@ def test_draws_that_are_alike_count_as_one(head: type[Head]) -> None:
             assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_distributions_draws_become_their_mixture() -> None:
+def test_distributions_of_draws_are_mixed() -> None:
     outputs = torch.randn(2, 3, 4, 51)  # tasks, draws, samples
     c51, quantile = C51Head(8, [4, 2]), QuantileHead(8, [4, 2])
     assert torch.allclose(c51.mixture(outputs).softmax(-1), outputs.softmax(-1).mean(1), atol=1e-6)

@@ -1,4 +1,4 @@
-"""PQN: losses worked out by hand, when it learns, every head and scale, and whole runs that are stopped and go on."""
+"""PQN: losses by hand, timing of updates, every head and scale, and whole runs with exact resume."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def agent(value_scale: ValueScale | None = None, names: tuple[str, ...] = ("pong
 
 
 def batch(returns: list[float], weight: float = 1.0) -> RolloutBatch:
-    """In state 0 action 1 (2), in state 1 action 0 (3), in state 2 action 1 (-1)."""
+    """Chosen actions (and values): state 0 action 1 (2), state 1 action 0 (3), state 2 action 1 (-1)."""
     return RolloutBatch(
         observation=one_hot([[0, 1, 2]]),
         action=torch.tensor([[1, 0, 1]]),
@@ -53,7 +53,7 @@ def batch(returns: list[float], weight: float = 1.0) -> RolloutBatch:
 
 
 def test_losses_by_hand() -> None:
-    """Half the squares of 4 - 2, 2 - 3 (of weight a half) and 3 - -1."""
+    """Half the squares of 4 - 2, 2 - 3 (with weight 0.5) and 3 - -1."""
     losses = agent().losses(batch([4.0, 2.0, 3.0], weight=0.5))
     assert losses.error_KB.tolist() == [[2.0, 1.0, 4.0]]
     assert losses.loss_KB.tolist() == [[2.0, 0.25, 8.0]]
@@ -61,14 +61,14 @@ def test_losses_by_hand() -> None:
     assert agent(huber=1.0).losses(batch([4.0, 2.0, 3.0])).loss_KB.tolist() == [[1.5, 0.5, 3.5]]
 
 
-def test_its_gradient_is_that_of_the_values_of_the_actions_taken() -> None:
+def test_gradient_flows_only_through_the_values_of_chosen_actions() -> None:
     made = agent()
     made.losses(batch([4.0, 2.0, 3.0])).loss_KB.sum().backward()
     assert made.network.values.grad.tolist() == [[[0.0, -2.0], [1.0, 0.0], [0.0, -4.0]]]  # type: ignore[union-attr]
 
 
 def test_popart_normalises_returns_and_keeps_values() -> None:
-    """Once its moments have moved, losses are of (return - mean) / scale, and what is kept of values is on the game's scale."""
+    """After the moments change, losses use (return - mean) / scale, and stored values are unnormalised."""
     torch.manual_seed(0)
     scale = PopArt(stream_of(("pong",)), step_size=0.5)
     network = MultiTaskNetwork(HardSharing(MLP(hidden=[8]), [(3,)]), PlainHead(8, [2]), 1.0)
@@ -92,20 +92,20 @@ def test_popart_normalises_returns_and_keeps_values() -> None:
     assert torch.allclose(again, after, atol=1e-2)  # type: ignore[arg-type]
 
 
-# -- when it learns -----------------------------------------------------------------------------------------------------------
+# -- timing of updates --------------------------------------------------------------------------------------------------------
 
 
 def run(loop: Loop, ticks: int) -> list[int]:
-    """Updates made by the end of each tick."""
+    """Return the number of updates at the end of each tick."""
     return [loop.learner.updates for _ in islice(loop.ticks(), ticks)]
 
 
-def test_a_rollout_is_learned_from_at_once_when_the_step_after_it_is_stored() -> None:
-    """4 steps and one more are stored when the sixth tick begins: 2 epochs of 2 updates; and so on every 4 ticks."""
+def test_rollout_is_learned_from_at_once_after_the_next_step_is_stored() -> None:
+    """5 steps are stored when the sixth tick starts: 2 epochs of 2 updates, then again every 4 ticks."""
     assert run(loop_of(), 15) == [0] * 5 + [4] * 4 + [8] * 4 + [12] * 2
 
 
-def test_or_bit_by_bit_while_the_next_one_is_played() -> None:
+def test_overlap_spreads_updates_over_the_next_rollout() -> None:
     assert run(loop_of(overlap=True), 15) == [0] * 5 + [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert run(loop_of(overlap=True, epochs=1, minibatches=1), 15) == [0] * 5 + [1] * 4 + [2] * 4 + [3] * 2
     assert run(loop_of(overlap=True, epochs=3), 13) == [0] * 5 + [1, 3, 4, 6, 7, 9, 10, 12]
@@ -115,14 +115,14 @@ def test_or_bit_by_bit_while_the_next_one_is_played() -> None:
 @pytest.mark.parametrize(
     ("length", "num_envs", "epochs", "minibatches"), [(1, 2, 1, 1), (5, 3, 3, 5), (4, 4, 1, 16), (3, 1, 7, 3), (7, 2, 2, 1)]
 )
-def test_every_rollout_gets_all_its_updates_before_the_next_is_learned_from(
+def test_updates_of_a_rollout_are_complete_before_those_of_the_next(
     overlap: bool, length: int, num_envs: int, epochs: int, minibatches: int
 ) -> None:
     loop = loop_of(num_envs=num_envs, rollout_length=length, epochs=epochs, minibatches=minibatches, overlap=overlap)
     rollouts = loop.replay
     assert isinstance(rollouts, Rollouts)
     for rows, updates in enumerate(run(loop, 6 * length + 2)):
-        complete = max(0, (rows - 1) // length)  # of what was stored when the tick began
+        complete = max(0, (rows - 1) // length)  # rollouts that were complete at the start of the tick
         if overlap:
             assert (complete - 1) * epochs * minibatches <= updates <= complete * epochs * minibatches
             assert updates > (complete - 1) * epochs * minibatches or complete == 0
@@ -130,8 +130,8 @@ def test_every_rollout_gets_all_its_updates_before_the_next_is_learned_from(
             assert updates == complete * epochs * minibatches
 
 
-def test_the_values_that_are_kept_are_those_acted_on() -> None:
-    """Before anything is learned, they are the maxima of the network over what is stored."""
+def test_stored_values_are_those_used_for_acting() -> None:
+    """Before the first update, stored values are the network's maxima at the stored observations."""
     loop = loop_of(rollout_length=20, scale=ClipRewards)
     run(loop, 15)
     stored = loop.replay.export_rows(0, 15)
@@ -139,8 +139,8 @@ def test_the_values_that_are_kept_are_those_acted_on() -> None:
     assert torch.allclose(q.max(-1).values, stored["values"].flatten(1), atol=1e-6)
 
 
-def test_rewards_are_scaled_before_they_become_returns() -> None:
-    """Without traces and discount, a return is the scaled reward itself."""
+def test_returns_are_computed_from_scaled_rewards() -> None:
+    """With gamma 0 and trace decay 0, a return is the scaled reward."""
     loop = loop_of(scale=ClipRewards, gamma=0.0, trace_decay=0.0, reward_factors={"middle": 0.5})
     run(loop, 6)
     rollouts = loop.replay
@@ -154,8 +154,8 @@ def test_rewards_are_scaled_before_they_become_returns() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("scale", [NoValueScale, PopArt, ReturnNorm])
-def test_a_look_aside_and_compiling_leave_no_trace(overlap: bool, scale: type[ValueScale]) -> None:
-    """What diagnostics and `warm_up` do between updates changes nothing that is learned."""
+def test_extra_losses_and_warm_up_do_not_affect_training(overlap: bool, scale: type[ValueScale]) -> None:
+    """Computing losses between updates, as diagnostics do, and `warm_up` do not affect training."""
     loops = [loop_of(overlap=overlap, scale=scale) for _ in range(2)]
     loops[1].learner.warm_up()
     for _ in range(20):
@@ -174,8 +174,8 @@ def test_a_look_aside_and_compiling_leave_no_trace(overlap: bool, scale: type[Va
 
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, C51Head, HLGaussHead, QuantileHead])
-def test_with_every_head_values_become_the_returns(head: type[Head]) -> None:
-    """Without discount an action is worth its number and half a tenth, clipped at 1; the best is found, and played."""
+def test_values_converge_to_the_returns_with_every_head(head: type[Head]) -> None:
+    """With gamma 0, an action's value is its number plus 0.05, clipped at 1; the greedy policy finds the best action."""
     huber = 1.0 if head is QuantileHead else 0.0
     settings = {"num_envs": 8, "rollout_length": 8, "epochs": 4, "gamma": 0.0, "trace_decay": 0.0, "epsilon_steps": 1000, "huber": huber}
     loop = loop_of(head=head, scale=ClipRewards, lr=0.03, **settings)
@@ -190,10 +190,10 @@ def test_with_every_head_values_become_the_returns(head: type[Head]) -> None:
     assert (rewards_K > 0.85).all(), "a tenth of the actions are random"
 
 
-def test_values_become_those_of_the_best_play() -> None:
-    """On a small game whose states are seen, played at random: against value iteration.
+def test_values_converge_to_the_optimal_values() -> None:
+    """On two small MDPs with observed states and random actions, against value iteration.
 
-    Two tasks with a game each of 3 states and 2 actions, in which one step ends the game, and games are also cut off at random.
+    Each MDP has 3 states and 2 actions, of which one terminates the episode. Episodes are also truncated at random.
     """
     torch.manual_seed(0)
     K, N, gamma = 2, 8, 0.8
@@ -229,7 +229,7 @@ def test_values_become_those_of_the_best_play() -> None:
     assert torch.allclose(network.values, best, atol=0.1)  # type: ignore[arg-type]
 
 
-def test_settings_that_do_not_fit_are_named() -> None:
+def test_invalid_settings_are_named() -> None:
     with pytest.raises(ValueError, match=r"agent\.minibatches=3 .*rollout_length=4 times env\.num_envs=2 is 8"):
         agent(minibatches=3)
     with pytest.raises(ValueError, match=r"agent\.epsilon_tasks names \['pnog'\]"):
@@ -260,7 +260,7 @@ SMALL = [
 ]
 
 
-def learned(run: Path, step: int = 240) -> list[bytes]:
+def state_bytes(run: Path, step: int = 240) -> list[bytes]:
     return [(run / "checkpoints" / str(step) / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
 
 
@@ -276,35 +276,35 @@ def learned(run: Path, step: int = 240) -> list[bytes]:
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_it_trains_and_resumes_exactly_with(overrides: list[str], overlap: bool, here: MtrlHere) -> None:
-    """From a checkpoint within a rollout and, with overlap, within an epoch."""
+def test_trains_and_resumes_exactly(overrides: list[str], overlap: bool, here: MtrlHere) -> None:
+    """Resumes from a checkpoint within a rollout and, with overlap, within an epoch."""
     here("train", *SMALL, *overrides, f"agent.overlap={overlap}".lower(), "run_dir=run")
     rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "loss/CartPole-v1" in row][-1]
-    # The last tick of 60 begins at step 236: 7 rollouts of 8 rows, each of 8 updates, and one row more are complete. Bit by bit there is
-    # an update every 4 steps, the first at 36.
+    # The last of 60 ticks starts at step 236 with 7 rollouts of 8 rows, each with 8 updates, and one more row. With overlap there is one
+    # update every 4 steps, the first at step 36.
     assert last["updates"] == ((236 - 36) // 4 + 1 if overlap else 7 * 8)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert any("grad/norm/CartPole-v1" in row for row in rows) == ("network/sharing=independent" not in overrides)
     run = here.folder / "run"
-    before = learned(run)
-    shutil.rmtree(run / "checkpoints" / "240")  # as if it had been killed before
+    before = state_bytes(run)
+    shutil.rmtree(run / "checkpoints" / "240")  # as after a kill before the checkpoint
     assert "resuming from step 180" in here("resume", "run").stdout
-    assert learned(run) == before
+    assert state_bytes(run) == before
 
 
-def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
+def test_resume_without_saved_rollouts_starts_a_new_rollout(here: MtrlHere) -> None:
     here("train", *SMALL, "checkpoint.replay=false", "run_dir=run")
     assert not list((here.folder / "run" / "checkpoints").glob("replay/*"))
     assert "with an empty replay" in here("resume", "run", "steps_per_task=400").stdout
     rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
     updates = {row["step"]: row["updates"] for row in rows}
-    # From 240 on, 160 steps of 4 environments: 4 rollouts of 8, and one more row, are stored when the tick at 372 begins.
+    # From step 240, 160 steps of 4 environments: 4 rollouts of 8 rows and one more row are stored at the start of the tick at step 372.
     assert updates[400] == updates[240] + 4 * 8
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["agent.minibatches=5"], "agent.minibatches must divide agent.rollout_length * env.num_envs = 8 * "),
         (["agent.rollout_length=60"], "steps_per_task must be at least (agent.rollout_length + 1) * env.num_envs = 244, got 240"),
@@ -315,15 +315,15 @@ def test_without_saved_rollouts_a_new_one_begins(here: MtrlHere) -> None:
         (["agent.overlap=maybe"], "agent.overlap must be true or false or auto, got 'maybe'"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_line(here: MtrlHere, overrides: list[str], says: str) -> None:
+def test_invalid_overrides_are_refused_in_one_line(here: MtrlHere, overrides: list[str], message: str) -> None:
     refused = here("train", *SMALL, *overrides, "run_dir=run", code=2)
-    assert says in refused.stderr
+    assert message in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
     assert list(here.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("device", "overlap"), [("cpu", False), ("cuda", True)])
-def test_what_is_left_open_is_settled_by_the_device(monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool) -> None:
+def test_auto_settings_depend_on_the_device(monkeypatch: pytest.MonkeyPatch, device: str, overlap: bool) -> None:
     monkeypatch.setattr(hardware, "resolve_device", lambda name: torch.device(device))
     composed = compose.compose_training(["env=classic_pack", "agent=pqn"])
     pack = build_run.make_pack(composed)
@@ -334,7 +334,7 @@ def test_what_is_left_open_is_settled_by_the_device(monkeypatch: pytest.MonkeyPa
         compose.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None
     )
     assert chosen["agent"]["overlap"] is True
-    # 2 rollouts of 32 rows and 3 more of 16 environments; each of 6 numbers, an action, a reward, flags and a value.
+    # (2 rollouts of 32 rows + 3 rows) * 16 environments; each transition has 6 numbers, an action, a reward, flags and a value.
     assert "rollouts: 1,072 transitions per task, 0.1 MiB in total (46 bytes each)" in resolve_auto.describe(
         settled | {"device": "cpu"}, pack
     )

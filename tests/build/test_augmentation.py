@@ -1,4 +1,4 @@
-"""Choosing augmentations: one, several, none; their keys; what is refused, and how; and runs with them, through the command line."""
+"""Augmentations through the command line: composition, keys, errors, and runs."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_every_augmentation_changes_training_and_resumes_exactly(words: list[str
     assert all(math.isfinite(value) for row in rows for value in row.values())
     last = here.folder / "run" / "checkpoints" / "96"
     before = [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
-    shutil.rmtree(last)  # as if it had been killed before
+    shutil.rmtree(last)  # as after a kill before the checkpoint
     assert "resuming from step 48" in here("resume", "run").stdout
     assert [(last / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before
     if augmentation == ["augmentation=shift"]:

@@ -1,4 +1,4 @@
-"""`network.parameters`: every structure meets it within 2% where whole units allow it, once and for all; what cannot be met is refused."""
+"""`network.parameters`: every structure meets the budget within 2% if integer widths allow it; other budgets are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 
 
 def pack_of(torso: str) -> Any:
-    """What is asked of a pack to make a network: three tasks that `torso` can read."""
+    """A minimal pack for building a network: three tasks with observations for `torso`."""
     shaped = zip("xyz", SHAPES[torso], (2, 6, 3), strict=True)
     tasks = [Task(name, shape, actions, tuple("abcdef"[:actions]), 1, None, None) for name, shape, actions in shaped]
     return types.SimpleNamespace(observation_kind="vector" if torso == "mlp" else "image", stack=1, tasks=tasks, observation_scale=1.0)
@@ -50,7 +50,7 @@ def within(configured: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
     return configured | {"network": configured["network"] | changes}
 
 
-# -- the number -----------------------------------------------------------------------------------------------------------------
+# -- values ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def within(configured: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
 def test_budget_may_have_a_unit(written: Any, number: int) -> None:
     given = validation.check_value("network.parameters", written, ANNOTATION)
     assert parameter_budget.parse(given) == number
-    assert given == written, "kept as it was written"
+    assert given == written, "kept as written"
     assert isinstance(given, int | str)
 
 
@@ -89,8 +89,8 @@ def test_invalid_budget_is_refused_in_one_line(written: Any) -> None:
 
 @pytest.mark.parametrize(("written", "shown"), [("0", "0"), ("-5", "-5"), ("lots", "'lots'")])
 def test_command_refuses_an_invalid_budget_and_creates_nothing(here: MtrlHere, written: str, shown: str) -> None:
-    said = here("train", f"network.parameters={written}", code=2).stderr
-    assert said == (
+    message = here("train", f"network.parameters={written}", code=2).stderr
+    assert message == (
         f"mtrl: error: network.parameters must be a number of parameters, such as 1700000, 850k, 1.7M or 2G or null, got {shown}\n"
     )
     assert list(here.folder.iterdir()) == []
@@ -104,7 +104,7 @@ STRUCTURES = list(options.options("network/sharing", CONF))
 
 @pytest.mark.parametrize(
     ("torso", "sharing"),
-    # The large torsos take long to assemble, and their sizes are no different in kind.
+    # Large torsos are slow to build and add no further cases.
     [*itertools.product(["minatar", "mlp"], STRUCTURES), *itertools.product(["nature", "impala"], ["hard", "independent"])],
 )
 def test_every_structure_meets_random_budgets_and_resolving_twice_changes_nothing(torso: str, sharing: str) -> None:
@@ -125,7 +125,7 @@ def test_every_structure_meets_random_budgets_and_resolving_twice_changes_nothin
 
 
 def schema_section(group: str, option: str) -> dict[str, Any]:
-    """An option's keys, as they are composed."""
+    """Compose the keys of an option."""
     return yaml.safe_load(options.options(group, CONF)[option].read_text())
 
 
@@ -139,7 +139,7 @@ def test_parameters_of_every_head_are_counted(head: str) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_small_network_meets_its_budget_where_integer_widths_allow(seed: int) -> None:
-    """Against all widths of a little torso: a gap that no width fills is refused, and named by sizes that there are."""
+    """Against all widths of a small torso: a budget that no width meets is refused, and the error names possible sizes."""
     draw = random.Random(seed)
     tasks, weight = draw.randint(1, 8), draw.randint(1, 9)
 
@@ -172,7 +172,7 @@ def test_ratios_of_widths_are_kept() -> None:
 
 
 def test_width_that_a_structure_refuses_is_skipped() -> None:
-    """One that counts 0 is never taken: fewer than 8 units cannot be built here."""
+    """A width with count 0 is never chosen: here fewer than 8 units cannot be built."""
 
     def count(values: dict[str, Any]) -> int:
         return 10 * values["units"] if values["units"] >= 8 else 0
@@ -198,10 +198,10 @@ def test_width_that_a_structure_refuses_is_skipped() -> None:
     ],
 )
 def test_budget_that_no_width_meets_is_refused_before_anything_is_created(here: MtrlHere, overrides: list[str], words: list[str]) -> None:
-    said = here("train", "env=classic_pack", *overrides, code=2).stderr
+    message = here("train", "env=classic_pack", *overrides, code=2).stderr
     for word in words:
-        assert word in said
-    assert len(said.splitlines()) <= 2
+        assert word in message
+    assert len(message.splitlines()) <= 2
     assert list(here.folder.iterdir()) == []
 
 
@@ -223,9 +223,9 @@ def test_budget_for_a_torso_of_one_width_is_refused(here: MtrlHere, monkeypatch:
     own.parent.mkdir(parents=True)
     own.write_text("# Narrow\n_target_: narrow.Narrow\nunits: 4\n")
     words = ["env=classic_pack", "network=narrow", "trusted_packages=[narrow]", f"hydra.searchpath=[file://{here.folder}/conf]"]
-    said = here("train", *words, "network.parameters=1k", code=2).stderr
-    assert "narrow.Narrow, which has one width" in said
-    assert len(said.splitlines()) == 1
+    message = here("train", *words, "network.parameters=1k", code=2).stderr
+    assert "narrow.Narrow, which has one width" in message
+    assert len(message.splitlines()) == 1
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------

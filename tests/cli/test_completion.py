@@ -103,7 +103,7 @@ def test_sweep_completes_the_keys_of_runs_and_its_own() -> None:
     assert "network.hidden=" not in completions("sweep", "network.", "env=minatar_pack,classic_pack")
 
 
-def ask(shell: str, line: str, position: int | None = None) -> list[str]:
+def completion_output(shell: str, line: str, position: int | None = None) -> list[str]:
     """Return the output of the real program for a shell's completion function."""
     environment = {**os.environ, "PYTHONPATH": str(Path(cli_main.__file__).parents[2]), "_MTRL_COMPLETE": f"complete_{shell}"}
     if shell == "bash":
@@ -117,16 +117,16 @@ def ask(shell: str, line: str, position: int | None = None) -> list[str]:
 
 
 def test_bash_completes_words_split_at_the_equals_sign() -> None:
-    assert ask("bash", "mtrl train env = mina") == ["minatar_pack", ""]
-    assert "atari_pack" in ask("bash", "mtrl train env =", 3)
-    assert ask("bash", "mtrl train env = classic_pack agent.n_") == ["agent.n_step=", "agent.n_step=5", ""]
-    assert ask("bash", "mtrl tr") == ["train", "transfer", ""]
-    assert ask("bash", "mtrl ls network/h") == ["network/head", ""]
+    assert completion_output("bash", "mtrl train env = mina") == ["minatar_pack", ""]
+    assert "atari_pack" in completion_output("bash", "mtrl train env =", 3)
+    assert completion_output("bash", "mtrl train env = classic_pack agent.n_") == ["agent.n_step=", "agent.n_step=5", ""]
+    assert completion_output("bash", "mtrl tr") == ["train", "transfer", ""]
+    assert completion_output("bash", "mtrl ls network/h") == ["network/head", ""]
 
 
 def test_zsh_and_fish_complete_whole_words() -> None:
-    assert "env=minatar_pack" in ask("zsh", "mtrl train env=mina")[0]
-    assert ask("fish", "mtrl train env=mina")[0].startswith("env=minatar_pack\t")
+    assert "env=minatar_pack" in completion_output("zsh", "mtrl train env=mina")[0]
+    assert completion_output("fish", "mtrl train env=mina")[0].startswith("env=minatar_pack\t")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Validation and test: evaluations during a run play games of one seed, the test at its end those of another."""
+"""Validation and final test: separate seeds, the best checkpoint, and resuming."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mtrl_cli.commands.final_test import metrics
 from mtrl_cli.runs.metrics_logger import Logger
 from mtrl_cli.training.evaluator import Evaluator
 from tests.helpers.command import Mtrl, MtrlHere
-from tests.helpers.fake_pack import FakePack, LikesTheLast
+from tests.helpers.fake_pack import FakePack, PrefersLastAction
 from tests.helpers.shared import Shared
 from tests.helpers.tiny_runs import TINY, rows
 
 TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
-class LikesItOrNot(LikesTheLast):
-    """Plays each task's last action where its one parameter is above 0, and else another."""
+class SignedPreference(PrefersLastAction):
+    """Network whose greedy action is each task's last action if its parameter is positive, and another action otherwise."""
 
     def __init__(self, pack: FakePack, sign: float):
         super().__init__(pack)
@@ -36,12 +36,12 @@ class LikesItOrNot(LikesTheLast):
         return self.sign * super().forward(observation)
 
 
-def played_at_30(tmp_path: Path, scores: dict[int, float | None], damage: bool = False) -> dict:
-    """The test of a network that likes last actions, at step 30; whose checkpoints before did not."""
+def final_test_at_30(tmp_path: Path, scores: dict[int, float | None], damage: bool = False) -> dict:
+    """Run the final test at step 30. The last network prefers last actions, earlier checkpoints do not."""
     pack = FakePack(["short", "long"])
     store = CheckpointStore(tmp_path / "checkpoints", keep=1, with_replay=True)
     for step, score in scores.items():
-        network = LikesItOrNot(pack, 1.0 if step == 30 else -1.0)
+        network = SignedPreference(pack, 1.0 if step == 30 else -1.0)
         store.save(step, {"model": network.state_dict(), "optimizer": {}}, None, score)
     if damage:
         (tmp_path / "checkpoints" / str(store.best()) / "model.safetensors").write_bytes(b"")
@@ -54,12 +54,12 @@ def played_at_30(tmp_path: Path, scores: dict[int, float | None], damage: bool =
 
 
 def test_best_by_validation_is_tested_with_its_own_weights(tmp_path: Path) -> None:
-    result = played_at_30(tmp_path, {10: 0.2, 20: 0.9, 30: 0.5})
+    result = final_test_at_30(tmp_path, {10: 0.2, 20: 0.9, 30: 0.5})
     assert (result["last"]["step"], result["best"]["step"]) == (30, 20)
     assert (result["last"]["split"], result["last"]["seed"], result["best"]["seed"]) == ("test", 7, 7)
     for task, best_action in (("short", 1), ("long", 2)):
         last, best = (result[which]["tasks"][task]["returns"] for which in ("last", "best"))
-        # The same games: each is as long for both, and a coin of a tenth a step comes on top of the action's number.
+        # Episodes have the same lengths for both networks, and the reward per step is the action's number plus up to 0.1.
         for one, other in zip(last, best, strict=True):
             length = round(one / (best_action + 0.05))
             assert one - other == pytest.approx(best_action * length, abs=0.1 * length + 1e-6)
@@ -69,25 +69,25 @@ def test_best_by_validation_is_tested_with_its_own_weights(tmp_path: Path) -> No
     assert metrics(result)["test/best/step"] == 20
 
 
-def test_best_that_is_the_last_is_not_played_twice(tmp_path: Path) -> None:
-    result = played_at_30(tmp_path, {10: 0.2, 20: 0.4, 30: 0.5})
+def test_best_checkpoint_that_is_the_last_is_tested_once(tmp_path: Path) -> None:
+    result = final_test_at_30(tmp_path, {10: 0.2, 20: 0.4, 30: 0.5})
     assert result["best"] == result["last"]
     assert not [name for name in metrics(result) if name.startswith("test/best")]
 
 
-def test_where_nothing_could_be_chosen_by_there_is_no_best(tmp_path: Path) -> None:
-    assert played_at_30(tmp_path, {10: None, 30: None})["best"] is None
+def test_run_without_validation_has_no_best_checkpoint(tmp_path: Path) -> None:
+    assert final_test_at_30(tmp_path, {10: None, 30: None})["best"] is None
 
 
-def test_damaged_best_checkpoint_is_told_and_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = played_at_30(tmp_path, {10: 0.9, 30: 0.5}, damage=True)
+def test_damaged_best_checkpoint_is_reported_and_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = final_test_at_30(tmp_path, {10: 0.9, 30: 0.5}, damage=True)
     assert result["best"] is None
     assert result["last"]["step"] == 30
     assert "the best checkpoint cannot be tested: checkpoint 10" in capsys.readouterr().out
 
 
-def test_rows_of_a_test_are_cut_by_every_resume(tmp_path: Path) -> None:
-    """A run killed after its test and before it said so tests again, and must not tell it twice."""
+def test_rows_of_the_final_test_are_removed_on_resume(tmp_path: Path) -> None:
+    """A run killed between its test and its end repeats the test and must not log it twice."""
     for resume_at in (None, 20):
         logger = Logger(tmp_path, resume_at)
         if resume_at is None:
@@ -102,7 +102,7 @@ def test_rows_of_a_test_are_cut_by_every_resume(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained(shared: Shared) -> tuple[Path, str]:
-    """A tiny run evaluated before its first step too, and its output."""
+    """A tiny run with an evaluation before the first step, and its output."""
     return shared.run(*TINY, "eval.at_start=true", "eval.test_episodes=3")
 
 
@@ -111,7 +111,7 @@ def read(run: Path, name: str) -> dict:
     return found
 
 
-def test_validation_and_test_are_told_apart_wherever_they_are_written(trained: tuple[Path, str]) -> None:
+def test_validation_and_test_are_distinguished_in_all_outputs(trained: tuple[Path, str]) -> None:
     run, printed = trained
     validation, test = read(run, "600"), read(run, "test")
     assert (validation["split"], validation["seed"], validation["episodes"]) == ("validation", 1000003, 2)
@@ -134,7 +134,7 @@ def test_best_is_chosen_by_the_mean_normalised_score_of_validation(trained: tupl
     assert int((run / "checkpoints" / "best").read_text()) == max(sorted(scores), key=lambda step: scores[step])
 
 
-def test_evaluation_before_the_first_step_leaves_no_trace_in_what_is_learned(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_evaluation_before_the_first_step_does_not_affect_training(trained: tuple[Path, str], here: MtrlHere) -> None:
     run, _ = trained
     here("train", *TINY, "eval.test_episodes=0", "run_dir=plain")
     model = Path("checkpoints") / "600" / "model.safetensors"
@@ -144,13 +144,13 @@ def test_evaluation_before_the_first_step_leaves_no_trace_in_what_is_learned(tra
     assert read(run, "0")["tasks"]["MountainCar-v0"]["mean"] == -40
 
 
-def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(trained: tuple[Path, str], here: MtrlHere) -> None:
+def test_eval_prints_its_split_and_reproduces_the_final_test(trained: tuple[Path, str], here: MtrlHere) -> None:
     run = Path(shutil.copytree(trained[0], here.folder / "run"))
     validation, test = read(run, "600"), read(run, "test")
     few = ["eval.episodes=3", "checkpoint=600"]
-    said = here("eval", "run", *few, "eval.seed=2000003").stdout
-    assert "Test of the network, step 600 (episodes of seed 2000003" in said
-    assert "replaced a validation evaluation of 2 episodes" in said
+    printed = here("eval", "run", *few, "eval.seed=2000003").stdout
+    assert "Test of the network, step 600 (episodes of seed 2000003" in printed
+    assert "replaced a validation evaluation of 2 episodes" in printed
     assert read(run, "600")["split"] == "test"
     assert read(run, "600")["tasks"] == test["last"]["tasks"]
     assert "Validation at step 600" in here("eval", "run", "checkpoint=600").stdout
@@ -158,16 +158,16 @@ def test_eval_says_whose_games_it_plays_and_plays_those_of_the_test_again(traine
     assert read(run, "test") == test
 
 
-def test_test_games_must_be_others(here: MtrlHere) -> None:
+def test_test_seed_must_differ_from_the_validation_seed(here: MtrlHere) -> None:
     refused = here("train", *TINY, "eval.test_seed=1000003", "run_dir=bad", code=2)
     assert "eval.test_seed must differ from eval.seed, got 1000003 for both" in refused.stderr
     assert list(here.folder.iterdir()) == []
     here("train", *TINY, "eval.test_seed=1000003", "eval.test_episodes=0", "--dry-run")
 
 
-def test_run_stopped_during_its_test_plays_it_again_and_ends_the_same(mtrl: Mtrl) -> None:
+def test_test_interrupted_by_a_signal_is_repeated_with_the_same_results(mtrl: Mtrl) -> None:
     overrides = [*TINY, "steps_per_task=208", "eval.every=0", "eval.max_steps=300", "eval.test_episodes=32"]
-    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=alone")
+    MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         process = mtrl.start("train", *overrides, "run_dir=run", "--or-resume")
         assert process.stdout is not None
@@ -179,10 +179,10 @@ def test_run_stopped_during_its_test_plays_it_again_and_ends_the_same(mtrl: Mtrl
         assert process.returncode == code
         assert not (mtrl.folder / "run" / "eval" / "test.json").exists()
     MtrlHere(mtrl.folder)("resume", "run")
-    run, alone = mtrl.folder / "run", mtrl.folder / "alone"
-    assert (run / "eval" / "test.json").read_bytes() == (alone / "eval" / "test.json").read_bytes()
+    run, uninterrupted = mtrl.folder / "run", mtrl.folder / "uninterrupted"
+    assert (run / "eval" / "test.json").read_bytes() == (uninterrupted / "eval" / "test.json").read_bytes()
     assert json.loads((run / "run.json").read_text())["status"] == "completed"
-    of_tests = [[row for row in rows(each) if "test/return/CartPole-v1" in row] for each in (run, alone)]
+    of_tests = [[row for row in rows(each) if "test/return/CartPole-v1" in row] for each in (run, uninterrupted)]
     assert [len(found) for found in of_tests] == [1, 1]
     model = Path("checkpoints") / "208" / "model.safetensors"
-    assert (run / model).read_bytes() == (alone / model).read_bytes()
+    assert (run / model).read_bytes() == (uninterrupted / model).read_bytes()

@@ -1,4 +1,4 @@
-"""`init_from=RUN` through the command line: what is taken, frozen and thawed, refused, and gone on with exactly."""
+"""Warm starts (`init_from=RUN`) through the command line: loading, freezing and unfreezing, errors, and exact resume."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ SMALL = [
 ]
 TWO, THIRD = "env.tasks=[CartPole-v1,Acrobot-v1]", "env.tasks=[MountainCar-v0]"
 NEVER = ["steps_per_task=16", "agent.learning_starts=16", "checkpoint.every=0", "log.diagnostics=0"]
-"""No update is made: what a run ends with is what it was given."""
+"""Overrides for a run without updates: it ends with the parameters it starts with."""
 
 
 @pytest.fixture
 def sources(shared: Shared) -> Path:
-    """`two`, a run of two tasks, and `popart`, one that normalises its values."""
+    """Two runs of two tasks: `two`, and `popart`, which normalises values."""
 
     def train(folder: Path) -> None:
         MtrlHere(folder)("train", *SMALL, TWO, "run_dir=two")
@@ -76,12 +76,12 @@ def network_of(run: Path) -> Any:
     return [task.name for task in pack.tasks], network
 
 
-# -- what is taken --------------------------------------------------------------------------------------------------------------
+# -- loading --------------------------------------------------------------------------------------------------------------------
 
 
-def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) -> None:
+def test_new_task_is_added_to_two_loaded_tasks(here: MtrlHere, sources: Path) -> None:
     done = here("train", *SMALL, *NEVER, f"init_from={sources / 'two'}", "run_dir=run")
-    said = lines(done.stdout)
+    printed = lines(done.stdout)
     for line in (
         f"From {sources / 'two' / 'checkpoints' / '240'}",
         "stem of each torso CartPole-v1, Acrobot-v1 256 loaded",
@@ -90,7 +90,7 @@ def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) 
         "head CartPole-v1, Acrobot-v1 85 loaded",
         "head MountainCar-v0 51 fresh (new task)",
     ):
-        assert line in said
+        assert line in printed
     assert f"init_from: {sources / 'two' / 'checkpoints' / '240'}\n" in (here.folder / "run" / "config.yaml").read_text()
     source, found = model(sources / "two"), model(here.folder / "run")
     assert torch.equal(found["sharing.body.0.0.weight"], source["sharing.body.0.0.weight"])
@@ -99,31 +99,31 @@ def test_third_task_beside_two_that_were_learned(here: MtrlHere, sources: Path) 
     assert all(torch.equal(value, state["agent"]["target_network"][name]) for name, value in found.items())
 
 
-def test_same_tasks_say_bit_by_bit_the_same_and_an_older_checkpoint_is_another(here: MtrlHere, sources: Path) -> None:
+def test_outputs_for_the_same_tasks_are_bit_identical_and_checkpoints_can_be_chosen(here: MtrlHere, sources: Path) -> None:
     here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two'}", "run_dir=run", "seed=3")
     here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / '100'}", "run_dir=older")
     here("train", *SMALL, *NEVER, TWO, f"init_from={sources / 'two' / 'checkpoints' / 'best'}", "run_dir=best")
     observation = torch.randn(2, 5, 6)
-    said = {name: network_of(path)[1](observation) for name, path in (("source", sources / "two"), ("run", here.folder / "run"))}
-    assert torch.equal(said["run"], said["source"])
-    assert torch.equal(network_of(here.folder / "best")[1](observation), said["source"])
+    outputs = {name: network_of(path)[1](observation) for name, path in (("source", sources / "two"), ("run", here.folder / "run"))}
+    assert torch.equal(outputs["run"], outputs["source"])
+    assert torch.equal(network_of(here.folder / "best")[1](observation), outputs["source"])
     older, there = model(here.folder / "older"), model(sources / "two", 100)
     assert all(torch.equal(value, there[name]) for name, value in older.items())
 
 
-def test_other_task_takes_the_torso_and_leaves_the_rest(here: MtrlHere, sources: Path) -> None:
+def test_different_task_loads_only_the_torso(here: MtrlHere, sources: Path) -> None:
     done = here("train", *SMALL, THIRD, f"init_from={sources / 'two'}", "transfer.freeze=torso", "run_dir=run")
-    said = lines(done.stdout)
-    assert "torso all tasks 304 loaded" in said
-    assert "stem of each torso CartPole-v1, Acrobot-v1 256 left" in said
-    assert "frozen 304 parameters" in said
+    printed = lines(done.stdout)
+    assert "torso all tasks 304 loaded" in printed
+    assert "stem of each torso CartPole-v1, Acrobot-v1 256 left" in printed
+    assert "frozen 304 parameters" in printed
     source, found, first = model(sources / "two"), model(here.folder / "run"), model(here.folder / "run", 20)
     assert all(torch.equal(value, source[name]) for name, value in found.items() if "body" in name)
     assert not any(torch.equal(value, first[name]) for name, value in found.items() if "body" not in name)
 
 
-def test_values_on_a_scale_of_their_own_bring_it_along(here: MtrlHere, sources: Path) -> None:
-    """PopArt to PopArt: the statistics of the known tasks. To none: values of the game's own rewards."""
+def test_value_scale_is_loaded_or_converted(here: MtrlHere, sources: Path) -> None:
+    """From PopArt to PopArt, the statistics of loaded tasks are kept; to no value scale, heads are rescaled to raw rewards."""
     source = [sources / "popart", "agent/value_scale=popart"]
     here("train", *SMALL, *NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
     to_none = here("train", *SMALL, *NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
@@ -144,7 +144,7 @@ def test_values_on_a_scale_of_their_own_bring_it_along(here: MtrlHere, sources: 
     assert not torch.allclose(raw[:, :, :2], normalised[:, :, :2])
 
 
-def test_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
+def test_matching_parts_are_loaded_into_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
     for number, (words, line) in enumerate(
         [
             (["network/sharing=film"], "torso all tasks 304 loaded"),
@@ -157,11 +157,11 @@ def test_other_structures_and_heads(here: MtrlHere, sources: Path) -> None:
         assert line in lines(done.stdout), done.stdout
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------------------------------------
 
 
-def broken(sources: Path, folder: Path, how: str) -> str:
-    """A copy of the source with something wrong, as `init_from` names it."""
+def break_source(sources: Path, folder: Path, how: str) -> str:
+    """Create a broken copy of the source and return the value of `init_from`."""
     run = folder / "source"
     shutil.copytree(sources / "two", run)
     last = run / "checkpoints" / "240"
@@ -197,15 +197,15 @@ def broken(sources: Path, folder: Path, how: str) -> str:
         ("other tasks", "Acrobot-v1"),
     ],
 )
-def test_source_that_cannot_be_read_is_refused_in_a_line_or_two(here: MtrlHere, sources: Path, how: str, word: str) -> None:
-    refused = here("train", *SMALL, f"init_from={broken(sources, here.folder, how)}", "run_dir=run", code=2)
+def test_unreadable_source_is_refused_in_two_lines(here: MtrlHere, sources: Path, how: str, word: str) -> None:
+    refused = here("train", *SMALL, f"init_from={break_source(sources, here.folder, how)}", "run_dir=run", code=2)
     assert len(refused.stderr.strip().splitlines()) <= 2, refused.stderr
     assert word in refused.stderr
     assert not (here.folder / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["init_from=nowhere"], ["nowhere"]),
         (["init_from=SOURCE/checkpoints/77"], ["no checkpoint 77", "20, 40"]),
@@ -230,17 +230,19 @@ def test_source_that_cannot_be_read_is_refused_in_a_line_or_two(here: MtrlHere, 
         (["init_from=SOURCE", "transfer.replay=true", TWO, "agent=pqn", "network.layer_norm=true"], ["rollouts"]),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_made(here: MtrlHere, sources: Path, words: list[str], told: list[str]) -> None:
+def test_invalid_transfer_is_refused_before_a_folder_is_created(
+    here: MtrlHere, sources: Path, words: list[str], message: list[str]
+) -> None:
     given = [word.replace("SOURCE", str(sources / "two")) for word in words]
     refused = here(
         "train", *(SMALL if "agent=pqn" not in words else [w for w in SMALL if not w.startswith("agent.")]), *given, "run_dir=run", code=2
     )
     assert len(refused.stderr.strip().splitlines()) <= 2, refused.stderr
-    assert all(word in refused.stderr for word in told), refused.stderr
+    assert all(word in refused.stderr for word in message), refused.stderr
     assert not (here.folder / "run").exists()
 
 
-# -- going on -------------------------------------------------------------------------------------------------------------------
+# -- unfreezing and resuming ----------------------------------------------------------------------------------------------------
 
 FROZEN = ["transfer.freeze=torso", "transfer.unfreeze_at=100", "task_weights=pcgrad"]
 
@@ -249,13 +251,13 @@ FROZEN = ["transfer.freeze=torso", "transfer.unfreeze_at=100", "task_weights=pcg
 def unfrozen(sources: Path, shared: Shared) -> Path:
     """A run of three tasks with a torso that is frozen until step 100."""
     trained = shared.run(*SMALL, *FROZEN, f"init_from={sources / 'two'}")
-    said = lines(trained.printed)
-    assert "unfroze layers 1, 2 of the torso at step 100; all parameters are trained" in said
-    assert "task weights: the tasks share no trained parameters until step 100, so PCGrad equals uniform" in said
+    printed = lines(trained.printed)
+    assert "unfroze layers 1, 2 of the torso at step 100; all parameters are trained" in printed
+    assert "task weights: the tasks share no trained parameters until step 100, so PCGrad equals uniform" in printed
     return trained.path
 
 
-def test_parameters_change_after_they_are_unfrozen_and_not_before(unfrozen: Path, sources: Path) -> None:
+def test_parameters_change_only_after_unfreezing(unfrozen: Path, sources: Path) -> None:
     source = model(sources / "two")
     body, stem = "sharing.body.0.0.weight", "sharing.stem.stacked.0:weight"
     for step in range(20, 260, 20):
@@ -276,9 +278,9 @@ def test_run_killed_before_or_after_unfreezing_resumes_with_the_same_bytes(here:
             shutil.rmtree(path)
     if step == 0:
         shutil.rmtree(run / "checkpoints")
-    said = here("resume", "run").stdout
-    assert ("starting from the beginning" if step == 0 else f"resuming from step {step}") in said
-    assert ("unfroze layers 1, 2 of the torso at step 100" in said) == (step <= 100)
+    printed = here("resume", "run").stdout
+    assert ("starting from the beginning" if step == 0 else f"resuming from step {step}") in printed
+    assert ("unfroze layers 1, 2 of the torso at step 100" in printed) == (step <= 100)
     assert bytes_of(run) == bytes_of(unfrozen)
     assert rows(run) == rows(unfrozen)
 
@@ -307,7 +309,7 @@ def test_weight_decay_and_resets_do_not_change_frozen_parameters_and_resume_is_e
     assert bytes_of(run) == before
 
 
-def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sources: Path) -> None:
+def test_source_is_not_needed_after_the_first_checkpoint(here: MtrlHere, sources: Path) -> None:
     shutil.copytree(sources / "two", here.folder / "source")
     here("train", *SMALL, TWO, "init_from=source", "transfer.freeze=torso:1", "run_dir=run")
     before = bytes_of(here.folder / "run")
@@ -319,14 +321,14 @@ def test_once_there_is_a_checkpoint_the_source_is_not_needed(here: MtrlHere, sou
     assert "source" in here("resume", "run", code=2).stderr
 
 
-def test_or_resume_knows_its_source_again(here: MtrlHere, sources: Path) -> None:
+def test_or_resume_reports_a_different_source(here: MtrlHere, sources: Path) -> None:
     command = ["train", *SMALL, *NEVER, TWO, "run_dir=run", "--or-resume"]
     here(*command, f"init_from={sources / 'two'}")
     assert "init_from" not in here(*command, f"init_from={sources / 'two'}").stdout
     assert "ignored from this command: init_from" in here(*command, f"init_from={sources / 'popart'}").stdout
 
 
-def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlHere, sources: Path) -> None:
+def test_low_rank_adapters_train_resume_evaluate_and_can_be_a_source(here: MtrlHere, sources: Path) -> None:
     done = here("train", *SMALL, TWO, f"init_from={sources / 'two'}", "transfer.freeze=torso", "transfer.adapters=lora", "run_dir=run")
     assert "adapter CartPole-v1, Acrobot-v1 256 fresh (zero at the start)" in lines(done.stdout)
     run = here.folder / "run"
@@ -344,7 +346,7 @@ def test_adapters_of_low_rank_train_resume_evaluate_and_are_a_source(here: MtrlH
 
 
 @pytest.mark.parametrize(("replay", "capacity", "held"), [("uniform", 160, 160), ("prioritized", 400, 240)])
-def test_training_goes_on_with_the_sources_replay(here: MtrlHere, sources: Path, replay: str, capacity: int, held: int) -> None:
+def test_loaded_replay_is_learned_from_at_once(here: MtrlHere, sources: Path, replay: str, capacity: int, held: int) -> None:
     words = [TWO, f"init_from={sources / 'popart'}", "agent/value_scale=popart", f"replay={replay}", "transfer.replay=true"]
     done = here("train", *SMALL, *words, f"replay.capacity={capacity}", "steps_per_task=200", "run_dir=run")
     assert f"replay {held} transitions per task of the source; learning starts at once" in lines(done.stdout)
@@ -358,7 +360,7 @@ def test_training_goes_on_with_the_sources_replay(here: MtrlHere, sources: Path,
     assert [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")] == before
 
 
-def test_replay_that_was_not_saved_or_is_of_rollouts_is_told(here: MtrlHere) -> None:
+def test_loading_a_missing_replay_or_rollouts_is_refused(here: MtrlHere) -> None:
     here("train", *SMALL, TWO, "checkpoint.replay=false", "run_dir=source")
     refused = here("train", *SMALL, TWO, "init_from=source", "transfer.replay=true", "run_dir=run", code=2)
     assert "without its replay" in refused.stderr
@@ -370,6 +372,6 @@ def test_replay_that_was_not_saved_or_is_of_rollouts_is_told(here: MtrlHere) -> 
     assert "torso all tasks 304 loaded" in lines(here("train", *SMALL, *NEVER, TWO, "init_from=rollouts", "run_dir=run").stdout)
 
 
-def test_bench_leaves_the_source_out(here: MtrlHere) -> None:
+def test_bench_ignores_the_source(here: MtrlHere) -> None:
     done = here("bench", *SMALL, "init_from=nowhere", "transfer.freeze=torso", "--seconds", "0.1")
     assert "init_from: left out" in done.stderr

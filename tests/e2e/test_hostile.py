@@ -23,7 +23,7 @@ VALID = compose.compose_training(["device=cpu"])
 
 
 def with_values(**changes: Any) -> str:
-    """A configuration that is valid but for these keys (`network__head` is network.head)."""
+    """A valid configuration with changed keys (`network__head` is network.head)."""
     changed = copy.deepcopy(VALID)
     for key, value in changes.items():
         node = changed
@@ -43,7 +43,7 @@ def valid() -> str:
 
 
 HOSTILE: dict[str, str | bytes | Callable[[Path], None]] = {
-    # code by name
+    # code referenced by name
     "system": target("network", "os.system", command=COMMAND),
     "hydra_arguments": target("network", "os.system", _args_=[COMMAND]),
     "subprocess": target("optimizer", "subprocess.run", args=COMMAND, shell=True),
@@ -56,7 +56,7 @@ HOSTILE: dict[str, str | bytes | Callable[[Path], None]] = {
     "get_method": target("agent", "hydra.utils.get_method", path="os.system"),
     "foreign_package": target("task_weights", "evil.Weights"),
     "partial": target("network", "functools.partial", _partial_=True),
-    # code through our own package
+    # code through this package
     "import_of_an_import": target("network", "mtrl_cli.commands.train.shutil.copy", src="a", dst=CANARY),
     "import": target("network", "mtrl_cli.config.compose.os.system", command=COMMAND),
     "our_function": target("network", "mtrl_cli.files.atomic.replace", path=CANARY, chunks="x"),
@@ -75,7 +75,7 @@ HOSTILE: dict[str, str | bytes | Callable[[Path], None]] = {
     "target_among_values": with_values(eval={**VALID["eval"], "_target_": "os.system"}),
     "target_at_the_top": with_values(_target_="os.system", command=COMMAND),
     "target_in_a_dictionary": with_values(agent__epsilon_tasks={"_target_": "os.system"}),
-    # trust that a folder gives itself
+    # trust granted by the folder itself
     "own_trust": with_values(trusted_packages=["os"], network={"_target_": "os.system", "command": COMMAND}),
     "own_trust_of_all": with_values(trusted_packages=["", "evil"], network={"_target_": "evil.Torso"}),
     "hydra_settings": with_values(hydra={"searchpath": ["file:///tmp"], "run": {"dir": CANARY}}),

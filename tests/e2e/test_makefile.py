@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def checkout(root: Path, tmp_path: Path) -> Path:
-    """The files that make reads, in a path with spaces."""
+    """A folder with the files that make reads, in a path with spaces."""
     folder = tmp_path / "a path with spaces"
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):

@@ -19,23 +19,25 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.launchers import ray as launchers_ray
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required
+from tests.helpers.shared import Shared
 
 SECONDS = 90.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(shared: Shared) -> Iterator[Any]:
     """A Ray cluster with one core on its head node; a test may add nodes."""
     if importlib.util.find_spec("ray") is None:
         required.skip_or_fail("ray", "Ray is not installed (make test installs it)")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
-    try:
-        yield made
-    finally:
-        made.shutdown()
+    with shared.lock("ray"):
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            made.shutdown()
 
 
 @pytest.fixture
@@ -73,11 +75,11 @@ def runs(tmp_path: Path) -> list[Path]:
     return folders
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], failure: str) -> Any:
     """Wait until a condition holds."""
     end = time.monotonic() + SECONDS
     while not (found := condition()):
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, failure
         time.sleep(0.05)
     return found
 
@@ -101,8 +103,8 @@ def test_job_reports_the_exit_of_its_worker(
         jobs.append(ray.start(run))
     assert ends_of(*jobs) == [End(0), End(1), End(2), End(None, "killed by signal 9 (Killed)")]
     assert (runs[0] / "output.txt").read_text() == "one\ntwo\n"
-    told = dict(line.split("=", 1) for line in (runs[0] / "env").read_text().splitlines() if "=" in line)
-    assert (told["MTRL_CORES"], told["MTRL_MEMORY"], told["CUDA_VISIBLE_DEVICES"]) == ("1", str(2**28), "")
+    environment = dict(line.split("=", 1) for line in (runs[0] / "env").read_text().splitlines() if "=" in line)
+    assert (environment["MTRL_CORES"], environment["MTRL_MEMORY"], environment["CUDA_VISIBLE_DEVICES"]) == ("1", str(2**28), "")
     assert ends_of(ray.start(runs[0])) == [End(None, "killed by signal 9 (Killed)")]
     assert (runs[0] / "output.txt").read_text() == "one\ntwo\n", "output is appended"
 
@@ -154,17 +156,17 @@ def test_local_cluster_ends_with_its_launcher(
     assert ends_of(ray.start(runs[0])) == [End(0)]
     assert children() - before, "separate processes"
     ray.close()
-    assert os.environ.get("RAY_AUTH_MODE") == mode, "the token of a local cluster is not required by others"
+    assert os.environ.get("RAY_AUTH_MODE") == mode, "other clusters do not require the token of the local cluster"
     until(lambda: children() <= before, "Ray's processes live on")
 
 
 def records(sweep: Path) -> list[dict[str, Any]]:
-    """Each trial's trial.json."""
+    """Read the trial.json of each trial."""
     return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]
 
 
 def processes_of(folder: Path) -> set[int]:
-    """The workers of the runs in a folder."""
+    """Return the worker processes of the runs in a folder."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -177,7 +179,7 @@ def processes_of(folder: Path) -> set[int]:
 
 
 def is_child_of(process: int, ancestor: int) -> bool:
-    """Whether a process comes from another."""
+    """Whether a process is a descendant of another."""
     while process > 1 and process != ancestor:
         try:
             process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
@@ -196,7 +198,7 @@ def test_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_pa
     with (tmp_path / "output").open("w") as output:
         sweep = subprocess.Popen([sys.executable, "-m", "mtrl_cli", "sweep", *words], stdout=output, stderr=output, cwd=tmp_path)
     try:
-        # One run on each node; the second node's has saved something when that is killed.
+        # One run per node; the second node is killed after its run has saved a checkpoint.
         there = until(lambda: [each for each in processes_of(folder) if is_child_of(each, raylet)], "no run on the second node")[0]
         run = Path(os.fsdecode(Path(f"/proc/{there}/cmdline").read_bytes().split(b"\0")[-2]))
         until(lambda: list(run.glob("checkpoints/*/COMPLETE")), "it has saved nothing")
@@ -207,9 +209,9 @@ def test_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_pa
         sweep.kill()
         sweep.wait()
     number = int(run.name)
-    told = records(folder)
-    assert [record["state"] for record in told] == ["completed"] * 3
-    assert [record["attempts"] for record in told] == [2 if each == number else 1 for each in range(3)]
+    found = records(folder)
+    assert [record["state"] for record in found] == ["completed"] * 3
+    assert [record["attempts"] for record in found] == [2 if each == number else 1 for each in range(3)]
     assert f"trial {number}: its process died (Ray lost its machine" in (tmp_path / "output").read_text()
     assert "resuming from step" in (run / "output.txt").read_text(), "the run restarted from the beginning"
     assert processes_of(folder) == set()

@@ -1,4 +1,4 @@
-"""What the README says works as written: its command lines compose, its example of a pack and a network of one's own trains."""
+"""README: its command lines compose, and its example of a custom pack and network trains."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_every_training_command_composes(line: str, here: MtrlHere) -> None:
 
 
 @pytest.mark.parametrize("line", FAST)
-def test_every_command_of_speed_composes(line: str, here: MtrlHere) -> None:
-    """`mtrl bench` and torchrun's take the words of `mtrl train`."""
+def test_every_bench_and_torchrun_command_composes(line: str, here: MtrlHere) -> None:
+    """`mtrl bench` and torchrun commands accept the overrides of `mtrl train`."""
     words = [word for word in shlex.split(line, comments=True) if "=" in word and not word.startswith("-")]
     assert "steps_per_task" in here("train", *words, "--dry-run").stdout
 
 
-def test_the_study_of_transfer_composes(here: MtrlHere) -> None:
-    """`mtrl transfer` takes the words of `mtrl train` after its run, but for the number of seeds."""
+def test_transfer_study_composes(here: MtrlHere) -> None:
+    """Except for `seeds`, `mtrl transfer` accepts the overrides of `mtrl train` after its run."""
     (line,) = (line for line in LINES if line.startswith("mtrl transfer "))
     run, *words = shlex.split(line)[2:]
     assert "=" not in run
@@ -41,20 +41,20 @@ def test_the_study_of_transfer_composes(here: MtrlHere) -> None:
 
 
 @pytest.mark.parametrize("line", MANY)
-def test_every_sweep_and_study_is_planned(line: str, here: MtrlHere) -> None:
-    """Each run of it composes, and its samplers, pruners and metrics go together."""
+def test_every_sweep_and_study_can_be_planned(line: str, here: MtrlHere) -> None:
+    """Each run composes, and samplers, pruners and metrics are compatible."""
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "--dry-run"]
     assert "trials, " in here(*words, "--dry-run").stdout
 
 
-def test_there_are_commands_to_test() -> None:
+def test_readme_contains_commands_of_each_kind() -> None:
     assert len(MANY) >= 4
     assert len(TRAINING) >= 6
     assert len(FAST) == 3
 
 
-def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
-    """A pack, a torso, a sharing structure and a weighting, each a file or two, in one run."""
+def test_custom_components_train_as_documented(mtrl: Mtrl) -> None:
+    """A custom pack, torso, sharing structure and weighting in one run."""
     texts = [text for language, text in BLOCKS if language in ("yaml", "python")]
     names = re.findall(r"`(my_\w+(?:/\w+)*\.(?:yaml|py))`", README)
     assert len(names) == 7
@@ -72,12 +72,12 @@ def test_own_parts_train_as_shown(mtrl: Mtrl) -> None:
     weights = [[row["weight/CartPole-v1"], row["weight/Acrobot-v1"]] for row in rows if "weight/CartPole-v1" in row]
     assert weights
     assert all(sum(pair) == pytest.approx(1) and pair[0] != pytest.approx(0.5) for pair in weights)
-    # The printed command to evaluate it works as printed.
+    # The printed evaluation command works.
     (evaluate,) = (line for line in printed.splitlines() if line.startswith("evaluate "))
     words = [word for word in shlex.split(evaluate)[2:] if not word.startswith(("video", "eval."))]
     mtrl(*words, "eval.episodes=1", "eval.max_steps=5", PYTHONPATH=".")
     assert list(Path(mtrl.folder / "run" / "eval").iterdir())
-    # pqn asks torsos for LayerNorm, which one of a user's own need not know.
+    # PQN enables LayerNorm, which a custom torso need not support.
     of_pqn = [
         "agent=pqn",
         "agent.rollout_length=4",

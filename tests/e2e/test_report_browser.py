@@ -1,4 +1,4 @@
-"""A report's page in headless Chromium: it renders, loads nothing, its links work, it can be read on a phone and in the dark."""
+"""Report page in headless Chromium: rendering, no network access, links, and readability on a phone and in dark mode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 from tests.helpers.required import skip_or_fail
+from tests.helpers.shared import Shared
 
 HOSTILE = "<script>document.title='owned'</script>\"'&<img src=http://localhost:9/x onerror=alert(1)>"
 READABLE = 9.0  # px
@@ -38,7 +39,7 @@ COLOURS = """() => {
     .map(each => [contrast(rgb(getComputedStyle(each).fill), paper(each)), each.textContent]);
   return {texts, drawn, paper: light(paper(document.body))};
 }"""
-"""Contrasts as WCAG 2 defines them, of the page's words and of those in the pictures of scores."""
+"""Contrast ratios (WCAG 2) of the text of the page and of the score plots."""
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,16 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The page of each case."""
+@pytest.fixture
+def pages(shared: Shared) -> dict[str, Path]:
+    """The report page of each case."""
     pytest.importorskip("matplotlib")
-    root = tmp_path_factory.mktemp("reports")
+    root = shared.folder("reports", make_pages)
+    return {case: root / case / "report" / "index.html" for case in (*CASES, "long_words")}
+
+
+def make_pages(root: Path) -> None:
+    """Write the runs, sweeps and pages of all cases."""
     axes = {"network/sharing": ["independent", "hard", "film"], "optimizer.lr": ["1e-3", "1e-4", "3e-4", "1e-5"], "seed": [0, 1]}
     states = {1: "failed", 3: "pruned", 5: "running", 7: "waiting"}
     make_sweep(root / "sweep", axes, states=states, whys={1: "CUDA out of memory"}, evaluations=3, rows=9)
@@ -74,14 +80,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_run(root / "packs" / "b", ["env=minatar_pack"], evaluations=3, status="failed", error="it broke")
     make_run(root / "packs" / "c", ["env=minatar_pack", "network/sharing=film"], evaluations=3, scored=False)
     make_sweep(root / "long_words", {"agent.target_period": [1000, 10_000], "seed": [0]}, evaluations=2, rows=6)
-    cases = (*CASES, "long_words")
-    for case in cases:
+    for case in (*CASES, "long_words"):
         report_command.run([root / case], None, ["mtrl", "report", str(root / case)])
-    return {case: root / case / "report" / "index.html" for case in cases}
 
 
 def _make_hostile(folder: Path) -> None:
-    """Runs whose tasks, pack, errors, commands and folders are named to break a page or a drawing."""
+    """Create runs whose names, errors and folders try to inject markup or break a plot."""
     for seed in (0, 1):
         run = make_run(folder / f"<script>alert({seed})<" / "img onerror=alert(1)", seed=seed, evaluations=2)
         for name in ("config.yaml", "metrics.jsonl", "eval/test.json"):
@@ -95,7 +99,7 @@ def _make_hostile(folder: Path) -> None:
 
 @pytest.fixture
 def opened(browser: Any, pages: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A case's page; at the end nothing may have gone to a network, to the console, or to a dialog."""
+    """The page of a case. Fails at the end if the page used the network, the console or a dialog."""
     case, width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
     page.set_default_timeout(60_000)
@@ -103,7 +107,7 @@ def opened(browser: Any, pages: dict[str, Path], request: pytest.FixtureRequest)
     page.on("console", lambda message: troubles.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (troubles.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda asked: troubles.append(f"request: {asked.url}") if not asked.url.startswith(("file:", "data:")) else None)
+    page.on("request", lambda sent: troubles.append(f"request: {sent.url}") if not sent.url.startswith(("file:", "data:")) else None)
     page.goto(pages[case].as_uri())
     yield page
     page.close()
@@ -115,7 +119,7 @@ def every(width: int = 1280, scheme: str = "light", cases: tuple[str, ...] = CAS
 
 
 @every()
-def test_the_page_renders_in_order_and_its_links_lead_somewhere(opened: Any) -> None:
+def test_page_has_ordered_headings_and_working_links(opened: Any) -> None:
     assert opened.title().startswith("Report: ")
     assert opened.locator("script").count() == 0
     levels = opened.eval_on_selector_all("h1, h2, h3", "all => all.map(each => Number(each.tagName[1]))")
@@ -134,7 +138,7 @@ def test_the_page_renders_in_order_and_its_links_lead_somewhere(opened: Any) -> 
 
 
 @every(cases=("sweep",))
-def test_the_table_of_contents_goes_to_its_sections(opened: Any) -> None:
+def test_table_of_contents_links_scroll_to_their_sections(opened: Any) -> None:
     for link in opened.locator("nav a").all():
         link.click()
         anchor = link.get_attribute("href")
@@ -144,7 +148,7 @@ def test_the_table_of_contents_goes_to_its_sections(opened: Any) -> None:
 
 
 @every(cases=("sweep", "one_seed", "packs", "hostile"))
-def test_pictures_are_visible_and_told_in_words(opened: Any) -> None:
+def test_plots_are_visible_and_have_text_descriptions(opened: Any) -> None:
     pictures = opened.locator("figure svg").all()
     assert pictures
     for picture in pictures:
@@ -158,7 +162,7 @@ def test_pictures_are_visible_and_told_in_words(opened: Any) -> None:
 
 
 @every(width=390)
-def test_a_phone_has_nothing_to_scroll_sideways_but_boxes(opened: Any) -> None:
+def test_page_on_a_phone_does_not_scroll_sideways_and_text_is_readable(opened: Any) -> None:
     assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     sizes = opened.eval_on_selector_all(
         "p, th, td, li, figure svg text",
@@ -172,7 +176,7 @@ def test_a_phone_has_nothing_to_scroll_sideways_but_boxes(opened: Any) -> None:
 
 
 @every(width=390, cases=("long_words",))
-def test_no_word_of_a_tables_first_column_is_broken_on_a_phone(opened: Any) -> None:
+def test_words_in_first_table_columns_are_not_broken_on_a_phone(opened: Any) -> None:
     broken = opened.eval_on_selector_all(
         "tbody th",
         "all => all.flatMap(each => [...each.textContent.matchAll(/[^\\s]+/g)].filter(word => {"
@@ -185,7 +189,7 @@ def test_no_word_of_a_tables_first_column_is_broken_on_a_phone(opened: Any) -> N
 
 
 @pytest.mark.parametrize("opened", [("sweep", 1280, scheme) for scheme in ("light", "dark")], ids=("light", "dark"), indirect=True)
-def test_words_stand_out_in_light_and_dark(opened: Any) -> None:
+def test_text_has_sufficient_contrast_in_light_and_dark_mode(opened: Any) -> None:
     found = opened.evaluate(COLOURS)
     assert (found["paper"] < 0.1) == opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert len(found["drawn"]) > 10
@@ -193,25 +197,25 @@ def test_words_stand_out_in_light_and_dark(opened: Any) -> None:
 
 
 @every(cases=("empty",))
-def test_a_page_without_a_completed_run_says_so(opened: Any) -> None:
+def test_page_without_a_completed_run_states_it(opened: Any) -> None:
     assert "No run is completed yet: nothing was compared" in opened.inner_text("body")
     assert opened.locator("figure").count() == 0
 
 
 @every(cases=("one_seed",))
-def test_a_page_of_one_seed_says_so(opened: Any) -> None:
+def test_page_with_one_seed_states_that_there_are_no_intervals(opened: Any) -> None:
     assert "One seed of each configuration: there are no intervals" in opened.inner_text("main")
 
 
 @every(cases=("packs",))
-def test_a_page_of_different_packs_says_so(opened: Any) -> None:
+def test_page_with_different_packs_states_that_they_cannot_be_compared(opened: Any) -> None:
     text = opened.inner_text("body")
     assert "Runs of different packs, tasks or budgets cannot be compared" in text
     assert "it broke" in text
 
 
 @every(cases=("hostile",))
-def test_what_strangers_wrote_is_shown_and_does_nothing(opened: Any) -> None:
+def test_hostile_text_is_shown_escaped(opened: Any) -> None:
     assert opened.title() != "owned"
     text = opened.inner_text("main")
     assert "<script>document.title='owned'</script>" in text
@@ -220,7 +224,7 @@ def test_what_strangers_wrote_is_shown_and_does_nothing(opened: Any) -> None:
 
 
 @every(cases=("sweep",))
-def test_runs_that_are_in_no_comparison_are_named(opened: Any) -> None:
+def test_runs_outside_the_comparison_are_listed(opened: Any) -> None:
     text = opened.inner_text("section[aria-labelledby=runs]")
     for word in ("failed", "CUDA out of memory", "pruned", "running", "waiting", "mtrl train env=minatar_pack network/sharing=film"):
         assert word in text

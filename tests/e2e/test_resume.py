@@ -45,7 +45,7 @@ CRASHES = [
     Crash("os:replace", call=3, after=True),
     Crash("os:fsync", call=9, after=True),
 ]
-"""While environments step, within a checkpoint, before an evaluation, after a file was published, and within the next checkpoint."""
+"""Kills during environment steps, within a checkpoint, before an evaluation, after publishing a file, and within the next checkpoint."""
 
 
 def start(mtrl: Mtrl, overrides: list[str], crash: Crash | None = None) -> WarmProcess:

@@ -1,4 +1,4 @@
-"""Every sharing structure trains with a handful of weightings, through the command's own entry point; a few in processes of their own."""
+"""Every sharing structure trains with several weightings, through the command's entry point; some in separate processes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from tests.helpers.short_runs import SMALL, TASKS
 
 STRUCTURES = sorted(path.stem for path in (ROOT / "conf" / "network" / "sharing").glob("*.yaml"))
 WEIGHTS = ["uniform", "pcgrad", "graddrop", "famo"]
-"""A single loss, inner products, rows, and a look back at the batch."""
+"""Weightings that use a single loss, inner products, gradient rows, and a second evaluation of the batch."""
 LITTLE = ["steps_per_task=72"]
 KEYS = {"soft_modular": ["network.sharing.module_size=16", "network.sharing.routing_size=16"]}
 
 
 def last_row(run: Path) -> dict[str, float]:
-    """The last row of a run in which it learned; all metrics of all rows are finite."""
+    """Return a run's last row with updates; assert that all metrics of all rows are finite."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     row: dict[str, float] = [row for row in rows if "grad/norm" in row][-1]
     return row
 
 
-def test_all_structures_are_there() -> None:
+def test_all_published_structures_exist() -> None:
     published = "care cross_stitch film hard independent input_adapters mmoe moore mtan paco ple soft_modular soft_moe task_embedding"
     assert set(published.split()) <= set(STRUCTURES)
 
 
 @pytest.mark.parametrize(("structure", "weights"), list(product(STRUCTURES, WEIGHTS)))
-def test_every_structure_trains_with(structure: str, weights: str, here: MtrlHere) -> None:
+def test_every_structure_trains_with_every_kind_of_weighting(structure: str, weights: str, here: MtrlHere) -> None:
     keys = KEYS.get(structure, [])
     printed = here("train", *SMALL, *LITTLE, *keys, f"network/sharing={structure}", f"task_weights={weights}", "run_dir=run").stdout
     last = last_row(here.folder / "run")
     assert last["step"] == 72
     assert last["updates"] == (72 - 4 - 40) * 2 // 16
     of_gradients = weights in ("pcgrad", "graddrop")
-    alone = structure == "independent" and of_gradients
-    assert ("equals uniform" in printed) == alone
-    if alone or weights == "uniform":
+    uniform_by_design = structure == "independent" and of_gradients
+    assert ("equals uniform" in printed) == uniform_by_design
+    if uniform_by_design or weights == "uniform":
         assert [last[f"weight/{task}"] for task in TASKS] == pytest.approx([1 / 3] * 3)
 
 
@@ -55,16 +55,16 @@ def test_every_structure_trains_with(structure: str, weights: str, here: MtrlHer
         ("film", "nash_mtl", ["network/head=quantile", "replay=prioritized"]),
     ],
 )
-def test_in_a_process_of_its_own(structure: str, weights: str, more: list[str], mtrl: Mtrl) -> None:
-    """And what it saved is evaluated by another."""
+def test_structure_trains_and_evaluates_in_separate_processes(structure: str, weights: str, more: list[str], mtrl: Mtrl) -> None:
+    """The saved run is evaluated by another process."""
     mtrl("train", *SMALL, *LITTLE, f"network/sharing={structure}", f"task_weights={weights}", *more, "run_dir=run")
     last_row(mtrl.folder / "run")
     mtrl("eval", "run", "eval.episodes=1", "eval.max_steps=10")
 
 
 @pytest.mark.skipif(missing_for_compile() is not None, reason=f"torch.compile cannot work here: {missing_for_compile()}")
-def test_compiled_a_structure_that_has_no_quick_way_takes_a_backward_pass_for_each_task(mtrl: Mtrl) -> None:
-    """Compiled code gives its buffers away in its first backward pass unless it is told that more will follow."""
+def test_compiled_structure_without_stacking_makes_one_backward_pass_per_task(mtrl: Mtrl) -> None:
+    """Compiled code frees its buffers in the first backward pass unless they are retained."""
     small = ["steps_per_task=80", "network.hidden=[8,8]", "log.diagnostics=0"]
     mtrl("train", *SMALL, *small, "compile=true", "network/sharing=mmoe", "network.sharing.experts=2", "task_weights=pcgrad", "run_dir=run")
     last_row(mtrl.folder / "run")

@@ -18,16 +18,18 @@ from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers import slurm
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required, slurm_machine
+from tests.helpers.shared import Shared
 
 SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, shared: Shared) -> Iterator[None]:
     """Start Slurm on this machine with two cores, and set the environment of this process to use it."""
     if reason := slurm_machine.missing():
         required.skip_or_fail("slurm", reason)
-    with slurm_machine.started(tmp_path_factory.mktemp("slurm")) as environment, pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("slurm")
+    with shared.lock("slurm"), slurm_machine.started(folder) as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         yield
@@ -57,11 +59,11 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return is_now
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], failure: str) -> Any:
     """Wait until a condition holds."""
     end = time.monotonic() + SECONDS
     while not (found := condition()):
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, failure
         time.sleep(0.05)
     return found
 
@@ -231,8 +233,8 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
 
     plain = subprocess.run(mtrl("train", *words, "seed=0", f"run_dir={tmp_path / 'plain'}"), capture_output=True, timeout=240, cwd=tmp_path)
     assert plain.returncode == 0
-    of_sweep, alone = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
-    assert of_sweep.read_bytes() == alone.read_bytes()
+    of_sweep, uninterrupted = (run / "checkpoints/1200/model.safetensors" for run in (folder / "trials/0000", tmp_path / "plain"))
+    assert of_sweep.read_bytes() == uninterrupted.read_bytes()
 
 
 def test_sweep_that_slurm_refuses_creates_nothing(cluster: None, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mtrl sweep` from the command line to its end: real runs, small ones."""
+"""`mtrl sweep` through the command line with small real runs."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def trials(sweep: Path) -> list[dict[str, Any]]:
     return [json.loads((path / "trial.json").read_text()) for path in sorted((sweep / "trials").iterdir())]
 
 
-def test_a_grid_with_a_combination_that_cannot_be(mtrl: Mtrl, tmp_path: Path) -> None:
-    """Four trials, one of which makes no sense: it fails for good and is named, the others end, and the best is a command that works."""
+def test_grid_with_an_invalid_combination_completes_the_other_trials(mtrl: Mtrl, tmp_path: Path) -> None:
+    """Of four trials, the invalid one fails and is named, the others complete, and the best is printed as a valid command."""
     words = [*SMALL, "network/head=dueling,c51", "agent/value_scale=clip,none", "launcher.jobs=2", "run_dir=s"]
     before = mtrl("sweep", *words, "--dry-run").stdout
     assert "4 trials, a grid" in before
@@ -41,27 +41,27 @@ def test_a_grid_with_a_combination_that_cannot_be(mtrl: Mtrl, tmp_path: Path) ->
     assert shlex.split(command) == shlex.split(best["command"])
     for each in found[:3]:
         assert dict(word.split("=", 1) for word in each["overrides"]) == each["values"]
-        # Each is an ordinary run, of the configuration that its own command makes; its worker decided on what was auto.
-        asked = dict(compose.flat(compose.compose_training(shlex.split(each["command"])[2:])))
+        # Each trial is a normal run with the configuration of its command; its worker resolved `auto` values.
+        requested = dict(compose.flat(compose.compose_training(shlex.split(each["command"])[2:])))
         ran = dict(compose.flat(compose.load(tmp_path / "s" / "trials" / f"{each['number']:04d}" / "config.yaml")))
-        assert {key for key in asked if asked[key] != "auto" and asked[key] != ran[key]} == {"run_dir"}
-    # What is over is not done again: neither by the same command nor by a resume, which says the same at its end.
+        assert {key for key in requested if requested[key] != "auto" and requested[key] != ran[key]} == {"run_dir"}
+    # Neither the same command nor a resume repeats completed trials; both print the same summary.
     times = [(tmp_path / "s" / "trials" / f"{number:04d}" / "metrics.jsonl").stat().st_mtime_ns for number in range(3)]
     again = mtrl("sweep", *words, code=1)
     resumed = mtrl("resume", "s", code=1)
     assert command in again.stdout
     assert command in resumed.stdout
     assert times == [(tmp_path / "s" / "trials" / f"{number:04d}" / "metrics.jsonl").stat().st_mtime_ns for number in range(3)]
-    # A dry run tells how it went.
+    # A dry run lists the results.
     listed = [line.split() for line in mtrl("sweep", *words, "--dry-run").stdout.splitlines()]
     assert ["0", "completed", f"{found[0]['value']:.3f}"] in [line[:3] for line in listed]
     assert ["3", "failed", "-", "-"] in [line[:4] for line in listed]
-    # Another sweep does not go on there.
+    # Another sweep in the same folder is refused.
     refused = mtrl("sweep", *words, "seed=3", code=2)
     assert "holds a sweep with other overrides of seed" in refused.stderr
 
 
-def test_a_search_that_is_stopped_and_given_more_trials(mtrl: Mtrl, tmp_path: Path) -> None:
+def test_stopped_search_is_resumed_with_more_trials(mtrl: Mtrl, tmp_path: Path) -> None:
     words = [*SMALL, "optimizer.lr=tag(log,interval(1e-5,1e-3))", "agent.n_step=interval(1,4)", "sweep.trials=3", "run_dir=s"]
     process = mtrl.start("sweep", *words)
     deadline = time.monotonic() + PATIENCE
@@ -75,7 +75,7 @@ def test_a_search_that_is_stopped_and_given_more_trials(mtrl: Mtrl, tmp_path: Pa
     before = trials(tmp_path / "s")[0]
     done = mtrl("resume", "s", "sweep.trials=4", "launcher.jobs=2")
     found = trials(tmp_path / "s")
-    assert found[0] == before, "what is done is not done again"
+    assert found[0] == before, "completed trials are not repeated"
     assert [each["state"] for each in found] == ["completed"] * 4
     for each in found:
         assert 1e-5 <= float(each["values"]["optimizer.lr"]) <= 1e-3
@@ -89,7 +89,7 @@ def test_a_search_that_is_stopped_and_given_more_trials(mtrl: Mtrl, tmp_path: Pa
 
 
 @pytest.mark.parametrize("words", [["resume", "s", "seed=3"], ["resume", "s", "sweep.trials=1"], ["resume", "s", "launcher=loca"]])
-def test_a_resume_that_is_refused_changes_nothing(mtrl: Mtrl, tmp_path: Path, words: list[str]) -> None:
+def test_refused_resume_changes_nothing(mtrl: Mtrl, tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "s").mkdir()
     sweep_plan.save(sweep_plan.make([*SMALL, "seed=1,2"]), tmp_path / "s", ["mtrl", "sweep"])
     before = (tmp_path / "s" / "sweep.json").read_bytes()

@@ -19,15 +19,15 @@ from tests.helpers.tiny_runs import STOPS
 
 
 @pytest.fixture
-def alone(shared: Shared) -> Path:
-    """The folder of a run of two ranks that was left alone, beside what each rank said at its end."""
+def uninterrupted(shared: Shared) -> Path:
+    """The folder of an uninterrupted run of two ranks, next to the digests of the ranks."""
     train = lambda folder: Torchrun(folder)(folder, "train", *SMALL, "run_dir=run", script="helpers/ranks_checks.py")  # noqa: E731
-    return shared.folder("ranks-alone", train) / "run"
+    return shared.folder("ranks-uninterrupted", train) / "run"
 
 
 @pytest.fixture
 def found(shared: Shared) -> list[dict[str, Any]]:
-    """What each of two ranks found out in ranks_checks.py."""
+    """Results of ranks_checks.py on each of two ranks."""
     folder = shared.folder("ranks-checks", lambda folder: Torchrun(folder)(folder, script="helpers/ranks_checks.py"))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -44,12 +44,12 @@ def model(run: Path) -> bytes:
 
 
 def learning_rows(run: Path) -> list[dict[str, float]]:
-    """What was learned, row by row, without what depends on the time."""
+    """Return the rows of metrics without values that depend on time."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]
 
 
-def errors_of_ours(text: str) -> list[str]:
+def mtrl_errors(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("mtrl: error")]
 
 
@@ -68,7 +68,7 @@ def test_batch_split_over_two_ranks_gives_the_gradients_of_one(found: list[dict[
 def test_ranks_stay_bit_identical(found: list[dict[str, Any]]) -> None:
     digests = [{name: value["digest"] for name, value in rank.items() if isinstance(value, dict) and "digest" in value} for rank in found]
     assert digests[0] == digests[1]
-    assert len(set(digests[0].values())) > 10  # and weightings differ
+    assert len(set(digests[0].values())) > 10  # results differ between weightings
 
 
 def test_returns_are_normalised_over_the_environments_of_all_ranks(found: list[dict[str, Any]]) -> None:
@@ -102,39 +102,39 @@ def test_failure_of_one_rank_ends_all_ranks_and_the_first_prints_the_reason(foun
 def test_busy_rank_is_ended_by_its_watchdog_when_a_peer_is_lost(tmp_path: Path) -> None:
     begun = time.monotonic()
     _, errors = Torchrun(tmp_path)(tmp_path, "stuck", script="helpers/ranks_checks.py", code=1)
-    assert time.monotonic() - begun < 90  # it would be busy for longer than that
+    assert time.monotonic() - begun < 90  # the rank would be busy for longer
     assert "rank 1 of 2 is gone" in (tmp_path / "lost").read_text()
-    assert [line for line in errors_of_ours(errors) if "rank 1 of 2 is gone" in line]
+    assert [line for line in mtrl_errors(errors) if "rank 1 of 2 is gone" in line]
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_networks_are_identical_and_environments_are_not(alone: Path) -> None:
-    said = [json.loads((alone.parent / f"{rank}.json").read_text()) for rank in range(2)]
-    assert said[0]["digest"] == said[1]["digest"]
-    assert said[0]["frames"] != said[1]["frames"]
-    pack = load(alone / "config.yaml")["env"]
-    assert len({*said[0]["seeds"], *said[1]["seeds"]}) == pack["num_envs"]
+def test_networks_are_identical_and_environments_are_not(uninterrupted: Path) -> None:
+    digests = [json.loads((uninterrupted.parent / f"{rank}.json").read_text()) for rank in range(2)]
+    assert digests[0]["digest"] == digests[1]["digest"]
+    assert digests[0]["frames"] != digests[1]["frames"]
+    pack = load(uninterrupted / "config.yaml")["env"]
+    assert len({*digests[0]["seeds"], *digests[1]["seeds"]}) == pack["num_envs"]
 
 
-def test_run_is_one_and_counts_all_ranks(alone: Path) -> None:
-    assert load(alone / "config.yaml")["ranks"] == 2
-    assert json.loads((alone / "run.json").read_text())["status"] == "completed"
-    rows = learning_rows(alone)
+def test_run_is_one_and_counts_all_ranks(uninterrupted: Path) -> None:
+    assert load(uninterrupted / "config.yaml")["ranks"] == 2
+    assert json.loads((uninterrupted / "run.json").read_text())["status"] == "completed"
+    rows = learning_rows(uninterrupted)
     logged = [row for row in rows if "q/mean/CartPole-v1" in row]
     assert [row["step"] for row in logged] == list(range(200, 1601, 200))
-    # An update every batch_size / samples_per_step = 2 steps per task, over all ranks; it comes before its tick's steps are counted.
+    # Over all ranks, one update per batch_size / samples_per_step = 2 steps per task, made before the steps of its tick are counted.
     assert [row["updates"] for row in logged] == [(step - 4 - 100) // 2 for step in range(200, 1601, 200)]
-    whole = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     speeds = [(row["step"], row["seconds"], row["perf/steps_per_second"]) for row in whole if "perf/steps_per_second" in row]
     (before, begun, _), (step, ended, speed) = speeds[1], speeds[2]
-    assert speed == pytest.approx(2 * (step - before) / (ended - begun), rel=0.3)  # without the time of saving
-    assert sorted(path.name for path in (alone / "checkpoints" / "replay").iterdir() if path.is_dir()) == ["rank-1"]
+    assert speed == pytest.approx(2 * (step - before) / (ended - begun), rel=0.3)  # excludes the time of saving
+    assert sorted(path.name for path in (uninterrupted / "checkpoints" / "replay").iterdir() if path.is_dir()) == ["rank-1"]
 
 
-def test_evaluates_in_one_process_and_refuses_another_number_of_ranks(alone: Path) -> None:
-    here = MtrlHere(alone.parent)
+def test_evaluates_in_one_process_and_refuses_another_number_of_ranks(uninterrupted: Path) -> None:
+    here = MtrlHere(uninterrupted.parent)
     assert "CartPole-v1" in here("eval", "run", "eval.episodes=2", "eval.max_steps=20").stdout
     refused = here("resume", "run", "steps_per_task=4000", code=2).stderr
     assert len(refused.strip().splitlines()) == 1
@@ -142,48 +142,48 @@ def test_evaluates_in_one_process_and_refuses_another_number_of_ranks(alone: Pat
     assert "ranks=2" in refused
 
 
-def test_run_whose_ranks_are_killed_ends_with_the_same_bytes(alone: Path, tmp_path: Path) -> None:
+def test_run_whose_ranks_are_killed_ends_with_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
     run, ranks = tmp_path / "run", Torchrun(tmp_path)
 
     def record() -> dict[str, Any]:
         return dict(json.loads((run / "run.json").read_text()))
 
-    def go_on_until(step: int) -> dict[int, int]:
+    def resume_until(step: int) -> dict[int, int]:
         ranks.start("train", *SMALL, "run_dir=run", "--or-resume")
         ranks.until(lambda: latest(run) >= step)
         return ranks.ranks()
 
     for killed, step in ((1, 200), (0, 400)):
-        os.kill(go_on_until(step)[killed], signal.SIGKILL)
+        os.kill(resume_until(step)[killed], signal.SIGKILL)
         moment = time.monotonic()
         _, errors = ranks.end(code=1)
         assert time.monotonic() - moment < 30
         assert record()["status"] == "failed"
-        (line,) = errors_of_ours(errors)
+        (line,) = mtrl_errors(errors)
         assert f"rank {killed} of 2 is gone" in line
         assert "torchrun --nproc-per-node=2 -m mtrl_cli resume run" in errors
-        assert "mtrl_cli/" not in errors  # tracebacks are torchrun's own
+        assert "mtrl_cli/" not in errors  # the only tracebacks are torchrun's
 
-    for pid in [*go_on_until(800).values(), ranks.process.pid]:
+    for pid in [*resume_until(800).values(), ranks.process.pid]:
         os.kill(pid, signal.SIGKILL)
     ranks.end(code=-signal.SIGKILL)
 
-    os.kill(go_on_until(1000)[1], signal.SIGTERM)  # one rank alone
+    os.kill(resume_until(1000)[1], signal.SIGTERM)  # only one rank
     output, errors = ranks.end(code=1)
     assert "exitcode  : 143" in errors, errors
-    assert errors_of_ours(errors) == []
+    assert mtrl_errors(errors) == []
     assert record()["status"] == "stopped"
     assert "torchrun --nproc-per-node=2 -m mtrl_cli resume run" in output
 
     ranks("resume", "run")
     assert record()["status"] == "completed"
-    assert model(run) == model(alone)
-    assert learning_rows(run) == learning_rows(alone)
+    assert model(run) == model(uninterrupted)
+    assert learning_rows(run) == learning_rows(uninterrupted)
 
 
 def test_user_error_is_printed_once_and_nothing_is_created(tmp_path: Path) -> None:
     _, errors = Torchrun(tmp_path)("train", *SMALL, "env.num_envs=3", "run_dir=run", code=1)
-    assert errors_of_ours(errors) == ["mtrl: error: env.num_envs must be a multiple of the number of ranks (2), got 3"]
+    assert mtrl_errors(errors) == ["mtrl: error: env.num_envs must be a multiple of the number of ranks (2), got 3"]
     assert "exitcode  : 2" in errors
     assert not (tmp_path / "run").exists()
 
@@ -198,7 +198,7 @@ def test_all_ranks_stop_together(tmp_path: Path) -> None:
 
 @pytest.mark.learning
 def test_classic_pack_reaches_its_thresholds_on_two_ranks(tmp_path: Path) -> None:
-    """At the pack's default budget: minutes."""
+    """Trains with the pack's default budget, which takes minutes."""
     Torchrun(tmp_path)("train", "env=classic_pack", "run_dir=run", "eval.episodes=100", seconds=7200.0)
     step = latest(tmp_path / "run")
     tasks = json.loads((tmp_path / "run" / "eval" / f"{step}.json").read_text())["tasks"]

@@ -1,4 +1,4 @@
-"""Every weighting trains and resumes exactly, through the command's own entry point (sharing structures: test_matrix_sharing.py)."""
+"""Every weighting trains and resumes exactly, through the command's entry point (structures: test_sharing_structures.py)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_every_weighting_trains_and_resumes_exactly(name: str, here: MtrlHere) -
     assert last["updates"] == (240 - 4 - 40) * 2 // 16
     assert all(math.isfinite(value) for row in rows for value in row.values())
     weights = [last[f"weight/{task}"] for task in TASKS]
-    if name in ("uniform", "score_gap"):  # in so few steps no task gets beyond random play: every gap is 1
+    if name in ("uniform", "score_gap"):  # after so few steps every task scores like random play: every gap is 1
         assert weights == pytest.approx([1 / 3] * 3, abs=0.01)
     else:
         assert max(weights) - min(weights) > 1e-4
     last_checkpoint = here.folder / "run" / "checkpoints" / "240"
     before = [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")]
-    shutil.rmtree(last_checkpoint)  # as if it had been killed before
+    shutil.rmtree(last_checkpoint)  # as after a kill before the checkpoint
     assert "resuming from step 120" in here("resume", "run").stdout
     assert [(last_checkpoint / file).read_bytes() for file in ("model.safetensors", "optimizer.safetensors")] == before

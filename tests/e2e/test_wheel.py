@@ -1,4 +1,4 @@
-"""A wheel, built as `pip install .` builds it, holds all that training needs and works without the checkout."""
+"""A wheel built like `pip install .` contains everything for training and works without the checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.shared import Shared
 
 
 def run(*command: object, cwd: Path) -> str:
-    """A command's stdout; its exit code must be 0."""
+    """Run a command and return its stdout; its exit code must be 0."""
     done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -24,7 +24,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture
 def wheel(root: Path, shared: Shared) -> Path:
-    """The wheel, built from the unpacked source distribution, so that this must be complete too."""
+    """The wheel, built from the unpacked source distribution, so that both must be complete."""
     return next(shared.folder("wheel", lambda folder: build(root, folder)).glob("*.whl"))
 
 
@@ -39,7 +39,7 @@ def build(root: Path, folder: Path) -> None:
 
 @pytest.fixture
 def installed(wheel: Path, shared: Shared) -> Path:
-    """A virtual environment that holds the wheel and borrows everything else from the one that runs the tests."""
+    """A virtual environment with the wheel; all other packages come from the environment of the tests."""
     return shared.folder("installed wheel", lambda folder: install(wheel, folder / "a path with spaces")) / "a path with spaces"
 
 
@@ -49,7 +49,7 @@ def install(wheel: Path, folder: Path) -> None:
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
     packages = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=wheel.parent).strip()
-    # After the environment's own folder, and without the .pth files in there: an editable install of the checkout stays out of sight.
+    # Searched after the environment's own packages and without .pth files, so that an editable install of the checkout is not found.
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (Path(packages) / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)))
 

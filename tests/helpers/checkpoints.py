@@ -1,4 +1,4 @@
-"""Checkpoints of a made-up training state, and a replay whose row r holds the number r."""
+"""Checkpoints of a fake training state, and a replay whose row r contains the number r."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCORES = [random.Random(5).random() for _ in range(5000)]
 
 
 class Ring:
-    """A replay of K=2 tasks and N=3 environments in which row r holds the number r."""
+    """A replay of K=2 tasks and N=3 environments in which row r contains the number r."""
 
     def __init__(self, capacity_rows: int):
         self.capacity_rows = capacity_rows

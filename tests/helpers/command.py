@@ -1,4 +1,4 @@
-"""The real `mtrl` command, in a process of its own or in this one."""
+"""The real `mtrl` command, in a separate process or in this process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Mtrl:
-    """The `mtrl` command in a process of its own, which inherits nothing of the caller's environment but PATH.
+    """The `mtrl` command in a separate process, which inherits only PATH from the caller's environment.
 
     Args:
-        folder: what commands run in; their home.
+        folder: working directory and home of the commands.
         server: forks the process instead of starting the console script, which takes seconds of imports.
         executable: the console script.
     """
@@ -32,15 +32,15 @@ class Mtrl:
         self.executable = executable
 
     def start(self, *arguments: object, crash: Crash | None = None, **environment: str) -> WarmProcess | subprocess.Popen[str]:
-        """Start it, with pipes for stdout and stderr; further keywords are environment variables.
+        """Start the command, with pipes for stdout and stderr; further keywords are environment variables.
 
         Args:
             arguments: the command line after `mtrl`.
-            crash: where the process kills itself; only with a server.
+            crash: call at which the process kills itself; only with a server.
         """
         clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "LANG": "C.UTF-8", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
         clean["MTRL_CORES"] = "1"
-        # Their homes are new each time; what torch compiled for one serves the next.
+        # Each home is new; compiled code is shared between commands.
         clean["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"torchinductor_tests_{os.getuid()}")
         command = [str(self.executable), *map(str, arguments)]
         if self.server is not None:
@@ -58,7 +58,7 @@ class Mtrl:
     def __call__(
         self, *arguments: object, code: int | None = 0, crash: Crash | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end and check its exit code (None: any)."""
+        """Run the command to its end and check its exit code (None: any)."""
         process = self.start(*arguments, crash=crash, **environment)
         stdout, stderr = process.communicate()
         if code is not None:
@@ -67,17 +67,17 @@ class Mtrl:
 
 
 class MtrlHere:
-    """The same command in this process: quick, for all that needs no signal and no death.
+    """The `mtrl` command in this process: faster, for tests without signals and kills.
 
     Args:
-        folder: what commands run in.
+        folder: working directory of the commands.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __call__(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run it to its end and check its exit code."""
+        """Run the command to its end and check its exit code."""
         from mtrl_cli.cli import main as cli_main
 
         stdout, stderr = io.StringIO(), io.StringIO()

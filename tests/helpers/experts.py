@@ -1,4 +1,4 @@
-"""Torsos and shapes on which structures of experts are tested."""
+"""Torsos and shapes for tests of expert-based structures."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A launcher whose workers only seem to train, in a moment and without torch: for tests of what a sweep does when they end, and how.
+"""A launcher with fake workers, which are fast and do not import torch, for tests of sweeps.
 
-A worker counts steps, saves each, writes the same files as a run, and does as the environment's FAKE_WORKER says of its seed:
-"fail" (an error of its own), "crash" (killed, each time), "crash_once", "hang" (never ends by itself), or a number: its score. FAKE_HOLD
-says at which step the worker of a trial waits for the file `go` in the sweep's folder.
+A worker counts steps, saves each step, and writes the same files as a run. Two environment variables control workers:
+
+- FAKE_WORKER maps seeds to "fail" (an error), "crash" (killed each time), "crash_once", "hang" (never ends), or a score.
+- FAKE_HOLD maps trials to the step at which the worker waits for the file `go` in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STEPS = 20
 
 
 class FakeLauncher(local.LocalLauncher):
-    """Processes of this machine that run `work`."""
+    """Run `work` in local processes."""
 
     def __init__(self, *, jobs: PositiveInt):
         super().__init__(jobs=jobs)
@@ -34,43 +35,43 @@ class FakeLauncher(local.LocalLauncher):
 
 
 def work(run: Path, seconds: float) -> int:
-    """Count to STEPS, going on from what was saved."""
+    """Count to STEPS, starting at the saved step."""
     lock = FileLock(run / ".lock")
     if not lock.try_acquire():
         print(f"mtrl: error: {run} {IN_USE} another process", file=sys.stderr)
         return 2
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    stop_signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
     match = re.search(r"^seed: (\d+)$", (run / "config.yaml").read_text(), re.MULTILINE)
     assert match is not None
     seed = match[1]
-    what = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(seed, float(seed))
+    behaviour = json.loads(os.environ.get("FAKE_WORKER", "{}")).get(seed, float(seed))
     hold = json.loads(os.environ.get("FAKE_HOLD", "{}")).get(str(int(run.name)))
     saved = run / "saved.json"
     step = json.loads(saved.read_text())["step"] if saved.exists() else 0
-    if what == "fail":
-        record(run, "failed", "nothing good came of it")
-        print("mtrl: error: nothing good came of it", file=sys.stderr)
+    if behaviour == "fail":
+        record(run, "failed", "training diverged")
+        print("mtrl: error: training diverged", file=sys.stderr)
         return 1
-    if what == "crash":
+    if behaviour == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     record(run, "running")
-    while step < STEPS or what == "hang":
-        if asked:
+    while step < STEPS or behaviour == "hang":
+        if stop_signals:
             record(run, "stopped")
-            return 128 + asked[0]
+            return 128 + stop_signals[0]
         step += 1
         with open(run / "steps.log", "a") as log:
             log.write(f"{step}\n")
-        score = what if isinstance(what, float) else 0.5
+        score = behaviour if isinstance(behaviour, float) else 0.5
         rows = [{"step": each * 10, "seconds": each * seconds, "eval/score/mean": score} for each in range(1, step + 1)]
         atomic.replace(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         atomic.replace(saved, json.dumps({"step": step}).encode())
-        if what == "crash_once" and step == STEPS // 2 and not (run / "crashed").exists():
+        if behaviour == "crash_once" and step == STEPS // 2 and not (run / "crashed").exists():
             (run / "crashed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
-        while step == hold and not asked and not (run.parents[1] / "go").exists():
+        while step == hold and not stop_signals and not (run.parents[1] / "go").exists():
             time.sleep(0.02)
     record(run, "completed")
     return 0

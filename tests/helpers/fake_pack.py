@@ -1,4 +1,4 @@
-"""A pack of made-up games: quick, reproducible from a seed, and different in shape, actions and length."""
+"""A pack of fake environments: fast, reproducible from a seed, and different in shape, actions and length."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ TASKS = {"short": (3, 2, 6), "middle": (5, 4, 12), "long": (2, 3, 40)}
 
 
 class FakeGame:
-    """Noise to look at; the reward is the action's number plus a tenth of a coin. It ends at a random moment, or is cut off there.
+    """Environment with noise as observations, which terminates or is truncated after a random number of steps.
+
+    The reward is the action's number, plus 0.1 with probability 0.5.
 
     Attributes:
-        lost_life: the last step cost a life, of which the game has enough.
+        lost_life: a life was lost in the last step; the number of lives is unlimited.
     """
 
     def __init__(self, task: Task):
@@ -36,7 +38,7 @@ class FakeGame:
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
         assert 0 <= action < self._task.num_actions
-        assert self._left > 0, "stepped past its end"
+        assert self._left > 0, "stepped after the end of the episode"
         self._left -= 1
         over = self._left == 0
         self.lost_life = not over and bool(self._random.random() < 0.1)
@@ -50,7 +52,7 @@ class FakeGame:
 
 
 class FakeVectorTask(SerialVectorTask):
-    """In training a lost life ends the return, but not the game."""
+    """In training, a lost life terminates the return but does not end the episode."""
 
     def __init__(self, games: Sequence[FakeGame], task: Task, training: bool):
         super().__init__(games, task.observation_shape, np.dtype(np.float32))
@@ -63,11 +65,11 @@ class FakeVectorTask(SerialVectorTask):
 
 
 class FakePack(Pack):
-    """Some of the made-up games.
+    """Pack of some of the fake environments.
 
     Attributes:
-        games: all that were ever made.
-        training: of each task that was started, whether for training.
+        games: all environments created so far.
+        training: for each started task, whether it was started for training.
     """
 
     observation_kind = "vector"
@@ -86,8 +88,8 @@ class FakePack(Pack):
         return FakeVectorTask(games, self.tasks[task_index], training)
 
 
-class LikesTheLast(nn.Module):
-    """A network that finds each task's last action best, whatever it sees."""
+class PrefersLastAction(nn.Module):
+    """A network whose greedy action is each task's last action, for all observations."""
 
     def __init__(self, pack: Pack):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folders of finished runs and sweeps, made by hand in milliseconds: what reports read, without the training."""
+"""Fake folders of finished runs and sweeps, as read by reports, created in milliseconds without training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTLED = {"device": "cpu", "groups": 1, "precision": "fp32", "compile": False, 
 
 @cache
 def composed(words: tuple[str, ...]) -> dict[str, Any]:
-    """The configuration that `mtrl train` would make of these words, with the values of `auto` that a CPU would settle on."""
+    """Compose the configuration of `mtrl train` with these overrides; `auto` values are resolved for a CPU."""
     config = compose.compose_training([f"steps_per_task={STEPS}", *words]) | SETTLED
     open_keys = {"batch_size": 64, "target_period": 1000, "overlap": False}
     agent = {key: open_keys.get(key, value) if value == "auto" else value for key, value in config["agent"].items()}
@@ -41,7 +41,7 @@ def _as_text(words: tuple[str, ...], settled: bool = True) -> str:
 
 
 def level(words: Sequence[str]) -> float:
-    """What a configuration reaches in the end, the mean over tasks and seeds: from 0.3 to 0.9, by its words."""
+    """Return a configuration's final mean score over tasks and seeds, from 0.3 to 0.9, derived from its overrides."""
     return 0.3 + 0.6 * (zlib.crc32(" ".join(sorted(words)).encode()) % 1000) / 1000
 
 
@@ -64,22 +64,22 @@ def make_run(
     extra: Mapping[str, float] | None = None,
     settled: bool = True,
 ) -> Path:
-    """Make one run's folder.
+    """Create the folder of a run.
 
     Args:
-        folder: new; its parents are made.
-        words: of `mtrl train`, without seed and run_dir.
-        reaches: the score that each task ends with, or one for all; None: `level(words)`, some more for some tasks.
+        folder: a new folder; its parents are created.
+        words: overrides of `mtrl train`, without seed and run_dir.
+        reaches: final score of each task, or one score for all; None: `level(words)`, slightly different between tasks.
         spread: standard deviation of scores over seeds.
-        evaluations: of its validation, at even steps.
-        rows: of metrics.jsonl in all, at least.
-        status, error: of run.json.
-        progress: the share of the budget that it has reached.
-        seconds: that the whole budget takes.
-        scored: whether its tasks have references.
-        tested: whether eval/test.json is there.
-        extra: metrics of each row of diagnostics, such as {"routing/layer/task/0": 0.5}.
-        settled: whether its worker has settled `auto`; where not, it has done nothing yet: there is the configuration alone.
+        evaluations: number of validation evaluations, equally spaced.
+        rows: minimum number of rows of metrics.jsonl.
+        status, error: fields of run.json.
+        progress: completed fraction of the budget.
+        seconds: duration of the whole budget.
+        scored: whether the tasks have reference scores.
+        tested: whether eval/test.json exists.
+        extra: additional metrics of each diagnostics row, such as {"routing/layer/task/0": 0.5}.
+        settled: whether the worker has resolved `auto`; if not, only the configuration exists.
     """
     config = composed(tuple(words))
     tasks = config["env"]["tasks"]
@@ -175,16 +175,16 @@ def make_sweep(
     plan: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> Path:
-    """Make a sweep's folder: the grid of `axes`, the last of them the quickest.
+    """Create the folder of a sweep over the grid of `axes`; the last axis varies fastest.
 
     Args:
-        axes: by key, the words to choose from; `seed` is one of them.
-        words: that all runs have.
-        states: by number, of trials that are not completed: pruned, failed, running, queued (with a configuration, and no worker yet),
-            lost (failed, as its worker never began), uncomposed (failed, without a configuration) or waiting (without a folder).
-        whys: by number, why a trial failed or was pruned.
-        plan: what the plan's search says otherwise.
-        run: of all runs, as `make_run` takes it; a function is given the trial's values.
+        axes: choices by key, including `seed`.
+        words: overrides shared by all runs.
+        states: by number, states of trials that are not completed: pruned, failed, running, queued (with a configuration, but no worker),
+            lost (failed, because the worker never started), uncomposed (failed, without a configuration) or waiting (without a folder).
+        whys: by number, the reason why a trial failed or was pruned.
+        plan: changes to the plan's search settings.
+        run: arguments of `make_run` for all runs; functions are called with the trial's values.
     """
     points = [dict(zip(axes, map(str, values), strict=True)) for values in itertools.product(*axes.values())]
     folder.mkdir(parents=True)
@@ -212,8 +212,8 @@ def make_sweep(
             "failed": {"status": "failed", "error": "it broke", "progress": 0.3},
             **{unsettled: {"settled": False} for unsettled in ("queued", "lost", "uncomposed")},
         }.get(state, {"status": "stopped" if state == "pruned" else state, "progress": 0.5})
-        told = {"queued": "running", "lost": "failed", "uncomposed": "failed"}.get(state, state)
-        trial = make_trial(folder, number, values, words, state=told, why=(whys or {}).get(number), **own)
+        recorded = {"queued": "running", "lost": "failed", "uncomposed": "failed"}.get(state, state)
+        trial = make_trial(folder, number, values, words, state=recorded, why=(whys or {}).get(number), **own)
         if state == "uncomposed":
             (trial / "config.yaml").unlink()
     return folder
@@ -229,7 +229,7 @@ def make_trial(
     why: str | None = None,
     **run: Any,
 ) -> Path:
-    """Make one trial's folder in a sweep's: a run with a trial.json."""
+    """Create the folder of one trial in a sweep: a run with a trial.json."""
     overrides = [f"{key}={value}" for key, value in values.items()]
     folder = sweep / "trials" / f"{number:04d}"
     of_run = [*words, *(word for word in overrides if not word.startswith("seed="))]

@@ -25,7 +25,7 @@ def tasks_of(names: Sequence[str], seed: int = 0) -> Tasks:
 
 
 def weights_of(name: str, num_tasks: int = 3, seed: int = 0, **changes: Any) -> TaskWeights:
-    """Weighting of a YAML with `changes` to its values, for tasks `t0`, `t1`, ..."""
+    """Build a weighting from its YAML with `changes`, for tasks `t0`, `t1`, ..."""
     values = yaml.safe_load((_CONF / f"{name}.yaml").read_text())
     found = introspection.import_class(values.pop("_target_"))
     made = found(tasks_of([f"t{index}" for index in range(num_tasks)], seed), **(values | changes))

@@ -54,7 +54,7 @@ def learner_of(
     torso: Torso = MLP(hidden=[8, 6]),  # noqa: B008 (it has no state)
     **settings: Any,
 ) -> Learner:
-    """A learner of two tasks with 5 and 3 observed numbers, and 4 and 2 actions."""
+    """A learner of two tasks with observation sizes 5 and 3, and 4 and 2 actions."""
     torch.manual_seed(weights_seed)
     network = MultiTaskNetwork(sharing(torso, [(5,), (3,)]), DuelingHead(6, [4, 2]), observation_scale=1.0)
     agent = DQN(network, ClipRewards(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | settings))
@@ -86,7 +86,7 @@ def parameters(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def saved(learner: Learner) -> dict[str, Any]:
-    """Its parts' states, through the form in which they are written."""
+    """Return the states of a learner's parts after a round trip through the saved form."""
     state = {
         "model": learner.agent.network.state_dict(),
         "agent": learner.agent.state_dict(),

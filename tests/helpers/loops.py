@@ -41,7 +41,7 @@ def loop_of(
     pinned: bool = False,
     **settings: Any,
 ) -> Loop:
-    """Three made-up games, two environments each, one small network."""
+    """A loop over three fake tasks with two environments each and one small network."""
     pack = FakePack()
     torch.manual_seed(weights_seed)
     torso = MLP(hidden=[8, 6])

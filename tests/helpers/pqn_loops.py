@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 def loop_of(
     head: type[Head] = PlainHead, scale: type[ValueScale] = NoValueScale, num_envs: int = 2, lr: float = 0.01, **settings: Any
 ) -> Loop:
-    """Three made-up games, one small network."""
+    """A loop over three fake tasks with one small network."""
     pack = FakePack(num_envs=num_envs)
     torch.manual_seed(0)
     sharing = HardSharing(MLP(hidden=[8, 6], layer_norm=True), [task.observation_shape for task in pack.tasks])

@@ -36,10 +36,10 @@ SMALL = [
 
 
 class Torchrun:
-    """Two ranks by torchrun, in processes of their own that inherit nothing but PATH.
+    """Two ranks started by torchrun, in separate processes that inherit only PATH.
 
     Args:
-        folder: what they run in.
+        folder: working directory of the ranks.
     """
 
     def __init__(self, folder: Path):
@@ -47,11 +47,11 @@ class Torchrun:
         self.process: subprocess.Popen[str]
 
     def start(self, *words: object, script: str = "") -> subprocess.Popen[str]:
-        """Start `mtrl` with these words, or a script with them."""
+        """Start `mtrl` or a script with these arguments."""
         clean = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        what = [str(ROOT / "tests" / script)] if script else ["-m", "mtrl_cli"]
+        program = [str(ROOT / "tests" / script)] if script else ["-m", "mtrl_cli"]
         self.process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2", *what, *map(str, words)],
+            [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2", *program, *map(str, words)],
             cwd=self.folder,
             env=clean,
             stdin=subprocess.DEVNULL,
@@ -62,12 +62,12 @@ class Torchrun:
         return self.process
 
     def __call__(self, *words: object, script: str = "", code: int = 0, seconds: float = 300.0) -> tuple[str, str]:
-        """Run them to their end: (stdout, stderr)."""
+        """Run the ranks to their end. Return (stdout, stderr)."""
         self.start(*words, script=script)
         return self.end(code, seconds)
 
     def end(self, code: int = 0, seconds: float = 300.0) -> tuple[str, str]:
-        """Wait for the end; torchrun's own exit code is 1 whatever that of a rank is."""
+        """Wait for the end; torchrun's exit code is 1 for any exit code of a rank."""
         try:
             output, errors = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -78,7 +78,7 @@ class Torchrun:
         return output, errors
 
     def ranks(self) -> dict[int, int]:
-        """The processes of the ranks."""
+        """Return the process of each rank."""
         found = {}
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -86,7 +86,7 @@ class Torchrun:
         return found
 
     def until(self, happened: Callable[[], bool]) -> None:
-        """Wait for something that the run does."""
+        """Wait until a condition holds."""
         while not happened():
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)

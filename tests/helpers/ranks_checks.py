@@ -1,6 +1,8 @@
-"""Run by torchrun for test_distributed.py: `ranks_checks.py FOLDER` writes what each rank found into FOLDER/<rank>.json;
-`ranks_checks.py FOLDER train …` is `mtrl train …`, and writes a digest of each rank's parameters at the end;
-`ranks_checks.py FOLDER stuck` kills the second rank while the first is busy with what no signal interrupts.
+"""Checks run by torchrun for test_torchrun.py.
+
+- `ranks_checks.py FOLDER` writes the results of each rank to FOLDER/<rank>.json.
+- `ranks_checks.py FOLDER train …` runs `mtrl train …` and writes a digest of each rank's parameters at the end.
+- `ranks_checks.py FOLDER stuck` kills the second rank while the first is in a loop that no signal interrupts.
 """
 
 from __future__ import annotations
@@ -62,19 +64,19 @@ WEIGHTINGS = ["uniform", "pcgrad", "stch", "famo", "gradnorm", "gradvac", "mgda"
 
 
 class FixedReplay(UniformReplay):
-    """Batches made beforehand, of which a rank draws its part."""
+    """A replay that generates whole batches and returns a rank's part."""
 
     def __init__(self, ranks: Ranks):
         super().__init__(SPEC, capacity=36)
         self._ranks, self._random = ranks, torch.Generator().manual_seed(0)
 
     def prepare(self, step: int, batch_size: int) -> None:
-        """Nothing: batches do not depend on what is held."""
+        """Do nothing: batches do not depend on stored transitions."""
 
     def draw(self, batch_size: int) -> Batch:
         B, random = batch_size * self._ranks.size, self._random
         mine = slice(self._ranks.rank * batch_size, (self._ranks.rank + 1) * batch_size)
-        # Tasks of quite different scales.
+        # Rewards of tasks differ in scale.
         scale_K11 = torch.tensor([1.0, 3.0, 10.0])[:, None, None]
         batch = Batch(
             observation=torch.rand((3, B, 1, 5), generator=random) - 0.5,
@@ -90,7 +92,7 @@ class FixedReplay(UniformReplay):
 
 
 class Recording(Adam):
-    """Adam that remembers the gradients of each step."""
+    """Adam that records the gradients of each step."""
 
     def clip_gradients(self) -> torch.Tensor:
         self.seen = torch.cat([parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None])
@@ -111,23 +113,23 @@ def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Reco
     return learner, optimizer, scale
 
 
-def apart(mine: torch.Tensor, other: torch.Tensor) -> float:
-    """How far two tensors are apart, as a share of the larger one's largest entry."""
+def relative_difference(mine: torch.Tensor, other: torch.Tensor) -> float:
+    """Maximum difference of two tensors, relative to the largest entry of the second."""
     return float((mine - other).abs().max() / other.abs().max().clamp_min(1e-12))
 
 
 def check_updates(ranks: Ranks, found: dict[str, Any]) -> None:
     for weighting in WEIGHTINGS:
         for taped in (False, True):
-            (mine, seen, scale), (alone, whole, one) = learner_of(weighting, ranks, taped), learner_of(weighting, ALONE, taped)
-            assert (mine._ranks.size, mine._batch_size) == (2, alone._batch_size // 2)
+            (mine, seen, scale), (single, whole, one) = learner_of(weighting, ranks, taped), learner_of(weighting, ALONE, taped)
+            assert (mine._ranks.size, mine._batch_size) == (2, single._batch_size // 2)
             gradients, moments = [], []
             for update in range(3):
                 mine.update(update)
-                alone.update(update)
-                gradients.append(apart(seen.seen, whole.seen))
-                moments.append(max(apart(scale.mean_K, one.mean_K), apart(scale.scale_K, one.scale_K)))
-            row, expected = mine.read_metrics(), alone.read_metrics()
+                single.update(update)
+                gradients.append(relative_difference(seen.seen, whole.seen))
+                moments.append(max(relative_difference(scale.mean_K, one.mean_K), relative_difference(scale.scale_K, one.scale_K)))
+            row, expected = mine.read_metrics(), single.read_metrics()
             metrics = max(abs(row[name] - expected[name]) / max(1e-6, abs(expected[name])) for name in expected)
             digest = hashlib.sha256(torch.nn.utils.parameters_to_vector(mine.agent.network.parameters()).detach().numpy().tobytes())
             found[f"{weighting} {'taped' if taped else 'plain'}"] = {
@@ -140,13 +142,13 @@ def check_updates(ranks: Ranks, found: dict[str, Any]) -> None:
 
 def check_return_norm(ranks: Ranks, found: dict[str, Any]) -> None:
     mine = ReturnNorm(dataclasses.replace(stream_of(NAMES, num_envs=4), ranks=ranks))
-    alone = ReturnNorm(stream_of(NAMES, num_envs=4))
+    single = ReturnNorm(stream_of(NAMES, num_envs=4))
     random, part = torch.Generator().manual_seed(1), slice(2 * ranks.rank, 2 * ranks.rank + 2)
     for _ in range(20):
         reward, done = torch.randn((3, 4), generator=random), torch.rand((3, 4), generator=random) < 0.2
         mine.observe(reward[:, part], done[:, part])
-        alone.observe(reward, done)
-    found["return_norm"] = apart(mine.rewards(torch.ones(3, 1, 1)), alone.rewards(torch.ones(3, 1, 1)))
+        single.observe(reward, done)
+    found["return_norm"] = relative_difference(mine.rewards(torch.ones(3, 1, 1)), single.rewards(torch.ones(3, 1, 1)))
 
 
 def check_exchanges(ranks: Ranks, found: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ def check_exchanges(ranks: Ranks, found: dict[str, Any]) -> None:
     found["total"] = ranks.total(np.array([rank + 1, 10])).tolist()
     found["largest"] = [ranks.largest(7 * rank), ranks.largest(rank == 1)]
     statistics = EpisodeStatistics(["a", "b"], num_envs=1)
-    for reward in ([2.0], [5.0, 8.0])[rank]:  # episodes of one step, of the first task alone
+    for reward in ([2.0], [5.0, 8.0])[rank]:  # episodes of one step, only of the first task
         statistics.add(np.array([[reward], [1.0]]), np.array([[True], [False]]))
     found["recent"] = statistics.recent(ranks.total)
     found["row"] = statistics.row(ranks.total)
@@ -176,7 +178,7 @@ def check_exchanges(ranks: Ranks, found: dict[str, Any]) -> None:
 
 
 def check_failure(ranks: Ranks, found: dict[str, Any]) -> None:
-    """The last of all: a rank that fails alone takes the others with it, and the first can tell why."""
+    """Runs last: a failing rank ends the other ranks, and the first rank gets the reason."""
     if ranks.rank == 1:
         raise RunError("the disk is full")
     begun = time.monotonic()
@@ -194,14 +196,14 @@ def stuck(folder: Path, place: torchrun.Place) -> None:
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         for _ in range(100):
-            time.sleep(1.0)  # it goes on when a signal has come
+            time.sleep(1.0)  # the loop continues after a signal
 
 
-def digest_at_the_end(folder: Path, rank: int) -> None:
-    """Have training leave a digest of its rank's parameters, and the number of its environments."""
+def write_digest_at_end(folder: Path, rank: int) -> None:
+    """Make training write a digest of the rank's parameters, and the seeds and frames of its environments."""
     part = trainer.Trainer._part
 
-    def parting(self: trainer.Trainer) -> None:
+    def write_digest(self: trainer.Trainer) -> None:
         vector = torch.nn.utils.parameters_to_vector(self.run.agent.network.parameters()).detach()
         digest = hashlib.sha256(vector.numpy().tobytes()).hexdigest()
         seeds = [group.envs.episode_seed(0, env, 0) for group in self.loop.groups for env in range(group.envs.num_envs)]
@@ -209,7 +211,7 @@ def digest_at_the_end(folder: Path, rank: int) -> None:
         (folder / f"{rank}.json").write_text(json.dumps({"digest": digest, "seeds": seeds, "frames": rewards}))
         part(self)
 
-    trainer.Trainer._part = parting  # type: ignore[method-assign]
+    trainer.Trainer._part = write_digest  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -217,7 +219,7 @@ def main() -> None:
     if sys.argv[2:] == ["stuck"]:
         stuck(folder, place)
     elif len(sys.argv) > 2:
-        digest_at_the_end(folder, place.rank)
+        write_digest_at_end(folder, place.rank)
         sys.argv = ["mtrl", *sys.argv[2:]]
         cli_main.main()
     torch.set_num_threads(1)
@@ -229,7 +231,7 @@ def main() -> None:
             check_return_norm(ranks, found)
             check_failure(ranks, found)
     except RunError:
-        time.sleep(2.0)  # as a rank after the first leaves it to that one to tell
+        time.sleep(2.0)  # ranks other than the first leave printing the error to the first
     (folder / f"{place.rank}.json").write_text(json.dumps(found))
 
 

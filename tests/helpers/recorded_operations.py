@@ -1,4 +1,4 @@
-"""What CUDA graphs do, on a CPU and for tests: the operations of a function are noted once, with their tensors, and done again as noted."""
+"""CPU stand-in for CUDA graphs: record the operations of a function with their tensors once, then replay them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 class RecordedOperations:
     """A `mtrl_cli.machine.cuda_graphs.Recorder`.
 
-    As with a graph, Python's own numbers are those of the one time that was noted, and waiting for a
-    value is refused; unlike a graph's, its first replay has been done by recording.
+    As with a graph, Python numbers keep their recorded values, and synchronising with the device is refused.
+    Unlike a graph, recording already executes the first replay.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[dict[int, Any]], None]] = []
-        self._kept: list[Any] = []  # so that no two tensors have one id
+        self._kept: list[Any] = []  # keeps tensors alive, so that ids stay unique
         self._result: Any = None
         self._fresh = True
 
@@ -31,7 +31,7 @@ class RecordedOperations:
         return function()
 
     def record(self, function: Callable[[], Result]) -> Result:
-        with _Notes(self):
+        with _RecordingMode(self):
             self._result = function()
         return self._result  # type: ignore[no-any-return]
 
@@ -48,35 +48,35 @@ class RecordedOperations:
                     result.copy_(made[id(result)])
 
     def note(self, operation: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """An operation that was done."""
+        """Record an executed operation."""
         if operation is torch.ops.aten._local_scalar_dense.default or operation is torch.ops.aten.nonzero.default:
-            raise AssertionError(f"{operation}: the device would be waited for")
+            raise AssertionError(f"{operation} would synchronise with the device")
         self._kept.append((args, kwargs, out))
 
-        def again(made: dict[int, Any]) -> None:
+        def replay_operation(made: dict[int, Any]) -> None:
             given = tree_map(lambda each: made.get(id(each), each), (args, kwargs))
             results = operation(*given[0], **given[1])
             for then, now in zip(tree_flatten(out)[0], tree_flatten(results)[0], strict=True):
                 if isinstance(then, torch.Tensor):
                     made[id(then)] = now
 
-        self._steps.append(again)
+        self._steps.append(replay_operation)
 
     def host(self, tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) -> torch.Tensor:
         with torch.utils._python_dispatch._disable_current_modes():
             result = torch.empty_like(like)
         self._kept.append((tensor, result))
 
-        def ask(made: dict[int, Any]) -> None:
+        def call_host(made: dict[int, Any]) -> None:
             result.copy_(function(made.get(id(tensor), tensor)))
 
         with torch.utils._python_dispatch._disable_current_modes():
-            ask({})
-        self._steps.append(ask)
+            call_host({})
+        self._steps.append(call_host)
         return result
 
 
-class _Notes(TorchDispatchMode):
+class _RecordingMode(TorchDispatchMode):
     def __init__(self, record: RecordedOperations):
         super().__init__()
         self._record = record

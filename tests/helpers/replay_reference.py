@@ -1,4 +1,4 @@
-"""A replay that is slow and obviously right: whole episodes in Python lists. What tests of the real one compare with."""
+"""A slow but simple reference replay with episodes in Python lists, for comparison with the real replay."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def spec(**changes: object) -> ReplaySpec:
 def random_rows(
     spec: ReplaySpec, seed: int, terminated: float = 0.1, truncated: float = 0.1, both: float = 0.05, life_lost: float = 0.1
 ) -> Iterator[Row]:
-    """Rows for ever, as fields of `Transition`, of episodes that end at random.
+    """Generate an endless stream of rows, as fields of `Transition`, of episodes that end at random.
 
     Args:
-        terminated, truncated, both: how likely an episode ends so at a row.
-        life_lost: how likely a row is terminated although its episode goes on.
+        terminated, truncated, both: probability per row that an episode ends this way.
+        life_lost: probability that a row is terminated although its episode continues.
     """
     random = torch.Generator().manual_seed(seed)
     shape = (spec.num_tasks, spec.num_envs)
     start = torch.ones(shape, dtype=torch.bool)
-    # Each frame's values are different from all others', zero excepted, so that any mistake in an index shows.
+    # All frame values except zero are unique, so that any wrong index is detected.
     size = int(torch.tensor(spec.frame_shape).prod())
     number = 1
     while True:
@@ -82,7 +82,7 @@ class Moment:
 
 @dataclass
 class Sample:
-    """What a sample must be; `next_observation` is None where it must not matter."""
+    """An expected sample; `next_observation` is None if it must not matter."""
 
     observation: torch.Tensor
     action: int
@@ -93,7 +93,7 @@ class Sample:
 
 
 class SlowReplay:
-    """Every episode of every environment since the beginning, as a list of moments."""
+    """All episodes of all environments since the start, as lists of moments."""
 
     def __init__(self, spec: ReplaySpec):
         self.spec = spec
@@ -112,7 +112,7 @@ class SlowReplay:
         self.rows += 1
 
     def truncated(self, task: int, env: int, row: int) -> bool:
-        """Whether what came after a row was never seen."""
+        """Whether the observation after a row was never stored."""
         episode, place = self.where[task, env][row]
         moment = self.episodes[task, env][episode][place]
         return moment.truncated and not moment.terminated
@@ -147,7 +147,7 @@ class SlowReplay:
 
 
 def assert_is(batch: Batch, task: int, b: int, expected: Sample) -> None:
-    """A batch's sample is what it must be."""
+    """Assert that a sample of a batch equals the expected one."""
     assert torch.equal(batch.observation[task, b], expected.observation)
     assert batch.action[task, b] == expected.action
     assert batch.rewards[task, b].tolist() == expected.rewards
@@ -158,14 +158,14 @@ def assert_is(batch: Batch, task: int, b: int, expected: Sample) -> None:
 
 
 def place_of(batch: Batch, replay: Replay, task: int, b: int) -> tuple[int, int]:
-    """Row and environment at which a sample starts, from its index and the ring's newest row."""
+    """Return the row and environment at which a sample starts, from its index and the newest row of the ring."""
     slot, env = divmod(int(batch.index[task, b]), replay.spec.num_envs)
     newest = replay.rows - 1
     return newest - (newest - slot) % replay.capacity_rows, env
 
 
 def assert_every_start(replay: Replay, slow: SlowReplay) -> None:
-    """Every sample that may be drawn is what it must be."""
+    """Assert that every sample that may be drawn equals the reference."""
     first, stop = replay.eligible_rows
     starts = [(row, env) for row in range(first, stop) for env in range(replay.spec.num_envs)]
     if not starts:
@@ -179,7 +179,7 @@ def assert_every_start(replay: Replay, slow: SlowReplay) -> None:
 
 
 def assert_legal(batch: Batch, replay: Replay, slow: SlowReplay) -> None:
-    """Every drawn sample lies where it may, and is what it must be."""
+    """Assert that every drawn sample has a valid start and equals the reference."""
     spec = replay.spec
     for task in range(spec.num_tasks):
         for b in range(batch.action.shape[1]):

@@ -1,4 +1,4 @@
-"""Tests that need more of the machine than Python packages: skipped where it is missing, failed where it was promised."""
+"""Tests that require programs other than Python packages: skipped if one is missing, failed if it was required."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ VARIABLE = "MTRL_TEST_REQUIRE"
 KNOWN = ("slurm", "ray", "browser")
 
 
-def is_required(what: str) -> bool:
-    """Whether the environment promises that `what` is there: MTRL_TEST_REQUIRE=slurm,ray,browser, as .ci/run sets it."""
+def is_required(program: str) -> bool:
+    """Whether a program must be available: MTRL_TEST_REQUIRE=slurm,ray,browser, as set by .ci/run."""
     named = {word.strip() for word in os.environ.get(VARIABLE, "").split(",")} - {""}
     assert named <= set(KNOWN), f"{VARIABLE} names {sorted(named - set(KNOWN))}; there are {', '.join(KNOWN)}"
-    return what in named
+    return program in named
 
 
-def skip_or_fail(what: str, reason: str) -> NoReturn:
-    """End the test or fixture that calls it: `what` (slurm, ray or browser) is missing here, for this reason."""
-    assert what in KNOWN, what
-    if is_required(what):
-        pytest.fail(f"{VARIABLE} names {what}, but {reason}", pytrace=False)
+def skip_or_fail(program: str, reason: str) -> NoReturn:
+    """Skip or fail the calling test or fixture: a program (slurm, ray or browser) is missing for this reason."""
+    assert program in KNOWN, program
+    if is_required(program):
+        pytest.fail(f"{VARIABLE} names {program}, but {reason}", pytrace=False)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Results that several tests read, made once per test session: by the first process of pytest-xdist that needs them."""
+"""Results shared by several tests, created once per test session by the first pytest-xdist process that needs them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Trained(NamedTuple):
     """A finished run."""
 
     path: Path
-    """Its folder, which tests must not change: copy it first."""
+    """Folder of the run. Tests must copy it before changing it."""
     printed: str
-    """Its standard output."""
+    """Standard output of the run."""
 
 
 class Shared:
-    """Folders that all processes of a test session share.
+    """Folders shared by all processes of a test session.
 
     Args:
-        root: a folder of this session.
+        root: folder of the session.
     """
 
     def __init__(self, root: Path):
@@ -35,7 +35,7 @@ class Shared:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Let one process of the session at a time into this block."""
+        """Allow one process of the session at a time in this block."""
         self.root.mkdir(exist_ok=True)
         with (self.root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""A Slurm cluster of this one machine, in a folder of its own: munged, slurmctld and slurmd, which end with the test process."""
+"""A Slurm cluster on this machine in its own folder: munged, slurmctld and slurmd, which end with the test process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# No cgroups, no binding to cores and no accounting: what a container's root can have. A requeued job may start again a few seconds later
-# (cred_expire, of which less than five seconds counts for nothing; two minutes else).
+# No cgroups, core binding or accounting, so that root in a container can run it. With a short cred_expire a requeued job restarts after
+# a few seconds instead of two minutes; values below five seconds have no effect.
 CONFIGURATION = """
 ClusterName=mtrl
 SlurmctldHost={host}(127.0.0.1)
@@ -51,11 +51,11 @@ SECONDS = 30.0
 
 
 def missing() -> str | None:
-    """Why no such cluster can be started here, or None."""
+    """Return the reason why no cluster can be started on this machine, or None."""
     absent = [name for name in (*DAEMONS, "sbatch", "squeue", "scancel", "scontrol", "srun") if shutil.which(name, path=_path()) is None]
     if absent:
         return f"there is no {absent[0]} (Debian's packages slurm-wlm and munge)"
-    return None if os.getuid() == 0 else "Slurm's daemons are started by root alone"
+    return None if os.getuid() == 0 else "only root can start Slurm's daemons"
 
 
 def _path() -> str:
@@ -76,10 +76,10 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which Slurm's commands reach a cluster that lives in `folder`, with two cores whatever the machine has."""
+    """Start a cluster in `folder` with two cores, and yield the environment variables for Slurm commands."""
     for path in (folder / "state", folder / "spool"):
         path.mkdir(parents=True)
-    for path in (folder, *folder.parents):  # munged refuses a socket that others cannot reach
+    for path in (folder, *folder.parents):  # munged refuses a socket that other users cannot reach
         if path.stat().st_uid == os.getuid() and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o011)
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
@@ -104,7 +104,7 @@ def started(folder: Path) -> Iterator[dict[str, str]]:
         _wait_for(lambda: "idle" in _output(["sinfo", "--noheader", "--format=%T"], environment), folder)
         yield environment
         _output(["scancel", "--user=root", "--full", "--signal=KILL"], environment)
-        with contextlib.suppress(AssertionError):  # what is left is killed with slurmd's children below
+        with contextlib.suppress(AssertionError):  # remaining processes are killed with slurmd's children below
             _wait_for(lambda: "comp" not in _output(["squeue", "--noheader", "--format=%T"], environment).lower(), folder)
 
 

@@ -51,6 +51,6 @@ def model(run: Path) -> bytes:
 
 
 def learning_rows(run: Path) -> list[dict[str, float]]:
-    """What was learned, row by row, without what depends on the time."""
+    """Return the rows of metrics without values that depend on time."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]

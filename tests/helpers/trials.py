@@ -21,7 +21,7 @@ GRID: tuple[Mapping[str, Value], ...] = tuple(
 
 
 def plan(axes: Mapping[str, Choices | NumberRange] = AXES, points: tuple[Mapping[str, Value], ...] | None = None, **search: Any) -> Plan:
-    """A plan of four trials, unless told otherwise."""
+    """A plan, by default of four trials."""
     return Plan(
         shared=("env=classic_pack",),
         axes=axes,
@@ -40,7 +40,7 @@ def grid() -> Plan:
     return plan({"network/sharing": Choices(("hard", "film")), "seed": Choices(("0", "1", "2"))}, GRID, sampler="grid", trials=None)
 
 
-def book(folder: Path, of: Plan, first: int = 100) -> TrialStorage:
-    """A sweep's book; the folder is made."""
+def storage_in(folder: Path, plan: Plan, first: int = 100) -> TrialStorage:
+    """The trial storage of a sweep; creates the folder."""
     folder.mkdir(exist_ok=True)
-    return TrialStorage(folder, of, first=first)
+    return TrialStorage(folder, plan, first=first)

@@ -1,4 +1,4 @@
-"""Action values as a table, so that losses can be computed by hand."""
+"""Action values as a table, for losses computed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATES = 3
 
 
 class Table(nn.Module):
-    """Action values by state, which is observed as a one-hot vector: `[K, STATES, A]`; None is an action that the task does not have."""
+    """Action values `[K, STATES, A]` of one-hot states; None marks an action that the task does not have."""
 
     def __init__(self, values: list[list[list[float | None]]]):
         super().__init__()

@@ -1,6 +1,6 @@
 """Commands in processes that need not import torch: a server has imported everything and forks a child per command.
 
-Starting `mtrl` takes seconds of imports, and a test of signals and kills starts it many times. A forked child is a process of its own:
+Starting `mtrl` takes seconds of imports, and a test of signals and kills starts it many times. A forked child is a separate process:
 it can be killed, and shares nothing with the test. `crash` kills it with SIGKILL at a chosen call of a function, so that a test can
 reach every moment of a run without waiting for a random one.
 """
@@ -155,7 +155,7 @@ class WarmServer:
         return WarmProcess(arguments, mine, out, err)
 
     def close(self) -> None:
-        """End the server; commands that still run go on."""
+        """End the server; running commands continue."""
         self._connection.close()
         self._process.wait()
 

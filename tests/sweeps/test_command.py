@@ -1,4 +1,4 @@
-"""Sweeps through the command line: what becomes of their trials, whoever ends them, and however often."""
+"""Sweeps through the command line: results, failed and killed workers, stopping, resuming, and several processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REAL += ["eval.max_steps=20", "agent.learning_starts=50", "log.diagnostics=0", "
 
 
 class Commands:
-    """`mtrl` in processes of their own, in one folder; those that are left at the end are killed."""
+    """Run `mtrl` in separate processes in one folder; remaining processes are killed at the end."""
 
     def __init__(self, folder: Path, server: WarmServer):
         self.folder = folder
@@ -46,29 +46,29 @@ class Commands:
         self._started: list[WarmProcess] = []
 
     def start(self, *words: object, **environment: str) -> WarmProcess:
-        """Start it; further keywords are environment variables."""
+        """Start the command; further keywords are environment variables."""
         process = self._mtrl.start(*words, PYTHONPATH=str(ROOT), **environment)
         assert isinstance(process, WarmProcess)
         self._started.append(process)
         return process
 
     def __call__(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
-        """Run it to its end, check its exit code, and return what it printed."""
-        return ended(self.start(*words, **environment), code)
+        """Run the command to its end, check its exit code, and return stdout and stderr."""
+        return outcome(self.start(*words, **environment), code)
 
     def sweep(self, *words: object, code: int = 0, **environment: str) -> tuple[str, str]:
-        """A sweep in S whose workers only seem to train."""
+        """Run a sweep in S with fake workers."""
         return self("sweep", *QUICK, *FAKE, "run_dir=S", *words, code=code, **environment)
 
     def close(self) -> None:
-        """Kill what is left."""
+        """Kill the processes that still run."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()
                 process.wait(timeout=60)
 
 
-def ended(process: WarmProcess, code: int) -> tuple[str, str]:
+def outcome(process: WarmProcess, code: int) -> tuple[str, str]:
     """Wait for a command's end and check its exit code."""
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == code, f"{process.args}: exit code {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
@@ -88,27 +88,27 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def trials(sweep: Path) -> list[dict[str, Any]]:
-    """What trial.json says of each trial."""
+    """Read the trial.json of each trial."""
     return [read(path / "trial.json") for path in sorted((sweep / "trials").iterdir())]
 
 
-def until(happened: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait for what is to happen."""
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def step_of(run: Path) -> int:
-    """How far a worker that only seems to train has come."""
+    """Return the saved step of a fake worker."""
     with contextlib.suppress(OSError, ValueError):
         return int(read(run / "saved.json")["step"])
     return 0
 
 
 def assert_each_once(sweep: Path, count: int) -> None:
-    """That the sweep has just these trials, each completed, and each step done once, but for one that a kill came upon."""
+    """Assert that the sweep has `count` completed trials and each step ran once, except a step interrupted by a kill."""
     assert [path.name for path in sorted((sweep / "trials").iterdir())] == [f"{number:04d}" for number in range(count)]
     for number, record in enumerate(trials(sweep)):
         run = sweep / "trials" / f"{number:04d}"
@@ -116,7 +116,7 @@ def assert_each_once(sweep: Path, count: int) -> None:
         assert record["value"] == float(record["values"]["seed"])
         steps = [int(line) for line in (run / "steps.log").read_text().split()]
         assert sorted(set(steps)) == list(range(1, STEPS + 1))
-        assert steps == sorted(steps), "two workers were at it at the same time"
+        assert steps == sorted(steps), "two workers ran the trial at the same time"
     journal = [json.loads(line) for line in (sweep / "journal.log").read_text().splitlines()]
     created = [line for line in journal if line["op_code"] == 4]
     assert sum("trial" not in line.get("user_attrs", {}) for line in created) == count, "without the retries of interrupted trials"
@@ -126,8 +126,8 @@ def assert_each_once(sweep: Path, count: int) -> None:
 # -- real runs --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_is_a_folder_of_runs_each_the_same_as_its_command_makes(mtrl: Commands, tmp_path: Path) -> None:
-    """Two jobs at a time, in a machine that they share."""
+def test_each_trial_is_bit_identical_to_the_run_of_its_command(mtrl: Commands, tmp_path: Path) -> None:
+    """Two jobs at a time on one machine."""
     stdout, _ = mtrl("sweep", *REAL, "network/sharing=hard,film", "launcher.jobs=2", "run_dir=S")
     assert "trial 1: completed: network/sharing=film" in stdout
     assert "mtrl report" in stdout
@@ -141,16 +141,16 @@ def test_a_sweep_is_a_folder_of_runs_each_the_same_as_its_command_makes(mtrl: Co
         assert "is completed" in mtrl("resume", run)[0]
     words = shlex.split(records[1]["command"])
     assert words[:2] == ["mtrl", "train"]
-    mtrl(*words[1:], "run_dir=alone")
-    assert (tmp_path / "alone/checkpoints/300/model.safetensors").read_bytes() == (
+    mtrl(*words[1:], "run_dir=single")
+    assert (tmp_path / "single/checkpoints/300/model.safetensors").read_bytes() == (
         tmp_path / "S/trials/0001/checkpoints/300/model.safetensors"
     ).read_bytes()
     stdout, _ = mtrl("resume", "S")
-    assert "2 of 2 completed" in stdout, "a finished sweep is told again"
+    assert "2 of 2 completed" in stdout, "the summary of a finished sweep is printed again"
 
 
-def test_real_runs_go_on_after_kills(mtrl: Commands, tmp_path: Path) -> None:
-    """Killed as soon as a first checkpoint is there, and once more, the sweep ends with its trials."""
+def test_killed_sweep_resumes_its_runs(mtrl: Commands, tmp_path: Path) -> None:
+    """The sweep is killed twice, each time after the first checkpoint of a trial."""
     words = ["sweep", *REAL, "checkpoint.every=20", "seed=0,1", "run_dir=S"]
     for number in range(2):
         process = mtrl.start(*words)
@@ -167,23 +167,23 @@ def test_real_runs_go_on_after_kills(mtrl: Commands, tmp_path: Path) -> None:
         assert [json.loads(row)["step"] for row in rows if "eval/score/mean" in row] == [100, 200, 300]
 
 
-# -- workers that only seem to train ----------------------------------------------------------------------------------------------
+# -- fake workers -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_trial_that_fails_for_good_is_named_and_the_others_go_on(mtrl: Commands, tmp_path: Path) -> None:
+def test_failed_trial_is_named_and_the_others_complete(mtrl: Commands, tmp_path: Path) -> None:
     stdout, stderr = mtrl.sweep("seed=0,1,2", code=1, FAKE_WORKER='{"1": "fail"}')
-    assert "trial 1 failed: nothing good came of it" in stdout
+    assert "trial 1 failed: training diverged" in stdout
     assert "1 of 3 trials failed" in stderr
     assert len(stderr.splitlines()) == 1
     records = trials(tmp_path / "S")
     assert [record["state"] for record in records] == ["completed", "failed", "completed"]
     assert [record["value"] for record in records] == [0.0, None, 2.0]
-    assert records[1]["why"] == "nothing good came of it"
+    assert records[1]["why"] == "training diverged"
     mtrl.sweep("seed=0,1,2", code=1)
-    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1, 1, 1], "it is not tried again"
+    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1, 1, 1], "the failed trial is not retried"
 
 
-def test_a_trial_whose_process_is_killed_is_gone_on_with_and_one_that_always_dies_fails(mtrl: Commands, tmp_path: Path) -> None:
+def test_trial_is_resumed_after_its_process_is_killed_and_fails_after_too_many_kills(mtrl: Commands, tmp_path: Path) -> None:
     stdout, _ = mtrl.sweep("seed=0,1", "sweep.retries=2", code=1, FAKE_WORKER='{"0": "crash_once", "1": "crash"}')
     once, always = trials(tmp_path / "S")
     assert (once["state"], once["attempts"]) == ("completed", 2)
@@ -194,8 +194,8 @@ def test_a_trial_whose_process_is_killed_is_gone_on_with_and_one_that_always_die
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_what_is_pruned_is_stopped_and_told(mtrl: Commands, tmp_path: Path) -> None:
-    """Halving: the second is worse than the first, and the third better."""
+def test_pruned_trial_is_stopped_and_reported(mtrl: Commands, tmp_path: Path) -> None:
+    """Halving: the second trial is worse than the first, the third is better."""
     scores = {"0": 2.0, "1": 1.0, "2": 3.0}
     stdout, _ = mtrl.sweep("seed=0,1,2", "sweep.pruner=halving", FAKE_WORKER=json.dumps(scores), FAKE_HOLD='{"1": 2}')
     assert "trial 1: pruned at step 10" in stdout
@@ -206,45 +206,45 @@ def test_what_is_pruned_is_stopped_and_told(mtrl: Commands, tmp_path: Path) -> N
     assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
 
 
-def test_a_search_is_the_same_whether_or_not_it_was_stopped(mtrl: Commands, tmp_path: Path) -> None:
+def test_stopped_and_resumed_search_has_the_same_trials(mtrl: Commands, tmp_path: Path) -> None:
     words = ["seed=3,4,5,6", "optimizer.lr=tag(log,interval(1e-5,1e-3))", "sweep.trials=4"]
     mtrl.sweep(*words)
-    alone = [record["values"] for record in trials(tmp_path / "S")]
-    (tmp_path / "S").rename(tmp_path / "alone")
+    uninterrupted = [record["values"] for record in trials(tmp_path / "S")]
+    (tmp_path / "S").rename(tmp_path / "uninterrupted")
     process = mtrl.start("sweep", *QUICK, *FAKE, "run_dir=S", *words, FAKE_HOLD='{"1": 3}')
     until(lambda: step_of(tmp_path / "S/trials/0001") == 3)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = ended(process, 130)
+    stdout, stderr = outcome(process, 130)
     assert "resume with: mtrl resume" in stdout + stderr
     assert read(tmp_path / "S/trials/0001/run.json")["status"] == "stopped"
     mtrl.sweep(*words)
-    assert [record["values"] for record in trials(tmp_path / "S")] == alone
-    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 4, "to be stopped is no death"
+    assert [record["values"] for record in trials(tmp_path / "S")] == uninterrupted
+    assert [record["attempts"] for record in trials(tmp_path / "S")] == [1] * 4, "a stop does not count as an attempt"
 
 
-def test_two_workers_on_one_sweep_share_its_trials(mtrl: Commands, tmp_path: Path) -> None:
+def test_two_processes_share_the_trials_of_a_sweep(mtrl: Commands, tmp_path: Path) -> None:
     words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)"]
     processes = [mtrl.start(*words, FAKE_HOLD='{"0": 1, "1": 1}') for _ in range(2)]
-    until(lambda: all(step_of(tmp_path / f"S/trials/000{number}") == 1 for number in range(2)))  # one job each: both are at work
+    until(lambda: all(step_of(tmp_path / f"S/trials/000{number}") == 1 for number in range(2)))  # one job each: both processes work
     (tmp_path / "S/go").touch()
-    printed = [ended(each, 0)[0] for each in processes]
+    printed = [outcome(each, 0)[0] for each in processes]
     assert_each_once(tmp_path / "S", 6)
-    assert all("6 of 6 completed" in text for text in printed), "both tell the end"
+    assert all("6 of 6 completed" in text for text in printed), "both print the summary"
 
 
-def test_a_worker_that_waits_goes_on_with_what_a_killed_one_has_left(mtrl: Commands, tmp_path: Path) -> None:
+def test_waiting_process_resumes_the_trial_of_a_killed_process(mtrl: Commands, tmp_path: Path) -> None:
     words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=7,8"]
     first = mtrl.start(*words, FAKE_WORKER='{"7": "hang"}')
     until(lambda: step_of(tmp_path / "S/trials/0000") > 0)
     second = mtrl.start(*words)
     until(lambda: step_of(tmp_path / "S/trials/0001") == STEPS)
     first.kill()
-    stdout, _ = ended(second, 0)
+    stdout, _ = outcome(second, 0)
     assert "trial 0: resumed" in stdout
     assert [record["state"] for record in trials(tmp_path / "S")] == ["completed"] * 2
 
 
-def test_another_sweep_in_its_folder_is_refused(mtrl: Commands, tmp_path: Path) -> None:
+def test_another_sweep_in_the_same_folder_is_refused(mtrl: Commands, tmp_path: Path) -> None:
     mtrl.sweep("seed=0,1")
     _, stderr = mtrl.sweep("seed=0,1,2", code=2)
     assert "other values of seed" in stderr
@@ -255,7 +255,7 @@ def test_another_sweep_in_its_folder_is_refused(mtrl: Commands, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["mine"]
 
 
-def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: Commands, tmp_path: Path) -> None:
+def test_unreachable_storage_or_storage_of_another_sweep_creates_nothing(mtrl: Commands, tmp_path: Path) -> None:
     url = "postgresql://me:secret@localhost:1/x"
     stdout, stderr = mtrl.sweep("seed=0,1", f"sweep.storage={url}", code=2)
     assert "sweep.storage=postgresql://me:***@localhost:1/x" in stderr
@@ -268,19 +268,19 @@ def test_a_storage_that_is_not_there_or_holds_another_sweep_makes_nothing(mtrl: 
     assert not (tmp_path / "S").exists()
 
 
-def test_a_sweep_that_is_killed_ten_times_has_its_trials_each_once(mtrl: Commands, tmp_path: Path) -> None:
-    """At moments that a seed decides on: while it imports, makes its folder, enters, takes, starts, follows and ends trials."""
+def test_each_trial_runs_once_in_a_sweep_killed_ten_times(mtrl: Commands, tmp_path: Path) -> None:
+    """At seeded random moments: during imports, creating the folder, and adding, taking, starting, polling and ending trials."""
     words = ["sweep", *QUICK, *FAKE, "run_dir=S", "seed=range(6)", "launcher.jobs=2"]
     moments, begun = random.Random(20), time.monotonic()
     process = mtrl.start(*words, FAKE_SECONDS="0.1")
     until((tmp_path / "S/sweep.json").exists)
-    to_begin = time.monotonic() - begun
+    startup_seconds = time.monotonic() - begun
     for _ in range(9):
         process.kill()
         process.communicate(timeout=60)
         process = mtrl.start(*words, FAKE_SECONDS="0.1")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=to_begin * moments.uniform(0.3, 2.3))
+            process.wait(timeout=startup_seconds * moments.uniform(0.3, 2.3))
     process.kill()
     process.communicate(timeout=60)
     mtrl(*words)

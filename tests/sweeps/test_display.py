@@ -1,4 +1,4 @@
-"""What a user sees of a sweep: a table that fits the terminal, plain lines elsewhere, the time left."""
+"""Progress display of a sweep: a table that fits the terminal, plain lines otherwise, and the remaining time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that is advanced by hand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 100.0
@@ -40,7 +40,7 @@ def sweep(*states: str) -> list[TrialRow]:
     return [row(number, state) for number, state in enumerate(states)]
 
 
-def test_plain_lines_tell_what_changes_and_a_summary_now_and_then(clock: Clock) -> None:
+def test_plain_output_has_a_line_per_change_and_periodic_summaries(clock: Clock) -> None:
     out = io.StringIO()
     with SweepDisplay(jobs=1, out=out) as shown:
         shown.update(sweep("completed", "running", "waiting"))
@@ -48,7 +48,7 @@ def test_plain_lines_tell_what_changes_and_a_summary_now_and_then(clock: Clock) 
             clock.now += 1
             shown.update(sweep("completed", "running", "waiting"))
         shown.update(sweep("completed", "completed", "running"))
-        shown.message("trial 2: its process died, gone on with")
+        shown.message("trial 2: its process died; resuming it")
         shown.update([*sweep("completed", "completed"), row(2, "failed", note="not enough memory", seconds=3.0)])
     lines = out.getvalue().splitlines()
     assert lines == [
@@ -56,13 +56,13 @@ def test_plain_lines_tell_what_changes_and_a_summary_now_and_then(clock: Clock) 
         "1 of 3 completed, 1 running, 1 waiting, best 0.000 (trial 0), ETA 1:30",
         "trial 1: completed: network/sharing=film seed=1, 0.010, 1:00",
         "trial 2: running: network/sharing=film seed=2",
-        "trial 2: its process died, gone on with",
+        "trial 2: its process died; resuming it",
         "trial 2: failed: network/sharing=film seed=2, 0:03 (not enough memory)",
         "2 of 3 completed, 1 failed, best 0.010 (trial 1)",
     ]
 
 
-def test_a_summary_comes_each_minute(clock: Clock) -> None:
+def test_summary_is_printed_every_minute(clock: Clock) -> None:
     out = io.StringIO()
     with SweepDisplay(jobs=1, out=out) as shown:
         for second in range(150):
@@ -71,17 +71,17 @@ def test_a_summary_comes_each_minute(clock: Clock) -> None:
     assert len(re.findall("0 of 1 completed", out.getvalue())) == 4, "at the start, after one and two minutes, and at the end"
 
 
-def test_the_time_left_is_that_of_the_steps_left_at_the_mean_speed() -> None:
+def test_remaining_time_is_remaining_steps_at_the_mean_speed() -> None:
     shown = SweepDisplay(jobs=2, out=io.StringIO())
     shown.update(sweep("waiting", "waiting"))
-    assert shown.seconds_left() is None, "nothing was timed yet"
-    # 2 x 1,000 steps in 60 s each and 500 in 30 s: 0.06 s a step; 500 + 3,000 are left, two at a time.
+    assert shown.seconds_left() is None, "no trial has been timed yet"
+    # 2 x 1,000 steps in 60 s each and 500 in 30 s: 0.06 s per step; 500 + 3,000 are left, two trials at a time.
     shown.update(sweep("completed", "completed", "running", "waiting", "waiting", "waiting"))
     assert shown.seconds_left() == pytest.approx(0.06 * 3500 / 2)
-    # Pruned and failed ones are over; of a single trial there is no half.
+    # Pruned and failed trials are over; a single trial cannot be split between two jobs.
     shown.update([row(0, "completed"), row(1, "pruned", step=200, seconds=12.0), row(2, "failed"), row(3, "running")])
     assert shown.seconds_left() == pytest.approx(0.06 * 500)
-    # Others work, too.
+    # Other processes run trials, too.
     shown.update(sweep("completed", "running", "elsewhere", "elsewhere", "elsewhere", *["waiting"] * 8))
     assert shown.seconds_left() == pytest.approx(0.06 * (500 + 11_000) / 4)
 
@@ -97,7 +97,7 @@ def rendered(rows: list[TrialRow], width: int, height: int) -> str:
 
 @pytest.mark.parametrize("count", [1, 10, 1000])
 @pytest.mark.parametrize(("width", "height"), [(200, 50), (120, 24), (80, 24), (40, 15), (24, 8)])
-def test_the_table_fits_the_terminal_and_shows_what_runs(count: int, width: int, height: int) -> None:
+def test_table_fits_the_terminal_and_shows_all_running_trials(count: int, width: int, height: int) -> None:
     states = ["completed"] * (count // 2) + ["running"] * min(2, count) + ["waiting"] * count
     rows = sweep(*states[:count])
     lines = rendered(rows, width, height).splitlines()
@@ -110,15 +110,17 @@ def test_the_table_fits_the_terminal_and_shows_what_runs(count: int, width: int,
     assert len(shown) + hidden == count
 
 
-def test_the_table_tells_of_each_trial() -> None:
+def test_table_has_a_row_per_trial() -> None:
     text = rendered([*sweep("completed", "running"), row(2, "failed", note="[red] no memory")], 120, 24)
     cells = {line.split()[0]: line.split() for line in text.splitlines()[:-1]}
     assert cells["0"] == ["0", "network/sharing=film", "seed=0", "completed", "0.000", "100%", "1:00"]
     assert cells["1"] == ["1", "network/sharing=film", "seed=1", "running", "-", "50%", "0:30"]
-    assert cells["2"] == ["2", "network/sharing=film", "seed=2", "failed", "-", "-", "-", "[red]", "no", "memory"], "nothing is markup"
+    assert cells["2"] == ["2", "network/sharing=film", "seed=2", "failed", "-", "-", "-", "[red]", "no", "memory"], (
+        "text is not interpreted as markup"
+    )
 
 
-def test_the_last_that_ended_are_shown() -> None:
+def test_most_recently_ended_trials_are_shown() -> None:
     shown = SweepDisplay(jobs=1, out=io.StringIO())
     shown.console = Console(file=io.StringIO(), width=80, height=9)
     rows = sweep(*["running"] * 9)
@@ -142,32 +144,32 @@ print("the end")
 """
 
 
-def test_on_a_terminal_the_table_is_drawn_a_few_times_only_and_the_cursor_comes_back() -> None:
-    ours, theirs = pty.openpty()
+def test_table_on_a_terminal_is_drawn_at_a_limited_rate_and_the_cursor_is_restored() -> None:
+    parent_end, child_end = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=child_end, stderr=child_end, env=environment)
+    os.close(child_end)
     data = b""
-    while select.select([ours], [], [], 60)[0]:
+    while select.select([parent_end], [], [], 60)[0]:
         try:
-            piece = os.read(ours, 2**16)
-        except OSError:  # the terminal's other end was closed
+            piece = os.read(parent_end, 2**16)
+        except OSError:  # the other end of the terminal was closed
             break
         if not piece:
             break
         data += piece
-    os.close(ours)
+    os.close(parent_end)
     assert process.wait(timeout=60) == 0
     text = data.decode()
     assert "trial 0: its process died [again]" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert 2 <= text.count("seed=0") <= 10, "of 1,000 updates"
-    assert "100%" in text, "the last state stays"
+    assert "100%" in text, "the final table stays"
     assert text.rstrip().endswith("the end")
 
 
-def test_a_reader_that_goes_away_does_not_end_the_sweep() -> None:
+def test_closed_output_does_not_end_the_sweep() -> None:
     program = """
 import sys
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow

@@ -1,4 +1,4 @@
-"""A sweep's folder: made by two processes at a time, or by a stranger who has put links into it."""
+"""A sweep's folder: created by two processes at once, and hostile symbolic links."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def words() -> Plan:
 
 @pytest.fixture
 def plan(words: Plan, tmp_path: Path) -> Plan:
-    """Of a sweep in S, which is not there yet."""
+    """A plan whose folder S does not exist yet."""
     return sweep_plan.replace(words, run_dir=tmp_path / "S")
 
 
-def enter(plan: Plan) -> TrialStorage:
-    """Make the sweep, or go on with it."""
+def open_sweep(plan: Plan) -> TrialStorage:
+    """Create or resume the sweep."""
     return sweep._open(plan, ["mtrl", "sweep"], 10)[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that a folder holds."""
+    """Contents of all files in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -48,34 +48,34 @@ LINKS = [JOURNAL, "journal.lock", ".lock", "trials", "trials/0000", WORKERS, f"{
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_nothing_is_written_through_a_link_in_a_strangers_sweep(name: str, plan: Plan, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link_in_a_sweep_folder(name: str, plan: Plan, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     (mine / "0000").mkdir(parents=True)
     (mine / "token").write_text("a secret without a last newline")
     (mine / "config.yaml").write_text("seed: 1\n")
     before = contents(mine)
-    enter(plan).close()
+    open_sweep(plan).close()
     link = tmp_path / "S" / name
     is_folder = name in ("trials", "trials/0000", WORKERS)
     shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(mine if is_folder else mine / "token")
 
-    def go_on() -> None:
-        book = enter(plan)
+    def resume() -> None:
+        storage = open_sweep(plan)
         try:
-            while book.take() is not None:
+            while storage.take() is not None:
                 pass
         finally:
-            book.close()
+            storage.close()
 
     with pytest.raises((UserError, RunError), match=name):
-        go_on()
+        resume()
     assert contents(mine) == before
     assert {path.name for path in mine.iterdir()} == {"0000", "token", "config.yaml"}
 
 
-def test_a_trial_is_not_made_in_a_linked_run(plan: Plan, tmp_path: Path) -> None:
+def test_trial_is_not_created_in_a_linked_folder(plan: Plan, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (tmp_path / "S/trials").mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_a_trial_is_not_made_in_a_linked_run(plan: Plan, tmp_path: Path) -> None
     assert list(mine.iterdir()) == []
 
 
-def test_a_link_is_not_cut(tmp_path: Path) -> None:
+def test_linked_journal_is_not_truncated(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
     (tmp_path / JOURNAL).symlink_to(tmp_path / "token")
     with pytest.raises(OSError, match="symbolic"):
@@ -93,45 +93,43 @@ def test_a_link_is_not_cut(tmp_path: Path) -> None:
     assert (tmp_path / "token").read_text() == "secret"
 
 
-def test_a_process_that_is_overtaken_while_it_looks_goes_on_with_the_others_sweep(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_created_by_another_process_in_the_meantime_is_joined(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     check_new = RunFolder.check_new
 
-    def overtaken(path: Path) -> None:
+    def check_late(path: Path) -> None:
         monkeypatch.setattr(RunFolder, "check_new", check_new)
-        enter(plan).close()
+        open_sweep(plan).close()
         check_new(path)
 
-    monkeypatch.setattr(RunFolder, "check_new", overtaken)
-    book = enter(plan)
-    assert [status.state for status in book.statuses()] == ["waiting", "waiting"]
+    monkeypatch.setattr(RunFolder, "check_new", check_late)
+    storage = open_sweep(plan)
+    assert [status.state for status in storage.statuses()] == ["waiting", "waiting"]
 
 
-def test_a_process_that_waited_for_a_folder_which_is_gone_makes_it(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_folder_deleted_while_waiting_for_its_lock_is_created_again(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     acquire: Callable[[FileLock], None] = FileLock.acquire
 
-    def late(lock: FileLock) -> None:
+    def acquire_late(lock: FileLock) -> None:
         acquire(lock)
         if lock.path == tmp_path / "S/.lock":
             monkeypatch.setattr(FileLock, "acquire", acquire)
             shutil.rmtree(tmp_path / "S")
 
-    monkeypatch.setattr(FileLock, "acquire", late)
-    enter(plan).close()
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
+    open_sweep(plan).close()
     assert (tmp_path / "S/sweep.json").is_file()
     other = FileLock(tmp_path / "S/.lock")
-    assert other.try_acquire(), "it was let go of"
+    assert other.try_acquire(), "the lock was released"
 
 
-def test_what_could_not_be_made_is_removed_but_for_what_another_process_has_made_by_then(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_folder_of_a_refused_sweep_is_removed(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object, **__: object) -> None:
         (tmp_path / "S/workers").mkdir()
         raise UserError("of another sweep")
 
     monkeypatch.setattr(sweep, "TrialStorage", refuse)
     with pytest.raises(UserError, match="of another sweep"):
-        enter(plan)
+        open_sweep(plan)
     assert not (tmp_path / "S").exists()
 
 
@@ -146,7 +144,7 @@ def test_what_could_not_be_made_is_removed_but_for_what_another_process_has_made
         ("env:NAME", "env:NAME"),
     ],
 )
-def test_no_password_is_shown(url: str, shown: str, plan: Plan, tmp_path: Path) -> None:
+def test_password_is_masked(url: str, shown: str, plan: Plan, tmp_path: Path) -> None:
     assert sweep_plan.without_password(url) == shown
     (tmp_path / "S").mkdir()
     sweep_plan.save(sweep_plan.replace(plan, search={**plan.search, "storage": url}), tmp_path / "S", ["mtrl", f"sweep.storage={url}"])
@@ -156,24 +154,24 @@ def test_no_password_is_shown(url: str, shown: str, plan: Plan, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:to%2Fsecret@host/x", "mysql://host/x?user=me&password=to%2Fsecret", "sqlite:///x"])
-def test_what_a_driver_says_is_told_without_the_password(url: str) -> None:
-    with pytest.raises(RunError) as told, reached(url):
+def test_driver_error_is_shown_without_the_password(url: str) -> None:
+    with pytest.raises(RunError) as caught, reached(url):
         raise OSError(f"no {url}, or to/secret of me is wrong" if "secret" in url else "no file")
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(caught.value)
 
 
-def test_a_storage_may_be_named_in_the_environment(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_storage_url_may_come_from_an_environment_variable(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     named = sweep_plan.make([*RUN, "seed=0,1", "sweep.storage=env:TRIALS_URL", f"run_dir={plan.run_dir}"])
     monkeypatch.delenv("TRIALS_URL", raising=False)
     with pytest.raises(UserError, match=r"variable TRIALS_URL is not set"):
-        enter(named)
+        open_sweep(named)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("TRIALS_URL", "me:secret@host")
-    with pytest.raises(UserError, match=r"is not a URL") as told:
-        enter(named)
-    assert "secret" not in str(told.value)
+    with pytest.raises(UserError, match=r"is not a URL") as caught:
+        open_sweep(named)
+    assert "secret" not in str(caught.value)
     monkeypatch.setenv("TRIALS_URL", f"sqlite:///{tmp_path}/secret.db")
-    enter(named).close()
+    open_sweep(named).close()
     assert (tmp_path / "secret.db").is_file()
     assert not any(b"secret" in content for content in contents(tmp_path / "S").values())
     with pytest.raises(UserError, match=r"not read from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):

@@ -1,4 +1,4 @@
-"""What a sweep is to do: made of words, refused where it makes no sense, kept in its folder and found again."""
+"""Sweep plans: composed from overrides, validated, saved in the sweep's folder, and loaded again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def refusal(*words: str) -> str:
     return str(refused.value)
 
 
-def test_a_grid_has_every_combination_the_last_key_changing_first() -> None:
+def test_grid_has_every_combination_and_the_last_key_varies_fastest() -> None:
     plan = make("network/sharing=hard,film", "seed=range(3)", "launcher.jobs=2")
     assert plan.search["sampler"] == "grid"
     assert plan.points is not None
@@ -55,13 +55,13 @@ def test_a_grid_has_every_combination_the_last_key_changing_first() -> None:
     assert plan.command(plan.points[3]) == f"mtrl train {' '.join(BASE)} network/sharing=film seed=0"
 
 
-def test_the_first_points_of_a_grid() -> None:
+def test_number_of_trials_selects_the_first_points_of_a_grid() -> None:
     plan = make("network/sharing=hard,film", "seed=range(3)", "sweep.trials=4")
     assert plan.points == make("network/sharing=hard,film", "seed=range(3)").points[:4]  # type: ignore[index]
     assert plan.trials == 4
 
 
-def test_intervals_are_searched_and_take_the_type_of_their_key() -> None:
+def test_intervals_are_sampled_with_the_type_of_their_key() -> None:
     plan = make(LR, "agent.n_step=interval(1,8)", "agent.gamma=interval(0.9,1)", "agent.double=true,false", "sweep.trials=5")
     assert (plan.search["sampler"], plan.points, plan.trials) == ("tpe", None, 5)
     assert plan.axes == {
@@ -73,7 +73,7 @@ def test_intervals_are_searched_and_take_the_type_of_their_key() -> None:
     assert isinstance(plan.axes["agent.n_step"].low, int)  # type: ignore[union-attr]
 
 
-def test_a_trial_is_the_run_that_mtrl_train_would_make_of_the_same_words(tmp_path: Path) -> None:
+def test_trial_has_the_configuration_of_mtrl_train_with_the_same_overrides(tmp_path: Path) -> None:
     plan = make(LR, "agent.n_step=interval(1,8)", "env.tasks=[CartPole-v1],[Acrobot-v1,CartPole-v1]", "sweep.trials=5")
     values = {"optimizer.lr": 1.2345678901234567e-05, "agent.n_step": 7, "env.tasks": "[Acrobot-v1,CartPole-v1]"}
     composed = plan.configuration(values, tmp_path / "run")
@@ -82,11 +82,11 @@ def test_a_trial_is_the_run_that_mtrl_train_would_make_of_the_same_words(tmp_pat
     assert composed["optimizer"]["lr"] == values["optimizer.lr"], "to the last bit"
     path = tmp_path / "config.yaml"
     path.write_text(compose.dump(composed))
-    assert compose.load(path) == composed, "its worker reads the same from the folder"
+    assert compose.load(path) == composed, "the worker reads the same configuration"
 
 
-def test_a_combination_that_does_not_go_together_is_its_trials_failure(tmp_path: Path) -> None:
-    """Checking all combinations would take a product of time; a sweep's other trials are not to suffer."""
+def test_invalid_combination_fails_only_its_own_trial(tmp_path: Path) -> None:
+    """Checking all combinations in advance would be too slow, and the other trials of the sweep can run."""
     plan = make("network/head=dueling,c51", "agent/value_scale=clip,none")
     with pytest.raises(UserError, match="requires bounded returns"):
         plan.configuration({"network/head": "c51", "agent/value_scale": "none"}, tmp_path)
@@ -95,7 +95,7 @@ def test_a_combination_that_does_not_go_together_is_its_trials_failure(tmp_path:
     )
 
 
-def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_of_init_from_becomes_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = make("seed=1,2", "init_from=a/run")
     assert plan.configuration({"seed": "1"}, tmp_path / "run")["init_from"] == str(tmp_path / "a/run")
@@ -138,37 +138,39 @@ def test_sources_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
         (["seed=1,2", "ranks=2"], "torchrun"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_made(words: list[str], message: str) -> None:
+def test_invalid_overrides_are_refused_before_a_folder_is_created(words: list[str], message: str) -> None:
     assert message in refusal(*words)
 
 
-def test_a_pack_without_references_needs_to_be_told_by_what() -> None:
+def test_pack_without_reference_scores_requires_a_metric() -> None:
     words = ["env=gymnasium", "env.tasks=[Blackjack-v1,Taxi-v3]", "seed=1,2"]
     with pytest.raises(UserError, match=r"give one, such as sweep.metric=eval/return/Blackjack-v1"):
         sweep_plan.make(words)
     assert sweep_plan.make([*words, "sweep.metric=eval/return/Taxi-v3"]).trials == 2
-    assert sweep_plan.make(["env=gymnasium", "env.tasks=[Blackjack-v1]", "seed=1,2"]).trials == 2, "a single task's return says it"
+    assert sweep_plan.make(["env=gymnasium", "env.tasks=[Blackjack-v1]", "seed=1,2"]).trials == 2, (
+        "the return of a single task is the default metric"
+    )
     with pytest.raises(UserError, match=r"has eval/return/Blackjack-v1, eval/return/Taxi-v3$"):
         sweep_plan.make([*words, "sweep.metric=eval/score/mean"])
 
 
-def test_what_samplers_need_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_of_a_sampler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("cmaes", "scipy") else find(name))
     for sampler, package in (("cmaes", "cmaes"), ("gp", "scipy")):
-        told = refusal(LR, "agent.gamma=interval(0.9,1)", f"sweep.sampler={sampler}", "sweep.trials=3")
-        assert told == str(extras.missing(f"sweep.sampler={sampler}", package, "search"))
+        message = refusal(LR, "agent.gamma=interval(0.9,1)", f"sweep.sampler={sampler}", "sweep.trials=3")
+        assert message == str(extras.missing(f"sweep.sampler={sampler}", package, "search"))
 
 
-def test_a_sum_of_values_is_composed_and_not_their_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_composed_configurations_is_the_sum_of_options_not_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     composed: list[Any] = []
     one = compose.compose_training
     monkeypatch.setattr(compose, "compose_training", lambda words: composed.append(words) or one(words))
     make("network/sharing=hard,film,independent", "agent.double=true,false", "seed=range(100)")
-    assert len(composed) == 1 + 2 + 1 + 1, "the first, the others of each, and of a hundred numbers the last"
+    assert len(composed) == 1 + 2 + 1 + 1, "the first combination, each further option, and the largest of the hundred numbers"
 
 
-def test_torchrun_around_a_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "start it without torchrun" in refusal("seed=1,2")
@@ -179,7 +181,7 @@ def test_torchrun_around_a_sweep_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
 # -- in the sweep's folder ------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
+def test_loaded_plan_equals_the_saved_plan(tmp_path: Path) -> None:
     grid = saved(tmp_path, "network/sharing=hard,film", "seed=range(3)", "launcher.jobs=2", "sweep.retries=5")
     found = sweep_plan.load(tmp_path)
     assert found == sweep_plan.replace(grid, run_dir=tmp_path, search={**grid.search, "trials": 6})
@@ -189,25 +191,25 @@ def test_a_plan_is_found_again_as_it_was_saved(tmp_path: Path) -> None:
     assert sweep_plan.load(tmp_path / "search") == sweep_plan.replace(search, run_dir=tmp_path / "search")
 
 
-def test_a_sweep_over_sources_is_found_again(tmp_path: Path) -> None:
+def test_sweep_over_sources_is_loaded(tmp_path: Path) -> None:
     plan = saved(tmp_path, "init_from=choice(runs/a,runs/b)", "launcher.jobs=2")
     assert sweep_plan.load(tmp_path).axes == plan.axes == {"init_from": Choices(("runs/a", "runs/b"))}
 
 
-def test_what_may_change_when_a_sweep_goes_on(tmp_path: Path) -> None:
+def test_launcher_retries_and_number_of_trials_may_change_on_resume(tmp_path: Path) -> None:
     saved(tmp_path, LR, "sweep.trials=5")
     plan = sweep_plan.load(tmp_path, ["launcher.jobs=3", "sweep.retries=0", "sweep.trials=8"])
     assert (plan.launcher["jobs"], plan.search["retries"], plan.trials) == (3, 0, 8)
     sweep_plan.save(plan, tmp_path, ["mtrl", "resume"])
     assert sweep_plan.load(tmp_path).trials == 8
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert record["command"].startswith("mtrl sweep"), "the command that made it stays"
-    # The command as it was does not take the further trials away.
+    assert record["command"].startswith("mtrl sweep"), "the original command is kept"
+    # Repeating the original command keeps the additional trials.
     assert sweep_plan.check_same(make(LR, "sweep.trials=5", "launcher.jobs=2"), tmp_path).trials == 8
     assert sweep_plan.check_same(make(LR, "sweep.trials=9"), tmp_path).trials == 9
 
 
-def test_a_grid_goes_on_with_further_of_its_points(tmp_path: Path) -> None:
+def test_number_of_trials_of_a_grid_may_be_raised_up_to_its_points(tmp_path: Path) -> None:
     saved(tmp_path, "seed=range(5)", "sweep.trials=2")
     assert sweep_plan.load(tmp_path, ["sweep.trials=4"]).points == tuple({"seed": str(seed)} for seed in range(4))
     with pytest.raises(UserError, match="at most the 5 points of the grid, got 6"):
@@ -217,7 +219,7 @@ def test_a_grid_goes_on_with_further_of_its_points(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["seed=3", "seed=1,2", "env=classic_pack", "~launcher", "sweep.sampler=grid", "run_dir=x"])
-def test_what_may_not(tmp_path: Path, word: str) -> None:
+def test_other_overrides_are_refused_on_resume(tmp_path: Path, word: str) -> None:
     saved(tmp_path, "seed=1,2")
     with pytest.raises(UserError, match="cannot be changed on resume"):
         sweep_plan.load(tmp_path, [word])
@@ -234,19 +236,19 @@ def test_what_may_not(tmp_path: Path, word: str) -> None:
         (["seed=1,2", "sweep.sampler=random", "sweep.trials=2"], "holds a sweep with another sweep.sampler"),
     ],
 )
-def test_another_sweep_is_refused_naming_what_differs(tmp_path: Path, words: list[str], message: str) -> None:
+def test_another_sweep_is_refused_and_the_difference_named(tmp_path: Path, words: list[str], message: str) -> None:
     saved(tmp_path, "seed=1,2")
     with pytest.raises(UserError) as refused:
         sweep_plan.check_same(make(*words), tmp_path)
     assert message in str(refused.value)
 
 
-def test_the_order_of_words_makes_no_other_sweep(tmp_path: Path) -> None:
+def test_order_of_shared_overrides_does_not_matter(tmp_path: Path) -> None:
     plan = saved(tmp_path, "seed=1,2")
     assert sweep_plan.check_same(sweep_plan.make(["seed=1,2", *reversed(BASE)]), tmp_path).points == plan.points
 
 
-def test_a_password_is_not_written_down(tmp_path: Path) -> None:
+def test_password_is_not_saved(tmp_path: Path) -> None:
     url = "postgresql://me:secret@host/sweeps"
     saved(tmp_path, "seed=1,2", f"sweep.storage={url}")
     assert "secret" not in (tmp_path / "sweep.json").read_text()
@@ -258,7 +260,7 @@ def test_a_password_is_not_written_down(tmp_path: Path) -> None:
         sweep_plan.check_same(make("seed=1,2"), tmp_path)
 
 
-def test_folders_and_packages_are_taken_from_the_user_alone(tmp_path: Path) -> None:
+def test_searchpath_and_trusted_packages_are_never_loaded_from_a_sweep_folder(tmp_path: Path) -> None:
     (tmp_path / "conf" / "optimizer").mkdir(parents=True)
     (tmp_path / "conf" / "optimizer" / "slow.yaml").write_text("# Slow\ndefaults: [adam, _self_]\nweight_decay: 0.5\n")
     (tmp_path / "sweep").mkdir()
@@ -268,7 +270,7 @@ def test_folders_and_packages_are_taken_from_the_user_alone(tmp_path: Path) -> N
     assert plan.trusted_packages == ("mine",)
     with pytest.raises(UserError) as refused:
         sweep_plan.load(tmp_path / "sweep")
-    assert "hydra.searchpath" in str(refused.value).splitlines()[1], "the command that does it"
+    assert "hydra.searchpath" in str(refused.value).splitlines()[1], "the command to resume"
     found = sweep_plan.load(tmp_path / "sweep", [place])
     assert found.trusted_packages == ()
     assert found.configuration({"optimizer": "slow"}, tmp_path)["optimizer"]["weight_decay"] == 0.5
@@ -324,7 +326,7 @@ def damaged(**changes: Any) -> dict[str, Any]:
         (damaged(launcher={"_target_": "evil.local.LocalLauncher"}), "to resume on this machine"),
     ],
 )
-def test_a_plan_from_a_stranger_is_checked(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+def test_untrusted_plan_is_validated(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     with pytest.raises(UserError) as refused:
         sweep_plan.load(tmp_path)
@@ -333,7 +335,7 @@ def test_a_plan_from_a_stranger_is_checked(tmp_path: Path, record: dict[str, Any
     assert sweep_plan.load(tmp_path).trials == 2
 
 
-def test_what_is_no_sweep(tmp_path: Path) -> None:
+def test_folder_without_a_regular_sweep_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not a sweep: it has no sweep.json"):
         sweep_plan.load(tmp_path)
     (tmp_path / "sweep.json").symlink_to("/etc/hostname")
@@ -341,13 +343,13 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
         sweep_plan.load(tmp_path)
 
 
-def test_budgets_of_trials() -> None:
+def test_each_trial_has_its_own_step_budget() -> None:
     plan = sweep_plan.make(["env=classic_pack", "agent.learning_starts=100", "steps_per_task=1000,2e3"])
     assert plan.steps_per_task == 2000
     assert [plan.steps(point) for point in plan.points or ()] == [1000, 2000]
 
 
-def test_planning_needs_neither_torch_nor_optuna() -> None:
+def test_planning_imports_neither_torch_nor_optuna() -> None:
     import subprocess
 
     code = "import sys; from mtrl_cli.sweeps import dry_run, plan, summary; print(*{'torch', 'optuna', 'hydra'} & set(sys.modules))"

@@ -1,4 +1,4 @@
-"""What a sweep makes of how its workers end: scripted ones, in this process."""
+"""Trial states after workers end in different ways, with scripted workers in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Worker = Callable[[Path], End]
 
 
 class Done(Job):
-    """A job that ended as it began."""
+    """A job that has already ended."""
 
     def __init__(self, end: End):
         self._end = end
@@ -45,7 +45,7 @@ class Done(Job):
 
 
 class Scripted(Launcher):
-    """Workers, one after the other, each a function of the run's folder."""
+    """A launcher of scripted workers, run one after the other; each is a function of the run's folder."""
 
     jobs = 1
 
@@ -57,32 +57,32 @@ class Scripted(Launcher):
 
 
 class Silent:
-    """Shows nothing."""
+    """A display that records messages and shows nothing."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def update(self, rows: list[TrialRow]) -> None:
         pass
 
     def message(self, text: str) -> None:
-        self.told.append(text)
+        self.messages.append(text)
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks follow each other without a pause."""
+def poll_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poll without pauses."""
     for name in ("POLL_SECONDS", "METRICS_SECONDS", "STORAGE_SECONDS"):
         monkeypatch.setattr(scheduler, name, 0.0)
 
 
 def work(folder: Path, *workers: Worker) -> dict[str, Any]:
-    """Have these work on a sweep of one trial; what trial.json says of it then."""
+    """Run a sweep of one trial with these workers and return its trial.json."""
     folder.mkdir(exist_ok=True)
     plan = plan_of(folder)
-    launcher, book = Scripted(*workers), TrialStorage(folder, plan, first=10)
+    launcher, storage = Scripted(*workers), TrialStorage(folder, plan, first=10)
     with StopRequest() as stop:
-        SweepLoop(folder, plan, book, launcher, Silent(), stop).work()
+        SweepLoop(folder, plan, storage, launcher, Silent(), stop).work()
     assert launcher.workers == []
     found: dict[str, Any] = json.loads((folder / "trials/0000/trial.json").read_text())
     return found
@@ -97,38 +97,38 @@ def complete(run: Path, end: End | None = None) -> End:
 
 
 @pytest.mark.parametrize("end", [End(None, "Slurm no longer knows the job"), End(None, "killed by SIGSEGV"), End(1), End(2)])
-def test_a_run_that_is_completed_is_whatever_became_of_its_process(end: End, tmp_path: Path) -> None:
+def test_completed_run_counts_as_completed_however_its_process_ended(end: End, tmp_path: Path) -> None:
     record = work(tmp_path / "S", lambda run: complete(run, end))
     assert (record["state"], record["value"], record["attempts"], record["why"]) == ("completed", 30.0, 1, None)
 
 
-def refused(run: Path) -> End:
-    """A worker that finds another at its run, which has let go of it when the sweep looks."""
+def locked_out(run: Path) -> End:
+    """A worker whose run is locked by another process, which releases the lock before the sweep checks."""
     other = RunFolder(run)
     other.lock()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as locked:
         RunFolder(run).lock()
     other.unlock()
-    (run / OUTPUT).write_text(f"mtrl: error: {told.value}\nsaved at step 10\n")
+    (run / OUTPUT).write_text(f"mtrl: error: {locked.value}\nsaved at step 10\n")
     return End(2)
 
 
-def test_a_run_that_another_process_had_for_a_moment_is_gone_on_with(tmp_path: Path) -> None:
-    record = work(tmp_path / "S", refused, complete)
+def test_run_that_was_briefly_locked_by_another_process_is_resumed(tmp_path: Path) -> None:
+    record = work(tmp_path / "S", locked_out, complete)
     assert (record["state"], record["attempts"]) == ("completed", 1)
 
 
-def test_a_worker_that_refuses_its_configuration_fails_for_good(tmp_path: Path) -> None:
+def test_trial_with_an_invalid_configuration_is_not_retried(tmp_path: Path) -> None:
     def wrong(run: Path) -> End:
         with open(run / OUTPUT, "a") as output:
             output.write("mtrl: error: agent.n_step=-1: expected a positive number\n")
         return End(2)
 
-    record = work(tmp_path / "S", refused, wrong)
+    record = work(tmp_path / "S", locked_out, wrong)
     assert (record["state"], record["why"]) == ("failed", "agent.n_step=-1: expected a positive number")
 
 
-def test_all_evaluations_are_read_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_larger_than_one_read_are_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_run, "_LARGEST_READ", 100)
     record = work(tmp_path / "S", complete)
     assert (record["value"], record["step"], record["seconds"]) == (30.0, 30, 3.0)
@@ -148,10 +148,10 @@ def test_failed_trial_counts_as_completed_once_its_run_was_completed(tmp_path: P
         assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
         storage = TrialStorage(folder, plan_of(folder), first=10)
         assert [(status.state, status.value) for status in storage.statuses()] == [("completed", 30.0)]
-        assert len(storage._study.get_trials()) == 2, "the failed one and the completed one"
+        assert len(storage._study.get_trials()) == 2, "the failed trial and the completed trial"
 
 
-def test_damaged_trial_record_is_noted_and_ends_nothing(tmp_path: Path) -> None:
+def test_damaged_trial_record_is_noted_and_does_not_end_the_sweep(tmp_path: Path) -> None:
     folder = tmp_path / "S"
     work(folder, complete)
     (folder / "trials/0000/trial.json").write_text("[]")
@@ -162,12 +162,12 @@ def test_damaged_trial_record_is_noted_and_ends_nothing(tmp_path: Path) -> None:
     assert read_rows(plan_of(folder), folder)[0].note == row.note
 
 
-def test_a_trial_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
-    folder, told = tmp_path / "S", Silent()
+def test_deleted_folder_of_a_trial_is_reported(tmp_path: Path) -> None:
+    folder, display = tmp_path / "S", Silent()
     work(folder, complete)
     shutil.rmtree(folder / "trials/0000")
     plan = plan_of(folder)
     with StopRequest() as stop:
-        (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), told, stop).work()
+        (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), display, stop).work()
     assert (row.state, row.score) == ("completed", 30.0)
-    assert told.told == ["trial 0: its folder is missing; its metric is kept, and the trial is not repeated"]
+    assert display.messages == ["trial 0: its folder is missing; its metric is kept, and the trial is not repeated"]

@@ -1,4 +1,4 @@
-"""The words of `mtrl sweep`: which are of the sweep, which all runs have, and which values the runs differ in."""
+"""Overrides of `mtrl sweep`: those of the sweep, those shared by all runs, and the axes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def axis(word: str) -> Choices | NumberRange | None:
         ("bool(1,0)", ("true", "false")),
     ],
 )
-def test_choices_keep_their_words(value: str, words: tuple[str, ...]) -> None:
+def test_choices_keep_the_text_of_their_values(value: str, words: tuple[str, ...]) -> None:
     assert axis(f"key={value}") == Choices(words)
 
 
@@ -57,16 +57,16 @@ def test_choices_keep_their_words(value: str, words: tuple[str, ...]) -> None:
         ("interval(-1,1)", NumberRange(-1.0, 1.0)),
     ],
 )
-def test_intervals(value: str, interval: NumberRange) -> None:
+def test_intervals_are_parsed(value: str, interval: NumberRange) -> None:
     assert axis(f"key={value}") == interval
 
 
 @pytest.mark.parametrize("word", ["key=1", "key=[1,2]", "key={a:1}", "key='a,b'", "key=", "~key", "key=a=b", "key=f(1)", "key", "key=a b"])
-def test_one_value_is_no_axis(word: str) -> None:
+def test_single_value_is_not_an_axis(word: str) -> None:
     assert axis(word) is None
 
 
-def test_shuffled_choices_are_the_same_in_the_same_order_each_time() -> None:
+def test_order_of_shuffled_choices_is_reproducible() -> None:
     first = axis("seed=shuffle(range(50))")
     assert isinstance(first, Choices)
     assert first == axis("seed=shuffle(range(50))")
@@ -108,14 +108,14 @@ def test_shuffled_choices_are_the_same_in_the_same_order_each_time() -> None:
         ("seed=${oc.env:HOME}", "interpolation"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_a_line(word: str, message: str) -> None:
+def test_invalid_override_is_refused_in_one_line(word: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         search_space.split_overrides([word])
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_each_word_goes_where_it_belongs() -> None:
+def test_overrides_are_split_into_sweep_shared_and_axes() -> None:
     words = ["env=classic_pack", "seed=1,2", "sweep.trials=3", "launcher=local", "launcher.jobs=2", "run_dir=a,b", "+agent.n_step=range(2)"]
     words += ["hydra.searchpath=[/conf]", "trusted_packages=[mine]", "init_from=runs/a,b", "~augmentation", "env.tasks=[a,b]"]
     apart = search_space.split_overrides(words)
@@ -132,18 +132,18 @@ def test_each_word_goes_where_it_belongs() -> None:
     assert list(apart.axes) == ["seed", "agent.n_step"]
 
 
-def test_sources_differ_where_that_is_said() -> None:
+def test_init_from_is_an_axis_only_as_an_explicit_choice() -> None:
     assert search_space.split_overrides(["init_from=choice(a,b)"]).axes == {"init_from": Choices(("a", "b"))}
     assert search_space.split_overrides(["init_from=choice(/a/b-1,null)"]).axes == {"init_from": Choices(("/a/b-1", "null"))}
 
 
 @pytest.mark.parametrize("words", [["seed=1,2", "seed=3"], ["seed=1", "++seed=2"], ["sweep.trials=1", "sweep.trials=1"]])
-def test_a_key_twice_is_refused(words: list[str]) -> None:
+def test_duplicate_key_is_refused(words: list[str]) -> None:
     with pytest.raises(UserError, match="is given twice"):
         search_space.split_overrides(words)
 
 
-def test_a_slip_in_a_word_of_the_sweep_is_told() -> None:
+def test_misspelled_sweep_key_gets_a_suggestion() -> None:
     assert search_space.near_miss(["env=a", "swep.trials=3"]) == "unknown key 'swep.trials'. Did you mean 'sweep.trials'?"
     assert search_space.near_miss(["env=a", "sweep.trials=3", "launcher=local", "seed=3"]) is None
 
@@ -152,23 +152,23 @@ PLAIN = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(all
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
 
 
-def usable(value: object) -> bool:
-    """Not an interpolation, which the grammar takes out of quotes, too; and no sign that no word of a command line can hold."""
+def is_allowed(value: object) -> bool:
+    """Exclude interpolations, which the grammar resolves even within quotes, and NUL, which no command line can contain."""
     text = str(value)
     return "$" not in text and "\x00" not in text
 
 
 @settings(max_examples=150, deadline=None)
-@given(VALUES.filter(usable))
-def test_a_value_is_read_from_its_word_as_it_was(value: object) -> None:
+@given(VALUES.filter(is_allowed))
+def test_value_survives_formatting_and_parsing(value: object) -> None:
     read = overrides.parse(f"key={search_space.as_text(value)}").value
     assert repr(read) == repr(value)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(VALUES.filter(usable), min_size=2, max_size=5))
-def test_words_between_commas_are_taken_apart_as_they_were_put_together(values: list[object]) -> None:
+@given(st.lists(VALUES.filter(is_allowed), min_size=2, max_size=5))
+def test_list_of_choices_survives_joining_and_splitting(values: list[object]) -> None:
     words = list({repr(each): search_space.as_text(each) for each in values}.values())
     if len(words) < 2 or {0, 1, -1} & {each for each in values if isinstance(each, int | float)}:
-        return  # a value by itself is no choice; 1 and 1.0 are one value
+        return  # a single value is no axis; 1 and 1.0 are the same value
     assert axis("key=" + ",".join(words)) == Choices(tuple(words))

@@ -1,4 +1,4 @@
-"""What came out of a sweep, and what `mtrl sweep --dry-run` lists: worked out by hand from made-up trials."""
+"""Summary of a sweep and the listing of `mtrl sweep --dry-run`, checked by hand on fake trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = ("env=classic_pack", "env.tasks=[CartPole-v1]")
 
 
 def grid(run_dir: Path | None = None, trusted: tuple[str, ...] = (), **axes: str) -> Plan:
-    """A plan over axes, each given as its words between blanks."""
+    """A grid over axes, each given as its choices separated by spaces."""
     choices = {key.replace("__", "/"): Choices(tuple(words.split())) for key, words in axes.items()}
     return Plan(
         shared=WORDS,
@@ -63,14 +63,14 @@ def test_seeds_are_averaged() -> None:
     assert summary.best(plan, []) is None
 
 
-def test_one_lucky_seed_is_no_better_configuration() -> None:
+def test_configuration_with_fewer_completed_seeds_ranks_lower() -> None:
     plan = grid(network__sharing="hard film", seed="0 1 2")
     assert plan.points is not None
     lucky = [(plan.points[0], 1.0), *[(point, 0.5) for point in plan.points[3:]]]
     assert [each.values["network/sharing"] for each in summary.standings(plan, lucky)] == ["film", "hard"]
 
 
-def test_the_command_composes_whatever_the_words_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_printed_command_of_the_best_composes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     plan = grid(env__tasks="[CartPole-v1] [Acrobot-v1,CartPole-v1]", seed="1")
     plan = sweep_plan.replace(plan, shared=("env=classic_pack",), axes={"env.tasks": plan.axes["env/tasks"]})
@@ -82,17 +82,17 @@ def test_the_command_composes_whatever_the_words_hold(monkeypatch: pytest.Monkey
     assert (composed["env"]["tasks"], composed["optimizer"]["lr"]) == (["Acrobot-v1", "CartPole-v1"], 1.25e-05)
 
 
-def said(plan: Plan, rows: list[TrialRow]) -> str:
+def printed_summary(plan: Plan, rows: list[TrialRow]) -> str:
     out = io.StringIO()
     Console(file=out, width=120).print(summary.ending(plan, rows))
     return out.getvalue()
 
 
-def test_the_end_names_the_best_and_what_failed() -> None:
+def test_summary_names_the_best_the_failed_and_the_pruned() -> None:
     plan = grid(network__sharing="hard film", seed="0 1 2")
     rows = rows_of(plan, [0.9, 0.1, 0.2, 0.5, 0.5, None], ["completed"] * 4 + ["pruned", "failed"])
     rows[5] = TrialRow(5, rows[5].overrides, "failed", note="not enough memory [really]")
-    text = said(plan, rows)
+    text = printed_summary(plan, rows)
     table = [line.split() for line in text.splitlines()]
     assert ["0.400", "0.100", "to", "0.900", "3", "network/sharing=hard"] in table
     assert ["0.500", "0.500", "to", "0.500", "1", "network/sharing=film"] in table
@@ -103,20 +103,20 @@ def test_the_end_names_the_best_and_what_failed() -> None:
     assert summary.best_as_command(plan, rows) == f"the best configuration, 0.400 (the mean of 3 seeds):\n{command}"
 
 
-def test_without_seeds_nothing_is_said_of_means() -> None:
+def test_summary_without_seeds_has_no_means() -> None:
     plan = grid(network__sharing="hard film")
-    assert "mean" not in said(plan, rows_of(plan, [0.9, 0.1])).replace("eval/score/mean", "")
+    assert "mean" not in printed_summary(plan, rows_of(plan, [0.9, 0.1])).replace("eval/score/mean", "")
     assert summary.best_as_command(plan, rows_of(plan, [0.9, 0.1])).startswith("the best configuration, 0.900:\n")
 
 
-def test_a_sweep_of_which_nothing_came_has_no_best() -> None:
+def test_sweep_without_scores_has_no_best_configuration() -> None:
     plan = grid(seed="0 1")
     rows = rows_of(plan, [None, None], ["failed", "completed"])
     assert "no best configuration" in summary.best_as_command(plan, rows)
-    assert "completed without a metric: trials 1" in said(plan, rows)
+    assert "completed without a metric: trials 1" in printed_summary(plan, rows)
 
 
-def test_numbers_in_a_row_are_told_in_short() -> None:
+def test_consecutive_numbers_are_abbreviated() -> None:
     assert summary.in_short([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
     assert summary.in_short(range(0, 100, 2), most=3) == "0, 2, 4, …"
 
@@ -124,8 +124,8 @@ def test_numbers_in_a_row_are_told_in_short() -> None:
 # -- the listing ----------------------------------------------------------------------------------------------------------------
 
 
-def begun(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
-    """Put trials into a sweep's folder, each with what its trial.json says besides its overrides."""
+def write_trials(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
+    """Create trials in a sweep's folder, each with the given entries of its trial.json."""
     sweep_plan.save(plan, folder, ["mtrl", "sweep"])
     for trial in trials:
         number, run = trial["number"], folder / "trials" / f"{trial['number']:04d}"
@@ -141,7 +141,7 @@ def begun(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
             (run / "run.json").write_text(json.dumps({"seconds": seconds, "status": "completed"}))
 
 
-def test_a_sweep_that_has_not_begun_is_listed(tmp_path: Path) -> None:
+def test_new_sweep_is_listed_without_creating_its_folder(tmp_path: Path) -> None:
     listed = dry_run.list_sweep(grid(tmp_path / "new", network__sharing="hard film", seed="0 1")).splitlines()
     assert listed[0].startswith("4 trials, a grid; ranked by eval/score/mean")
     assert listed[-6:] == [
@@ -155,9 +155,9 @@ def test_a_sweep_that_has_not_begun_is_listed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_that_has_begun_tells_how_far_it_is_and_how_long_the_rest_takes(tmp_path: Path) -> None:
+def test_started_sweep_is_listed_with_progress_and_remaining_time(tmp_path: Path) -> None:
     plan = grid(tmp_path, network__sharing="hard film", seed="0 1")
-    begun(
+    write_trials(
         plan,
         tmp_path,
         {"number": 0, "value": 0.75, "seconds": 100.0},
@@ -172,11 +172,11 @@ def test_a_sweep_that_has_begun_tells_how_far_it_is_and_how_long_the_rest_takes(
         ["2", "running", "-", "0:50", "network/sharing=film", "seed=0"],
         ["3", "waiting", "-", "-", "network/sharing=film", "seed=1"],
     ]
-    # 0.1 s a step; 500 and 1,000 steps are left, two trials at a time.
+    # 0.1 s per step; 500 and 1,000 steps are left, two trials at a time.
     assert listed[8:] == ["trial 1: no memory", "time: 2:30 for 2 trials so far", "remaining: about 1:15 with 2 at a time"]
 
 
-def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
+def test_search_lists_its_axes(tmp_path: Path) -> None:
     axes = {
         "optimizer.lr": NumberRange(1e-5, 1e-3, log=True),
         "agent.n_step": NumberRange(1, 8, is_integer=True),
@@ -188,7 +188,7 @@ def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
     assert "  optimizer.lr: from 1e-05 to 0.001 (logarithmic)\n" in listed
     assert "  agent.n_step: from 1 to 8 (integers)\n" in listed
     assert "  agent: one of dqn, pqn\n" in listed
-    begun(plan, tmp_path, {"number": 0, "overrides": ["agent.n_step=3"], "value": 0.5, "seconds": 60.0})
+    write_trials(plan, tmp_path, {"number": 0, "overrides": ["agent.n_step=3"], "value": 0.5, "seconds": 60.0})
     listed = dry_run.list_sweep(plan)
     assert "0      completed  0.500  1:00  agent.n_step=3\n" in listed
     assert listed.count("(chosen when it starts)") == 2
@@ -197,9 +197,9 @@ def test_a_search_tells_what_it_chooses_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"state": "completed"}', '{"state": "evil", "overrides": [], "value": null}', '{"overrides": 3}']
 )
-def test_a_damaged_trial_is_named_and_ends_nothing(tmp_path: Path, content: str) -> None:
+def test_damaged_trial_is_listed_as_unreadable(tmp_path: Path, content: str) -> None:
     plan = grid(tmp_path, seed="0 1")
-    begun(plan, tmp_path, {"number": 0, "value": 0.5})
+    write_trials(plan, tmp_path, {"number": 0, "value": 0.5})
     (tmp_path / "trials" / "0000" / "trial.json").write_text(content)
     listed = dry_run.list_sweep(plan)
     assert "0      unreadable" in listed
@@ -207,7 +207,7 @@ def test_a_damaged_trial_is_named_and_ends_nothing(tmp_path: Path, content: str)
     assert "1      waiting" in listed
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_that_holds_no_or_another_sweep_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         dry_run.list_sweep(grid(tmp_path, seed="0 1"))

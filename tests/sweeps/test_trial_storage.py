@@ -1,4 +1,4 @@
-"""The book of a sweep's trials: each once, whoever dies when; what samplers and pruners are asked; whose a trial is."""
+"""Storage of trials: each trial runs once despite killed processes, samplers and pruners, and which process owns a trial."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
 from mtrl_cli.sweeps.plan import Choices, Value
 from mtrl_cli.sweeps.trial_storage import Assignment, TrialStorage
 from tests.helpers.command import ROOT
-from tests.helpers.trials import GRID, book, grid, plan
+from tests.helpers.trials import GRID, grid, plan, storage_in
 
 
 def metric(values: Mapping[str, Value]) -> float:
@@ -33,24 +33,24 @@ def metric(values: Mapping[str, Value]) -> float:
     return -distance - (values["network/sharing"] != "film")
 
 
-def complete(of: TrialStorage) -> list[Assignment]:
-    """Take what there is, and complete it."""
+def complete(storage: TrialStorage) -> list[Assignment]:
+    """Take and complete all remaining trials."""
     taken = []
-    while (each := of.take()) is not None:
+    while (each := storage.take()) is not None:
         taken.append(each)
-        of.finish(each.number, "completed", metric(each.values) if "optimizer.lr" in each.values else 1.0)
+        storage.finish(each.number, "completed", metric(each.values) if "optimizer.lr" in each.values else 1.0)
     return taken
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "gp"])
-def test_a_sampler_draws_within_its_axes_and_the_same_again_when_each_trial_is_another_processs(sampler: str, tmp_path: Path) -> None:
+def test_sampler_draws_within_its_axes_and_identically_when_each_trial_is_taken_by_a_new_process(sampler: str, tmp_path: Path) -> None:
     if sampler == "cmaes":
         pytest.importorskip("cmaes")
-    of = plan(sampler=sampler, trials=13)
-    with_one = complete(book(tmp_path / "one", of))
+    sweep = plan(sampler=sampler, trials=13)
+    with_one = complete(storage_in(tmp_path / "one", sweep))
     with_many = []
     for _ in range(13):
-        each = book(tmp_path / "many", of)
+        each = storage_in(tmp_path / "many", sweep)
         taken = each.take()
         assert taken is not None
         each.finish(taken.number, "completed", metric(taken.values))
@@ -63,29 +63,29 @@ def test_a_sampler_draws_within_its_axes_and_the_same_again_when_each_trial_is_a
         assert each.values["agent.n_step"] in range(1, 10)
         assert each.values["network/sharing"] in ("hard", "film", "null")
     assert len({each.values["optimizer.lr"] for each in with_one}) == 13
-    other = complete(book(tmp_path / "other", plan(sampler=sampler, trials=2, seed=1)))
+    other = complete(storage_in(tmp_path / "other", plan(sampler=sampler, trials=2, seed=1)))
     assert other[0].values != with_one[0].values
 
 
-def test_tpe_learns_from_what_it_is_told(tmp_path: Path) -> None:
-    values = [metric(each.values) for each in complete(book(tmp_path, plan(trials=40)))]
+def test_tpe_improves_with_completed_trials(tmp_path: Path) -> None:
+    values = [metric(each.values) for each in complete(storage_in(tmp_path, plan(trials=40)))]
     assert sum(values[20:]) / 20 > sum(values[:10]) / 10
 
 
-def test_a_grids_trials_are_its_points_in_order(tmp_path: Path) -> None:
-    assert [dict(each.values) for each in complete(book(tmp_path, grid()))] == [dict(point) for point in GRID]
-    assert book(tmp_path, grid()).take() is None
+def test_grid_trials_are_its_points_in_order(tmp_path: Path) -> None:
+    assert [dict(each.values) for each in complete(storage_in(tmp_path, grid()))] == [dict(point) for point in GRID]
+    assert storage_in(tmp_path, grid()).take() is None
 
 
-def test_more_trials_may_be_asked_for_later(tmp_path: Path) -> None:
-    assert len(complete(book(tmp_path, plan(trials=2)))) == 2
-    assert [each.number for each in complete(book(tmp_path, plan(trials=5)))] == [2, 3, 4]
+def test_number_of_trials_may_be_raised_later(tmp_path: Path) -> None:
+    assert len(complete(storage_in(tmp_path, plan(trials=2)))) == 2
+    assert [each.number for each in complete(storage_in(tmp_path, plan(trials=5)))] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("storage", ["journal", "database"])
-def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: str, tmp_path: Path) -> None:
+def test_process_with_a_lower_number_of_trials_does_not_take_the_others(storage: str, tmp_path: Path) -> None:
     url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
-    few, more = (book(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
+    few, more = (storage_in(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
     assert [each.number for each in complete(few)] == [0, 1, 2]
     assert [status.state for status in more.statuses()] == ["completed"] * 3 + ["waiting"] * 3
     assert [each.number for each in complete(more)] == [3, 4, 5]
@@ -94,15 +94,15 @@ def test_a_worker_that_knows_of_fewer_trials_leaves_the_others_alone(storage: st
 
 def test_machine_that_is_too_late_for_the_last_trial_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The surplus Optuna trial of the late machine is used once the sweep has more trials."""
-    of = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
+    sweep = plan(trials=2, storage=f"sqlite:///{tmp_path}/trials.db")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    late, early = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+    late, early = (storage_in(tmp_path / name / "S", sweep) for name in ("a", "b"))
     seen = late._current()
     complete(early)
     monkeypatch.setattr(late, "_current", lambda: seen)
     assert late.take() is None
-    raised = book(tmp_path / "b" / "S", dataclasses.replace(of, search={**of.search, "trials": 4}))
+    raised = storage_in(tmp_path / "b" / "S", dataclasses.replace(sweep, search={**sweep.search, "trials": 4}))
     assert [status.state for status in raised.statuses()] == ["completed", "completed", "running", "waiting"]
     assert raised._is_interrupted(2, raised._current()[2]) is False, "its process may be about to claim it"
     now = time.monotonic() + trial_storage.UNCLAIMED_SECONDS + 1
@@ -110,36 +110,36 @@ def test_machine_that_is_too_late_for_the_last_trial_gets_none(tmp_path: Path, m
     assert [each.number for each in complete(raised)] == [2, 3]
 
 
-def prefixes(journal: bytes) -> list[bytes]:
-    """What a process may have written of a journal by the time it is killed: whole lines, and half a line more."""
+def journals_after_kill(journal: bytes) -> list[bytes]:
+    """Return the states of a journal after a kill: complete lines, and partial last lines."""
     ends = [0, *(at + 1 for at, byte in enumerate(journal) if byte == 10)]
     return [journal[:end] for begin, stop in itertools.pairwise(ends) for end in (begin, begin + 1, (begin + stop) // 2, stop)]
 
 
-def test_a_book_that_was_killed_while_it_entered_and_took_has_each_trial_once(tmp_path: Path) -> None:
-    """At every write: making the study, entering trials, taking one, each value that it tries, telling."""
-    (made := book(tmp_path / "made", plan())).take()
+def test_each_trial_runs_once_after_a_kill_at_any_write_of_the_journal(tmp_path: Path) -> None:
+    """At every write: creating the study, adding trials, taking a trial, setting its values, finishing it."""
+    (made := storage_in(tmp_path / "made", plan())).take()
     made.finish(0, "completed", 1.0)
     made.take()
     made.close()
     whole = (tmp_path / "made" / JOURNAL).read_bytes()
-    values = [dict(status.values) for status in book(tmp_path / "made", plan()).statuses()]
-    for number, journal in enumerate(prefixes(whole)):
+    values = [dict(status.values) for status in storage_in(tmp_path / "made", plan()).statuses()]
+    for number, journal in enumerate(journals_after_kill(whole)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / JOURNAL).write_bytes(journal)
-        again = book(folder, plan())
+        again = storage_in(folder, plan())
         finished = [status.number for status in again.statuses() if status.state == "completed"]
         taken = complete(again)
         assert sorted([*finished, *(each.number for each in taken)]) == [0, 1, 2, 3], number
         assert [status.state for status in again.statuses()] == ["completed"] * 4
         assert {each.number for each in taken if each.is_retry} <= {0, 1}
-        assert dict(again.statuses()[0].values) == values[0], "what was stored is kept, and what was not is drawn as it had been"
+        assert dict(again.statuses()[0].values) == values[0], "stored values are kept, the others are drawn identically"
         for line in (folder / JOURNAL).read_bytes().splitlines():
             json.loads(line)
 
 
-def test_a_torn_line_is_cut_and_nothing_else(tmp_path: Path) -> None:
+def test_only_an_incomplete_last_line_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     for whole in (b"", b"a\n", b"a\nbc\n", b"x" * 100 + b"\n"):
         for torn in (b"", b"{", b"y" * 50):
@@ -148,33 +148,33 @@ def test_a_torn_line_is_cut_and_nothing_else(tmp_path: Path) -> None:
             assert path.read_bytes() == whole
 
 
-def test_a_damaged_journal_is_told_in_a_line(tmp_path: Path) -> None:
-    book(tmp_path, plan()).close()
+def test_damaged_journal_is_an_error(tmp_path: Path) -> None:
+    storage_in(tmp_path, plan()).close()
     journal = tmp_path / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([lines[0], b"{nonsense}\n", *lines[1:]]))
     with pytest.raises(RunError, match=r"journal\.log"):
-        book(tmp_path, plan())
+        storage_in(tmp_path, plan())
 
 
 TAKES = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from tests.helpers.trials import book, grid, plan
-of = book(Path(sys.argv[2]), plan(trials=12))
+from tests.helpers.trials import plan, storage_in
+storage = storage_in(Path(sys.argv[2]), plan(trials=12))
 print("ready", flush=True)
 sys.stdin.readline()
-while (taken := of.take()) is not None:
+while (taken := storage.take()) is not None:
     print(taken.number, flush=True)
     if "hold" in sys.argv:
         time.sleep(600)
-    of.finish(taken.number, "completed", 1.0)
+    storage.finish(taken.number, "completed", 1.0)
 """
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """A process that takes trials as soon as it is sent a line."""
+    """Start a process that takes trials as soon as it receives a line."""
     arguments = [sys.executable, "-c", TAKES, str(ROOT), str(folder), *words]
     return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -193,7 +193,7 @@ def test_two_processes_take_each_trial_once(tmp_path: Path) -> None:
     assert sorted(int(number) for text in printed for number in text.split()) == list(range(12))
 
 
-def test_a_trial_is_left_alone_while_its_process_lives_and_gone_on_with_when_that_is_killed(tmp_path: Path) -> None:
+def test_trial_is_retried_only_after_its_process_was_killed(tmp_path: Path) -> None:
     holder = start(tmp_path, "hold")
     try:
         assert holder.stdin is not None
@@ -201,7 +201,7 @@ def test_a_trial_is_left_alone_while_its_process_lives_and_gone_on_with_when_tha
         holder.stdin.write("\n")
         holder.stdin.flush()
         assert [holder.stdout.readline(), holder.stdout.readline()] == ["ready\n", "0\n"]
-        mine = book(tmp_path, plan(trials=12))
+        mine = storage_in(tmp_path, plan(trials=12))
         taken = mine.take()
         assert (taken and taken.number, taken and taken.is_retry) == (1, False)
         assert [status.state for status in mine.statuses()][:3] == ["running", "running", "waiting"]
@@ -213,30 +213,30 @@ def test_a_trial_is_left_alone_while_its_process_lives_and_gone_on_with_when_tha
     assert again == Assignment(0, dict(values), is_retry=True)
 
 
-def test_what_is_released_is_taken_again_with_its_reports(tmp_path: Path) -> None:
-    first = book(tmp_path, plan())
+def test_released_trial_is_taken_again_with_its_reports(tmp_path: Path) -> None:
+    first = storage_in(tmp_path, plan())
     assert (taken := first.take()) is not None
     first.report(0, 100, 0.5)
     first.close()
-    second = book(tmp_path, plan())
+    second = storage_in(tmp_path, plan())
     assert second.take() == Assignment(0, taken.values, is_retry=True)
     before = (tmp_path / JOURNAL).read_bytes()
     second.report(0, 100, 0.5)
-    assert (tmp_path / JOURNAL).read_bytes() == before, "each step is told once"
+    assert (tmp_path / JOURNAL).read_bytes() == before, "each step is reported once"
 
 
 # -- pruners ----------------------------------------------------------------------------------------------------------------------
 
 
-def judged(of: TrialStorage, curve: Mapping[int, float]) -> int | None:
-    """Report a trial's evaluations; the step at which it was pruned, or None and it is completed."""
-    taken = of.take()
+def pruned_at(storage: TrialStorage, curve: Mapping[int, float]) -> int | None:
+    """Take a trial and report its evaluations. Return the step at which it was pruned, or None if it completed."""
+    taken = storage.take()
     assert taken is not None
     for step, value in curve.items():
-        if of.report(taken.number, step, value):
-            of.finish(taken.number, "pruned", value)
+        if storage.report(taken.number, step, value):
+            storage.finish(taken.number, "pruned", value)
             return step
-    of.finish(taken.number, "completed", list(curve.values())[-1])
+    storage.finish(taken.number, "completed", list(curve.values())[-1])
     return None
 
 
@@ -245,101 +245,99 @@ def flat(value: float) -> dict[int, float]:
     return dict.fromkeys(range(100, 1000, 100), value)
 
 
-def test_the_median_pruner_ends_what_is_below_the_median_once_five_trials_have_ended(tmp_path: Path) -> None:
-    of = book(tmp_path, plan(pruner="median", trials=9))
-    assert [judged(of, flat(value)) for value in (5, 1, 4, 2, 3)] == [None] * 5
-    assert judged(of, flat(2.9)) == 100
-    assert judged(of, {104: 2.9}) == 104
-    assert judged(of, {104: 3.1, 200: 2.9, 304: 2.9, 400: 2.9}) is None, "steps are compared in whole intervals"
-    assert judged(of, flat(9) | {300: 0.0}) is None, "its best so far counts"
+def test_median_pruner_prunes_trials_below_the_median_after_five_trials(tmp_path: Path) -> None:
+    storage = storage_in(tmp_path, plan(pruner="median", trials=9))
+    assert [pruned_at(storage, flat(value)) for value in (5, 1, 4, 2, 3)] == [None] * 5
+    assert pruned_at(storage, flat(2.9)) == 100
+    assert pruned_at(storage, {104: 2.9}) == 104
+    assert pruned_at(storage, {104: 3.1, 200: 2.9, 304: 2.9, 400: 2.9}) is None, "steps are compared in whole intervals"
+    assert pruned_at(storage, flat(9) | {300: 0.0}) is None, "the best value so far counts"
 
 
-def test_halving_promotes_the_best_of_a_rung_only(tmp_path: Path) -> None:
-    """Li et al. 2020, reduction 4: rungs at 100 and 400 steps; of fewer than eight, only the best goes on."""
-    of = book(tmp_path, plan(pruner="halving", trials=5))
-    assert judged(of, {50: 0.0} | flat(2.0)) is None, "the first has no rival, and nothing is judged before the first rung"
-    assert judged(of, flat(1.0)) == 100
-    assert judged(of, flat(3.0)) is None
-    assert judged(of, flat(4.0) | {400: 1.0}) == 400
+def test_halving_promotes_only_the_best_of_a_rung(tmp_path: Path) -> None:
+    """Li et al. 2020, reduction 4: rungs at 100 and 400 steps; of fewer than eight trials, only the best continues."""
+    storage = storage_in(tmp_path, plan(pruner="halving", trials=5))
+    assert pruned_at(storage, {50: 0.0} | flat(2.0)) is None, "no trial to compare with, and no pruning before the first rung"
+    assert pruned_at(storage, flat(1.0)) == 100
+    assert pruned_at(storage, flat(3.0)) is None
+    assert pruned_at(storage, flat(4.0) | {400: 1.0}) == 400
 
 
 def test_hyperband_prunes_at_the_rungs_of_its_brackets(tmp_path: Path) -> None:
-    """Li et al. 2018, reduction 3, from 100 to 900 steps: brackets that begin at 100, 300 and 900."""
-    of = book(tmp_path, plan(pruner="hyperband", trials=40))
-    ends = [judged(of, flat(10.0 - 0.1 * number)) for number in range(40)]
+    """Li et al. 2018, reduction 3, from 100 to 900 steps: brackets start at 100, 300 and 900."""
+    storage = storage_in(tmp_path, plan(pruner="hyperband", trials=40))
+    ends = [pruned_at(storage, flat(10.0 - 0.1 * number)) for number in range(40)]
     assert set(ends) >= {100, 300}
     assert set(ends) <= {100, 300, 900, None}
     assert ends[0] is None
 
 
-def test_without_a_pruner_nothing_is_pruned(tmp_path: Path) -> None:
-    of = book(tmp_path, plan(trials=8))
-    assert [judged(of, flat(-value)) for value in range(8)] == [None] * 8
+def test_no_trial_is_pruned_without_a_pruner(tmp_path: Path) -> None:
+    storage = storage_in(tmp_path, plan(trials=8))
+    assert [pruned_at(storage, flat(-value)) for value in range(8)] == [None] * 8
 
 
 # -- other storages ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_database_keeps_the_trials_of_several_sweeps_by_the_names_of_their_folders(tmp_path: Path) -> None:
+def test_database_stores_several_sweeps_by_folder_name(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/trials.db"
-    one, two = (book(tmp_path / name, plan(storage=url, trials=2)) for name in ("one", "two"))
+    one, two = (storage_in(tmp_path / name, plan(storage=url, trials=2)) for name in ("one", "two"))
     assert [each.number for each in complete(one)] == [0, 1]
     assert [status.state for status in two.statuses()] == ["waiting", "waiting"]
     one.close()
-    assert [status.state for status in book(tmp_path / "one", plan(storage=url, trials=2)).statuses()] == ["completed", "completed"]
+    assert [status.state for status in storage_in(tmp_path / "one", plan(storage=url, trials=2)).statuses()] == ["completed", "completed"]
     assert not (tmp_path / "one" / JOURNAL).exists()
 
 
-def test_machines_with_one_database_and_folders_of_their_own_share_trials_and_leave_each_others_alone(tmp_path: Path) -> None:
-    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=4)
+def test_machines_with_one_database_and_separate_folders_share_a_sweep_and_retry_only_their_own_trials(tmp_path: Path) -> None:
+    sweep = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=4)
     machines = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        machines.append(book(tmp_path / name / "sweep", of))
+        machines.append(storage_in(tmp_path / name / "sweep", sweep))
     first, second = machines
     assert (taken := first.take()) is not None
-    first.close()  # as if its process had died
+    first.close()  # as when a process dies
     assert [each.number for each in complete(second)] == [1, 2, 3]
     assert [status.is_here for status in second.statuses()] == [False, True, True, True]
-    again = book(tmp_path / "a" / "sweep", of)
+    again = storage_in(tmp_path / "a" / "sweep", sweep)
     assert again.take() == Assignment(0, taken.values, is_retry=True)
 
 
-def test_a_trial_whose_process_was_killed_before_it_said_where_it_is_is_taken_by_another_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=1)
+def test_trial_killed_before_it_was_claimed_is_taken_by_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = plan(storage=f"sqlite:///{tmp_path}/trials.db", trials=1)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    first, second = (book(tmp_path / name / "S", of) for name in ("a", "b"))
+    first, second = (storage_in(tmp_path / name / "S", sweep) for name in ("a", "b"))
 
-    first._study.ask()  # and dies before it writes its place
-    assert [(status.state, status.is_here) for status in second.statuses()] == [("running", True)], "it is waited for"
+    first._study.ask()  # and is killed before it writes its location
+    assert [(status.state, status.is_here) for status in second.statuses()] == [("running", True)], "the machine waits for the trial"
     now = time.monotonic()
     monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
-    assert second.take() is None, "its process may be about to say so"
+    assert second.take() is None, "its process may be about to claim it"
     now += trial_storage.UNCLAIMED_SECONDS + 1
     assert (taken := second.take()) is not None
     assert (taken.number, taken.is_retry) == (0, True)
-    again = book(tmp_path / "a" / "S", of)
+    again = storage_in(tmp_path / "a" / "S", sweep)
     assert [status.is_here for status in again.statuses()] == [False]
     now += trial_storage.UNCLAIMED_SECONDS + 1
     assert again.take() is None
 
 
-def test_a_database_that_holds_another_sweep_of_that_name_is_refused(tmp_path: Path) -> None:
+def test_database_with_another_sweep_of_the_same_name_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/trials.db"
-    book(tmp_path / "sweep", plan(storage=url)).close()
+    storage_in(tmp_path / "sweep", plan(storage=url)).close()
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(UserError, match="of another sweep"):
-        book(tmp_path / "elsewhere" / "sweep", plan({"seed": Choices(("0", "1"))}, storage=url))
+        storage_in(tmp_path / "elsewhere" / "sweep", plan({"seed": Choices(("0", "1"))}, storage=url))
 
 
 @pytest.mark.parametrize(
     "url", ["sqlite:////no/such/folder/trials.db", "nonsense://me:secret@host/x", "postgresql://me:secret@localhost:1/x"]
 )
-def test_a_storage_that_cannot_be_opened_is_told_in_a_line_without_its_password(url: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"sweep\.storage=") as told:
+def test_storage_that_cannot_be_opened_is_a_one_line_error_without_the_password(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.storage=") as refused:
         open_storage(tmp_path, url)
-    assert "secret" not in str(told.value)
-    assert len(str(told.value).splitlines()) == 1
+    assert "secret" not in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1

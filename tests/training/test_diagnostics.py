@@ -1,4 +1,4 @@
-"""Diagnostics of sharing: metrics against hand-worked answers, what a run writes of them, and that they change nothing that is learned."""
+"""Sharing diagnostics: metrics against values computed by hand, output of a run, and no effect on training."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_cosines_agree_with_torch_for_random_gradients() -> None:
     np.testing.assert_allclose(cosines, torch.cosine_similarity(rows_KP[:, None], rows_KP[None], dim=2), atol=1e-12)
 
 
-def test_similarity_of_four_samples_worked_out_by_hand() -> None:
-    # Inner products of samples are 1 for the first two, and for the first and third; others are 0. Centred, they become 1/3 for this pair
-    # and the one of the two other samples, -1/6 for the four other pairs: squares sum up to 1/3, products to -1/6.
+def test_similarity_of_four_samples_by_hand() -> None:
+    # Inner products of different samples are 1 for samples 0 and 1 of the first task and 0 and 2 of the second, else 0. Centred, they are
+    # 1/3 for that pair and the pair of the two other samples, -1/6 for the four other pairs: squares sum to 1/3, products to -1/6.
     features_KMF = torch.tensor([[[1.0], [1], [0], [0]], [[1], [0], [1], [0]]])
     np.testing.assert_allclose(similarity(features_KMF), [[1, -0.5], [-0.5, 1]], atol=1e-12)
 
 
-def test_similarity_agrees_with_the_estimate_of_hsic_as_it_was_published() -> None:
+def test_similarity_agrees_with_the_published_unbiased_hsic_estimator() -> None:
     def hsic(x_MF: np.ndarray, y_MF: np.ndarray) -> float:
         a, b = (z @ z.T * (1 - np.eye(len(z))) for z in (x_MF, y_MF))
         n = len(a)
@@ -78,7 +78,7 @@ def test_similarity_agrees_with_the_estimate_of_hsic_as_it_was_published() -> No
     np.testing.assert_allclose(similarity(features_KMF), expected, atol=1e-9)
 
 
-def test_similarity_knows_no_rotation_scale_or_shift() -> None:
+def test_similarity_is_invariant_to_rotation_scale_and_shift() -> None:
     random = torch.Generator().manual_seed(0)
     features_MF, others_MF = torch.randn(2, 20, 6, generator=random)
     rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=random))
@@ -88,18 +88,18 @@ def test_similarity_knows_no_rotation_scale_or_shift() -> None:
     assert found[0, 2] == pytest.approx(found[1, 2], abs=1e-6)
     assert abs(found[0, 2]) < 0.5
     stretched = similarity(torch.stack([features_MF, features_MF * torch.tensor([9.0, 1, 1, 1, 1, 1])]))
-    assert stretched[0, 1] < 0.9  # one direction alone is no scale
+    assert stretched[0, 1] < 0.9  # stretching a single direction is not a scaling
 
 
-def test_similarity_of_what_is_unrelated_is_nought_though_samples_be_few() -> None:
-    # With its bias CKA of these would be about 0.9.
+def test_similarity_of_unrelated_features_is_near_zero_even_for_few_samples() -> None:
+    # Biased CKA of these features would be about 0.9.
     found = similarity(torch.randn(40, 8, 64, generator=torch.Generator().manual_seed(0)))
     assert abs(found[np.triu_indices(40, 1)].mean()) < 0.02
 
 
-def test_features_that_say_nothing_are_like_no_others() -> None:
+def test_similarity_to_constant_or_infinite_features_is_undefined() -> None:
     features_KMF = torch.rand(4, 9, 3, generator=torch.Generator().manual_seed(0))
-    features_KMF[0] = torch.tensor([0.1, 0.7, 1e6])  # the same of all samples, and no zeros after rounding
+    features_KMF[0] = torch.tensor([0.1, 0.7, 1e6])  # constant over samples, but not exactly zero after centring
     features_KMF[1, 0, 0] = math.inf
     known = np.isfinite(similarity(features_KMF))
     assert known.tolist() == [[False] * 4, [False] * 4, [False, False, True, True], [False, False, True, True]]
@@ -111,32 +111,32 @@ def test_effective_rank_of_a_matrix_of_known_rank(samples: int, features: int, r
     random = torch.Generator().manual_seed(rank)
     left, _ = torch.linalg.qr(torch.randn(samples, rank, generator=random))
     right, _ = torch.linalg.qr(torch.randn(features, rank, generator=random))
-    assert effective_rank(left @ right.T) == rank  # equal singular values: none can be done without
+    assert effective_rank(left @ right.T) == rank  # equal singular values: all of them count
 
 
-def test_effective_rank_leaves_out_the_last_hundredth() -> None:
-    # Of 98 + 1.5 + 0.5, the first is less than 0.99 of the sum, the first two are more.
+def test_effective_rank_covers_99_percent_of_the_singular_values() -> None:
+    # Of 98 + 1.5 + 0.5, the first value is less than 0.99 of the sum, the first two are more.
     assert effective_rank(torch.diag(torch.tensor([98.0, 1.5, 0.5]))) == 2
     assert effective_rank(torch.diag(torch.tensor([99.2, 0.6, 0.2]))) == 1
     assert effective_rank(torch.zeros(4, 3)) == 0
     assert math.isnan(effective_rank(torch.tensor([[1.0, math.inf], [0.0, 1.0]])))
 
 
-def test_dormant_share_of_a_hand_made_layer() -> None:
+def test_dormant_share_of_a_layer_by_hand() -> None:
     layer = nn.Sequential(nn.Linear(1, 4), nn.ReLU())
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor([[1.0], [-1.0], [0.02], [0.03]]))
         layer[0].bias.zero_()
-    # For the input 4 the neurons give 4, 0, 0.08 and 0.12: the mean is 1.05, a fortieth of it 0.02625.
+    # For input 4 the activations are 4, 0, 0.08 and 0.12: the mean is 1.05, and 1/40 of the mean 0.02625.
     with mean_activations(layer) as activations:
         layer(torch.full((5, 1), 4.0))
     torch.testing.assert_close(activations, [torch.tensor([4.0, 0.0, 0.08, 0.12])])
     assert dormant_share(activations) == 0.25
     assert dormant_share(activations, tau=0.1) == 0.5  # up to 0.105
-    assert dormant_share([*activations, torch.zeros(4)]) == 5 / 8  # a layer that is silent is dormant
+    assert dormant_share([*activations, torch.zeros(4)]) == 5 / 8  # a layer with zero output is dormant
 
 
-def test_a_channel_of_an_image_is_one_neuron() -> None:
+def test_channel_of_an_image_counts_as_one_neuron() -> None:
     images = torch.zeros(2, 3, 4, 5)
     images[:, 1] = 1
     images[0, 2, 0, 0] = -40
@@ -144,7 +144,7 @@ def test_a_channel_of_an_image_is_one_neuron() -> None:
     assert mean_activation(torch.tensor([[[1.0, -2.0]], [[3.0, 0.0]]])).tolist() == [2, 1]
 
 
-def test_neurons_of_modules_per_task_are_told_apart() -> None:
+def test_neurons_of_stacked_modules_are_counted_per_task() -> None:
     torch.manual_seed(0)
     modules = [nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4), nn.ReLU()) for _ in range(3)]
     x_KB = torch.randn(3, 7, 2)
@@ -161,11 +161,11 @@ def test_neurons_of_modules_per_task_are_told_apart() -> None:
     assert not any(module._forward_hooks for module in per_task.structure.modules())
 
 
-# -- what is reported ---------------------------------------------------------------------------------------------------------
+# -- reports ------------------------------------------------------------------------------------------------------------------
 
 
 class Quadratic(Agent):
-    """The loss of task k is half the squared distance of its mean features from a point of its own."""
+    """Agent whose loss for task k is half the squared distance of the task's features from its own goal `goal_KF[k]`."""
 
     def __init__(self, network: MultiTaskNetwork, goal_KF: torch.Tensor):
         self.network, self.goal_KF = network, goal_KF
@@ -186,7 +186,7 @@ class Quadratic(Agent):
 
 
 class Vector(Sharing):
-    """One vector for all tasks, whatever they see, and a routing that tests may set."""
+    """Structure with one feature vector for all tasks and observations, and uniform routing over `choices`."""
 
     def __init__(self, num_tasks: int, vector_F: torch.Tensor, choices: int = 0):
         super().__init__(MLP(hidden=[len(vector_F)]), [(2,)] * num_tasks)
@@ -206,22 +206,21 @@ class Vector(Sharing):
 
 
 def diagnostics_of(sharing: Sharing, goal_KF: torch.Tensor, *, varied: bool = False) -> Diagnostics:
-    """Diagnostics of a network whose gradients are known: those of task k are the vector minus its goal. Observations are ones, or
-    `varied`."""
+    """Diagnostics of a network with known gradients: the vector minus the goal of task k. Observations are ones, or random if `varied`."""
     K = len(goal_KF)
     replay_spec = ReplaySpec(K, 2, (2,), torch.float32, 1, 1, torch.device("cpu"), 0, 100)
     replay = UniformReplay(replay_spec, capacity=20)
     nothing = torch.zeros(K, 2, dtype=torch.bool)
     random = torch.Generator().manual_seed(0)
     for _ in range(5):
-        shown = torch.randn(K, 2, 2, generator=random) if varied else torch.ones(K, 2, 2)
+        observation = torch.randn(K, 2, 2, generator=random) if varied else torch.ones(K, 2, 2)
         action, reward = torch.zeros(K, 2, dtype=torch.int64), torch.zeros(K, 2)
-        replay.add(Transition(shown, nothing, action, reward, nothing, nothing, nothing, reward))
+        replay.add(Transition(observation, nothing, action, reward, nothing, nothing, nothing, reward))
     network = MultiTaskNetwork(sharing, PlainHead(goal_KF.shape[1], [2] * K), observation_scale=1.0)
     return Diagnostics(Quadratic(network, goal_KF), replay, [f"task{k}" for k in range(K)], seed=0)
 
 
-def test_metrics_of_gradients_that_are_known() -> None:
+def test_metrics_of_known_gradients() -> None:
     goal_KF = torch.tensor([[0.0, -4.0], [0.0, 3.0], [-3.0, -4.0]])
     report = diagnostics_of(Vector(3, torch.zeros(2)), goal_KF).report(10)
     metrics = {name: value for name, value in report.metrics.items() if name.startswith("grad/")}
@@ -239,7 +238,7 @@ def test_metrics_of_gradients_that_are_known() -> None:
     )
 
 
-def test_metrics_of_features_that_are_known() -> None:
+def test_metrics_of_known_features() -> None:
     report = diagnostics_of(Vector(2, torch.tensor([3.0, 0.0, 4.0])), torch.zeros(2, 3)).report(10)
     metrics = {name: value for name, value in report.metrics.items() if name.startswith("features/")}
     names = ["norm", "norm/task0", "norm/task1"]
@@ -248,14 +247,14 @@ def test_metrics_of_features_that_are_known() -> None:
     assert metrics == pytest.approx({f"features/{name}": value for name, value in expected.items()})
 
 
-def test_a_task_without_a_gradient_is_in_no_pair() -> None:
+def test_task_without_a_gradient_is_in_no_pair() -> None:
     report = diagnostics_of(Vector(3, torch.zeros(2)), torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])).report(10)
     assert report.metrics["grad/norm/task1"] == 0
     assert report.metrics["grad/conflict"] == 0
     assert [name for name in report.metrics if "~" in name] == ["grad/cosine/task0~task2"]
 
 
-def test_one_task_has_no_pairs() -> None:
+def test_single_task_has_no_pairs() -> None:
     report = diagnostics_of(Vector(1, torch.zeros(2)), torch.ones(1, 2)).report(10)
     assert report.metrics["grad/norm/task0"] == pytest.approx(math.sqrt(2))
     assert not [name for name in report.metrics if name.startswith(("grad/cosine", "grad/conflict"))]
@@ -263,7 +262,7 @@ def test_one_task_has_no_pairs() -> None:
     assert not [name for name in report.metrics if name.startswith("features/cka")]
 
 
-def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
+def test_pairs_of_57_tasks_are_only_in_the_heatmap() -> None:
     goal_KF = torch.randn(57, 3, generator=torch.Generator().manual_seed(0))
     report = diagnostics_of(Vector(57, torch.zeros(3), choices=5), goal_KF).report(10)
     assert PAIRED_TASKS < 57
@@ -278,7 +277,7 @@ def test_pairs_of_57_tasks_are_in_the_picture_alone() -> None:
     assert "routing/gate" in report.pictures
 
 
-def test_routing_is_in_metrics_and_picture() -> None:
+def test_routing_is_in_metrics_and_heatmap() -> None:
     report = diagnostics_of(Vector(2, torch.zeros(3), choices=4), torch.ones(2, 3)).report(10)
     routed = {name: value for name, value in report.metrics.items() if name.startswith("routing/")}
     assert routed == {f"routing/gate/task{task}/{choice}": 0.25 for task in range(2) for choice in range(4)}
@@ -293,24 +292,24 @@ def test_similarity_of_tasks_in_every_structure(name: str) -> None:
     pairs = [report.metrics[f"features/cka/task{a}~task{b}"] for a, b in ((0, 1), (0, 2), (1, 2))]
     assert report.metrics["features/cka"] == pytest.approx(sum(pairs) / 3)
     assert all(-1 <= value <= 1 + 1e-9 for value in pairs)
-    if name == "hard":  # one path
+    if name == "hard":  # all tasks share one path
         assert pairs == pytest.approx([1, 1, 1])
     elif name in {"independent", "input_adapters", "task_embedding", "cross_stitch", "mtan", "ple"}:
-        assert min(pairs) < 0.999  # the others' paths are nearly one at first
+        assert min(pairs) < 0.999  # paths of other structures are almost equal at initialisation
     assert "features/cka" in report.pictures
 
 
-def test_paths_are_compared_by_what_all_tasks_see() -> None:
+def test_paths_of_tasks_are_compared_on_the_pooled_observations_of_all_tasks() -> None:
     learner = fill(learner_of())
     diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0)
     seen: list[torch.Tensor] = []
     features = learner.agent.network.features
 
-    def noting(observation: torch.Tensor) -> torch.Tensor:
+    def recorded(observation: torch.Tensor) -> torch.Tensor:
         seen.append(observation)
         return features(observation)
 
-    learner.agent.network.features = noting  # type: ignore[method-assign]
+    learner.agent.network.features = recorded  # type: ignore[method-assign]
     diagnostics.report(10)
     of_tasks, pooled = seen[-2:]
     assert torch.equal(pooled[0], pooled[1])
@@ -319,21 +318,21 @@ def test_paths_are_compared_by_what_all_tasks_see() -> None:
 
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
-def test_neurons_are_those_of_all_tasks(sharing: type[Sharing]) -> None:
+def test_dormant_share_covers_the_neurons_of_all_tasks(sharing: type[Sharing]) -> None:
     learner = fill(learner_of(sharing=sharing))
     network = learner.agent.network
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     with torch.no_grad(), mean_activations(network.sharing) as activations:
         network.features(learner.replay.sample(SAMPLES, 0).observation.flatten(2, 3))
-    # Stems of 8 for each task, then 6: shared, or for each task as well.
+    # Stems of width 8 per task, then a layer of width 6: shared or per task.
     assert [len(activation) for activation in activations] == ([8, 8, 6] if sharing is HardSharing else [8, 6, 8, 6])
-    # Other samples: a neuron or two near the threshold may fall on its other side.
+    # The samples differ, so one or two neurons near the threshold may be on the other side.
     assert report.metrics["features/dormant"] == pytest.approx(dormant_share(activations), abs=2.5 / sum(map(len, activations)))
     assert ("grad/conflict" in report.metrics) == ("features/rank" in report.metrics) == (sharing is HardSharing)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_every_structure_can_be_looked_into(name: str) -> None:
+def test_diagnostics_support_every_structure(name: str) -> None:
     sharing = structure(name, MLP(hidden=[8, 5]), [(2,)] * 3)
     with torch.no_grad():
         expected = sharing(torch.ones(3, 4, 2))
@@ -350,11 +349,11 @@ def test_every_structure_can_be_looked_into(name: str) -> None:
             assert len(shares) > 1
 
 
-# -- and leave no trace ---------------------------------------------------------------------------------------------------------
+# -- no side effects ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("replay", [UniformReplay, PrioritizedReplay])
-def test_a_look_leaves_no_trace_and_depends_on_the_step_alone(replay: type[Replay]) -> None:
+def test_report_has_no_side_effects_and_depends_only_on_the_step(replay: type[Replay]) -> None:
     learner = fill(learner_of(replay))
     learner.update(20)
     diagnostics = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0)
@@ -375,13 +374,15 @@ def test_a_look_leaves_no_trace_and_depends_on_the_step_alone(replay: type[Repla
     assert diagnostics.report(30).metrics != first.metrics
 
 
-def test_compiled_losses_are_looked_at_without_compiling_anew() -> None:
+def test_report_on_compiled_losses_does_not_recompile() -> None:
     from torch._dynamo.utils import counters
 
     learner = fill(learner_of())
     eager = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     agent: Any = learner.agent
-    agent._compiled_losses = torch.compile(agent._losses, dynamic=False, backend="aot_eager")  # no compiler: quick, and as forgetful
+    agent._compiled_losses = torch.compile(
+        agent._losses, dynamic=False, backend="aot_eager"
+    )  # fast backend; it frees buffers like a compiler
     learner.warm_up()
     compiled = counters["stats"]["unique_graphs"]
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
@@ -424,7 +425,7 @@ def images(run: Path) -> Iterator[tuple[str, int]]:
             yield from ((value.tag, event.step) for value in event.summary.value if value.metadata.plugin_data.plugin_name == "images")
 
 
-def test_a_run_writes_metrics_and_pictures(runs: Path) -> None:
+def test_run_writes_metrics_and_heatmaps(runs: Path) -> None:
     found = diagnosed(runs / "with")
     assert [row["step"] for row in found] == [152, 304, 400]
     pairs = [f"grad/cosine/{TASKS[a]}~{TASKS[b]}" for a, b in ((0, 1), (0, 2), (1, 2))]
@@ -448,12 +449,12 @@ def test_a_run_writes_metrics_and_pictures(runs: Path) -> None:
     assert [step for tag, step in images(runs / "with") if tag == "grad/cosine"] == [152, 304, 400]
 
 
-def test_nothing_is_written_where_it_is_off(runs: Path) -> None:
+def test_nothing_is_written_when_diagnostics_are_off(runs: Path) -> None:
     assert diagnosed(runs / "without") == []
     assert list(images(runs / "without")) == []
 
 
-def test_tasks_that_share_nothing_have_no_cosines(runs: Path) -> None:
+def test_independent_tasks_have_no_gradient_cosines(runs: Path) -> None:
     found = diagnosed(runs / "independent")
     assert len(found) == 3
     left_out = ("grad/cosine", "grad/conflict", "grad/norm/")
@@ -462,11 +463,11 @@ def test_tasks_that_share_nothing_have_no_cosines(runs: Path) -> None:
     assert [(tag, step) for tag, step in images(runs / "independent")] == [("features/cka", step) for step in (152, 304, 400)]
 
 
-def test_a_run_learns_the_same_with_and_without(runs: Path) -> None:
+def test_run_is_bit_identical_with_and_without_diagnostics(runs: Path) -> None:
     assert model(runs / "with") == model(runs / "without")
 
 
-def test_a_resumed_run_writes_the_metrics_that_it_would_have_written(runs: Path, here: MtrlHere) -> None:
+def test_resumed_run_writes_the_same_diagnostics(runs: Path, here: MtrlHere) -> None:
     run = shutil.copytree(runs / "with", here.folder / "run")
     before, bytes_before = learning_rows(run), model(run)
     newest = run / "checkpoints" / "400" / "model.safetensors"

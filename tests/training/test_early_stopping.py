@@ -1,4 +1,4 @@
-"""Early stopping: where a hand-made curve says, exactly over a resume, and through the command line."""
+"""Early stopping: on curves by hand, across a resume, and through the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.tiny_runs import STOPS, TINY, rows
 
 
 def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -> int | None:
-    """After which value of a curve it is enough, counted from 0; None if it never is."""
+    """Return the index of the value after which training stops, or None."""
     stopping = EarlyStopping(metric="eval/score/mean", patience=patience, min_delta=min_delta)
     for index, value in enumerate(curve):
         stopping.update(index, value)
@@ -30,24 +30,24 @@ def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -
     ("curve", "patience", "min_delta", "index"),
     [
         ([0.1, 0.2, 0.3, 0.4], 1, 0.0, None),
-        ([0.1, 0.2, 0.2, 0.4], 1, 0.0, 2),  # as good is not better
+        ([0.1, 0.2, 0.2, 0.4], 1, 0.0, 2),  # an equal value is no improvement
         ([0.1, 0.0, 0.2, 0.1, 0.1, 0.3], 2, 0.0, 4),
         ([-5.0, -6.0, -4.0, -4.5, -4.2, -4.1], 3, 0.0, 5),
         ([0.0, 0.25, 0.5, 0.75], 1, 0.5, 1),
         ([0.0, 0.25, 0.5, 0.75], 2, 0.5, 2),  # 0.5 is not above 0 by more than 0.5
-        ([0.0, 0.25, 0.5, 0.75, 1.0], 3, 0.5, None),  # slow progress adds up: 0.75 is
+        ([0.0, 0.25, 0.5, 0.75, 1.0], 3, 0.5, None),  # slow progress adds up: 0.75 is above 0 by more than 0.5
         ([0.0, None, 0.0], 2, 0.0, 2),
-        ([None, None, 0.0, math.nan], 2, 0.0, None),  # nothing to improve on before there is anything
+        ([None, None, 0.0, math.nan], 2, 0.0, None),  # patience starts with the first value
         ([0.0, math.nan, math.nan], 2, 0.0, 2),
         ([math.nan, 1.0, 2.0, 3.0], 2, 0.0, None),
     ],
 )
-def test_stops_where_a_curve_by_hand_says(curve: list[float | None], patience: int, min_delta: float, index: int | None) -> None:
+def test_stops_at_the_expected_value_of_a_curve(curve: list[float | None], patience: int, min_delta: float, index: int | None) -> None:
     assert stops_at(curve, patience, min_delta) == index
 
 
-def test_stops_once_the_best_is_as_old_as_its_patience() -> None:
-    """Another way to say it, for any curve, if every improvement counts."""
+def test_stops_once_the_best_value_is_as_old_as_the_patience() -> None:
+    """An independent formulation for random curves with min_delta 0."""
     random = np.random.default_rng(0)
     for _ in range(200):
         curve = [float(value) for value in random.integers(0, 20, 25)]
@@ -56,22 +56,22 @@ def test_stops_once_the_best_is_as_old_as_its_patience() -> None:
         assert stops_at(curve, patience) == expected
 
 
-def test_state_goes_on_where_it_was() -> None:
+def test_restored_state_stops_at_the_same_value() -> None:
     random = np.random.default_rng(1)
     for _ in range(50):
         curve = [float(value) for value in random.normal(size=20)]
-        whole = EarlyStopping(metric="a", patience=6, min_delta=0.2)
+        uninterrupted = EarlyStopping(metric="a", patience=6, min_delta=0.2)
         resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
         for index, value in enumerate(curve):
-            whole.update(index, value)
+            uninterrupted.update(index, value)
             state = json.loads(json.dumps(resumed.state_dict()))
             resumed = EarlyStopping(metric="a", patience=6, min_delta=0.2)
             resumed.load_state_dict(state)
             resumed.update(index, value)
-            assert (resumed.stopped, resumed.state_dict()) == (whole.stopped, whole.state_dict())
+            assert (resumed.stopped, resumed.state_dict()) == (uninterrupted.stopped, uninterrupted.state_dict())
 
 
-def test_without_a_metric_nothing_stops() -> None:
+def test_never_stops_without_a_metric() -> None:
     stopping = EarlyStopping(metric=None, patience=1, min_delta=0.0)
     for step in range(5):
         stopping.update(step, 0.0)
@@ -91,7 +91,7 @@ def bytes_of(run: Path, step: int) -> bytes:
     return (run / "checkpoints" / str(step) / "model.safetensors").read_bytes()
 
 
-def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped: tuple[Path, str]) -> None:
+def test_stopped_run_is_completed_and_prints_the_reason(stopped: tuple[Path, str]) -> None:
     run, printed = stopped
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["200.json", "400.json", "test.json"]
     record = json.loads((run / "run.json").read_text())
@@ -103,23 +103,23 @@ def test_run_stops_after_its_second_evaluation_is_completed_and_says_why(stopped
     assert json.loads((run / "eval" / "test.json").read_text())["last"]["step"] == 400
 
 
-def test_resume_says_that_it_is_over_and_trains_on_only_with_a_larger_budget(stopped: tuple[Path, str], here: MtrlHere) -> None:
+def test_stopped_run_is_resumed_only_with_a_larger_budget(stopped: tuple[Path, str], here: MtrlHere) -> None:
     run = Path(shutil.copytree(stopped[0], here.folder / "run"))
     before = sorted((path, path.stat().st_mtime_ns) for path in (run / "checkpoints").rglob("*"))
     for words in (["resume", "run"], ["train", *STOPS, "run_dir=run", "--or-resume"]):
-        said = here(*words).stdout
-        assert "stopped early at step 400 of 600" in said
-        assert "steps_per_task=1200" in said
+        printed = here(*words).stdout
+        assert "stopped early at step 400 of 600" in printed
+        assert "steps_per_task=1200" in printed
     assert sorted((path, path.stat().st_mtime_ns) for path in (run / "checkpoints").rglob("*")) == before
-    # A larger budget: patience begins anew, and is at its end with the next evaluation.
+    # With a larger budget, patience starts again and ends with the next evaluation.
     here("resume", "run", "steps_per_task=1200")
     record = json.loads((run / "run.json").read_text())
     assert (record["status"], record["stopped_early"]["step"]) == ("completed", 600)
     assert [row["step"] for row in rows(run) if "test/return/CartPole-v1" in row] == [600]
 
 
-def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes(stopped: tuple[Path, str], here: MtrlHere) -> None:
-    """Killed after the last checkpoint, and killed before it."""
+def test_killed_run_stops_at_the_same_step_with_the_same_bytes(stopped: tuple[Path, str], here: MtrlHere) -> None:
+    """Killed after the last checkpoint, and before it."""
     run = Path(shutil.copytree(stopped[0], here.folder / "run"))
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"status": "running", "stopped_early": None}))
@@ -133,8 +133,10 @@ def test_run_that_died_before_its_end_stops_at_the_same_step_with_the_same_bytes
     assert json.loads((run / "run.json").read_text())["stopped_early"]["step"] == 400
     assert bytes_of(run, 400) == before
     assert (run / "eval" / "test.json").read_bytes() == test
-    told = [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(run)]
-    assert told == [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(stopped[0])]
+    resumed = [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(run)]
+    assert resumed == [
+        {name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(stopped[0])
+    ]
 
 
 def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere, shared: Shared) -> None:
@@ -144,7 +146,7 @@ def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere, shared: Share
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["early_stopping.metric=eval/score/iqn"], "eval/score/iqm"),
         (["early_stopping.metric=eval/return/Pong"], "eval/return/Acrobot-v1"),
@@ -154,9 +156,9 @@ def test_run_with_sufficient_patience_is_unchanged(here: MtrlHere, shared: Share
         (["early_stopping.metrc=eval/score/mean"], "Did you mean 'early_stopping.metric'?"),
     ],
 )
-def test_invalid_metric_is_refused_in_a_line_with_exit_code_2(here: MtrlHere, overrides: list[str], says: str) -> None:
+def test_invalid_setting_is_refused_in_two_lines_with_exit_code_2(here: MtrlHere, overrides: list[str], message: str) -> None:
     refused = here("train", *TINY, *overrides, "run_dir=bad", code=2)
-    assert says in refused.stderr
+    assert message in refused.stderr
     assert len(refused.stderr.strip().splitlines()) <= 2
     assert list(here.folder.iterdir()) == []
 

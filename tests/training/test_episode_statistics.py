@@ -7,7 +7,7 @@ from mtrl_cli.training.episode_statistics import EpisodeStatistics
 
 
 def _episodes(statistics: EpisodeStatistics, steps: int, seed: int):
-    """Random play into `statistics`, and the finished episodes as a plain loop finds them: [(task, return, length)]."""
+    """Add random steps to `statistics`. Return the finished episodes, collected by a plain loop: [(task, return, length)]."""
     random = np.random.default_rng(seed)
     K, N = statistics._returns.shape
     running = np.zeros((K, N, 2))
@@ -37,14 +37,14 @@ def test_episode_statistics_agree_with_a_plain_loop():
     assert statistics.row() == {}, "each episode is in one row"
 
 
-def test_a_task_without_ended_episodes_is_left_out():
+def test_task_without_ended_episodes_is_left_out():
     statistics = EpisodeStatistics(["a", "b"], num_envs=2)
     statistics.add(np.ones((2, 2), np.float32), np.array([[False, True], [False, False]]))
     assert statistics.row() == {"train/return/a": 1.0, "train/length/a": 1.0}
     assert statistics.recent() == {"a": 1.0}
 
 
-def test_episode_statistics_go_on_from_their_state():
+def test_restored_statistics_continue_from_their_state():
     straight, first = EpisodeStatistics(["a"], 2, window=3), EpisodeStatistics(["a"], 2, window=3)
     rewards = np.random.default_rng(0).normal(size=(20, 1, 2)).astype(np.float32)
     dones = np.random.default_rng(1).random((20, 1, 2)) < 0.3

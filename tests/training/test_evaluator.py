@@ -1,4 +1,4 @@
-"""Evaluation: whole games, played with their own seeds, however they are spread."""
+"""Evaluation: whole episodes with their own seeds, independent of tasks and waves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from mtrl_cli.errors import Stopped
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.training.evaluator import Episodes, Evaluator, metrics, ranking, summarise
-from tests.helpers.fake_pack import FakeGame, FakePack, LikesTheLast
+from tests.helpers.fake_pack import FakeGame, FakePack, PrefersLastAction
 
 CPU = torch.device("cpu")
 
@@ -22,12 +22,12 @@ def evaluator(pack: FakePack, **changes: Any) -> Evaluator:
 
 
 def play(pack: FakePack, **changes: Any) -> Episodes:
-    network: MultiTaskNetwork = LikesTheLast(pack)  # type: ignore[assignment]
+    network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
     return evaluator(pack, **changes).run(network, lambda: None)
 
 
-def played_again(pack: FakePack, task: int, games: Episodes) -> float:
-    """The return of a task's first game, from its seed and actions."""
+def replayed_return(pack: FakePack, task: int, games: Episodes) -> float:
+    """Replay a task's first episode from its seed and actions, and return its return."""
     seed, actions = games.first[pack.tasks[task].name]
     game = FakeGame(pack.tasks[task])
     game.reset(seed)
@@ -40,8 +40,8 @@ def played_again(pack: FakePack, task: int, games: Episodes) -> float:
     return total
 
 
-def test_every_task_plays_its_episodes_to_their_ends() -> None:
-    """A greedy game of L steps gives L times the last action's number, and L coins of a tenth."""
+def test_every_task_plays_its_episodes_to_the_end() -> None:
+    """A greedy episode of L steps returns L times the last action's number, plus up to 0.1 per step."""
     pack = FakePack()
     games = play(pack, episodes=20)
     assert games.cut == {"short": 0, "middle": 0, "long": 0}
@@ -55,20 +55,20 @@ def test_every_task_plays_its_episodes_to_their_ends() -> None:
             assert any(best * length - 1e-4 <= value <= (best + 0.1) * length + 1e-4 for length in range(1, longest + 1))
 
 
-def test_the_first_game_can_be_played_again() -> None:
+def test_first_episode_can_be_replayed() -> None:
     pack = FakePack()
     games = play(pack, epsilon=0.5)
     for task in range(3):
-        assert played_again(pack, task, games) == pytest.approx(games.returns[pack.tasks[task].name][0], rel=1e-5)
+        assert replayed_return(pack, task, games) == pytest.approx(games.returns[pack.tasks[task].name][0], rel=1e-5)
 
 
-def test_the_same_evaluation_gives_the_same_returns() -> None:
+def test_returns_are_reproducible_and_depend_on_the_seed() -> None:
     assert play(FakePack(), epsilon=0.3) == play(FakePack(), epsilon=0.3)
     assert play(FakePack(), seed=6).returns != play(FakePack()).returns
 
 
-def test_games_depend_neither_on_the_number_of_tasks_nor_on_their_order() -> None:
-    """A greedy network plays the same games of a task alone, among others, and in another place."""
+def test_episodes_depend_neither_on_the_number_of_tasks_nor_on_their_order() -> None:
+    """A greedy network plays the same episodes of a task without other tasks, with other tasks, and in another position."""
     together = play(FakePack())
     for name in ("short", "middle", "long"):
         assert play(FakePack([name])).returns[name] == together.returns[name]
@@ -78,38 +78,38 @@ def test_games_depend_neither_on_the_number_of_tasks_nor_on_their_order() -> Non
 
 
 @pytest.mark.parametrize(("episodes", "waves"), [(1, [1]), (32, [32]), (33, [32, 1]), (70, [32, 32, 6])])
-def test_more_than_32_games_are_played_in_waves(episodes: int, waves: list[int]) -> None:
+def test_more_than_32_episodes_are_played_in_waves(episodes: int, waves: list[int]) -> None:
     pack = FakePack()
     games = play(pack, episodes=episodes)
     assert [len(games.returns[task.name]) for task in pack.tasks] == [episodes] * 3
     assert len(pack.games) == 3 * sum(waves)
-    if episodes == 70:  # each wave has games of its own
+    if episodes == 70:  # episodes differ between waves
         returns = games.returns["long"]
         assert len({tuple(returns[:6]), tuple(returns[32:38]), tuple(returns[64:])}) == 3
         assert returns[:32] == play(FakePack(), episodes=32).returns["long"]
     assert all(game.closed for game in pack.games)
 
 
-def test_a_game_that_is_too_long_is_cut_and_counts_with_what_it_has() -> None:
+def test_episode_that_is_too_long_is_cut_and_counts_with_its_return_so_far() -> None:
     whole, cut = play(FakePack(), episodes=30), play(FakePack(), episodes=30, max_steps=5)
     for name, best in (("short", 1), ("middle", 3), ("long", 2)):
         assert 0 < cut.cut[name] < 30
         pairs = list(zip(whole.returns[name], cut.returns[name], strict=True))
         shortened = [(one, other) for one, other in pairs if one != other]
         assert len(shortened) == cut.cut[name]
-        for one, other in shortened:  # five steps, and at least one more in the whole game
+        for one, other in shortened:  # five steps, and at least one more in the whole episode
             assert 5 * best - 1e-4 <= other <= 5 * (best + 0.1) + 1e-4
             assert one >= other + best - 1e-4
 
 
-def test_a_game_that_ends_with_its_last_step_is_not_cut() -> None:
+def test_episode_that_ends_at_the_step_limit_is_not_cut() -> None:
     pack = FakePack(["long"])
     length = len(play(pack, episodes=1).first["long"][1])
     assert play(FakePack(["long"]), episodes=1, max_steps=length).cut["long"] == 0
     assert play(FakePack(["long"]), episodes=1, max_steps=length - 1).cut["long"] == 1
 
 
-def test_it_can_be_stopped_between_steps_and_frees_its_games() -> None:
+def test_stopped_evaluation_closes_its_environments() -> None:
     pack, steps = FakePack(), []
 
     def stop() -> None:
@@ -117,7 +117,7 @@ def test_it_can_be_stopped_between_steps_and_frees_its_games() -> None:
         if len(steps) == 4:
             raise Stopped(15)
 
-    network: MultiTaskNetwork = LikesTheLast(pack)  # type: ignore[assignment]
+    network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
     with pytest.raises(Stopped):
         evaluator(pack).run(network, stop)
     assert len(steps) == 4
@@ -125,19 +125,19 @@ def test_it_can_be_stopped_between_steps_and_frees_its_games() -> None:
 
 
 def test_epsilon_is_the_share_of_random_actions() -> None:
-    """Of the long game's three actions the best, 2, gives 2 a step; random ones 1 on average."""
+    """In the long game, the best of three actions gives 2 per step, random actions 1 on average."""
     one = play(FakePack(["long"]), episodes=64, epsilon=0.0)
     half = play(FakePack(["long"]), episodes=64, epsilon=0.5)
     assert np.sum(half.returns["long"]) / np.sum(one.returns["long"]) == pytest.approx(0.75, abs=0.06)
 
 
-# -- what is made of it ---------------------------------------------------------------------------------------------------------
+# -- summaries ------------------------------------------------------------------------------------------------------------------
 
 PLAYED = Episodes({"short": [0.0, 10.0], "long": [5.0, 15.0]}, {"short": 0, "long": 1})
 
 
-def test_a_summary_by_hand() -> None:
-    """Random play scores 0 and the reference 10: scores 0 and 1 of the one, 0.5 and 1.5 of the other."""
+def test_summary_by_hand() -> None:
+    """Random play returns 0 and the reference 10: scores are 0 and 1 for short, 0.5 and 1.5 for long."""
     summary = summarise(PLAYED, FakePack(["short", "long"]), step=1000, checkpoint="best")
     assert (summary["step"], summary["checkpoint"], summary["episodes"]) == (1000, "best", 2)
     short, long = summary["tasks"]["short"], summary["tasks"]["long"]
@@ -158,7 +158,7 @@ def test_a_summary_by_hand() -> None:
     }
 
 
-def test_without_reference_scores_there_are_returns_only() -> None:
+def test_summary_without_reference_scores_has_only_returns() -> None:
     summary = summarise(PLAYED, FakePack(["short", "long"], scores=False), step=1, checkpoint="1")
     assert summary["tasks"]["short"]["mean"] == 5.0
     assert summary["tasks"]["short"]["score"] is None
@@ -167,6 +167,6 @@ def test_without_reference_scores_there_are_returns_only() -> None:
     assert ranking(summary) is None
 
 
-def test_without_reference_scores_a_single_task_is_ranked_by_its_return() -> None:
+def test_single_task_without_reference_scores_is_ranked_by_its_return() -> None:
     games = Episodes({"short": [1.0, 2.0]}, {"short": 0})
     assert ranking(summarise(games, FakePack(["short"], scores=False), step=1, checkpoint="1")) == 1.5

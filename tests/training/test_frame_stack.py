@@ -1,4 +1,4 @@
-"""Frame stacks: what the network acts on."""
+"""Frame stacks: the observations on which the network acts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def stack_of(size: int = 3) -> FrameStack:
 
 
 def push(frames: FrameStack, values: list[int], start: list[bool]) -> list[list[int]]:
-    """One frame, a single number, for each of two environments; what their stacks hold then."""
+    """Push one frame, a single number, for each of two environments. Return their stacks."""
     frames.push(torch.tensor([values], dtype=torch.uint8)[..., None], torch.tensor([start]))
     return frames.observation[0, :, :, 0].tolist()
 
 
-def test_the_newest_frame_is_last_and_an_episode_starts_with_zeros() -> None:
+def test_newest_frame_is_last_and_an_episode_starts_with_zeros() -> None:
     frames = stack_of()
     assert push(frames, [1, 5], [True, True]) == [[0, 0, 1], [0, 0, 5]]
     assert push(frames, [2, 6], [False, False]) == [[0, 1, 2], [0, 5, 6]]
@@ -27,14 +27,14 @@ def test_the_newest_frame_is_last_and_an_episode_starts_with_zeros() -> None:
     assert frames.start.tolist() == [[False, False]]
 
 
-def test_a_stack_of_one_is_the_frame() -> None:
+def test_stack_of_size_one_is_the_frame() -> None:
     frames = stack_of(1)
     push(frames, [1, 2], [True, True])
     assert push(frames, [3, 4], [False, True]) == [[3], [4]]
     assert frames.start.tolist() == [[False, True]]
 
 
-def test_observations_are_shown_in_one_tensor_all_along_and_a_state_stays_as_it_was() -> None:
+def test_observation_is_one_tensor_updated_in_place_and_the_state_is_a_copy() -> None:
     frames = stack_of()
     push(frames, [1, 2], [True, True])
     seen, state = frames.observation, frames.state_dict()
@@ -46,7 +46,7 @@ def test_observations_are_shown_in_one_tensor_all_along_and_a_state_stays_as_it_
     assert seen[0, :, :, 0].tolist() == [[0, 0, 1], [0, 0, 2]]
 
 
-def test_it_goes_on_from_its_state() -> None:
+def test_restored_stack_continues_from_its_state() -> None:
     frames, twin = stack_of(), stack_of()
     push(frames, [1, 5], [True, True])
     push(frames, [2, 6], [False, True])

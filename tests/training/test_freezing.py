@@ -44,7 +44,7 @@ def everything(network: MultiTaskNetwork) -> dict[str, list[int] | None]:
 
 
 def moved(network: MultiTaskNetwork, freezing: Freezing, optimizer: torch.optim.Optimizer, updates: int = 3) -> set[tuple[str | None, str]]:
-    """The pieces whose bytes some updates with random gradients have changed."""
+    """Return the pieces changed by a few updates with random gradients."""
     tasks = list("abc")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     for _ in range(updates):
@@ -101,7 +101,7 @@ def test_parameters_of_the_sharing_structure_are_frozen_only_by_all_but_heads() 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("sharing", ["hard", "input_adapters", "film", "independent"])
 def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
-    """Two tasks to three: the stem and head of the new one train, though they lie in the same tensors."""
+    """Two tasks to three: the new task's stem and head are trained, although they are rows of partly frozen tensors."""
     source, network = network_of(sharing, "ab", seed=1), network_of(sharing, "abc", seed=2)
     found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
     freezing = Freezing(network, freeze="all_but_heads")
@@ -117,7 +117,7 @@ def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
 
 
 def test_frozen_rows_of_shared_parameters_have_zero_task_gradients() -> None:
-    """PLE keeps tasks' own experts and shared ones in one tensor, of which a source with another task gives some rows."""
+    """PLE stores task experts and shared experts in one tensor; a source with another task provides some of its rows."""
     source, network = network_of("ple", "ab", seed=1), network_of("ple", "bc", seed=2)
     found = take(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
     freezing = Freezing(network, freeze="torso")
@@ -182,7 +182,7 @@ def test_state_of_another_network_is_refused() -> None:
 
 
 def frozen_learner(weighting: str = "uniform", recorder: Any = None, **keys: Any) -> Learner:
-    """A learner of two tasks with hard sharing, all of it loaded."""
+    """A learner of two tasks with hard sharing and all parameters loaded."""
     torch.manual_seed(0)
     replay = fill(learner_of()).replay
     network = MultiTaskNetwork(HardSharing(tagged(MLP(hidden=[8, 6])), [(5,), (3,)]), PlainHead(6, [4, 2]), 1.0)
@@ -233,7 +233,7 @@ def test_frozen_layers_do_not_move_with_any_task_weights_recorded_or_not(weighti
 
 
 def test_unfrozen_parameters_start_with_fresh_optimizer_state_even_if_partly_trained_before() -> None:
-    """A thawed tensor's first step is that of a new optimizer: of the size of the learning rate, which Adam's first is."""
+    """The first step of an unfrozen tensor is that of a new Adam optimizer, whose step count starts at 1."""
     learner = frozen_learner(freeze="torso", unfreeze_at=6)
     rows: dict[str, list[int] | None] = dict.fromkeys(learner.agent.network.state_dict(), ALL)
     freeze(learner, rows | {name: [1] for name in rows if "stem" in name})
@@ -274,7 +274,7 @@ def test_low_rank_adapters_of_a_frozen_torso_are_trained() -> None:
 
 @pytest.mark.parametrize("sharing", ["hard", "independent"])
 def test_singular_vectors_of_frozen_layers_are_kept(sharing: str) -> None:
-    """Of a stacked layer whose rows are frozen in part, those rows; and known tasks say what they said."""
+    """Includes stacked layers with some rows frozen. Outputs for loaded tasks stay the same."""
     torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
     source, network = network_of(sharing, "ab", torso, seed=1), network_of(sharing, "abc", torso, seed=2)
     found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))

@@ -1,4 +1,4 @@
-"""Heatmaps: which colour a number has, and where its cell lies."""
+"""Heatmaps: colours of values and positions of cells."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mtrl_cli.training.heatmap import colours, heatmap
 RED, WHITE, BLUE, GREY = [178, 24, 43], [255, 255, 255], [33, 102, 172], [160, 160, 160]
 
 
-def test_colours_at_the_ends_in_the_middle_and_where_there_is_no_value() -> None:
+def test_colours_of_extreme_middle_and_missing_values() -> None:
     assert colours(np.array([-1.0, 0.0, 1.0, np.nan])).tolist() == [RED, WHITE, BLUE, GREY]
     assert colours(np.array([-1.5, 7.0, np.inf])).tolist() == [RED, BLUE, GREY]
     assert colours(np.array([[0.5]])).tolist() == [[[144, 178, 214]]]  # halfway from white to blue, rounded to even
 
 
-def test_scale_of_colours_does_not_depend_on_the_table() -> None:
-    alone = colours(np.array([0.25]))
-    assert (colours(np.array([0.25, -1.0, 1.0]))[0] == alone[0]).all()
+def test_colour_scale_does_not_depend_on_the_table() -> None:
+    single = colours(np.array([0.25]))
+    assert (colours(np.array([0.25, -1.0, 1.0]))[0] == single[0]).all()
 
 
 def test_cells_are_large_and_in_the_order_of_the_table() -> None:
@@ -31,10 +31,10 @@ def test_cells_are_large_and_in_the_order_of_the_table() -> None:
     assert corners == [[BLUE, RED], [GREY, BLUE]]
 
 
-def test_names_stand_beside_the_rows() -> None:
+def test_names_are_drawn_next_to_the_rows() -> None:
     values = np.zeros((2, 2))
     named, other = heatmap(values, ["pong", "qbert"], ["a", "b"]), heatmap(values, ["qbert", "qbert"], ["a", "b"])
-    assert (named != 255).any()  # all cells are white: what is not is a name
+    assert (named != 255).any()  # all cells are white, so other pixels are names
     assert named.shape == other.shape
     middle = named.shape[0] // 2 + 7
     assert (named[:middle] != other[:middle]).any()

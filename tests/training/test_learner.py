@@ -31,13 +31,13 @@ from tests.helpers.replay_reference import transition
     ("batch_size", "samples_per_step", "due"),
     [
         (32, 8.0, {99: 0, 100: 0, 103: 0, 104: 1, 107: 1, 108: 2, 132: 8, 1100: 250}),
-        (32, 0.5, {100: 0, 163: 0, 164: 1, 228: 2}),  # one update every 64 steps
-        (8, 3.0, {102: 0, 103: 1, 105: 1, 106: 2, 108: 3, 116: 6}),  # every 8/3 steps
-        (2, 5.0, {101: 2, 102: 5, 103: 7}),  # several updates a step
+        (32, 0.5, {100: 0, 163: 0, 164: 1, 228: 2}),  # one update per 64 steps
+        (8, 3.0, {102: 0, 103: 1, 105: 1, 106: 2, 108: 3, 116: 6}),  # one update per 8/3 steps
+        (2, 5.0, {101: 2, 102: 5, 103: 7}),  # several updates per step
         (32, 0.1, {419: 0, 420: 1, 740: 2}),
     ],
 )
-def test_updates_that_are_due_by_hand(batch_size: int, samples_per_step: float, due: dict[int, int]) -> None:
+def test_number_of_due_updates_by_hand(batch_size: int, samples_per_step: float, due: dict[int, int]) -> None:
     learner = fill(learner_of(batch_size=batch_size, samples_per_step=samples_per_step, learning_starts=100))
     assert {step: learner.updates_due(step) for step in due} == due
 
@@ -57,7 +57,7 @@ def test_no_update_is_due_before_the_replay_can_be_sampled() -> None:
     assert learner.updates == 0
     fill(learner)
     learner.run_due_updates(101)
-    assert learner.updates == 25  # what was missed is made up for
+    assert learner.updates == 25  # missed updates are made up
 
 
 def test_refilled_replay_does_not_make_up_for_missed_updates() -> None:
@@ -102,7 +102,7 @@ class FakeAgent(Agent):
 
     def losses(self, batch: Batch) -> Losses:
         self.seen.append(batch)
-        # Of the given value, and of the given slope in the parameter.
+        # A loss with the given value and the given slope in the parameter.
         through = (self.parameter - self.parameter.detach()) * self._slopes
         loss_KB = torch.tensor(self._losses[len(self.seen) - 1])[:, None] + through[:, None] + torch.tensor([-1.0, 1.0])
         error_KB, q_K = torch.full((2, 2), float(len(self.seen))), torch.tensor([10.0, 20.0]) * len(self.seen)
@@ -158,7 +158,7 @@ def test_target_network_is_synced_every_target_period_updates(period: int, synce
     assert agent.synced_after == synced_after
 
 
-def test_callbacks_run_in_order_at_their_moments_of_an_update() -> None:
+def test_callbacks_run_in_order_at_each_stage_of_an_update() -> None:
     """Each callback at each moment: before the losses, before and after the optimizer step."""
     calls: list[str] = []
 
@@ -196,20 +196,20 @@ def test_losses_use_the_augmented_batch_and_priorities_use_its_errors() -> None:
             batch.observation = batch.observation + 100.0
             return batch
 
-    told = []
+    priorities = []
 
-    class Listening(UniformReplay):
+    class RecordingReplay(UniformReplay):
         def update_priorities(self, batch: Batch, error_KB: torch.Tensor) -> None:
-            told.append((batch, error_KB))
+            priorities.append((batch, error_KB))
 
     agent = FakeAgent([[1.0, 2.0]], [6.0, 8.0])
     optimizer = Adam([agent.parameter], lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=0.0)
-    learner = fill(Learner(agent, Listening(SPEC, capacity=36), Brighter(), Uniform(tasks_of(NAMES)), optimizer, NAMES))
+    learner = fill(Learner(agent, RecordingReplay(SPEC, capacity=36), Brighter(), Uniform(tasks_of(NAMES)), optimizer, NAMES))
     learner.update(1)
     assert agent.seen[0].action.shape == (2, 2)
     assert (agent.seen[0].observation > 50).all()
-    assert told[0][0] is agent.seen[0]
-    assert told[0][1].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert priorities[0][0] is agent.seen[0]
+    assert priorities[0][1].tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
 @pytest.mark.parametrize("task", [0, 1])
@@ -242,7 +242,7 @@ def test_padding_stays_zero_while_learning() -> None:
 
 
 def test_values_converge_to_one_step_rewards() -> None:
-    """Every episode is one step long; in task 0 action 3 gives 1, in task 1 action 0 does, others nothing."""
+    """Every episode has one step; the reward is 1 for action 3 in task 0 and action 0 in task 1, else 0."""
     learner = learner_of(batch_size=32)
     shape = (2, 3)
     random = torch.Generator().manual_seed(0)
@@ -271,35 +271,35 @@ def test_error_of_a_loss_that_is_not_finite_names_its_task_and_first_step(task: 
     learner.metrics.check_finite()
     for step in (20, 30, 40):
         learner.update(step)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as raised:
         learner.metrics.check_finite()
-    assert f"task {NAMES[task]} " in str(told.value)
-    assert "step 20" in str(told.value)
+    assert f"task {NAMES[task]} " in str(raised.value)
+    assert "step 20" in str(raised.value)
 
 
 @pytest.mark.parametrize("task", [0, 1])
 def test_first_task_with_a_bad_loss_is_named_after_many_updates_in_one_step(task: int) -> None:
-    """A loss that is not finite ruins the shared parameters, and with the next update every task's loss."""
+    """A loss that is not finite corrupts the shared parameters, and with the next update the loss of every task."""
     learner = learner_of()
     for row in rows(20):
         row["reward"][task] = torch.nan
         learner.replay.add(transition(row))
     for _ in range(3):
         learner.update(64)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as raised:
         learner.metrics.check_finite()
-    assert f"task {NAMES[task]} " in str(told.value)
-    assert "step 64" in str(told.value)
+    assert f"task {NAMES[task]} " in str(raised.value)
+    assert "step 64" in str(raised.value)
 
 
 def test_gradient_that_is_not_finite_is_an_error_although_every_loss_is_finite() -> None:
-    """The step of the optimizer has ruined the parameters, and no later loss may come before they are saved."""
+    """The optimizer step has corrupted the parameters, and they may be saved before the next loss is computed."""
     learner, _ = fake_learner([[1.0, 2.0]], slopes=(1.0, float("inf")))
     learner.update(7)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as raised:
         learner.metrics.check_finite()
-    assert f"task {NAMES[1]} or its gradient" in str(told.value)
-    assert "step 7" in str(told.value)
+    assert f"task {NAMES[1]} or its gradient" in str(raised.value)
+    assert "step 7" in str(raised.value)
 
 
 # -- state ----------------------------------------------------------------------------------------------------------------------
@@ -309,27 +309,27 @@ def test_gradient_that_is_not_finite_is_an_error_although_every_loss_is_finite()
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
 def test_training_resumes_bit_for_bit_from_its_state(replay_kind: type[Replay], sharing: type[Sharing], before: int) -> None:
-    alone = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
+    uninterrupted = fill(learner_of(replay_kind, sharing, target_period=0, target_tau=0.1))
     for step in range(before):
-        alone.update(step)
+        uninterrupted.update(step)
     fresh = learner_of(replay_kind, sharing, weights_seed=1, target_period=0, target_tau=0.1)
-    resumed = restored(fresh, saved(alone), alone.replay)
-    for learner in (alone, resumed):
+    resumed = restored(fresh, saved(uninterrupted), uninterrupted.replay)
+    for learner in (uninterrupted, resumed):
         for step, row in enumerate(rows(10, start=20)):
             learner.replay.add(transition(row))
             learner.update(before + step)
-    for name, tensor in parameters(alone).items():
+    for name, tensor in parameters(uninterrupted).items():
         assert torch.equal(tensor, resumed.agent.network.state_dict()[name]), name
-    assert alone.updates == resumed.updates == before + 10
-    assert alone.read_metrics() == resumed.read_metrics()
+    assert uninterrupted.updates == resumed.updates == before + 10
+    assert uninterrupted.read_metrics() == resumed.read_metrics()
 
 
 def test_due_updates_are_part_of_the_state() -> None:
-    alone = fill(learner_of(learning_starts=10))
-    alone.run_due_updates(20)
-    alone.refill_from(30)
-    resumed = restored(learner_of(learning_starts=10), saved(alone), alone.replay)
-    assert [resumed.updates_due(step) for step in range(20, 80)] == [alone.updates_due(step) for step in range(20, 80)]
+    uninterrupted = fill(learner_of(learning_starts=10))
+    uninterrupted.run_due_updates(20)
+    uninterrupted.refill_from(30)
+    resumed = restored(learner_of(learning_starts=10), saved(uninterrupted), uninterrupted.replay)
+    assert [resumed.updates_due(step) for step in range(20, 80)] == [uninterrupted.updates_due(step) for step in range(20, 80)]
 
 
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
@@ -359,7 +359,7 @@ def test_warm_up_does_not_affect_training(replay_kind: type[Replay], filled: boo
 
 @pytest.mark.parametrize("name", ["mgda", "pcgrad", "graddrop", "gradnorm"])
 def test_updates_with_and_without_a_tape_agree(name: str) -> None:
-    """The same weighting on the same batches, by one backward pass and by one for each task: the same parameters to rounding."""
+    """One backward pass in all and one per task give the same parameters up to rounding."""
     networks, gradients = [], set()
     for taped in (True, False):
         learner = fill(learner_of(optimizer_lr=0.001))
@@ -377,8 +377,8 @@ def test_updates_with_and_without_a_tape_agree(name: str) -> None:
         assert torch.allclose(one, other, atol=1e-5), parameter
 
 
-class Forgetful(TaskWeights):
-    """Does a part of its work."""
+class Incomplete(TaskWeights):
+    """A weighting that omits the weights or the gradient."""
 
     def __init__(self, part: str):
         super().__init__(tasks_of(NAMES))
@@ -393,6 +393,6 @@ class Forgetful(TaskWeights):
 @pytest.mark.parametrize("part", ["gradient", "weights", "all weights"])
 def test_task_weights_without_weights_or_gradient_are_refused(part: str) -> None:
     learner = fill(learner_of())
-    learner.task_weights = Forgetful(part)
+    learner.task_weights = Incomplete(part)
     with pytest.raises(RunError, match=r"Forgetful.backward (computed no gradient|returned no weights)"):
         learner.update(0)

@@ -1,4 +1,4 @@
-"""The loop: what is stored is what was played, updates keep step, and a run goes on identically from its state."""
+"""Training loop: stored transitions, due updates, order of calls, and exact resume."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def test_steps_are_counted_per_task() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_what_is_stored_is_what_was_played(groups: int) -> None:
-    """The games played again with the stored actions give the stored frames, rewards and ends, in however many groups they were played."""
+def test_stored_transitions_are_those_played(groups: int) -> None:
+    """Replaying the stored actions gives the stored frames, rewards and ends, for any number of groups."""
     loop = loop_of(capacity=200, groups=groups)
     loop.reset()
     run(loop, 60)
     stored = loop.replay.export_rows(0, 60)
-    again = task_pack(FakePack())
-    observation, start = again.reset(), np.ones((3, 2), bool)
+    replayed = task_pack(FakePack())
+    observation, start = replayed.reset(), np.ones((3, 2), bool)
     ends = 0
     for row in range(60):
         assert np.array_equal(stored["frames"][:, row].numpy(), observation)
         flags = stored["flags"][:, row].numpy()
         assert np.array_equal((flags & 4) != 0, start)
-        again.send(stored["actions"][:, row].numpy().astype(np.int64))
-        step = again.recv()
+        replayed.send(stored["actions"][:, row].numpy().astype(np.int64))
+        step = replayed.recv()
         assert np.array_equal(stored["rewards"][:, row].numpy(), step.reward)
         assert np.array_equal((flags & 1) != 0, step.terminated)
         assert np.array_equal((flags & 2) != 0, step.truncated & ~step.terminated)
@@ -52,11 +52,11 @@ def test_what_is_stored_is_what_was_played(groups: int) -> None:
     assert ends > 10
     flags = stored["flags"]
     life_lost = ((flags[:, :-1] & 1) != 0) & ((flags[:, 1:] & 4) == 0)
-    assert life_lost.any(), "the test holds no life that was lost"
-    assert ((flags & 2) != 0).any(), "the test holds no truncation"
+    assert life_lost.any(), "the test covers no lost life"
+    assert ((flags & 2) != 0).any(), "the test covers no truncation"
 
 
-def test_the_agent_sees_every_reward_and_end_once() -> None:
+def test_agent_observes_every_reward_and_end_once() -> None:
     loop, seen = loop_of(capacity=200), []
     observe = loop.learner.agent.observe
     loop.learner.agent.observe = lambda *step: (seen.append([each.clone() for each in step]), observe(*step))  # type: ignore[method-assign]
@@ -64,12 +64,12 @@ def test_the_agent_sees_every_reward_and_end_once() -> None:
     run(loop, 40)
     stored = loop.replay.export_rows(0, 40)
     assert torch.equal(torch.stack([reward for reward, _ in seen], 1), stored["rewards"])
-    # An episode that ended is followed by a start.
+    # The step after the end of an episode is a start.
     assert torch.equal(torch.stack([done for _, done in seen[:-1]], 1), (stored["flags"][:, 1:] & 4) != 0)
 
 
 def test_actions_follow_the_network_and_epsilon() -> None:
-    """With epsilon 0 every stored action is the best of its stored observation, as long as nothing is learned."""
+    """Without updates and with epsilon 0, every stored action is greedy for its stored observation."""
     loop = loop_of(epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000)
     loop.reset()
     run(loop, 10)
@@ -78,7 +78,7 @@ def test_actions_follow_the_network_and_epsilon() -> None:
     assert torch.equal(q.argmax(-1), stored["actions"].flatten(1).long())
 
 
-def test_updates_keep_step_with_play() -> None:
+def test_due_updates_are_made_before_the_next_tick() -> None:
     """Before the tick that plays steps 41 and 42, (40 - 8) * 1 / 4 updates are due."""
     loop = loop_of()
     loop.reset()
@@ -94,15 +94,15 @@ def test_updates_keep_step_with_play() -> None:
     [
         (1, False, "send0 recv0 learn add choose0"),
         (1, True, "send0 learn recv0 add choose0"),
-        # While one group is being played, actions are chosen for the other.
+        # While one group steps, actions are chosen for the other.
         (2, True, "send0 choose1 send1 learn recv0 choose0 recv1 add"),
         (2, False, "send0 choose1 send1 recv0 choose0 recv1 learn add"),
     ],
 )
-def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: str) -> None:
+def test_order_of_calls_with_groups_and_overlap(groups: int, overlapped: bool, order: str) -> None:
     loop, calls = loop_of(groups=groups, overlapped=overlapped), []
 
-    def noted(part: Any, method: str, name: str) -> None:
+    def record(part: Any, method: str, name: str) -> None:
         call = getattr(part, method)
 
         def wrapper(*args: Any) -> Any:
@@ -114,15 +114,15 @@ def test_who_works_while_the_emulators_do(groups: int, overlapped: bool, order: 
     loop.reset()
     for number, group in enumerate(loop.groups):
         for part, method in ((group.envs, "send"), (group.envs, "recv"), (group, "choose")):
-            noted(part, method, f"{method}{number}")
-    noted(loop.learner, "run_due_updates", "learn")
-    noted(loop.replay, "add", "add")
+            record(part, method, f"{method}{number}")
+    record(loop.learner, "run_due_updates", "learn")
+    record(loop.replay, "add", "add")
     run(loop, 2)
     assert " ".join(calls) == f"{order} {order}"
 
 
-def test_groups_play_the_environments_that_one_would_play() -> None:
-    """With actions that do not depend on chance, two groups of one environment are one group of two."""
+def test_groups_do_not_change_the_transitions() -> None:
+    """With greedy actions, two groups of one environment behave like one group of two."""
     stored = []
     for groups in (1, 2):
         loop = loop_of(groups=groups, epsilon_start=0.0, epsilon_end=0.0, learning_starts=1000, capacity=200)
@@ -133,19 +133,19 @@ def test_groups_play_the_environments_that_one_would_play() -> None:
         assert torch.equal(tensor, stored[1][name]), name
 
 
-def test_statistics_show_the_games_own_scores() -> None:
-    """Means over the games that ended, added up from the same games played again."""
+def test_statistics_are_unscaled_episode_returns_and_lengths() -> None:
+    """Means over ended episodes equal those of the same episodes replayed."""
     loop = loop_of(capacity=200)
     loop.reset()
     run(loop, 60)
     actions = loop.replay.export_rows(0, 60)["actions"].numpy().astype(np.int64)
-    again = task_pack(FakePack())
-    again.reset()
+    replayed = task_pack(FakePack())
+    replayed.reset()
     total, length = np.zeros((3, 2)), np.zeros((3, 2))
-    ended: dict[str, list[float]] = {f"train/{what}/{name}": [] for name in NAMES for what in ("return", "length")}
+    ended: dict[str, list[float]] = {f"train/{metric}/{name}": [] for name in NAMES for metric in ("return", "length")}
     for row in range(60):
-        again.send(actions[:, row])
-        step = again.recv()
+        replayed.send(actions[:, row])
+        step = replayed.recv()
         total, length = total + step.reward, length + 1
         for task, env in np.argwhere(step.done):
             ended[f"train/return/{NAMES[task]}"].append(total[task, env])
@@ -156,7 +156,7 @@ def test_statistics_show_the_games_own_scores() -> None:
 
 
 def saved(loop: Loop) -> dict[str, Any]:
-    """Its state, through the form in which it is written."""
+    """Return the loop's state after a round trip through the saved form."""
     learner = loop.learner
     state = {
         "model": learner.agent.network.state_dict(),
@@ -190,12 +190,12 @@ def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
         (PrioritizedReplay, {"groups": 2, "overlapped": True, "pinned": True}),
     ],
 )
-def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
+def test_run_resumed_several_times_is_bit_identical_to_an_uninterrupted_run(
     replay_kind: type[Replay], turns: dict[str, Any], stops: list[int]
 ) -> None:
-    alone = loop_of(replay_kind, **turns)
-    alone.reset()
-    run(alone, 70)
+    uninterrupted = loop_of(replay_kind, **turns)
+    uninterrupted.reset()
+    run(uninterrupted, 70)
     resumed, played = loop_of(replay_kind, **turns), 0
     resumed.reset()
     for stop in stops:
@@ -203,15 +203,15 @@ def test_a_run_stopped_and_resumed_any_number_of_times_ends_like_one_left_alone(
         played = stop
         resumed = restored(loop_of(replay_kind, weights_seed=9, **turns), saved(resumed), resumed.replay)
     run(resumed, 70 - played)
-    assert resumed.step == alone.step == 140
-    assert resumed.learner.updates == alone.learner.updates > 20
-    for name, tensor in alone.learner.agent.network.state_dict().items():
+    assert resumed.step == uninterrupted.step == 140
+    assert resumed.learner.updates == uninterrupted.learner.updates > 20
+    for name, tensor in uninterrupted.learner.agent.network.state_dict().items():
         assert torch.equal(tensor, resumed.learner.agent.network.state_dict()[name]), name
-    assert alone.statistics.row() == resumed.statistics.row()
-    assert alone.learner.read_metrics() == resumed.learner.read_metrics()
+    assert uninterrupted.statistics.row() == resumed.statistics.row()
+    assert uninterrupted.learner.read_metrics() == resumed.learner.read_metrics()
 
 
-def test_without_its_replay_a_run_gathers_anew_before_it_learns_on() -> None:
+def test_run_resumed_without_its_replay_refills_it_before_learning() -> None:
     loop = loop_of(learning_starts=20)
     loop.reset()
     run(loop, 30)
@@ -219,13 +219,13 @@ def test_without_its_replay_a_run_gathers_anew_before_it_learns_on() -> None:
     assert made > 0
     resumed = restored(loop_of(learning_starts=20), saved(loop), None)
     assert resumed.step == 60
-    run(resumed, 11)  # the last of these ticks begins at step 80
+    run(resumed, 11)  # the last of these ticks starts at step 80
     assert resumed.learner.updates == made
-    run(resumed, 3)  # and this at 86: 6 steps are one update of 4 samples
+    run(resumed, 3)  # the last of these ticks starts at step 86: 6 steps give one update of 4 samples
     assert resumed.learner.updates == made + 1
 
 
-def test_the_clock_adds_up_and_starts_anew_at_every_reading() -> None:
+def test_clock_accumulates_and_is_reset_by_reading() -> None:
     clock = Clock(("act", "learn"))
     with clock.time("act"):
         pass
@@ -238,8 +238,8 @@ def test_the_clock_adds_up_and_starts_anew_at_every_reading() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_what_goes_over_in_one_block_is_what_was_there(groups: int) -> None:
-    """A run whose steps are copied in blocks, as to a GPU, is the run whose emulators and learner share memory."""
+def test_pinned_block_transfer_does_not_change_training(groups: int) -> None:
+    """Copying steps in blocks, as for a GPU, gives the same run as memory shared by emulators and learner."""
     loops = [loop_of(groups=groups, pinned=pinned) for pinned in (False, True)]
     for loop in loops:
         loop.reset()
@@ -251,7 +251,7 @@ def test_what_goes_over_in_one_block_is_what_was_there(groups: int) -> None:
         assert torch.equal(tensor, loops[1].learner.agent.network.state_dict()[name]), name
 
 
-def test_a_state_of_another_number_of_groups_is_refused() -> None:
+def test_state_with_another_number_of_groups_is_refused() -> None:
     loop = loop_of()
     loop.reset()
     with pytest.raises(ValueError, match="1 groups of environments, this one 2"):

@@ -24,8 +24,8 @@ def radam(of: list[torch.nn.Parameter], max_grad_norm: float = 0.0) -> RAdam:
     return RAdam(of, lr=0.1, eps=1e-6, weight_decay=0.0, max_grad_norm=max_grad_norm)
 
 
-def give(of: list[torch.nn.Parameter], scale: float = 1.0) -> None:
-    """The gradient [3, 0], [[4]]: of norm 5."""
+def set_known_gradients(of: list[torch.nn.Parameter], scale: float = 1.0) -> None:
+    """Set the gradients [3, 0] and [[4]], of norm 5."""
     of[0].grad, of[1].grad = torch.tensor([3.0, 0.0]) * scale, torch.tensor([[4.0]]) * scale
 
 
@@ -37,11 +37,11 @@ def step(optimizer: Optimizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("max_grad_norm", "factor"), [(0.0, 1.0), (10.0, 1.0), (1.0, 0.2)])
-def test_the_first_step_by_hand(max_grad_norm: float, factor: float) -> None:
+def test_first_step_by_hand(max_grad_norm: float, factor: float) -> None:
     """Adam's bias-corrected first step is lr * g / (|g| + eps), g being the clipped gradient."""
     own = parameters()
     optimizer = adam(own, max_grad_norm)
-    give(own)
+    set_known_gradients(own)
     norm = step(optimizer)
     assert norm.item() == pytest.approx(5.0)  # before clipping
     three, four = 3 * factor, 4 * factor
@@ -52,7 +52,7 @@ def test_the_first_step_by_hand(max_grad_norm: float, factor: float) -> None:
 def test_step_deletes_the_gradients() -> None:
     own = parameters()
     optimizer = adam(own)
-    give(own)
+    set_known_gradients(own)
     step(optimizer)
     assert [parameter.grad for parameter in own] == [None, None]
 
@@ -62,8 +62,8 @@ def test_many_steps_agree_with_torchs_adam() -> None:
     optimizer = adam(own, max_grad_norm=2.0, weight_decay=0.01)
     reference = torch.optim.Adam(plain, lr=0.1, eps=1e-3, weight_decay=0.01)
     for turn in range(20):
-        give(own, turn - 7.0)
-        give(plain, turn - 7.0)
+        set_known_gradients(own, turn - 7.0)
+        set_known_gradients(plain, turn - 7.0)
         torch.nn.utils.clip_grad_norm_(plain, 2.0)
         step(optimizer)
         reference.step()
@@ -76,14 +76,14 @@ def test_restored_optimizer_makes_identical_steps(make: Callable[..., Optimizer]
     own = parameters()
     optimizer = make(own, max_grad_norm=1.0)
     for turn in range(3):
-        give(own, turn + 1.0)
+        set_known_gradients(own, turn + 1.0)
         step(optimizer)
     twin_parameters = copy.deepcopy(own)
     twin = make(twin_parameters, max_grad_norm=1.0)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for turn in range(3):
         for each, of in ((optimizer, own), (twin, twin_parameters)):
-            give(of, turn - 1.5)
+            set_known_gradients(of, turn - 1.5)
             step(each)
     for ours, theirs in zip(own, twin_parameters, strict=True):
         assert torch.equal(ours, theirs)
@@ -94,7 +94,7 @@ def test_state_before_the_first_step_is_empty() -> None:
     optimizer = adam(own)
     assert optimizer.state_dict() == {}
     optimizer.load_state_dict({})
-    give(own)
+    set_known_gradients(own)
     step(optimizer)
     assert sorted(optimizer.state_dict()) == ["0", "1"]
 
@@ -103,7 +103,7 @@ def test_learning_rate_falls_linearly_over_the_run() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = Adam([parameter], lr=0.1, lr_final=0.2, eps=1e-12, weight_decay=0.0, max_grad_norm=0.0)
     for progress, lr in ((0.0, 0.1), (0.5, 0.06), (1.0, 0.02), (2.0, 0.02)):
-        # With one constant gradient, an Adam step has the length of its step size.
+        # With a constant gradient, the length of an Adam step is the learning rate.
         before = parameter.item()
         parameter.grad = torch.ones(1)
         optimizer.set_lr(progress)
@@ -112,7 +112,7 @@ def test_learning_rate_falls_linearly_over_the_run() -> None:
 
 
 def test_radam_by_its_formulas() -> None:
-    """Liu et al. 2020, algorithm 2: while the variance is not tractable (rho_t <= 5), steps of the corrected mean; then rectified ones."""
+    """Liu et al. 2020, algorithm 2: while the variance is not tractable (rho_t <= 5), steps of the corrected mean; then rectified steps."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = RAdam([parameter], lr=0.1, eps=1e-12, weight_decay=0.0, max_grad_norm=2.5)
     beta1, beta2, mean, square, value = 0.9, 0.999, 0.0, 0.0, 0.0
@@ -123,12 +123,12 @@ def test_radam_by_its_formulas() -> None:
         gradient = min(given, 2.5)  # clipped
         mean, square = beta1 * mean + (1 - beta1) * gradient, beta2 * square + (1 - beta2) * gradient**2
         rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-        step = mean / (1 - beta1**t)
+        update = mean / (1 - beta1**t)
         if rho > 5:
             rectified += 1
             factor = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-            step *= factor / math.sqrt(square / (1 - beta2**t))
-        value -= 0.1 * step
+            update *= factor / math.sqrt(square / (1 - beta2**t))
+        value -= 0.1 * update
         parameter.grad = torch.full((1,), given)
         step(optimizer)
         assert parameter.item() == pytest.approx(value, rel=1e-4)
@@ -136,8 +136,8 @@ def test_radam_by_its_formulas() -> None:
 
 
 @pytest.mark.parametrize("kind", [Adam, RAdam])
-def test_moments_take_the_layout_of_their_parameter_whatever_a_file_made_of_it(kind: type[Optimizer]) -> None:
-    """Images of a GPU's network are kept channel by channel within a pixel; a checkpoint's tensors are not."""
+def test_loaded_moments_take_the_memory_layout_of_their_parameter(kind: type[Optimizer]) -> None:
+    """Image networks on a GPU use channels-last parameters; tensors of a checkpoint are contiguous."""
 
     def made(channels_last: bool) -> torch.nn.Parameter:
         weight = torch.arange(72.0).view(4, 3, 2, 3) / 72
@@ -182,23 +182,23 @@ def step_sizes(optimizer: Optimizer) -> list[float]:
     return [float(group["lr"]) for group in optimizer._optimizer.param_groups]
 
 
-def test_before_learning_was_due_a_warm_up_stands_at_nothing_and_none_changes_nothing() -> None:
-    """Where an update is timed, it is made at step 0."""
+def test_learning_rate_before_learning_starts_is_zero_only_with_a_warm_up() -> None:
+    """Updates timed by a benchmark are made at step 0."""
     plain, warmed = (Adam(parameters(), lr=0.1, warm_up=steps, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0) for steps in (0, 40))
     for optimizer, lr in ((plain, 0.1), (warmed, 0.0)):
         optimizer.set_lr(0.0, learning_for=-100)
         assert optimizer._optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
-def test_warm_up_grows_from_nothing_and_then_leaves_the_schedule_alone() -> None:
+def test_warm_up_rises_linearly_and_then_follows_the_schedule() -> None:
     optimizer = Adam(parameters(), lr=0.1, lr_final=0.5, warm_up=40, eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
-    # Half way through the run the linear schedule leaves 0.75 of lr.
+    # Half-way through the run the linear schedule is at 0.75 of lr.
     for learning_for, lr in ((0, 0.0), (10, 0.01875), (39, 0.073125), (40, 0.075), (1000, 0.075)):
         optimizer.set_lr(0.5, learning_for)
         assert step_sizes(optimizer) == pytest.approx([lr])
 
 
-def test_a_cosine_that_goes_nowhere_is_refused() -> None:
+def test_cosine_schedule_with_a_constant_learning_rate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.lr_final=0"):
         Adam(parameters(), lr=0.1, schedule="cosine", eps=1e-3, weight_decay=0.0, max_grad_norm=0.0)
 
@@ -232,55 +232,55 @@ def four(seed: int = 0) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in ((3, 2), (4,), (2, 2), (5,))]
 
 
-def pull(of: list[torch.nn.Parameter], turn: int, frozen: tuple[int, ...] = ()) -> None:
-    """Gradients of a turn; those of frozen parameters are None."""
+def set_gradients(parameters: list[torch.nn.Parameter], turn: int, frozen: tuple[int, ...] = ()) -> None:
+    """Set the gradients of a turn; those of frozen parameters are None."""
     random = torch.Generator().manual_seed(100 + turn)
-    for index, parameter in enumerate(of):
+    for index, parameter in enumerate(parameters):
         gradient = torch.randn(parameter.shape, generator=random)
         parameter.grad = None if index in frozen else gradient
 
 
-@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
-def test_twenty_steps_with_factors_and_a_part_that_is_frozen_and_thawed_agree_with_torchs_own(
-    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+@pytest.mark.parametrize(("kind", "options", "reference", "reference_options"), ALL)
+def test_steps_with_factors_and_a_temporarily_frozen_part_agree_with_torch(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], reference_options: dict[str, object]
 ) -> None:
-    """The oracle has a plain optimizer for each parameter, that of the frozen one made when it thaws: so it knows of no groups."""
+    """The reference is one plain torch optimizer per parameter; the frozen parameter's is created when it is unfrozen."""
     own, plain = four(), four()
     optimizer = kind(own, KINDS, factors={"torso": 0.1, "heads": 2.0}, **options, **COMMON)  # type: ignore[arg-type]
-    factors, thaws = [0.1, 2.0, 0.1, 1.0], 8
+    factors, unfreeze_turn = [0.1, 2.0, 0.1, 1.0], 8
     each: dict[int, torch.optim.Optimizer] = {}
     before = own[2].detach().clone()
     for turn in range(20):
-        frozen = (2,) if turn < thaws else ()
-        if turn == thaws:
+        frozen = (2,) if turn < unfreeze_turn else ()
+        if turn == unfreeze_turn:
             assert torch.equal(own[2], before)  # neither moved nor decayed
             assert sorted(optimizer.state_dict()) in (["0", "1", "3"], [])
-        pull(own, turn, frozen)
-        pull(plain, turn, frozen)
+        set_gradients(own, turn, frozen)
+        set_gradients(plain, turn, frozen)
         torch.nn.utils.clip_grad_norm_(plain, 1.5)
         optimizer.set_lr(turn / 40)
         step(optimizer)
         for index, parameter in enumerate(plain):
             if index not in frozen:
-                made = each.setdefault(index, reference([parameter], lr=0.05 * factors[index], **its))  # type: ignore[call-arg]
+                made = each.setdefault(index, reference([parameter], lr=0.05 * factors[index], **reference_options))  # type: ignore[call-arg]
                 made.step()
     for ours, theirs in zip(own, plain, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
-def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_yet(
-    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+@pytest.mark.parametrize(("kind", "options", "reference", "reference_options"), ALL)
+def test_state_is_restored_by_position_independent_of_groups(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], reference_options: dict[str, object]
 ) -> None:
-    """A parameter's moments are its own with other factors, and one that never moved begins when it does."""
+    """Moments are restored with other factors, and a parameter without state gets it with its first gradient."""
 
-    def made(of: list[torch.nn.Parameter], **factors: float) -> Optimizer:
-        return kind(of, KINDS, factors=factors, **options, **COMMON)  # type: ignore[arg-type]
+    def made(trained: list[torch.nn.Parameter], **factors: float) -> Optimizer:
+        return kind(trained, KINDS, factors=factors, **options, **COMMON)  # type: ignore[arg-type]
 
     own = four()
     optimizer = made(own, torso=0.1, heads=2.0)
     for turn in range(3):
-        pull(own, turn, frozen=(0,))
+        set_gradients(own, turn, frozen=(0,))
         step(optimizer)
     state = copy.deepcopy(optimizer.state_dict())
     assert "0" not in state
@@ -288,8 +288,8 @@ def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_y
     twin = made(twin_parameters, torso=0.1, heads=2.0)
     twin.load_state_dict(copy.deepcopy(state))
     for turn in range(3, 7):
-        for one, of in ((optimizer, own), (twin, twin_parameters)):
-            pull(of, turn)
+        for one, trained in ((optimizer, own), (twin, twin_parameters)):
+            set_gradients(trained, turn)
             step(one)
     for ours, theirs in zip(own, twin_parameters, strict=True):
         assert torch.equal(ours, theirs)
@@ -299,28 +299,28 @@ def test_a_state_goes_on_by_position_whatever_the_groups_and_whatever_has_none_y
         assert {name: value.tolist() for name, value in values.items()} == {name: value.tolist() for name, value in state[index].items()}
 
 
-@pytest.mark.parametrize(("kind", "options", "reference", "its"), ALL)
-def test_what_is_forgotten_moves_like_new(
-    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], its: dict[str, object]
+@pytest.mark.parametrize(("kind", "options", "reference", "reference_options"), ALL)
+def test_parameters_with_reset_state_are_updated_as_by_a_new_optimizer(
+    kind: type[Optimizer], options: dict[str, object], reference: type[torch.optim.Optimizer], reference_options: dict[str, object]
 ) -> None:
     own = four()
     optimizer = kind(own, **options, **COMMON)  # type: ignore[arg-type]
     for turn in range(5):
-        pull(own, turn)
+        set_gradients(own, turn)
         step(optimizer)
     optimizer.reset_state(own[:2])
     new_parameters = copy.deepcopy(own)
     new = kind(new_parameters, **options, **COMMON)  # type: ignore[arg-type]
     for turn in range(5, 8):
-        for one, of in ((optimizer, own), (new, new_parameters)):
-            pull(of, turn)
+        for one, trained in ((optimizer, own), (new, new_parameters)):
+            set_gradients(trained, turn)
             step(one)
     assert torch.equal(own[0], new_parameters[0])
     assert torch.equal(own[1], new_parameters[1])
-    assert not options["weight_decay"] or not torch.equal(own[2], new_parameters[2])  # plain SGD has nothing to forget
+    assert not options["weight_decay"] or not torch.equal(own[2], new_parameters[2])  # plain SGD has no state
 
 
-def test_factors_without_known_parts_and_nesterov_without_momentum_are_refused() -> None:
+def test_factors_without_parts_and_nesterov_without_momentum_are_refused() -> None:
     with pytest.raises(ValueError, match="parts of this network"):
         Adam(four(), factors={"torso": 0.1}, eps=1e-3, weight_decay=0.0, **COMMON)
     with pytest.raises(ValueError, match=r"optimizer\.momentum"):

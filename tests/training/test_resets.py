@@ -42,7 +42,7 @@ def attached(resets: Resets, learner: Any) -> Resets:
 
 
 def learned(**settings: Any) -> Any:
-    """A learner after some updates, and its target network behind it; its torso tells its layers."""
+    """A learner after some updates, with a target network that lags behind and tagged torso layers."""
     learner = fill(learner_of(target_period=100, **settings))
     learner.agent.network.sharing = HardSharing(tagged(MLP(hidden=[8, 6])), [(5,), (3,)])
     other = learner_of(target_period=100, **settings)
@@ -59,7 +59,7 @@ def learned(**settings: Any) -> Any:
 def test_reset_keeps_a_share_of_each_parameter_and_syncs_the_target() -> None:
     learner = learned()
     resets = attached(resets_of(), learner)
-    resets.before_update(9)  # nothing was learned before it
+    resets.before_update(9)  # no update was made before
     before = parameters(learner)
     resets.before_update(12)
     new = fresh(1).state_dict()
@@ -88,16 +88,16 @@ def test_other_parts_and_frozen_parameters_keep_their_values_and_optimizer_state
 
 
 def test_resets_happen_at_the_first_update_past_each_multiple_up_to_the_last_step() -> None:
-    learner, asked = learned(), []
+    learner, created = learned(), []
 
     def make(number: int) -> MultiTaskNetwork:
-        asked.append(number)
+        created.append(number)
         return fresh(number)
 
     resets = attached(resets_of(make, last_step=60.0), learner)
     for step in (25, 29, 30, 31, 39, 52, 58, 65, 66, 70, 90):
         resets.before_update(step)
-    assert asked == [3, 5, 6]  # 30, 50 (which passes 40 as well) and 60; none at 25, the first update, and none from 70
+    assert created == [3, 5, 6]  # 30, 50 (which passes 40 as well) and 60; none at 25, the first update, and none from 70
     assert resets.made == 3
 
 
@@ -116,7 +116,7 @@ def test_restored_resets_continue_their_interval() -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_complete_reset_replaces_all_parameters_of_every_structure(name: str) -> None:
-    """Padding included, which stays zero, and layers of spectral norm one know their new norm."""
+    """Includes padding, which stays zero, and the singular vectors of spectrally normalised layers."""
 
     def make(number: int) -> MultiTaskNetwork:
         torso = tagged(MLP(hidden=[8, 6, 5], layer_norm=True, spectral_norm=name != "paco"))
@@ -163,26 +163,26 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", [*CASES, "pqn"])
-def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case: str, here: MtrlHere) -> None:
-    """The newest checkpoint is damaged, so the last 160 steps are made again, from a state that was loaded."""
+def test_run_resumed_from_the_previous_checkpoint_ends_with_the_same_bytes(case: str, here: MtrlHere) -> None:
+    """The newest checkpoint is damaged, so the last 160 steps are repeated from a loaded state."""
     words = [*CLASSIC, *CASES[case]] if case in CASES else [*PQN, *CASES["resets"]]
     here("train", *words, *SHORT, "run_dir=run")
     run = here.folder / "run"
     before, rows = model(run), learning_rows(run)
     newest = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip() / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    torch.manual_seed(99)  # what torch's own generator was left at is not what it is when a command begins
+    torch.manual_seed(99)  # torch's global generator must not affect the run
     assert "falling back to checkpoint" in here("resume", "run").stdout
     assert model(run) == before
     assert learning_rows(run) == rows
     if "resets.every=350" in words:
         assert max(row.get("resets", 0) for row in rows) == (2 if "resets.until=1" in words else 1)
-    if case == "rmsprop":  # the vectors of its normalised layers are in the model
+    if case == "rmsprop":  # the model contains the singular vectors of its normalised layers
         here("eval", "run", "eval.max_steps=10")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["resets.every=700"], "resets.until=0.8"),
         (["resets.every=100", "resets.shrink=1"], "resets.shrink=1"),
@@ -198,8 +198,8 @@ def test_resumed_from_the_checkpoint_before_a_run_ends_with_the_same_bytes(case:
         (["network.spectral_norm=true", "network/sharing=paco"], "network/sharing=paco"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_a_line(words: list[str], told: str, here: MtrlHere) -> None:
+def test_invalid_setting_is_refused_in_two_lines(words: list[str], message: str, here: MtrlHere) -> None:
     refused = here("train", *CLASSIC, *SHORT, *words, "run_dir=run", code=2)
-    assert told in refused.stderr
+    assert message in refused.stderr
     assert len(refused.stderr.strip().splitlines()) <= 2
     assert not (here.folder / "run").exists()

@@ -1,4 +1,4 @@
-"""The limit by hand-worked numbers, and parts that are made so slow that their rates are known."""
+"""Throughput: the limit by hand, and rates of parts with known delays."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tests.helpers.command import MtrlHere
 from tests.helpers.loops import loop_of
 
 SMALL = ["env=classic_pack", "network.hidden=[16,16]", "device=cpu"]
-# Seconds of a tick of 3 tasks x 8 environments, for which one update is due; what they really do comes on top.
+# Added seconds per tick of 3 tasks x 8 environments, with one update per tick; the actual work takes additional time.
 EMULATING, ACTING, LEARNING = 0.02, 0.015, 0.04
 STEPS = 24
 
 
-def test_on_shared_cores_the_times_of_the_parts_add_up() -> None:
+def test_times_of_parts_add_up_on_shared_cores() -> None:
     # A step takes 1/100 + 1/200 + 1/50 s = 35 ms.
     assert limit(100.0, 200.0, 50.0, shared_cores=True) == pytest.approx(1 / 0.035)
     assert shares_of_limit(100.0, 200.0, 50.0) == pytest.approx({"emulators": 10 / 35, "acting": 5 / 35, "learning": 20 / 35})
 
 
-def test_with_a_device_of_its_own_the_slower_side_decides() -> None:
-    # The device alone: 1/200 + 1/50 s = 25 ms a step, 40 steps/s.
+def test_slower_side_limits_the_rate_with_a_separate_device() -> None:
+    # On the device: 1/200 + 1/50 s = 25 ms per step, 40 steps/s.
     assert limit(100.0, 200.0, 50.0, shared_cores=False) == pytest.approx(40.0)
     assert limit(30.0, 200.0, 50.0, shared_cores=False) == pytest.approx(30.0)
 
 
-def test_a_row_tells_rates_limit_and_share() -> None:
-    # 600 steps in 10 s: 2 s of emulators, 1 s of acting, 6 s of learning, a second of all else.
+def test_row_has_rates_limit_and_share() -> None:
+    # 600 steps in 10 s: 2 s emulators, 1 s acting, 6 s learning, 1 s other.
     seconds = {"act": 1.0, "env": 2.0, "learn": 6.0, "log": 0.5}
     metrics = between_rows(seconds, steps=600, learned=600, per_update=60, rate=60.0)
     assert metrics == pytest.approx(
@@ -44,20 +44,20 @@ def test_a_row_tells_rates_limit_and_share() -> None:
     )
 
 
-def test_a_row_leaves_out_what_it_cannot_tell() -> None:
+def test_row_omits_unknown_metrics() -> None:
     seconds = {"act": 1.0, "env": 2.0, "learn": 0.001, "log": 0.5}
     assert set(between_rows(seconds, steps=600, learned=0, per_update=60, rate=60.0)) == {"perf/emulators", "perf/acting"}
-    # Learning began half-way: how fast it is is known, how fast a run with all its updates would be is not what this row shows.
+    # Learning started half-way: the learning rate in steps/s is known, the limit of a run with all updates is not.
     half = between_rows(seconds | {"learn": 3.0}, steps=600, learned=300, per_update=60, rate=60.0)
     assert half["perf/learning"] == pytest.approx(100.0)
     assert "perf/limit" not in half
     assert "perf/share" not in half
-    # The last update of a row may come with the next one's first tick.
+    # The last update of a row may be made in the first tick of the next row.
     assert "perf/share" in between_rows(seconds | {"learn": 3.0}, steps=600, learned=560, per_update=60, rate=60.0)
 
 
-def test_the_measured_loop_makes_just_the_updates_that_are_due() -> None:
-    """4 samples an update, 1 a step, 2 environments of each of 3 tasks: an update every second tick."""
+def test_measured_loop_makes_exactly_the_due_updates() -> None:
+    """4 samples per update, 1 per step, 2 environments per task: one update every second tick."""
     loop = loop_of(learning_starts=0)
     loop.reset()
     meter = Meter(loop, seed=0)
@@ -71,12 +71,12 @@ def test_the_measured_loop_makes_just_the_updates_that_are_due() -> None:
     assert loop.step - first >= meter.measured.loop_updates * 4
     assert sum(meter.measured.split.values()) == pytest.approx(1.0)
     assert all(len(rates) == 3 and min(rates) > 0 for rates in meter.measured.rates.values())
-    list(islice(loop.ticks(), 5))  # it is still a loop that can go on
+    list(islice(loop.ticks(), 5))  # the loop can still be used
 
 
 @pytest.fixture
 def slowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part takes a known time at the least."""
+    """Add a known delay to each part."""
 
     def slow(owner: type, name: str, seconds: float) -> None:
         original: Callable[..., Any] = getattr(owner, name)
@@ -93,7 +93,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("slowed")
-def test_rates_follow_from_how_slow_parts_are_and_agree_with_a_real_run(here: MtrlHere) -> None:
+def test_rates_match_known_delays_and_agree_with_a_real_run(here: MtrlHere) -> None:
     measured = json.loads(here("bench", *SMALL, "--seconds", "3", "--json").stdout)
     highest = {"emulators": STEPS / EMULATING, "acting": STEPS / ACTING, "learning": STEPS / LEARNING}
     for part, rate in highest.items():
