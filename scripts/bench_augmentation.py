@@ -61,7 +61,7 @@ def make_learner(env: str, options: argparse.Namespace, run_dir: str) -> tuple[L
     def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = resolve_auto.settle(composed, pack, log)
+    settled = resolve_auto.resolve(composed, pack, log)
     learner = build_run.make_run(settled, pack, log).learner
     spec, random = learner.replay.spec, torch.Generator().manual_seed(0)
     shape = (spec.num_tasks, spec.num_envs)
@@ -79,7 +79,7 @@ def pipeline(name: str, learner: Learner, settled: dict[str, Any], pack: Pack) -
     """Return an augmentation with its defaults for the same run."""
     section = catalogue.read_yaml(catalogue.options("augmentation", [catalogue.conf_folder()])[name])
     chosen = settled | {"augmentation": {name: section}}
-    settled = chosen | {"augmentation": build_augmentation.settle(chosen, pack)}
+    settled = chosen | {"augmentation": build_augmentation.resolve(chosen, pack)}
     return build_augmentation.make_augmentation(settled, pack, learner.agent, learner.replay.spec.device, ALONE)
 
 

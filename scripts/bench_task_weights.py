@@ -60,7 +60,7 @@ def make_learner(name: str, options: argparse.Namespace, run_dir: str) -> tuple[
     def log(line: str) -> None:
         print(line, file=sys.stderr)
 
-    settled = resolve_auto.settle(composed, pack, log)
+    settled = resolve_auto.resolve(composed, pack, log)
     learner = build_run.make_run(settled, pack, log).learner
     spec = learner.replay.spec
     random = torch.Generator().manual_seed(0)

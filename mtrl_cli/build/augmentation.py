@@ -12,7 +12,7 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.parallel.distributed import Ranks
 
 
-def settle(config: Config, pack: Pack) -> Config:
+def resolve(config: Config, pack: Pack) -> Config:
     """Return the augmentation section with every `auto` resolved for the images of the pack."""
     return {
         name: section

@@ -34,7 +34,7 @@ _SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples per task bet
 _LARGEST_MEMORY_SHARE = 0.9
 
 
-def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
+def resolve(config: Config, pack: Pack, log: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
     """Return the configuration with every `auto` resolved for this machine. A resolved configuration is only checked.
 
     The first rank resolves it for all ranks.
@@ -48,43 +48,43 @@ def settle(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks 
     if config["network"]["parameters"] is not None:
         parameter_budget.check_memory(config["network"]["parameters"], _free_memory(device) * _LARGEST_MEMORY_SHARE)
     # Each rank uses the GPU of its local rank, so several ranks share the device type only.
-    settled = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
-    settled["augmentation"] = build_augmentation.settle(config, pack)
+    resolved = fit_network(config, pack) | {"device": str(device) if ranks.size == 1 else device.type}
+    resolved["augmentation"] = build_augmentation.resolve(config, pack)
     image = pack.observation_kind == "image"
     if config["threads"] == "auto":
         # Matrix products of a small vector network end before a second thread has started.
-        settled["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
+        resolved["threads"] = max(1, hardware.cores() // ranks.place.local_size) if image else 1
     if config["precision"] == "auto":
         fast = image and (hardware.cpu_has_bf16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported())
-        settled["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
-    if settled["precision"] == "tf32" and device.type == "cpu":
-        say("precision: TF32 requires a GPU; using fp32")  # a run from a GPU may be resumed on a CPU
-        settled["precision"] = "fp32"
-    settled["groups"] = _settle_groups(config["groups"], pack.num_envs // ranks.size, device)
+        resolved["precision"] = "bf16" if fast else "tf32" if device.type == "cuda" else "fp32"
+    if resolved["precision"] == "tf32" and device.type == "cpu":
+        log("precision: TF32 requires a GPU; using fp32")  # a run from a GPU may be resumed on a CPU
+        resolved["precision"] = "fp32"
+    resolved["groups"] = _resolve_groups(config["groups"], pack.num_envs // ranks.size, device)
     if config["compile"] in ("auto", True):
         missing = hardware.missing_for_compile()
         if missing and config["compile"] is True:
             raise UserError(f"compile=true is impossible: {missing}. Use compile=false")
         if missing and image:
-            say(f"compile: off (about two times slower on a CPU): {missing}")
+            log(f"compile: off (about two times slower on a CPU): {missing}")
         # Small vector networks gain less than compilation costs.
-        settled["compile"] = (config["compile"] is True or image) and not missing
+        resolved["compile"] = (config["compile"] is True or image) and not missing
     if config["agent"].get("batch_size") == "auto":
-        settled["agent"] = settled["agent"] | {"batch_size": _settle_batch(settled, pack, device, ranks)}
+        resolved["agent"] = resolved["agent"] | {"batch_size": _resolve_batch(resolved, pack, device, ranks)}
     if config["agent"].get("target_period") == "auto":
-        period = _SAMPLES_PER_TARGET // settled["agent"]["batch_size"]
-        settled["agent"] = settled["agent"] | {"target_period": max(1, period)}
+        period = _SAMPLES_PER_TARGET // resolved["agent"]["batch_size"]
+        resolved["agent"] = resolved["agent"] | {"target_period": max(1, period)}
     if config["agent"].get("overlap") == "auto":
         # On a CPU, the network would use the cores of the emulators.
-        settled["agent"] = settled["agent"] | {"overlap": device.type == "cuda"}
+        resolved["agent"] = resolved["agent"] | {"overlap": device.type == "cuda"}
     if "capacity" in config["replay"]:
-        settled["replay"] = config["replay"] | {"capacity": _settle_capacity(settled, pack, device, say, ranks)}
-    if device.type == "cpu" and settled["threads"] > hardware.cores():
-        say(f"threads={settled['threads']} exceeds the {hardware.cores()} cores of this machine: threads will wait for each other")
-    return settled
+        resolved["replay"] = config["replay"] | {"capacity": _resolve_capacity(resolved, pack, device, log, ranks)}
+    if device.type == "cpu" and resolved["threads"] > hardware.cores():
+        log(f"threads={resolved['threads']} exceeds the {hardware.cores()} cores of this machine: threads will wait for each other")
+    return resolved
 
 
-def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
+def _resolve_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
     """Resolve the number of environment groups: two on a GPU, which acts for one while the cores step the other; else one."""
     if groups == "auto":
         return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
@@ -93,7 +93,7 @@ def _settle_groups(groups: int | str, num_envs: int, device: torch.device) -> in
     return int(groups)
 
 
-def _settle_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
+def _resolve_batch(config: Config, pack: Pack, device: torch.device, ranks: Ranks) -> int:
     """Resolve the batch size per task: few large updates instead of many small ones, with the same number of samples per step."""
     large = build_network.measure(config, pack)[1] >= _LARGE_NETWORK
     wanted = _SAMPLES_ON_GPU if device.type == "cuda" and large else _SAMPLES_OF_LARGE if large else _SAMPLES_OF_SMALL
@@ -163,7 +163,7 @@ def _with(config: Config, widths: Config) -> Config:
     return config | {"network": network}
 
 
-def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Callable[[str], None], ranks: Ranks) -> int:
+def _resolve_capacity(config: Config, pack: Pack, device: torch.device, log: Callable[[str], None], ranks: Ranks) -> int:
     spec = build_run.replay_spec(config, pack, device)
     each = _replay_class(config).bytes_per_transition(spec) * spec.num_tasks
     # Each rank stores its share in the memory of its GPU, or in the memory of its machine together with the other ranks there.
@@ -176,7 +176,7 @@ def _settle_capacity(config: Config, pack: Pack, device: torch.device, say: Call
             room, resource = disk, "disk, because checkpoints contain the replay (to change that: checkpoint.replay=false)"
         wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
         if fits < wanted:
-            say(f"replay: {fits:,} transitions per task instead of {wanted:,}: half of the free {resource}")
+            log(f"replay: {fits:,} transitions per task instead of {wanted:,}: half of the free {resource}")
         return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
     if capacity * each > free * _LARGEST_MEMORY_SHARE:
         raise UserError(
@@ -236,10 +236,10 @@ def _describe_updates(config: Config) -> list[str]:
 
 
 def _describe_early_stopping(config: Config) -> list[str]:
-    games, patience = config["eval"], config["early_stopping"]["patience"]
+    evaluation, patience = config["eval"], config["early_stopping"]["patience"]
     if config["early_stopping"]["metric"] is None:
         return []
-    evaluations = -(-config["steps_per_task"] // games["every"]) + games["at_start"]
+    evaluations = -(-config["steps_per_task"] // evaluation["every"]) + evaluation["at_start"]
     return (
         [f"early stopping: never, because patience={patience} is not below the {evaluations} evaluations"]
         if patience >= evaluations

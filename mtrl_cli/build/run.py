@@ -155,7 +155,7 @@ def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
     return EarlyStopping(**section)
 
 
-def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, say: Callable[[str], None]) -> TaskWeights:
+def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, log: Callable[[str], None]) -> TaskWeights:
     """Make the task weights, uniform if they require gradients and the tasks share no parameters.
 
     Raises:
@@ -165,16 +165,16 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, s
     if task_weights.needs not in ("losses", "gram", "rows"):
         raise UserError(f"task_weights: {type(task_weights).__name__}.needs={task_weights.needs!r}: expected losses, gram or rows")
     if task_weights.needs != "losses" and not network.shared_parameters():
-        say(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
+        log(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
         return Uniform(tasks)
     return task_weights
 
 
-def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Ranks = ALONE) -> Run:
+def make_run(config: Config, pack: Pack, log: Callable[[str], None], ranks: Ranks = ALONE) -> Run:
     """Make all objects of a training run on this rank, without writing files or starting emulators.
 
     Args:
-        say: prints a line.
+        log: prints a line.
 
     Raises:
         UserError: incompatible parts.
@@ -189,7 +189,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
     agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
     freezing = _make_freezing(config, network)
-    learner = _make_learner(config, pack, agent, replay, freezing, ranks, say)
+    learner = _make_learner(config, pack, agent, replay, freezing, ranks, log)
 
     def open_loop() -> Loop:
         exploration = derived_seed(config["seed"], ranks.label("exploration"))
@@ -227,7 +227,7 @@ def make_run(config: Config, pack: Pack, say: Callable[[str], None], ranks: Rank
 
 
 def _make_learner(
-    config: Config, pack: Pack, agent: Agent, replay: Replay, freezing: Freezing, ranks: Ranks, say: Callable[[str], None]
+    config: Config, pack: Pack, agent: Agent, replay: Replay, freezing: Freezing, ranks: Ranks, log: Callable[[str], None]
 ) -> Learner:
     device, network, names = replay.spec.device, agent.network, [task.name for task in pack.tasks]
     optimizer = make(config, "optimizer", list(network.parameters()), [part.kind for part in parts_of(network).values()])
@@ -239,7 +239,7 @@ def _make_learner(
         device=device,
     )
     augmentation = make_augmentation(config, pack, agent, device, ranks)
-    task_weights = make_task_weights(config, tasks, network, say)
+    task_weights = make_task_weights(config, tasks, network, log)
     if network.has_dropout and task_weights.uses_losses_after_step:
         raise UserError(
             f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares the losses of a batch before and "

@@ -31,7 +31,7 @@ class UnsupportedFormat(UserError):
 
 
 class Header(BaseModel):
-    """The part of state.json beside the state.
+    """Metadata of a checkpoint, in state.json.
 
     Attributes:
         step: environment steps per task.

@@ -127,7 +127,7 @@ class ReplaySegments:
         return data
 
     def delete_all_but(self, names: Collection[str]) -> None:
-        """Delete every segment file that is not in `names`. Other files are left alone."""
+        """Delete every segment file that is not in `names`. Other files are kept."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 if NAME.fullmatch(path.name) and path.name not in names:

@@ -57,7 +57,7 @@ class CheckpointStore:
 
     Args:
         folder: `checkpoints/` of the run; created by the first save.
-        keep: number of newest checkpoints to keep, besides the best.
+        keep: number of newest checkpoints to keep, in addition to the best.
         with_replay: whether to save the replay, and whether a checkpoint with a damaged replay counts as damaged.
         ranks: the ranks that save together. The first rank stores the states of the other ranks in the checkpoint, under "others" by
             rank. Each rank has its own replay segments.

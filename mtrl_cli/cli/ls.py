@@ -25,12 +25,12 @@ def run(arguments: Sequence[str]) -> str:
     Raises:
         UserError: unknown group or folder, invalid argument, or no option can be built with these overrides.
     """
-    overrides = [word for word in arguments if "=" in word]
-    names = [word for word in arguments if "=" not in word]
+    overrides = [each for each in arguments if "=" in each]
+    names = [each for each in arguments if "=" not in each]
     if len(names) > 1:
         raise UserError(f"mtrl ls takes one group, got {' '.join(names)}")
     group = names[0].replace(".", "/").strip("/") if names else None
-    refused = [word for word in overrides if not word.startswith("hydra.searchpath=")]
+    refused = [override for override in overrides if not override.startswith("hydra.searchpath=")]
     if refused and group not in SIZED:
         raise UserError(f"mtrl ls: expected a group or hydra.searchpath=[file:///home/me/conf], got {refused[0]}")
     folders = compose.search_path(overrides)
@@ -75,14 +75,15 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
     Raises:
         UserError: no option can be built.
     """
-    for word in overrides:
-        if word.partition("=")[0] == group:
-            raise UserError(f"mtrl ls {group} lists all options of {group}; remove {word}")
+    for override in overrides:
+        if override.partition("=")[0] == group:
+            raise UserError(f"mtrl ls {group} lists all options of {group}; remove {override}")
     size, reasons = _sizes(), []
     header = ("  ", "parameters", "shared", "per task", "multiply-adds", "counted with", "")
     rows: list[tuple[str, ...]] = []
     for name, file in options.options(group, folders).items():
-        env = () if any(word.startswith(("env=", "experiment=")) for word in overrides) else (f"env={_pack_for(group, name, folders)}",)
+        names_env = any(override.startswith(("env=", "experiment=")) for override in overrides)
+        env = () if names_env else (f"env={_pack_for(group, name, folders)}",)
         description = options.description(file)
         try:
             rows.append((_starred(group, name), *size([*env, *overrides, f"{group}={name}"]), description))
@@ -135,10 +136,10 @@ def _pack_for(group: str, option: str, folders: Sequence[Path]) -> str | None:
 
 def _short_message(error: Exception) -> str:
     """Return the message on one line. A long message is cut at a colon, which usually precedes advice."""
-    words = " ".join((str(error) or type(error).__name__).split())
-    while len(words) > MAX_REASON_LENGTH and ": " in words:
-        words = words.rpartition(": ")[0]
-    return words[:MAX_REASON_LENGTH]
+    reason = " ".join((str(error) or type(error).__name__).split())
+    while len(reason) > MAX_REASON_LENGTH and ": " in reason:
+        reason = reason.rpartition(": ")[0]
+    return reason[:MAX_REASON_LENGTH]
 
 
 def _starred(group: str, option: str) -> str:

@@ -344,7 +344,7 @@ def ls(
     """
     from mtrl_cli.cli import ls
 
-    print_result(ls.run([word for word in (group, *(overrides or [])) if word]))
+    print_result(ls.run([each for each in (group, *(overrides or [])) if each]))
 
 
 @app.command()

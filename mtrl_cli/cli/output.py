@@ -44,7 +44,7 @@ def print_result(text: str) -> None:
 
 @contextmanager
 def broken_pipe_ignored() -> Iterator[None]:
-    """Ignore that the reader of stdout has exited, as in `mtrl ls | head -1`."""
+    """Ignore a closed stdout, as in `mtrl ls | head -1`."""
     try:
         yield
     except BrokenPipeError:

@@ -49,7 +49,7 @@ def run(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
             _note("init_from, transfer.freeze and transfer.replay are ignored: the benchmark trains all parameters")
             config = config | {"init_from": None, "transfer": config["transfer"] | {"freeze": "none", "replay": False}}
         pack = build_run.make_pack(config)
-        config = resolve_auto.settle(config, pack, _note)
+        config = resolve_auto.resolve(config, pack, _note)
         for line in resolve_auto.describe(config, pack):
             _note(line)
         parts = build_run.make_run(_without_warmup(config, pack.num_envs), pack, _note)

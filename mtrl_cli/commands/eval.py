@@ -50,14 +50,14 @@ def run(run_path: Path, options: dict[str, Any]) -> None:
                 next(iter(pack.render(index, 0, [])))  # fail before hours of evaluation
         build_run.check_tasks(state.get("tasks"), pack, folder.path)
         build_network.load_weights(network, state, f"checkpoint {step} of {folder.path}")
-        games = player.play(network, stop.check)
+        episodes = player.run(network, stop.check)
         split = "validation" if player.seed == validation_seed else "test"
-        summary = evaluator.summarise(games, pack, step, str(step), split=split, seed=player.seed)
+        summary = evaluator.summarise(episodes, pack, step, str(step), split=split, seed=player.seed)
         previous = _previous(folder, step)
         try:
             folder.write(f"eval/{step}.json", atomic.to_json(summary))
             if options["video"]:
-                _write_videos(folder, pack, games)
+                _write_videos(folder, pack, episodes)
         except (PermissionError, FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{folder.path} is not writable: {error.strerror}") from error
     console(sys.stdout).print(evaluation_table(summary, player.max_steps))
@@ -76,12 +76,12 @@ def _previous(folder: RunFolder, step: int) -> dict[str, Any] | None:
     return {"episodes": episodes, "split": split} if isinstance(episodes, int) else None
 
 
-def _write_videos(folder: RunFolder, pack: Pack, games: evaluator.Episodes) -> None:
+def _write_videos(folder: RunFolder, pack: Pack, episodes: evaluator.Episodes) -> None:
     """Render the first episode of every task, replayed from its seed and actions."""
     if not atomic.is_inside(folder.videos, folder.path):
         raise UserError(f"{folder.videos} is a link out of the run folder; refusing to write there")
     folder.videos.mkdir(exist_ok=True)
     for index, task in enumerate(pack.tasks):
-        seed, actions = games.first[task.name]
+        seed, actions = episodes.first[task.name]
         frames = pack.render(index, seed, actions)
         video.write_mp4(folder.videos / f"{task.name}.mp4", frames, fps=pack.render_fps(index))

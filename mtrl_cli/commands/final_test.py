@@ -1,4 +1,4 @@
-"""The test at a run's end: games with other seeds than the validation's, by which nothing was chosen."""
+"""Test at the end of a run, on episodes with other seeds than validation, so that no test episode selected a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from mtrl_cli.training.evaluator import Evaluator
 FILE = "eval/test.json"
 
 
-def play(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, step: int, check: Callable[[], None]) -> dict[str, Any]:
-    """What `eval/test.json` holds: the test of the last network, and of the best by validation where that is another.
+def run(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, step: int, check: Callable[[], None]) -> dict[str, Any]:
+    """Test the last network and, if it differs, the network with the best validation score.
 
     Args:
-        tester: plays the test games.
-        network: the last one; it is given back as it was.
-        store: of the run, whose best checkpoint was chosen by validation.
-        step: that the run has come to.
-        check: is called between steps of the games, and may raise to stop.
+        tester: evaluator of test episodes.
+        network: the last network; its parameters are restored afterwards.
+        store: checkpoints of the run.
+        step: of the last network, per task.
+        check: called between steps; may raise an exception to stop.
 
-    Returns: {"split": "test", "step", "seed", "last": a summary, "best": a summary or None}. The best is the last one's own summary where
-        they are the same, and None where tasks without references leave nothing to choose by.
+    Returns:
+        The content of `eval/test.json`: {"split": "test", "step", "seed", "last": summary, "best": summary or None}. "best" equals "last"
+        if both are the same network, and is None if no checkpoint has a score.
     """
 
     def test(at: int) -> dict[str, Any]:
-        return evaluator.summarise(tester.play(network, check), tester.pack, at, str(at), split="test", seed=tester.seed)
+        return evaluator.summarise(tester.run(network, check), tester.pack, at, str(at), split="test", seed=tester.seed)
 
     last, best = test(step), store.best()
     result = {"split": "test", "step": step, "seed": tester.seed, "last": last, "best": last if best == step else None}
@@ -41,10 +42,10 @@ def play(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, s
         return result
     own = copy.deepcopy(network.state_dict())
     try:
-        # What is kept only as the best has no replay any more.
+        # A checkpoint that is kept only as the best has no replay.
         _, state = CheckpointStore(store.folder, keep=1, with_replay=False).load(best)
         build_network.load_weights(network, state, f"checkpoint {best}")
-    except UserError as error:  # no reason to fail at the end of a run of days
+    except UserError as error:  # a failure here must not discard a run of days
         print_line(f"the best checkpoint cannot be tested: {error}")
     else:
         result["best"] = test(best)
@@ -54,7 +55,7 @@ def play(tester: Evaluator, network: MultiTaskNetwork, store: CheckpointStore, s
 
 
 def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Its metrics by name: `test/return/<task>` of the last network, `test/best/return/<task>` of the best where that is another."""
+    """Return the metrics by name: `test/return/<task>` of the last network and, if it differs, `test/best/return/<task>` of the best."""
     found = evaluator.metrics(result["last"], TEST)
     if is_another(result):
         found |= evaluator.metrics(result["best"], f"{TEST}best/") | {f"{TEST}best/step": float(result["best"]["step"])}
@@ -62,12 +63,12 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def is_another(result: dict[str, Any]) -> bool:
-    """Whether the best by validation is another network than the last."""
+    """Return whether the network with the best validation score is not the last one."""
     return result["best"] is not None and result["best"]["step"] != result["last"]["step"]
 
 
 def titled(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The summaries, each with what it is of."""
+    """Return the summaries, each with a title."""
     if is_another(result):
-        return [("the last network", result["last"]), ("the best network by validation", result["best"])]
-    return [("the last network" + ("" if result["best"] is None else ", the best by validation"), result["last"])]
+        return [("the last network", result["last"]), ("the network with the best validation score", result["best"])]
+    return [("the last network" + ("" if result["best"] is None else ", which has the best validation score"), result["last"])]

@@ -169,19 +169,19 @@ def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tup
     return step, state
 
 
-def _resume_with_config(run_path: Path, asked: dict[str, Any], command: list[str], ranks: Ranks) -> None:
-    """Resume an existing run (`--or-resume`) with its own configuration and the changes in `asked` that a resume allows."""
-    trusted = [f"trusted_packages=[{','.join(asked['trusted_packages'])}]"] if asked["trusted_packages"] else []
+def _resume_with_config(run_path: Path, requested: dict[str, Any], command: list[str], ranks: Ranks) -> None:
+    """Resume an existing run (`--or-resume`) with its own configuration and the changes in `requested` that a resume allows."""
+    trusted = [f"trusted_packages=[{','.join(requested['trusted_packages'])}]"] if requested["trusted_packages"] else []
     own = dict(compose.flat(compose.load_run(run_path, trusted)))
-    free = {*_NOT_COMPARED, *resolve_auto.scaled_keys(asked)}  # auto values scale with the budget
-    wanted = {key: value for key, value in compose.flat(asked) if value not in ("auto", None) and key not in free}
-    if asked["init_from"] and own["init_from"] and warm_start.is_of(Path(own["init_from"]), Path(asked["init_from"])):
+    free = {*_NOT_COMPARED, *resolve_auto.scaled_keys(requested)}  # auto values scale with the budget
+    wanted = {key: value for key, value in compose.flat(requested) if value not in ("auto", None) and key not in free}
+    if requested["init_from"] and own["init_from"] and warm_start.may_resolve_to(Path(requested["init_from"]), Path(own["init_from"])):
         wanted["init_from"] = own["init_from"]
     overrides = [*trusted]
-    if asked["steps_per_task"] > own["steps_per_task"]:
-        overrides.append(f"steps_per_task={asked['steps_per_task']}")
-    if asked["device"] not in ("auto", own["device"]):
-        overrides.append(f"device={asked['device']}")
+    if requested["steps_per_task"] > own["steps_per_task"]:
+        overrides.append(f"steps_per_task={requested['steps_per_task']}")
+    if requested["device"] not in ("auto", own["device"]):
+        overrides.append(f"device={requested['device']}")
     given = {override.partition("=")[0] for override in overrides}
     different = [key for key, value in wanted.items() if own.get(key) != value and key not in given]
     if different:
@@ -194,7 +194,7 @@ def _build(config: dict[str, Any], ranks: Ranks) -> tuple[dict[str, Any], build_
     with ranks.together():
         pack = build_run.make_pack(config)
         if ranks.is_first:
-            config = resolve_auto.settle(config, pack, print_line, ranks)
+            config = resolve_auto.resolve(config, pack, print_line, ranks)
             for line in resolve_auto.describe(config, pack):
                 print_line(line)
     config = ranks.from_first(config)

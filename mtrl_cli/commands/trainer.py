@@ -248,14 +248,14 @@ class Trainer:
         """
         step = self.loop.step
         try:
-            games = self.run.evaluator.play(self.run.agent.network, self.stop.check)
+            episodes = self.run.evaluator.run(self.run.agent.network, self.stop.check)
         except Stopped as stopped:
             return stopped.signal_number, None, None
-        self.summary = evaluator.summarise(games, self.run.pack, step, str(step), seed=self.run.evaluator.seed)
+        self.summary = evaluator.summarise(episodes, self.run.pack, step, str(step), seed=self.run.evaluator.seed)
         self.folder.write(f"eval/{step}.json", atomic.to_json(self.summary))
         metrics = evaluator.metrics(self.summary)
         self._write_row(metrics)
-        self._log_pictures(games)
+        self._log_pictures(episodes)
         self.display.update(step, metrics, seconds=self.seconds)
         return 0, evaluator.ranking(self.summary), metrics.get(self.run.early_stopping.metric or "")
 
@@ -273,7 +273,7 @@ class Trainer:
         """Run the test. Returns the signal that interrupted it (0: none)."""
         step = self.loop.step
         try:
-            self.test = final_test.play(tester, self.run.agent.network, self.store, step, self.stop.check)
+            self.test = final_test.run(tester, self.run.agent.network, self.store, step, self.stop.check)
         except Stopped as stopped:
             return stopped.signal_number
         self.folder.write(final_test.FILE, atomic.to_json(self.test))
@@ -364,12 +364,12 @@ class Trainer:
             for name, picture in report.pictures.items():
                 self.logger.image(name, picture, step)
 
-    def _log_pictures(self, games: evaluator.Episodes) -> None:
+    def _log_pictures(self, episodes: evaluator.Episodes) -> None:
         """Write histograms of returns and a frame of each task to TensorBoard."""
         step = self.loop.step
         newest_KN = self.loop.newest_frames
         for k, task in enumerate(self.run.pack.tasks):
-            self.logger.histogram(metric_names.EVAL_RETURNS + task.name, games.returns[task.name], step)
+            self.logger.histogram(metric_names.EVAL_RETURNS + task.name, episodes.returns[task.name], step)
             if task.observation_shape[0] in (1, 3) and len(task.observation_shape) == 3:
                 channels_last = newest_KN[k, 0, : task.observation_shape[0]].movedim(0, -1)
                 self.logger.image(f"frame/{task.name}", channels_last.contiguous().cpu().numpy(), step)

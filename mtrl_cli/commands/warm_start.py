@@ -1,4 +1,4 @@
-"""`init_from=RUN`: what a new run takes from one that was trained before, and the table that tells."""
+"""`init_from=RUN`: initialise a new run from a checkpoint of a trained run, and print the loaded parts."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from mtrl_cli.runs import terminal
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import console, print_line
 
-# What may differ between the torsos of two runs: how wide a budget made them shows in the widths, and dropout has no parameters.
+# Keys that may differ between two compatible torsos. A parameter budget is compared by the resulting widths; dropout has no parameters.
 _NOT_COMPARED = ("sharing", "head", "parameters", "dropout")
 _LONGEST_NAMES = 60
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of another run, read and checked.
+    """A verified checkpoint of another run.
 
     Attributes:
         path: absolute, `RUN/checkpoints/<step>`.
-        step: its own.
-        config: of that run.
+        step: of the checkpoint, per task.
+        config: of the other run.
         state: of the checkpoint.
-        store: that it is from.
+        store: checkpoints of the other run.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Checkpoint:
 
 
 def find_source(config: Config) -> tuple[RunFolder, int | str | None]:
-    """The run that `init_from` names, and which of its checkpoints (None: the latest).
+    """Return the run in `init_from`, and the checkpoint in the path (None: the latest).
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
     try:
         return RunFolder.open(Path(config["init_from"]))
@@ -64,18 +64,19 @@ def find_source(config: Config) -> tuple[RunFolder, int | str | None]:
 
 
 def read_source(config: Config, ranks: Ranks) -> Checkpoint:
-    """The checkpoint that `init_from` names: the latest, where it names a run.
+    """Load the checkpoint in `init_from`; for a run, the latest one.
 
     Raises:
-        UserError: there is none, or it is damaged or of a newer format.
+        UserError: the checkpoint is missing, damaged or has another format version.
     """
     path, (folder, which) = Path(config["init_from"]), find_source(config)
     try:
         source = compose.load(folder.config, trusted=config["trusted_packages"])
         replay = config["transfer"]["replay"]
         if replay and source["ranks"] != ranks.size:
-            there = source["ranks"]
-            raise UserError(f"transfer.replay=true: ranks is {there} there and {ranks.size} here; a replay goes on with the same")
+            raise UserError(
+                f"transfer.replay=true: the source has ranks={source['ranks']}, this run has ranks={ranks.size}; use the same value"
+            )
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
         step, state = store.load(parse_which("latest" if which is None else which), warn=print_line)
     except UserError as error:
@@ -83,17 +84,17 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
     return Checkpoint(Path(folder.checkpoints.resolve() / str(step)), step, source, state, store)
 
 
-def is_of(resolved: Path, asked: Path) -> bool:
-    """Whether what `init_from` asks for may have become this `RUN/checkpoints/<step>`."""
-    asked = asked.resolve()
-    return resolved.is_relative_to(asked) or (asked.name in ("latest", "best") and resolved.parent == asked.parent)
+def may_resolve_to(given: Path, resolved: Path) -> bool:
+    """Return whether `init_from=given` may have been resolved to the checkpoint `resolved` (`RUN/checkpoints/<step>`)."""
+    given = given.resolve()
+    return resolved.is_relative_to(given) or (given.name in ("latest", "best") and resolved.parent == given.parent)
 
 
 def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
-    """Give a run that has not begun what it has in common with a source, freeze what it is to freeze of it, and tell.
+    """Copy matching parameters and value statistics from a source into a new run, freeze them as configured, and print a table.
 
     Raises:
-        UserError: the two do not fit together.
+        UserError: the source does not fit the run.
     """
     what = f"init_from={source.path}"
     check_torso(config, source.config, what)
@@ -109,8 +110,8 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
     taken = take(given, run.agent.network, mine)
     if not taken.loads("torso"):
         raise UserError(
-            f"{what}: nothing of its torso fits: network/sharing={_name(source.config, 'network/sharing')} there, "
-            f"{_name(config, 'network/sharing')} here; expected the same one, or one that keeps the torso's layers (hard, film)"
+            f"{what}: no layer of its torso can be loaded: its sharing structure is {_name(source.config, 'network/sharing')}, got "
+            f"{_name(config, 'network/sharing')}. Use the same structure, or one with the layers of the torso (hard, film)"
         )
     if run.agent.value_scale is not None and not converted:
         run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
@@ -126,15 +127,15 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
 
 
 def check_torso(config: Config, source: Config, what: str) -> None:
-    """Raise UserError where the torso of a run has another class or size than its source's."""
+    """Raise UserError if the torso of a run and the torso of its source differ in class or size."""
     mine, theirs = ({key: value for key, value in each["network"].items() if key not in _NOT_COMPARED} for each in (config, source))
     if mine == theirs:
         return
     different = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
     if "_target_" in different:
-        raise UserError(f"{what}: its torso is {_name(source, 'network')}, and this run's {_name(config, 'network')}: expected the same")
+        raise UserError(f"{what}: its torso is {_name(source, 'network')}, got {_name(config, 'network')}. Use the same network")
     there, here = (", ".join(f"network.{key}={show(each.get(key))}" for key in different) for each in (theirs, mine))
-    raise UserError(f"{what}: its torso ({_name(source, 'network')}) has {there}, and this run's {here}: expected the same")
+    raise UserError(f"{what}: its torso ({_name(source, 'network')}) has {there}, got {here}. Use the same values")
 
 
 def _name(config: Config, group: str) -> str:
@@ -142,13 +143,13 @@ def _name(config: Config, group: str) -> str:
 
 
 def _same_tasks(config: Config, source: Config, mine: list[str], theirs: list[str]) -> list[str]:
-    """Tasks that both runs know: of the same name and the same kind of pack."""
+    """Return the tasks of both runs: same name, same class of pack."""
     same_pack = config["env"]["_target_"] == source["env"]["_target_"]
     return [task for task in mine if same_pack and task in theirs]
 
 
 def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known: list[str]) -> list[str]:
-    """Known tasks whose heads mean the same: the same kind of head, the same actions, and rewards in the same units."""
+    """Return the common tasks with compatible heads: same class of head, same actions, same reward factor."""
     if config["network"]["head"] != source["network"]["head"]:
         return []
     actions = [{task.name: (task.num_actions, task.action_meanings) for task in pack.tasks} for pack in (mine, theirs)]
@@ -157,7 +158,7 @@ def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known:
 
 
 def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
-    """The source's view of rewards, with its statistics."""
+    """Load the value scale of the source."""
     try:
         stream = RewardStream(len(pack.tasks), pack.num_envs, source.config["agent"]["gamma"], torch.device("cpu"))
         scale: ValueScale = make(source.config, "agent/value_scale", stream)
@@ -168,7 +169,7 @@ def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
 
 
 def _convert(scale: ValueScale, mine: ValueScale | None, given: Source, tasks: list[str]) -> bool:
-    """Bring a source's heads from its scale of values to the game's own rewards, where this run has another scale; whether it has."""
+    """Convert the heads of the source to unscaled rewards if the value scales are incompatible. Returns whether they are."""
     if mine is None or mine.takes_from(scale):
         return False
     if not given.network.head.bounded:
@@ -177,12 +178,12 @@ def _convert(scale: ValueScale, mine: ValueScale | None, given: Source, tasks: l
 
 
 def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
-    """What the table does not say."""
+    """Describe the value scale, frozen parameters and task weights after a warm start."""
     if converted and taken.heads:
         there, here = type(scale).__name__, type(run.agent.value_scale).__name__
         bounded = run.agent.network.head.bounded
-        yield f"value scale  {there} there, {here} here: heads " + (
-            "keep its units" if bounded else "are brought to the game's own rewards"
+        yield f"value scale  {there} in the source, {here} in this run: heads " + (
+            "keep their units" if bounded else "converted to unscaled rewards"
         )
     freezing, task_weights = run.freezing, run.learner.task_weights
     if freezing.is_active:
@@ -195,7 +196,7 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run)
 
 
 def _table(taken: Taken) -> RenderableType:
-    """One row for each part with its fate; tasks of the same fate share one."""
+    """Build a table of parts; tasks with the same result share a row."""
     found: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
     order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}
     for outcome in sorted(taken.outcomes, key=lambda each: (each.status == "left", order[each.kind], each.layer or 0)):
@@ -203,8 +204,8 @@ def _table(taken: Taken) -> RenderableType:
         number, tasks = found.get(key, (0, {}))
         found[key] = number + outcome.number, tasks | ({outcome.task: None} if outcome.task else {})
     rows = []
-    for (part, fate, why), (number, tasks) in found.items():
-        rows.append((part, _names(list(tasks)), f"{number:,}", f"{fate} ({why})" if why else fate))
+    for (part, status, reason), (number, tasks) in found.items():
+        rows.append((part, _names(list(tasks)), f"{number:,}", f"{status} ({reason})" if reason else status))
     header = ("part", "of", "parameters", "is")
     return terminal.table(rows, header, right=["parameters"], fold=header)
 
@@ -222,7 +223,7 @@ def _names(tasks: list[str]) -> str:
 
 
 class _Rows:
-    """A replay as the segments of a source of another capacity see it."""
+    """A replay with the capacity of the source, which replay segments must match."""
 
     def __init__(self, replay: ReplayRows, capacity_rows: int):
         self.rows, self.capacity_rows = replay.rows, capacity_rows
@@ -230,14 +231,14 @@ class _Rows:
 
 
 def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
-    """Go on with a source's replay: its rows, and its priorities where both have some. Learning then starts at once.
+    """Load the replay of a source: its rows, and its priorities if both replays have priorities. Learning then starts at once.
 
     Raises:
-        UserError: it is of other tasks or environments, or was not saved.
+        UserError: the replay has other tasks or environments, or was not saved.
     """
     what = f"transfer.replay=true with init_from={source.path}"
     if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:  # type: ignore[attr-defined]
-        raise UserError(f"{what}: rollouts are learned from once and not kept: leave transfer.replay=true out")
+        raise UserError(f"{what}: rollouts are not saved. Omit transfer.replay=true")
     theirs, pack, replay = build_run.make_pack(source.config), run.pack, run.replay
     pairs = {
         "env": (source.config["env"]["_target_"], config["env"]["_target_"]),
@@ -248,11 +249,11 @@ def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: R
     }
     for key, (there, here) in pairs.items():
         if there != here:
-            raise UserError(f"{what}: {key} is {there} there and {here} here; a replay goes on with the same")
+            raise UserError(f"{what}: {key} of the source is {there}, got {here}. Use the same value, or omit transfer.replay=true")
     try:
         kept = (source.state if ranks.is_first else source.state["others"][str(ranks.rank)])["loop"]["replay"]
         if not source.store.load_replay(source.step, _Rows(replay, int(kept["capacity_rows"]))):
-            raise UserError(f"{what}: that checkpoint was saved without its replay; leave transfer.replay=true out")
+            raise UserError(f"{what}: the checkpoint was saved without its replay. Omit transfer.replay=true")
         replay.continue_from(kept)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""Compose, write and load configurations. All functions but `compose_unchecked` return validated, plain dictionaries.
+"""Compose, write and load configurations. All functions except `compose_unchecked` return validated, plain dictionaries.
 
 Overrides and configuration folders come from the user: Hydra's grammar, interpolations resolved. Run folders may come from untrusted
 sources: plain YAML of bounded size, no aliases, no interpolations, and no influence on which packages are trusted.

@@ -24,7 +24,7 @@ SWEEP_GROUPS = {"launcher"}
 
 
 def conf_folder() -> Path:
-    """Return the folder of the built-in configuration: inside an installed package, or beside the package in a checkout."""
+    """Return the folder of the built-in configuration: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():

@@ -112,7 +112,7 @@ class _Checker:
         for name, inner in node.items():
             if name == "_target_":
                 raise UserError(
-                    f"{path}._target_={show(inner)} must be in a section of its own: an option's file begins with `# @package {path}.NAME`"
+                    f"{path}._target_={show(inner)} must be in a separate section: an option's file begins with `# @package {path}.NAME`"
                 )
             if not isinstance(name, str) or not name.isidentifier() or not isinstance(inner, Mapping):
                 owner = next((each for each in node if isinstance(node[each], Mapping) and name in node[each]), "NAME")

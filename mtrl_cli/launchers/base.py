@@ -82,4 +82,4 @@ class Launcher(ABC):
         return None
 
     def close(self) -> None:
-        """Release resources. Jobs that outlive this process are left alone; all others must have ended."""
+        """Release resources. Jobs that outlive this process continue; all others must have ended."""

@@ -1,7 +1,7 @@
-"""Functions over fixed tensors, recorded once as CUDA graphs and then launched as a whole.
+"""Record functions as CUDA graphs once and then replay them.
 
-What is recorded reads and writes tensors that stay where they are: whatever changes from call to call lies in such tensors, and nothing
-of it in Python's own numbers. A few parts need the host in between (`on_host`): there the record is split, with one synchronisation.
+A recorded function reads and writes tensors with fixed addresses. All values that change between calls are in such tensors, never in
+Python numbers. Computations on the host (`on_host`) split a recording into several graphs, with one synchronisation each.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ Result = TypeVar("Result")
 HostFunction = Callable[[torch.Tensor], torch.Tensor]
 
 WARM_UP = 3
-"""Calls that are made one operation at a time before a function is recorded: libraries set themselves up, and first calls may differ."""
+"""Eager calls before a function is recorded, because libraries initialise themselves in the first calls."""
 
 
 class Recorder(Protocol):
-    """Takes note of what is done on a device, in order, to do it again."""
+    """Records operations on a device and replays them in order."""
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
-        """Call a function as it is, where it will be recorded."""
+        """Call a function eagerly, on the stream of the recording."""
 
     def record(self, function: Callable[[], Result]) -> Result:
-        """Take note of all that a function does. Its results, once `replay` has been called, hold what it would have returned."""
+        """Record all operations of a function. Its results are valid after `replay`."""
 
     def replay(self) -> None:
-        """Do all of it again, on the same tensors."""
+        """Run the recorded operations on the same tensors."""
 
     def host(self, tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) -> torch.Tensor:
-        """While recording: see `on_host`."""
+        """See `on_host`. Called while recording."""
 
 
 _recording: list[Recorder] = []
 
 
 def on_host(tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) -> torch.Tensor:
-    """What a function on the host makes of a tensor, back on the tensor's device.
+    """Compute a function of a tensor on the host, and copy the result to the device of the tensor.
 
     Args:
-        tensor: on any device; the function is given it on the CPU.
-        function: is called anew each time that a record is replayed.
-        like: of the result's shape and dtype.
+        tensor: on any device; the function receives a copy on the CPU.
+        function: called again in every replay of a recording.
+        like: tensor with the shape and dtype of the result.
     """
     if _recording:
         return _recording[-1].host(tensor, function, like)
@@ -53,12 +53,12 @@ def on_host(tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) ->
 
 
 class Captured(Generic[Result]):
-    """A function without arguments, recorded at a later call and replayed from then on.
+    """A function without arguments that is recorded after some eager calls, and replayed in every later call.
 
     Args:
-        function: works on fixed tensors; what it returns is a tensor, a tuple of them, or nothing.
-        recorder: makes what makes the record, at the first call.
-        warm_up: how many calls are made as they are before.
+        function: reads and writes tensors with fixed addresses; returns a tensor, a tuple of tensors, or None.
+        recorder: makes the recorder, at the first call.
+        warm_up: number of eager calls.
     """
 
     def __init__(self, function: Callable[[], Result], recorder: Callable[[], Recorder], warm_up: int = WARM_UP):
@@ -68,7 +68,7 @@ class Captured(Generic[Result]):
         self._result: Result
 
     def __call__(self) -> Result:
-        """What the function returns; once it is recorded, in the same tensors each time."""
+        """Return the result of the function. After the recording, every call returns the same tensors."""
         if self._recorder is None:
             self._recorder = self._make_recorder()
         if self._left > 0:
@@ -92,16 +92,16 @@ def _as_recorder(recorder: Recorder) -> Iterator[None]:
 
 
 def generators_of(*parts: Any) -> list[torch.Generator]:
-    """The random generators among the parts' attributes, which a graph must know of."""
+    """Return the random generators among the attributes of `parts`. They must be registered with a graph."""
     return [value for part in parts for value in vars(part).values() if isinstance(value, torch.Generator)]
 
 
 class CudaGraphs:
-    """A `Recorder` of one CUDA graph, or of several with the host's work between them. All share one pool of memory.
+    """A `Recorder` of one CUDA graph, or of several graphs with computations on the host between them. All share one memory pool.
 
     Args:
         device: a GPU.
-        generators: all that the function draws from.
+        generators: random generators that the function uses.
     """
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]):
@@ -112,7 +112,7 @@ class CudaGraphs:
         self._steps: list[Callable[[], None]] = []
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
-        # On the stream of the record: autograd remembers on which one a parameter's gradient was first made.
+        # On the stream of the recording, because autograd keeps the stream on which a gradient is first computed.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -122,14 +122,14 @@ class CudaGraphs:
 
     def record(self, function: Callable[[], Result]) -> Result:
         torch.cuda.synchronize(self._device)
-        gc.collect()  # what is freed while recording would be freed in each replay
+        gc.collect()  # memory freed while recording would be freed in each replay
         torch.cuda.empty_cache()
         with torch.cuda.stream(self._stream):
             self._begin()
             try:
                 result = function()
             except BaseException:
-                with suppress(RuntimeError):  # a record that failed cannot be ended well; what failed is what to tell
+                with suppress(RuntimeError):  # ending a failed recording fails, too; raise the first error
                     self._end()
                 raise
             self._end()
@@ -141,7 +141,7 @@ class CudaGraphs:
 
     def host(self, tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) -> torch.Tensor:
         self._end()
-        with torch.cuda.stream(torch.cuda.default_stream(self._device)):  # outside of the graphs' pool: it stays
+        with torch.cuda.stream(torch.cuda.default_stream(self._device)):  # outside of the graphs' pool, so that it is not reused
             result = torch.empty(like.shape, dtype=like.dtype, device=self._device)
 
         def step() -> None:
@@ -155,7 +155,7 @@ class CudaGraphs:
         self._graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             self._graph.register_generator_state(generator)
-        # Only this thread's doings count: others (a display, a writer) may go on.
+        # Other threads (a display, a writer) may call CUDA meanwhile.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _end(self) -> None:

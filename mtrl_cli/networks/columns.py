@@ -18,7 +18,7 @@ class CrossStitch(Sharing):
     """A column per task, mixed after every block (Misra et al. 2016, equation 1, with one matrix for all channels of a block).
 
     A column is a whole torso. The observations of every task pass all K columns. After each block, column i passes on the mean of all
-    columns' activations, weighted by row i of a learned K x K matrix. The features of a task are the output of its own column. An update
+    columns' activations, weighted by row i of a learned K x K matrix. The features of task k are the output of column k. An update
     therefore costs K times as much as with `independent`. All parameters are shared except the last matrix: only task k reads its row k.
 
     If the tasks have different observation shapes, each has one stem, which all columns read, and columns start with the body.

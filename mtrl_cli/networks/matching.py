@@ -57,8 +57,8 @@ def pieces_of(network: MultiTaskNetwork, tasks: Sequence[str]) -> dict[Key, Piec
         name = next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
         module = name.rpartition(".")[0]
         # A buffer of spectral normalisation belongs to the layer of the parameters in the same module.
-        beside = (part for other, part in parts.items() if other.startswith(tensor.rpartition(".")[0] + "."))
-        part = parts.get(tensor) or parts.get(weight_of(tensor)) or next(beside, None)
+        siblings = (part for other, part in parts.items() if other.startswith(tensor.rpartition(".")[0] + "."))
+        part = parts.get(tensor) or parts.get(weight_of(tensor)) or next(siblings, None)
         kind, layer = (part.kind, part.layer) if part is not None else ("sharing", None)
         unit = f"layer {layer}" if kind == "torso" else "head" if kind == "heads" else module
         piece = Piece(tensor, index, kind, layer, unit)

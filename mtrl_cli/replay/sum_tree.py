@@ -14,7 +14,7 @@ class SumTree:
     Args:
         num_trees: K.
         size: leaves in use per tree.
-        device: where it is kept.
+        device: of the tensor.
     """
 
     def __init__(self, num_trees: int, size: int, device: torch.device):
@@ -30,7 +30,7 @@ class SumTree:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the nodes take."""
+        """Memory of all nodes."""
         return self._nodes.nbytes
 
     def load(self, leaves: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Transitions, what a replay stores of them, and the batches that it returns."""
+"""Sizes, transitions and batches of a replay."""
 
 from __future__ import annotations
 

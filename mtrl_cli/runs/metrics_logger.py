@@ -4,7 +4,7 @@ The event files are written by `EventWriter`, not by torch's SummaryWriter, for 
 
 - `SummaryWriter(purge_step=)` leaves events past the checkpoint in the file. TensorBoard's data server still shows those of metrics that
   have no newer value, and its Python backend shows each such step twice.
-- SummaryWriter writes in a thread of its own. A full disk is a traceback there, and nothing is synced to disk before a checkpoint.
+- SummaryWriter writes in a background thread. A full disk is a traceback there, and nothing is synced to disk before a checkpoint.
 - `add_hparams` writes a second run in a subfolder.
 """
 

@@ -97,13 +97,13 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, int | str | None]:
-        """Open the run at RUN or RUN/checkpoints/<step>. Neither locks nor changes anything.
+        """Open the run at RUN or RUN/checkpoints/<step>. Locks and changes nothing.
 
         Returns:
             the folder, and the checkpoint in the path: a step, "latest", "best" or None.
 
         Raises:
-            UserError: there is no run, that is no folder with a `config.yaml`.
+            UserError: the path is not a run (a folder with a `config.yaml`).
         """
         path = Path(path).expanduser()
         which: int | str | None = None

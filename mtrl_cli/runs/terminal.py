@@ -206,7 +206,7 @@ class LiveDisplay(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
-            self._guard(self._live.stop)  # draws the table once more
+            self._guard(self._live.stop)  # redraws the table
             self._live = None
         elif self._printed_line not in (None, self.line()):
             self.message(self.line())

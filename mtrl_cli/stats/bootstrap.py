@@ -1,4 +1,4 @@
-"""Percentile bootstrap: the one implementation behind every interval, and the statistics of one network's episodes. Numpy only."""
+"""Percentile bootstrap: the only implementation of intervals, and the statistics of one network's episodes. Numpy only."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def estimates(
 
     Args:
         statistic: takes the indices of B resamples, one array `[B, *shape]` per sample, returns `[B, V]`.
-        shapes: one per sample, as `draw` takes them.
+        shapes: one per sample, see `draw`.
         draws: the resamples; None: `draw(*shapes)`.
-        method: as `interval` takes it.
+        method: see `interval`.
     """
     every = tuple(np.broadcast_to(np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)), shape)[None] for shape in shapes)
     values_V = statistic(*every)[0]
@@ -138,8 +138,8 @@ def over_tasks(
     min are taken over the tasks' means; iqm over all episodes of all tasks together, as Agarwal et al. 2021 take it over all
     runs and tasks (so a task with more episodes weighs more there).
 
-    The bootstrap is stratified: each resample draws, in every task on its own, as many of that task's episodes as it has. Tasks and
-    network are fixed: the interval covers the chance in the episodes, not the chance in training. For that, compare runs of several seeds.
+    The bootstrap is stratified: each resample draws episodes separately for every task, as many as the task has. Tasks and
+    network are fixed: the interval reflects the randomness of episodes, not of training. For that, compare runs of several seeds.
     """
     if not scores:
         return {}

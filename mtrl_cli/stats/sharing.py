@@ -1,8 +1,8 @@
 """Differences between the runs of two configurations, such as two sharing structures. Numpy only.
 
-S runs of ours, T of the baseline, K tasks, P evaluations. Runs are drawn whole, within each configuration: the tasks of one run were
-trained in one network, so their scores are dependent. Runs of equal seeds are no pairs, as networks of different shapes start from
-different parameters.
+S runs of `ours`, T runs of `baseline`, K tasks, P evaluations. Whole runs are drawn, separately for each configuration, because the scores
+of the tasks of one network are dependent. Runs with equal seeds are not paired, because networks of different shapes start from different
+parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Gain:
 
 
 def gain(ours_SK: Floats, baseline_TK: Floats) -> Gain:
-    """Compute differences of final scores, ours minus the baseline's.
+    """Compute differences of final scores, `ours` minus `baseline`.
 
     The mean is over the tasks' means, the interquartile mean over all runs and tasks together (Agarwal et al. 2021, "Deep RL at the Edge
     of the Statistical Precipice", section 4.3).
@@ -46,7 +46,7 @@ def gain(ours_SK: Floats, baseline_TK: Floats) -> Gain:
 
 
 def data_efficiency(ours: tuple[Floats, Floats], baseline: tuple[Floats, Floats]) -> Estimate:
-    """Compute how many times fewer steps our runs need to reach the baseline's final score: its steps over ours, 0 where ours never do.
+    """Compute the ratio of steps to the baseline's final score: steps of the baseline over steps of `ours`; 0 if `ours` never reaches it.
 
     The curves are means over runs. The baseline's steps are those until its own curve first reaches its final score.
 

@@ -22,7 +22,7 @@ from mtrl_cli.studies import engine
 from mtrl_cli.studies.engine import Study, key_of
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides, as_word, split_overrides
+from mtrl_cli.sweeps.search_space import SplitOverrides, as_text, split_overrides
 
 SOURCE = "init_from"
 PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}
@@ -60,8 +60,8 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
         warm_start.check_torso(tuned, trained, f"{SOURCE}={path}")
 
     values = {key: _values(split, key) for key in sorted(given) if _is_transfer(key)}
-    defaults = {key: as_word(scratch["transfer"].get(key.partition(".")[2])) for key in values}
-    as_choice = path if re.fullmatch(r"[\w./+-]+", path) else as_word(path)
+    defaults = {key: as_text(scratch["transfer"].get(key.partition(".")[2])) for key in values}
+    as_choice = path if re.fullmatch(r"[\w./+-]+", path) else as_text(path)
     axes = [f"{SOURCE}=choice({as_choice},null)"]
     axes += [f"{key}={','.join(dict.fromkeys([*own, defaults[key]]))}" for key, own in values.items()]
     rest = [word for word in words if not _is_transfer(key_of(word))] + network
@@ -109,7 +109,7 @@ def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, fold
     if not isinstance(which, int) and os.path.lexists(study / sweep_plan.RECORD):
         axis = sweep_plan.read(study).axes.get(SOURCE)
         path = str(axis.values[0]).strip("'") if isinstance(axis, Choices) else ""
-        if warm_start.is_of(Path(path), checkpoints / which):
+        if warm_start.may_resolve_to(checkpoints / which, Path(path)):
             return path
     step, _ = CheckpointStore(source.checkpoints, keep=1, with_replay=False).load(which, warn=print_line)  # type: ignore[arg-type]
     return str(checkpoints / str(step))
@@ -131,7 +131,7 @@ def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], s
     for key, value in config.items():
         part = next((group for group in reversed(PARTS) if key.startswith(f"{group.replace('/', '.')}.")), None)
         if part in kept and key not in given and composed.get(key) != value:
-            words.append(f"{key}={as_word(value)}")
+            words.append(f"{key}={as_text(value)}")
     chosen = [f"{group} as given" for group in PARTS if group not in kept]
     as_source = [f"{', '.join(PARTS[group] for group in kept)} as in the source"] if kept else []
     return words, f"network: {'; '.join([*as_source, *chosen])}"

@@ -90,7 +90,7 @@ def _launcher(plan: Plan) -> Launcher:
 
 
 def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, TrialStorage]:
-    """Create the sweep's folder and its trial storage, or open those of the same sweep. Returns the absolute folder and the plan, too.
+    """Create the folder and the trial storage of a sweep, or open existing ones. Returns the absolute folder, the plan and the storage.
 
     Two processes that start at the same time create one sweep.
     """
@@ -103,7 +103,7 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
         if not is_new:
             plan = sweep_plan.check_same(plan, path)
             for folder in (path / TRIALS, *_listed(path / TRIALS)):
-                atomic.refuse_link(folder)  # a stranger's link may lead to the user's own runs
+                atomic.refuse_link(folder)  # an untrusted link may lead to other runs of the user
             print_line(f"resuming the sweep in {path}")
         sweep_plan.save(plan, path, command)
         try:

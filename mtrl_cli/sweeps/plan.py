@@ -27,9 +27,9 @@ Points = Callable[[Axes], Sequence[Mapping[str, Value]]]
 
 RECORD = "sweep.json"
 FORMAT = 1
-LONGEST_WORD = 10_000
+LONGEST_OVERRIDE = 10_000
 SAFE_LAUNCHER = "local"
-"""The launcher that is taken from sweep.json without asking the user. Others run commands that the file names."""
+"""The only launcher that is read from sweep.json. Other launchers run commands from the file, so the user must give them."""
 
 _PASSWORD_KEY = re.compile(r"((?:password|passwd|pwd)=)[^&]*", re.IGNORECASE)
 
@@ -89,7 +89,7 @@ class Plan:
         return config | {"run_dir": str(run_dir), "init_from": None if source is None else os.path.abspath(source)}
 
     def command(self, values: Mapping[str, Value]) -> str:
-        """Return the command that makes the same run alone."""
+        """Return the command that trains this run alone."""
         trusted = [f"trusted_packages=[{','.join(self.trusted_packages)}]"] if self.trusted_packages else []
         return shlex.join(["mtrl", "train", *self.shared, *self.overrides(values), *trusted])
 
@@ -98,27 +98,27 @@ def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
     """Make the plan of `mtrl sweep` from its overrides, and validate its runs.
 
     Args:
-        overrides: the words.
+        overrides: as on the command line.
         choose: of a study, chooses the trials from the axes; None: all combinations, or those of a sampler.
 
     Raises:
         UserError: an override is wrong, no key has several values, or a run cannot be composed.
     """
     _refuse_ranks()
-    words = split_overrides(overrides)
-    section = configuration.compose_sweep(words.sweep)
-    if not words.axes:
-        configuration.compose_training(words.shared)  # raises an error of the run first
+    split = split_overrides(overrides)
+    section = configuration.compose_sweep(split.sweep)
+    if not split.axes:
+        configuration.compose_training(split.shared)  # raises an error of the run first
         raise UserError("no key has several values; give some, such as 'seed=range(5)' or network/sharing=hard,film")
     trusted = section["trusted_packages"]
-    search = resolve_search(section["sweep"], words.axes)
+    search = resolve_search(section["sweep"], split.axes)
     if choose is not None and (search["sampler"] != "grid" or section["sweep"]["trials"] is not None):
-        raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; leave them out")
-    chosen = None if choose is None else tuple({key: point[key] for key in words.axes} for point in choose(words.axes))
-    checked = check_runs(words.shared, words.axes, trusted, search, chosen)
+        raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; omit them")
+    chosen = None if choose is None else tuple({key: point[key] for key in split.axes} for point in choose(split.axes))
+    checked = check_runs(split.shared, split.axes, trusted, search, chosen)
     points = chosen or (points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None)
     return Plan(
-        shared=words.shared,
+        shared=split.shared,
         axes=checked.axes,
         points=points,
         search=search if chosen is None else {**search, "trials": len(chosen)},
@@ -144,7 +144,7 @@ def save(plan: Plan, folder: Path, command: Sequence[str]) -> None:
     before = atomic.read_json(path, folder) if os.path.lexists(path) else {}
     record = {
         "format": FORMAT,
-        "command": before.get("command") or shlex.join(without_password(word) for word in command),
+        "command": before.get("command") or shlex.join(without_password(override) for override in command),
         "shared": list(plan.shared),
         "axes": {key: _as_json(axis) for key, axis in plan.axes.items()},
         "points": None if plan.points is None else [dict(point) for point in plan.points],
@@ -173,7 +173,7 @@ def _as_json(axis: Choices | NumberRange) -> dict[str, Any]:
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read the plan of a sweep's folder, to resume it. The folder may come from a stranger: code and addresses in it are not trusted.
+    """Read the plan of a sweep's folder, to resume it. The folder may be untrusted: code and addresses in it are not used.
 
     Args:
         folder: the sweep's folder.
@@ -185,16 +185,16 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
     """
     _refuse_ranks()
     kept = read(folder)
-    words = split_overrides(overrides)
-    _check_overrides(overrides, [*words.shared, *words.sweep], words.axes)
-    given = {word.lstrip("+~").partition("=")[0] for word in words.sweep}
-    launcher = [] if "launcher" in given else _launcher_words(folder, kept.launcher, given)
-    section = configuration.compose_sweep([*launcher, *words.sweep])
+    split = split_overrides(overrides)
+    _check_overrides(overrides, split.axes)
+    given = {override.lstrip("+~").partition("=")[0] for override in split.sweep}
+    launcher = [] if "launcher" in given else _launcher_overrides(folder, kept.launcher, given)
+    section = configuration.compose_sweep([*launcher, *split.sweep])
     search = {**kept.search, "storage": section["sweep"]["storage"]}
     for key in ("retries", "trials"):
         if f"sweep.{key}" in given and section["sweep"][key] is not None:
             search[key] = section["sweep"][key]
-    _check_named(folder, kept, words.sweep, section["sweep"]["storage"])
+    _check_named(folder, kept, split.sweep, section["sweep"]["storage"])
     trusted = section["trusted_packages"]
     plan = replace(kept, search=search, launcher=section["launcher"], trusted_packages=tuple(trusted), run_dir=folder)
     return _with_trials(plan, folder, kept.trials, search["trials"])
@@ -209,7 +209,7 @@ def check_same(plan: Plan, folder: Path) -> Plan:
     kept = read(folder)
     elsewhere = "give the same values, or another run_dir"
     if different := sorted(set(plan.shared) ^ set(kept.shared)):
-        keys = ", ".join(dict.fromkeys(word.lstrip("+~").partition("=")[0] for word in different))
+        keys = ", ".join(dict.fromkeys(override.lstrip("+~").partition("=")[0] for override in different))
         raise UserError(f"run_dir={folder} holds a sweep with other overrides of {show(keys)}: {elsewhere}")
     if list(plan.axes) != list(kept.axes):
         was = ", ".join(kept.axes)
@@ -234,7 +234,7 @@ def _with_trials(plan: Plan, folder: Path, before: int, trials: int) -> Plan:
         raise UserError(f"sweep.trials={trials} is less than the {before} trials of {folder}; the number can only be raised")
     if _is_chosen(plan) and plan.points is not None:
         if trials != len(plan.points):
-            raise UserError(f"sweep.trials={trials}: {folder} holds a study, whose number of trials is fixed; leave it out")
+            raise UserError(f"sweep.trials={trials}: {folder} holds a study, whose number of trials is fixed; omit it")
         return replace(plan, search={**plan.search, "trials": trials})
     search = resolve_search({**plan.search, "trials": trials}, plan.axes)
     return replace(plan, search=search, points=None if plan.points is None else points_of(plan.axes, trials))
@@ -245,18 +245,18 @@ def _is_chosen(plan: Plan) -> bool:
     return plan.points is not None and plan.points != points_of(plan.axes, len(plan.points))
 
 
-def _check_overrides(overrides: Sequence[str], words: Sequence[str], axes: Mapping[str, Any]) -> None:
-    for word in overrides:
-        key = word.lstrip("+~").partition("=")[0]
+def _check_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> None:
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
         allowed = key in ("launcher", "sweep.retries", "sweep.trials", "sweep.storage", "trusted_packages", "hydra.searchpath")
-        if word.startswith("~") or key in axes or not (allowed or key.startswith("launcher.")):
+        if override.startswith("~") or key in axes or not (allowed or key.startswith("launcher.")):
             raise UserError(
-                f"{show(word)} cannot be changed on resume; only launcher, launcher.*, sweep.retries and sweep.trials (raised) can"
+                f"{show(override)} cannot be changed on resume; only launcher, launcher.*, sweep.retries and sweep.trials (raised) can"
             )
 
 
-def _launcher_words(folder: Path, launcher: Mapping[str, Any], given: set[str]) -> list[str]:
-    """The sweep's launcher as overrides, if it is the local one. Other launchers run commands from the file and must be given."""
+def _launcher_overrides(folder: Path, launcher: Mapping[str, Any], given: set[str]) -> list[str]:
+    """Return the overrides of a local launcher. Other launchers run commands from the file, so the user must give them."""
     name = str(launcher["_target_"]).rpartition(".")[2].removesuffix("Launcher").lower()
     ours = f"mtrl_cli.launchers.{name}.{str(launcher['_target_']).rpartition('.')[2]}"
     if name != SAFE_LAUNCHER or launcher["_target_"] != ours:
@@ -272,16 +272,16 @@ def _launcher_words(folder: Path, launcher: Mapping[str, Any], given: set[str]) 
     ]
 
 
-def _check_named(folder: Path, kept: Plan, words: Sequence[str], storage: str | None) -> None:
+def _check_named(folder: Path, kept: Plan, given: Sequence[str], storage: str | None) -> None:
     """Raise UserError if the folder names configuration folders or a database that the user has not given, too."""
-    needed = [word for word in kept.shared if word.lstrip("+").startswith("hydra.searchpath=") and word not in words]
+    needed = [override for override in kept.shared if override.lstrip("+").startswith("hydra.searchpath=") and override not in given]
     if without_password(storage) != kept.search["storage"] and kept.search["storage"] is not None:
         needed.append(f"sweep.storage={kept.search['storage']}")
     if storage is not None and kept.search["storage"] is None:
-        raise UserError(f"sweep.storage: {folder} stores its trials in its own journal; leave it out")
+        raise UserError(f"sweep.storage: {folder} stores its trials in a journal in the folder; omit it")
     if needed:
         raise UserError(
-            f"{folder} was started with {show(needed[0])}, which is not taken from a folder; if it is yours, resume with\n"
+            f"{folder} was started with {show(needed[0])}, which is not read from a folder; if you trust it, resume with\n"
             + shlex.join(["mtrl", "resume", str(folder), *needed])
         )
 
@@ -304,17 +304,17 @@ def read(folder: Path) -> Plan:
 def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     annotations = sections.keys_of(sections.Search)
     search = {key: validation.check_value(f"sweep.{key}", record["search"][key], each.annotation) for key, each in annotations.items()}
-    words = [_word(each) for each in record["shared"]]
+    shared = [_override(each) for each in record["shared"]]
     axes = {_key(key): _axis(each) for key, each in record["axes"].items()}
-    apart = split_overrides(words)
-    if apart.axes or any(not word.lstrip("+").startswith("hydra.searchpath=") for word in apart.sweep):
+    apart = split_overrides(shared)
+    if apart.axes or any(not override.lstrip("+").startswith("hydra.searchpath=") for override in apart.sweep):
         raise UserError("its shared overrides are not those of one run")
     if not axes or search["sampler"] == "auto" or search["trials"] is None or search["trials"] > MOST_TRIALS:
         raise UserError("it has no axes, sampler or number of trials")
     if not isinstance(record["env"], str) or not isinstance(record["launcher"]["_target_"], str):
         raise TypeError
     return Plan(
-        shared=tuple(words),
+        shared=tuple(shared),
         axes=axes,
         points=_points(record["points"], axes, search["trials"]) if search["sampler"] == "grid" else None,
         search=search,
@@ -328,19 +328,19 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
 
 def _points(points: Any, axes: Mapping[str, Choices | NumberRange], trials: int) -> tuple[dict[str, Value], ...]:
     """The points of a grid, which may be any selection of its combinations."""
-    words = {key: axis.values for key, axis in axes.items() if isinstance(axis, Choices)}
+    texts = {key: axis.values for key, axis in axes.items() if isinstance(axis, Choices)}
     for point in points:
-        if list(point) != list(words) or not all(point[key] in words[key] for key in words):
+        if list(point) != list(texts) or not all(point[key] in texts[key] for key in texts):
             raise UserError("its points are not on its axes")
     if len(points) != trials:
         raise UserError(f"it has {len(points)} points and {trials} trials")
     return tuple(dict(point) for point in points)
 
 
-def _word(word: Any) -> str:
-    if not isinstance(word, str) or len(word) > LONGEST_WORD or "${" in word:
-        raise UserError(f"{show(word)} is not an override of a sweep")
-    return word
+def _override(override: Any) -> str:
+    if not isinstance(override, str) or len(override) > LONGEST_OVERRIDE or "${" in override:
+        raise UserError(f"{show(override)} is not an override of a sweep")
+    return override
 
 
 def _key(key: Any) -> str:
@@ -351,10 +351,10 @@ def _key(key: Any) -> str:
 
 def _axis(axis: Mapping[str, Any]) -> Choices | NumberRange:
     if "choices" in axis:
-        words = tuple(_word(word) for word in axis["choices"])
-        if not 0 < len(words) <= MOST_CHOICES:
+        choices = tuple(_override(each) for each in axis["choices"])
+        if not 0 < len(choices) <= MOST_CHOICES:
             raise ValueError
-        return Choices(words)
+        return Choices(choices)
     low, high = axis["low"], axis["high"]
     if not all(type(each) in (int, float) for each in (low, high)) or not low < high or (axis["log"] and low <= 0):
         raise TypeError

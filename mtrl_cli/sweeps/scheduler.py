@@ -23,7 +23,7 @@ STORAGE_SECONDS = 2.0  # between reads of other processes' progress
 
 
 class ProgressDisplay(Protocol):
-    """What a scheduler needs of `SweepDisplay`."""
+    """Interface of `SweepDisplay` that a scheduler uses."""
 
     def update(self, rows: list[TrialRow]) -> None:
         """Take the state of all trials."""
@@ -183,7 +183,7 @@ class SweepLoop:
 
     def _retry(self, active: _Active, end: End) -> None:
         run = active.run
-        reason = end.why or (f"exit code {end.code}: {run.error()}" if end.code is not None else "its process is gone")
+        reason = end.why or (f"exit code {end.code}: {run.error()}" if end.code is not None else "no process found")
         attempts, retries = run.record.attempts, self.plan.search["retries"]
         if attempts > retries:
             times = "" if attempts == 1 else f" {attempts} times"
@@ -234,7 +234,7 @@ class SweepLoop:
         self._statuses, self._storage_read = self.storage.statuses(), time.monotonic()
 
     def rows(self) -> list[TrialRow]:
-        """Return all trials: those of this process as they are, others as they were when the storage was last read."""
+        """Return the state of all trials: current for trials of this process, from the last read of the storage for others."""
         rows = []
         for status in self._statuses:
             number = status.number
@@ -265,7 +265,7 @@ class SweepLoop:
         if not status.is_here:
             return row
         if not trial_folder(self.folder, status.number).exists():
-            self.display.message(f"trial {status.number}: its folder is gone; its metric is kept, and it is not run again")
+            self.display.message(f"trial {status.number}: its folder is missing; its metric is kept, and the trial is not repeated")
         try:
             record = read_record(self.folder, status.number)
             if record is not None and record.state == "failed":

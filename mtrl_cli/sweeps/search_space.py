@@ -38,7 +38,7 @@ _CALL = re.compile(r"\s*(\w+)\(.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a key may take, each as it is written behind `KEY=`: `film`, `null`, `[a,b]`, `0`."""
+    """The values that a key may take, each as text after `KEY=`: `film`, `null`, `[a,b]`, `0`."""
 
     values: tuple[str, ...]
 
@@ -74,7 +74,7 @@ class SplitOverrides:
     axes: Mapping[str, Choices | NumberRange]
 
 
-def split_overrides(words: Sequence[str]) -> SplitOverrides:
+def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
     """Split the overrides of a command line.
 
     Raises:
@@ -82,23 +82,23 @@ def split_overrides(words: Sequence[str]) -> SplitOverrides:
     """
     of_sweep, shared, axes = [], [], {}
     seen: dict[str, str] = {}
-    for word in words:
-        key = word.lstrip("+~").partition("=")[0]
-        if "${" in word:
-            raise UserError(f"{show(word)}: interpolations ('${{') are not resolved in a sweep; write the value")
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if "${" in override:
+            raise UserError(f"{show(override)}: interpolations ('${{') are not resolved in a sweep; write the value")
         if key in seen:
-            raise UserError(f"{key} is given twice, as {show(seen[key])} and {show(word)}; give it once")
-        seen[key] = word
-        axis = axis_of(word)
+            raise UserError(f"{key} is given twice, as {show(seen[key])} and {show(override)}; give it once")
+        seen[key] = override
+        axis = axis_of(override)
         if axis is not None:
-            _refuse_where_never_varied(key, word)
+            _refuse_where_never_varied(key, override)
             axes[key] = axis
         elif key in OF_THE_SWEEP or is_of_the_sweep(key):
-            of_sweep.append(word)
+            of_sweep.append(override)
         else:
-            shared.append(word)
+            shared.append(override)
             if key == "hydra.searchpath":
-                of_sweep.append(word)
+                of_sweep.append(override)
     return SplitOverrides(tuple(of_sweep), tuple(shared), axes)
 
 
@@ -107,14 +107,14 @@ def is_of_the_sweep(key: str) -> bool:
     return re.split(r"[./@]", key, maxsplit=1)[0] in ("sweep", "launcher")
 
 
-def _refuse_where_never_varied(key: str, word: str) -> None:
+def _refuse_where_never_varied(key: str, override: str) -> None:
     if key in NEVER_VARIED:
-        raise UserError(f"{show(word)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}; give one value")
+        raise UserError(f"{show(override)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}; give one value")
     if is_of_the_sweep(key) or key.split(".")[0] == "hydra":
-        raise UserError(f"{show(word)}: the key belongs to the sweep, not to its runs; give one value")
+        raise UserError(f"{show(override)}: the key belongs to the sweep, not to its runs; give one value")
 
 
-def axis_of(word: str) -> Choices | NumberRange | None:
+def axis_of(override: str) -> Choices | NumberRange | None:
     """Parse an override with several values in Hydra's grammar. Returns None if it has one value.
 
     Raises:
@@ -123,80 +123,83 @@ def axis_of(word: str) -> Choices | NumberRange | None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    key, _, value = word.partition("=")
+    key, _, value = override.partition("=")
     if key in PATHS and not (key == "init_from" and value.startswith("choice(")):
         return None  # a path may contain any character
     is_list_of_paths = key in PATHS and "," in value and value.endswith(")")
     try:
         # Hydra's choice() takes no null, the same values without it do.
-        parsed = OverridesParser.create().parse_override(f"{key}={value[len('choice(') : -1]}" if is_list_of_paths else word)
+        parsed = OverridesParser.create().parse_override(f"{key}={value[len('choice(') : -1]}" if is_list_of_paths else override)
     except HydraException as error:
-        _refuse_if_meant(word, value, error)
+        _refuse_if_meant(override, value, error)
         return None  # text, as for a run
     if not parsed.is_sweep_override():
         return None
     if parsed.package is not None:
-        raise UserError(f"{show(word)}: a group with @package is not supported; write {parsed.key_or_group}={value}")
-    return _axis(word, value, parsed._value)
+        raise UserError(f"{show(override)}: a group with @package is not supported; write {parsed.key_or_group}={value}")
+    return _axis(override, value, parsed._value)
 
 
-def _refuse_if_meant(word: str, value: str, error: Exception) -> None:
+def _refuse_if_meant(override: str, value: str, error: Exception) -> None:
     """Raise UserError if an override that parses as text was probably meant as several values."""
     call = _CALL.fullmatch(value)
     if call and call[1] in _FUNCTIONS:
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error).splitlines()[0]
-        raise UserError(f"{show(word)} cannot be parsed: {show(reason)}")
+        raise UserError(f"{show(override)} cannot be parsed: {show(reason)}")
     pieces = _pieces(value)
     if value[:1] not in ("[", "{", "(") and len(pieces) > 1:
         quoted = ",".join(piece if re.fullmatch(r"[\w.-]+", piece) else f"'{piece}'" for piece in pieces if piece)
         raise UserError(
-            f"{show(word)}: expected values between commas, quoted if they have special characters: {word.partition('=')[0]}={quoted}"
+            f"{show(override)}: expected values between commas, quoted if they have special characters: "
+            f"{override.partition('=')[0]}={quoted}"
         )
 
 
-def _axis(word: str, value: str, sweep: Any) -> Choices | NumberRange:
+def _axis(override: str, value: str, sweep: Any) -> Choices | NumberRange:
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
 
     if not isinstance(sweep, ChoiceSweep | IntervalSweep | RangeSweep):
-        raise UserError(f"{show(word)}: glob is not supported; name the values: {word.partition('=')[0]}=NAME,NAME")
+        raise UserError(f"{show(override)}: glob is not supported; name the values: {override.partition('=')[0]}=NAME,NAME")
     if isinstance(sweep, IntervalSweep):
-        return _interval(word, sweep)
+        return _interval(override, sweep)
     if sweep.tags:
-        raise UserError(f"{show(word)}: only intervals have tags, such as tag(log,interval(1e-5,1e-3))")
+        raise UserError(f"{show(override)}: only intervals have tags, such as tag(log,interval(1e-5,1e-3))")
     if isinstance(sweep, ChoiceSweep):
-        elements, words = list(sweep.list), _written(value, sweep.list)
+        elements, texts = list(sweep.list), _written(value, sweep.list)
     else:
-        elements = list(itertools.islice(_steps(word, sweep), MOST_CHOICES + 1))
-        words = [as_word(each) for each in elements]
-    if not words:
-        raise UserError(f"{show(word)} has no values; give values such as range(5) or range(0,1,0.1)")
-    if len(words) > MOST_CHOICES:
-        raise UserError(f"{show(word)} has more than {MOST_CHOICES:,} values; give fewer, or an interval")
+        elements = list(itertools.islice(_steps(override, sweep), MOST_CHOICES + 1))
+        texts = [as_text(each) for each in elements]
+    if not texts:
+        raise UserError(f"{show(override)} has no values; give values such as range(5) or range(0,1,0.1)")
+    if len(texts) > MOST_CHOICES:
+        raise UserError(f"{show(override)} has more than {MOST_CHOICES:,} values; give fewer, or an interval")
     count = Counter(map(_comparable, elements))
-    repeated = next((text for text, each in zip(words, elements, strict=True) if count[_comparable(each)] > 1), None)
+    repeated = next((text for text, each in zip(texts, elements, strict=True) if count[_comparable(each)] > 1), None)
     if repeated is not None:
-        raise UserError(f"{show(word)} has {show(repeated)} twice; give each value once")
+        raise UserError(f"{show(override)} has {show(repeated)} twice; give each value once")
     if sweep.shuffle:  # the same order each time: the same command must be the same sweep
-        random.Random(hashlib.sha256(word.encode()).digest()).shuffle(words)
-    return Choices(tuple(words))
+        random.Random(hashlib.sha256(override.encode()).digest()).shuffle(texts)
+    return Choices(tuple(texts))
 
 
-def _interval(word: str, sweep: Any) -> NumberRange:
+def _interval(override: str, sweep: Any) -> NumberRange:
     low, high, tags = sweep.start, sweep.end, set(sweep.tags)
     if tags - {"log"}:
-        raise UserError(f"{show(word)}: unknown tag {show(sorted(tags - {'log'})[0])}; only log is supported: tag(log,interval(1e-5,1e-3))")
+        raise UserError(
+            f"{show(override)}: unknown tag {show(sorted(tags - {'log'})[0])}; only log is supported: tag(log,interval(1e-5,1e-3))"
+        )
     if not (isinstance(low, int | float) and isinstance(high, int | float) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"{show(word)}: an interval goes from a number to a larger one, such as interval(0.1,0.9)")
+        raise UserError(f"{show(override)}: an interval goes from a number to a larger one, such as interval(0.1,0.9)")
     if "log" in tags and low <= 0:
-        raise UserError(f"{show(word)}: a logarithmic interval must start above 0, got {low:g}")
+        raise UserError(f"{show(override)}: a logarithmic interval must start above 0, got {low:g}")
     return NumberRange(low, high, log="log" in tags, is_integer=isinstance(low, int) and isinstance(high, int))
 
 
-def _steps(word: str, sweep: Any) -> Iterator[int | float]:
+def _steps(override: str, sweep: Any) -> Iterator[int | float]:
     """Yield the numbers of a range, with decimal arithmetic for fractions: 0.1 + 0.2 is 0.3."""
     start, stop, step = sweep.start, sweep.stop, sweep.step
     if not all(isinstance(each, int) or math.isfinite(each) for each in (start, stop, step)) or step == 0:
-        raise UserError(f"{show(word)}: the numbers of a range must be finite and its step not 0, such as range(0,1,0.1)")
+        raise UserError(f"{show(override)}: the numbers of a range must be finite and its step not 0, such as range(0,1,0.1)")
     if all(isinstance(each, int) for each in (start, stop, step)):
         return iter(range(start, stop, step))
     first, last, by = (Decimal(repr(each)) for each in (start, stop, step))
@@ -210,7 +213,7 @@ def _written(value: str, elements: Sequence[Any]) -> list[str]:
     pieces = [piece.strip() for piece in _pieces(inner)]
     if len(pieces) == len(elements) and all(_reads_as(piece, each) for piece, each in zip(pieces, elements, strict=True)):
         return pieces
-    return [as_word(each) for each in elements]
+    return [as_text(each) for each in elements]
 
 
 def _pieces(text: str) -> list[str]:
@@ -232,27 +235,27 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _reads_as(word: str, element: Any) -> bool:
+def _reads_as(text: str, element: Any) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        parsed = OverridesParser.create().parse_override(f"key={word}")
+        parsed = OverridesParser.create().parse_override(f"key={text}")
     except HydraException:
         return False
     return not parsed.is_sweep_override() and _comparable(parsed._value) == _comparable(element)
 
 
-def as_word(element: Any) -> str:
+def as_text(element: Any) -> str:
     """Format a value so that `KEY=` and the text parse to the value again: null, true, 1e-05, film, 'a b', [1,2], {a:1}."""
     from hydra.core.override_parser.types import QuotedString
 
     if element is None or isinstance(element, bool):
         return {None: "null", True: "true", False: "false"}[element]
     if isinstance(element, list):
-        return "[" + ",".join(as_word(each) for each in element) + "]"
+        return "[" + ",".join(as_text(each) for each in element) + "]"
     if isinstance(element, dict):
-        return "{" + ",".join(f"{as_word(key)}:{as_word(each)}" for key, each in element.items()) + "}"
+        return "{" + ",".join(f"{as_text(key)}:{as_text(each)}" for key, each in element.items()) + "}"
     if isinstance(element, str):
         return element if re.fullmatch(r"[A-Za-z_][\w./-]*", element) and _reads_as(element, element) else _in_quotes(element)
     return _in_quotes(element.text) if isinstance(element, QuotedString) else repr(element)
@@ -280,10 +283,10 @@ def _comparable(element: Any) -> Any:
     return ("text" if kind == "str" else kind), element
 
 
-def near_miss(words: Sequence[str]) -> str | None:
+def near_miss(overrides: Sequence[str]) -> str | None:
     """Return an error for an override whose section is misspelled, such as `swep.trials=3`; None if there is none."""
-    for word in words:
-        key = word.lstrip("+~").partition("=")[0]
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
         top = key.partition(".")[0]
         near = nearest(top, ["sweep", "launcher"], cutoff=0.8)
         if near and top != near:

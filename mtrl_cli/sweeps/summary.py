@@ -42,7 +42,7 @@ class Standing:
 def standings(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> list[Standing]:
     """Rank configurations, the best first. Trials that differ in `seed` alone are averaged.
 
-    In a grid, configurations without some of their seeds come last: one lucky seed does not make a better configuration.
+    In a grid, configurations without some of their seeds come last: a high score of a single seed is no evidence for a configuration.
     """
     by_values: dict[tuple[tuple[str, Value], ...], list[float]] = {}
     for values, metric in finished:
@@ -78,7 +78,7 @@ def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
 
 
 def best_as_command(plan: Plan, rows: Sequence[TrialRow]) -> str:
-    """Format the best configuration as a command on a line of its own, to be printed without wrapping."""
+    """Format the best configuration as a command on a separate line, to be printed without wrapping."""
     found = _found(plan, rows)
     if not found:
         return "no best configuration: no trial was completed with a metric"

@@ -37,14 +37,14 @@ class TrialRecord(BaseModel):
         number: of the trial.
         overrides: in which it differs from other trials.
         values: by key, as text.
-        command: that makes the same run alone.
+        command: trains the run alone.
         state: running, completed, pruned or failed.
         value: the metric of a trial that was completed or pruned.
         metric: the metric's name.
         why: the reason of a failure.
-        attempts: how often a process was started, not counting retries after an interruption.
+        attempts: number of started processes, without retries after an interruption.
         step, seconds: of the run, when the trial ended.
-        handle: by which the launcher finds the trial's job again.
+        handle: identifies the trial's job to a later process (`Launcher.attach`).
         pruned: whether the pruner has decided to stop the trial.
     """
 

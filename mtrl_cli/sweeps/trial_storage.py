@@ -36,11 +36,12 @@ from mtrl_cli.sweeps.optuna_storage import open_storage, reached, storage_url
 from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan, Value
 
 WORKERS = "workers"
-"""Folder of locks in the sweep's folder. Processes that share the folder see by them which trials are being worked on."""
+"""Folder of locks in the sweep's folder. A held lock marks a trial as running, for all processes that share the folder."""
 
 UNCLAIMED_SECONDS = 60.0
-"""Time after which a running trial without a place belongs to nobody: its process died before it wrote its place, which takes milliseconds,
-or up to a minute with a busy database. The time counts from our first look, because the clocks of machines differ."""
+"""Time after which a running trial without a place counts as abandoned: its process died before it wrote its place. Writing takes
+milliseconds, or up to a minute with a busy database. The time starts when this process first reads the trial, because the clocks of
+machines differ."""
 
 # User attributes of Optuna trials.
 TRIAL = "trial"  # of a retry: the trial's number in the sweep
@@ -102,7 +103,7 @@ _SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 
 
 class _SeededSampler(BaseSampler):
-    """An Optuna sampler with seeds of its own for each trial: one for the joint draw, and one for each key that is drawn alone.
+    """An Optuna sampler with separate seeds for each trial: one for the joint draw, and one for each key that is drawn alone.
 
     A trial whose process died between two draws continues with the same draws.
 
@@ -150,7 +151,7 @@ class TrialStorage:
         self._locks.mkdir(exist_ok=True)
         self._mutex = FileLock(self._locks / "storage.lock")
         self._held: dict[int, _Held] = {}
-        self._unclaimed: dict[int, float] = {}  # when we first saw a running trial without a place
+        self._unclaimed: dict[int, float] = {}  # when a running trial without a place was first read
         self._distributions = {} if plan.points is not None else {key: _distribution(axis) for key, axis in plan.axes.items()}
         storage = open_storage(folder, self._url)
         with self._mutex, self._reached():

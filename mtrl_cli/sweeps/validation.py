@@ -47,11 +47,11 @@ def check_runs(
 ) -> Checked:
     """Compose the first value of all axes, and every other value of one axis with the first values of the other axes.
 
-    Of an axis of more than three numbers only the smallest and the largest are composed; the types of all are checked.
+    For an axis of more than three numbers, only the smallest and the largest are composed; the types of all are checked.
     Of `points`, chosen by a study, only those with a value that no earlier point has are composed.
 
     Raises:
-        UserError: a run cannot be composed, or lacks the metric that `search` asks for.
+        UserError: a run cannot be composed, or its evaluations lack the metric of `search`.
     """
     if points is not None:
         first_with = {value: point for point in reversed(points) for value in point.items()}
@@ -90,8 +90,8 @@ def _compose_with(words: Sequence[str], base: Mapping[str, Value], key: str, val
     try:
         return compose(words, {**base, key: value}, trusted)
     except UserError as error:
-        told = str(error)
-        raise UserError(told if str(value) in told else f"with {key}={show(value)}: {told}") from None
+        message = str(error)
+        raise UserError(message if str(value) in message else f"with {key}={show(value)}: {message}") from None
 
 
 def typed_low(axis: Choices | NumberRange, value: Value) -> Value:
@@ -109,7 +109,7 @@ def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | 
 
 
 def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Iterator[Value]:
-    """Yield the values of an axis to compose, besides the first."""
+    """Yield the values of an axis to compose, except the first."""
     if isinstance(axis, NumberRange):
         yield axis.high
         return
@@ -132,7 +132,7 @@ def _number(word: str) -> int | float | None:
     return None
 
 
-# -- what a trial is judged by --------------------------------------------------------------------------------------------------
+# -- objective of a trial -------------------------------------------------------------------------------------------------------
 
 
 def check_judged(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
     return [*names[-(most // 2) :], *names[: most // 2], "…"] if len(names) > most else list(names)
 
 
-# -- how trials are chosen ------------------------------------------------------------------------------------------------------
+# -- sampler ---------------------------------------------------------------------------------------------------------------------
 
 
 def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Evaluator:
         self._num_threads = num_threads
         self._device = device
 
-    def play(self, network: MultiTaskNetwork, check: Callable[[], None]) -> Episodes:
+    def run(self, network: MultiTaskNetwork, check: Callable[[], None]) -> Episodes:
         """Run the episodes of all tasks in parallel. `check` is called between steps and may raise an exception to stop."""
         names = [task.name for task in self.pack.tasks]
         episodes = Episodes({name: [] for name in names}, dict.fromkeys(names, 0))

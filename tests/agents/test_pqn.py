@@ -327,10 +327,12 @@ def test_auto_settings_depend_on_the_device(monkeypatch: pytest.MonkeyPatch, dev
     monkeypatch.setattr(hardware, "resolve_device", lambda name: torch.device(device))
     composed = compose.compose_training(["env=classic_pack", "agent=pqn"])
     pack = build_run.make_pack(composed)
-    settled = resolve_auto.settle(composed, pack, lambda line: None)
+    settled = resolve_auto.resolve(composed, pack, lambda line: None)
     assert settled["agent"]["overlap"] is overlap
     assert settled["replay"] == {"_target_": "mtrl_cli.replay.rollout_buffer.Rollouts"}
-    chosen = resolve_auto.settle(compose.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None)
+    chosen = resolve_auto.resolve(
+        compose.compose_training(["env=classic_pack", "agent=pqn", "agent.overlap=true"]), pack, lambda line: None
+    )
     assert chosen["agent"]["overlap"] is True
     # (2 rollouts of 32 rows + 3 rows) * 16 environments; each transition has 6 numbers, an action, a reward, flags and a value.
     assert "rollouts: 1,072 transitions per task, 0.1 MiB in total (46 bytes each)" in resolve_auto.describe(

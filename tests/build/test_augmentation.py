@@ -168,7 +168,7 @@ def test_auto_pad_depends_on_the_images_of_the_pack() -> None:
     for task, env, pad in (("pong", "atari_pack", 4), ("asterix", "minatar_pack", 1)):
         words = [f"env={env}", f"env.tasks=[{task}]", "device=cpu", "compile=false", "replay.capacity=500"]
         composed = compose_training([*words, "augmentation=[intensity,shift]"])
-        settled = resolve_auto.settle(composed, build_run.make_pack(composed), print)
+        settled = resolve_auto.resolve(composed, build_run.make_pack(composed), print)
         assert settled["augmentation"]["shift"]["pad"] == pad
         assert list(settled["augmentation"]) == ["intensity", "shift"]
 
@@ -229,7 +229,7 @@ def test_ranks_draw_differently_and_the_first_rank_as_a_single_process() -> None
         def label(self, purpose: str) -> str:
             return f"{purpose}, rank 1"
 
-    agent = build_run.make_run(resolve_auto.settle(composed, pack, print), pack, print).agent
+    agent = build_run.make_run(resolve_auto.resolve(composed, pack, print), pack, print).agent
     device = torch.device("cpu")
     of_ranks = [
         build_augmentation.make_augmentation(composed, pack, agent, device, ranks).state_dict() for ranks in (ALONE, ALONE, Second())

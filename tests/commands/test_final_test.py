@@ -46,9 +46,9 @@ def final_test_at_30(tmp_path: Path, scores: dict[int, float | None], damage: bo
     if damage:
         (tmp_path / "checkpoints" / str(store.best()) / "model.safetensors").write_bytes(b"")
     settings = {"episodes": 4, "max_steps": 50, "epsilon": 0.0, "num_threads": 1, "device": torch.device("cpu")}
-    result = final_test.play(Evaluator(pack, seed=7, **settings), network, store, 30, lambda: None)
+    result = final_test.run(Evaluator(pack, seed=7, **settings), network, store, 30, lambda: None)
     assert network.sign.item() == 1.0
-    validation = Evaluator(pack, seed=8, **settings).play(network, lambda: None)
+    validation = Evaluator(pack, seed=8, **settings).run(network, lambda: None)
     assert validation.returns["long"] != result["last"]["tasks"]["long"]["returns"]
     return result
 

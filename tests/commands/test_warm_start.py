@@ -127,7 +127,7 @@ def test_value_scale_is_loaded_or_converted(here: MtrlHere, sources: Path) -> No
     source = [sources / "popart", "agent/value_scale=popart"]
     here("train", *SMALL, *NEVER, f"init_from={source[0]}", source[1], "run_dir=same")
     to_none = here("train", *SMALL, *NEVER, f"init_from={source[0]}", "run_dir=none", TWO)
-    assert "heads are brought to the game's own rewards" in to_none.stdout
+    assert "heads converted to unscaled rewards" in to_none.stdout
     there, same = (
         CheckpointStore(path / "checkpoints", keep=1, with_replay=False).load("latest")[1]["agent"]["value_scale"]
         for path in (source[0], here.folder / "same")

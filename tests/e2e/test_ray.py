@@ -19,23 +19,25 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.launchers import ray as launchers_ray
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required
+from tests.helpers.shared import Shared
 
 SECONDS = 90.0
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(shared: Shared) -> Iterator[Any]:
     """A Ray cluster with one core on its head node; a test may add nodes."""
     if importlib.util.find_spec("ray") is None:
         required.skip_or_fail("ray", "Ray is not installed (make test installs it)")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
-    try:
-        yield made
-    finally:
-        made.shutdown()
+    with shared.lock("ray"):
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            made.shutdown()
 
 
 @pytest.fixture

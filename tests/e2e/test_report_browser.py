@@ -14,6 +14,7 @@ import pytest
 from mtrl_cli.reports import command as report_command
 from tests.helpers.fake_runs import make_run, make_sweep
 from tests.helpers.required import skip_or_fail
+from tests.helpers.shared import Shared
 
 HOSTILE = "<script>document.title='owned'</script>\"'&<img src=http://localhost:9/x onerror=alert(1)>"
 READABLE = 9.0  # px
@@ -59,11 +60,16 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def pages(shared: Shared) -> dict[str, Path]:
     """The report page of each case."""
     pytest.importorskip("matplotlib")
-    root = tmp_path_factory.mktemp("reports")
+    root = shared.folder("reports", make_pages)
+    return {case: root / case / "report" / "index.html" for case in (*CASES, "long_words")}
+
+
+def make_pages(root: Path) -> None:
+    """Write the runs, sweeps and pages of all cases."""
     axes = {"network/sharing": ["independent", "hard", "film"], "optimizer.lr": ["1e-3", "1e-4", "3e-4", "1e-5"], "seed": [0, 1]}
     states = {1: "failed", 3: "pruned", 5: "running", 7: "waiting"}
     make_sweep(root / "sweep", axes, states=states, whys={1: "CUDA out of memory"}, evaluations=3, rows=9)
@@ -74,10 +80,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_run(root / "packs" / "b", ["env=minatar_pack"], evaluations=3, status="failed", error="it broke")
     make_run(root / "packs" / "c", ["env=minatar_pack", "network/sharing=film"], evaluations=3, scored=False)
     make_sweep(root / "long_words", {"agent.target_period": [1000, 10_000], "seed": [0]}, evaluations=2, rows=6)
-    cases = (*CASES, "long_words")
-    for case in cases:
+    for case in (*CASES, "long_words"):
         report_command.run([root / case], None, ["mtrl", "report", str(root / case)])
-    return {case: root / case / "report" / "index.html" for case in cases}
 
 
 def _make_hostile(folder: Path) -> None:

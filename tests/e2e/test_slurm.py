@@ -18,16 +18,18 @@ from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.launchers import slurm
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required, slurm_machine
+from tests.helpers.shared import Shared
 
 SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, shared: Shared) -> Iterator[None]:
     """Start Slurm on this machine with two cores, and set the environment of this process to use it."""
     if reason := slurm_machine.missing():
         required.skip_or_fail("slurm", reason)
-    with slurm_machine.started(tmp_path_factory.mktemp("slurm")) as environment, pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("slurm")
+    with shared.lock("slurm"), slurm_machine.started(folder) as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
         yield

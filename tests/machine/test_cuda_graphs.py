@@ -208,7 +208,7 @@ def test_captured_and_eager_updates_agree_on_a_gpu(weights: str, precision: str,
     for captured in (True, False):
         config = compose_training([*words, f"compile={str(captured).lower()}"])
         pack = build_run.make_pack(config)
-        learner = build_run.make_run(resolve_auto.settle(config, pack, print), pack, print).learner
+        learner = build_run.make_run(resolve_auto.resolve(config, pack, print), pack, print).learner
         assert isinstance(learner._run_train_step, cuda_graphs.Captured)
         if not captured:
             learner._run_train_step = learner.train_step

@@ -128,7 +128,7 @@ def test_auto_replay_capacity_is_proportional_to_the_memory_share(monkeypatch):
     pack, capacities = build_run.make_pack(config), []
     for megabytes in (400, 200):
         monkeypatch.setenv("MTRL_MEMORY", str(megabytes * 2**20))
-        capacities.append(resolve_auto.settle(config, pack, lambda line: None)["replay"]["capacity"])
+        capacities.append(resolve_auto.resolve(config, pack, lambda line: None)["replay"]["capacity"])
     assert capacities[0] == pytest.approx(2 * capacities[1], abs=2)
 
 

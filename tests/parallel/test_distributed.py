@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mtrl_cli.build.resolve_auto import settle
+from mtrl_cli.build.resolve_auto import resolve
 from mtrl_cli.config.compose import compose_training
 from mtrl_cli.envs.gymnasium import GymnasiumPack
 from mtrl_cli.errors import UserError
@@ -39,7 +39,7 @@ def test_numbers_that_ranks_cannot_share_evenly_are_refused(changes: str, words:
     config = compose_training(["env=classic_pack", changes])
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)
     with pytest.raises(UserError, match=words):
-        settle(config, pack, lambda line: None, Ranks(Place(0, 3, 0, 3)))
+        resolve(config, pack, lambda line: None, Ranks(Place(0, 3, 0, 3)))
 
 
 def test_auto_capacity_is_the_total_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +47,8 @@ def test_auto_capacity_is_the_total_of_all_ranks(monkeypatch: pytest.MonkeyPatch
     pack = GymnasiumPack(name="classic_pack", tasks=["CartPole-v1"], num_envs=8, max_episode_steps=0)
     each = 4 * 4 + 6  # CartPole's four numbers, and action, reward and flags
     monkeypatch.setattr("mtrl_cli.machine.hardware.memory_available", lambda: 2 * 1000 * each)
-    of_one_machine = settle(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 4)))["replay"]["capacity"]
-    of_two = settle(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 2)))["replay"]["capacity"]
+    of_one_machine = resolve(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 4)))["replay"]["capacity"]
+    of_two = resolve(config, pack, lambda line: None, Ranks(Place(0, 4, 0, 2)))["replay"]["capacity"]
     assert (of_one_machine, of_two) == (1000, 2000)
 
 

@@ -174,6 +174,6 @@ def test_storage_url_may_come_from_an_environment_variable(plan: Plan, monkeypat
     open_sweep(named).close()
     assert (tmp_path / "secret.db").is_file()
     assert not any(b"secret" in content for content in contents(tmp_path / "S").values())
-    with pytest.raises(UserError, match=r"not taken from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
+    with pytest.raises(UserError, match=r"not read from a folder(.|\n)*sweep\.storage=env:TRIALS_URL"):
         sweep_plan.load(tmp_path / "S")
     assert sweep_plan.load(tmp_path / "S", ["sweep.storage=env:TRIALS_URL"]).search["storage"] == "env:TRIALS_URL"

@@ -252,7 +252,7 @@ def test_password_is_not_saved(tmp_path: Path) -> None:
     url = "postgresql://me:secret@host/sweeps"
     saved(tmp_path, "seed=1,2", f"sweep.storage={url}")
     assert "secret" not in (tmp_path / "sweep.json").read_text()
-    with pytest.raises(UserError, match="not taken from a folder"):
+    with pytest.raises(UserError, match="not read from a folder"):
         sweep_plan.load(tmp_path)
     assert sweep_plan.load(tmp_path, [f"sweep.storage={url}"]).search["storage"] == url
     assert sweep_plan.check_same(make("seed=1,2", f"sweep.storage={url}"), tmp_path).search["storage"] == url

@@ -170,4 +170,4 @@ def test_deleted_folder_of_a_trial_is_reported(tmp_path: Path) -> None:
     with StopRequest() as stop:
         (row,) = SweepLoop(folder, plan, TrialStorage(folder, plan, first=10), Scripted(), display, stop).work()
     assert (row.state, row.score) == ("completed", 30.0)
-    assert display.messages == ["trial 0: its folder is gone; its metric is kept, and it is not run again"]
+    assert display.messages == ["trial 0: its folder is missing; its metric is kept, and the trial is not repeated"]

@@ -161,14 +161,14 @@ def is_allowed(value: object) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(VALUES.filter(is_allowed))
 def test_value_survives_formatting_and_parsing(value: object) -> None:
-    read = overrides.parse(f"key={search_space.as_word(value)}").value
+    read = overrides.parse(f"key={search_space.as_text(value)}").value
     assert repr(read) == repr(value)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(VALUES.filter(is_allowed), min_size=2, max_size=5))
 def test_list_of_choices_survives_joining_and_splitting(values: list[object]) -> None:
-    words = list({repr(each): search_space.as_word(each) for each in values}.values())
+    words = list({repr(each): search_space.as_text(each) for each in values}.values())
     if len(words) < 2 or {0, 1, -1} & {each for each in values if isinstance(each, int | float)}:
         return  # a single value is no axis; 1 and 1.0 are the same value
     assert axis("key=" + ",".join(words)) == Choices(tuple(words))

@@ -23,7 +23,7 @@ def evaluator(pack: FakePack, **changes: Any) -> Evaluator:
 
 def play(pack: FakePack, **changes: Any) -> Episodes:
     network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
-    return evaluator(pack, **changes).play(network, lambda: None)
+    return evaluator(pack, **changes).run(network, lambda: None)
 
 
 def replayed_return(pack: FakePack, task: int, games: Episodes) -> float:
@@ -119,7 +119,7 @@ def test_stopped_evaluation_closes_its_environments() -> None:
 
     network: MultiTaskNetwork = PrefersLastAction(pack)  # type: ignore[assignment]
     with pytest.raises(Stopped):
-        evaluator(pack).play(network, stop)
+        evaluator(pack).run(network, stop)
     assert len(steps) == 4
     assert all(game.closed for game in pack.games)
 
