@@ -41,7 +41,7 @@ PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))]
 CRASHES = [
     Crash("mtrl_cli.envs.vector_tasks:VectorTasks.recv", call=30),
     Crash("os:fsync", call=4),
-    Crash("mtrl_cli.training.evaluator:Evaluator.play"),
+    Crash("mtrl_cli.training.evaluator:Evaluator.run"),
     Crash("os:replace", call=3, after=True),
     Crash("os:fsync", call=9, after=True),
 ]
