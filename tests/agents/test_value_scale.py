@@ -216,7 +216,10 @@ def test_every_valid_combination_of_scale_and_head_trains(here: MtrlHere, scale:
             "agent.value_scale.limit must be at most network.head.v_max=10",
         ),
         (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_max=0.5"], "network.head.v_max=0.5"),
-        (["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_min=10"], "network.head.v_min=10"),
+        (
+            ["network/head=hl_gauss", "agent/value_scale=clip", "network.head.v_min=10"],
+            "network.head.v_min must be below network.head.v_max, got 10 and 10",
+        ),
         (["agent/value_scale=popart", "agent.value_scale.step_size=0"], "agent.value_scale.step_size must be above 0"),
         (["agent.reward_factors={MountainCar: 1000}"], "Did you mean 'MountainCar-v0'?"),
         (["agent.reward_factors={MountainCar-v0: 0}"], "each a positive number"),

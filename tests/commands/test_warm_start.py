@@ -374,4 +374,4 @@ def test_loading_a_missing_replay_or_rollouts_is_refused(here: MtrlHere) -> None
 
 def test_bench_ignores_the_source(here: MtrlHere) -> None:
     done = here("bench", *SMALL, "init_from=nowhere", "transfer.freeze=torso", "--seconds", "0.1")
-    assert "init_from: left out" in done.stderr
+    assert "init_from, transfer.freeze and transfer.replay are ignored" in done.stderr

@@ -224,7 +224,7 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
 
     resumed = subprocess.run(mtrl("resume", str(folder), *on_slurm), capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "trial 0: attached to its job again" in resumed.stdout + resumed.stderr
+    assert "trial 0: attached to its running job" in resumed.stdout + resumed.stderr
     assert [(record["state"], record["attempts"]) for record in records(folder)] == [("completed", 1)] * 3
     assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
     assert "Restarts=1" in slurm_output("scontrol", "show", "job", handle)

@@ -139,7 +139,7 @@ def test_evaluates_in_one_process_and_refuses_another_number_of_ranks(uninterrup
     refused = here("resume", "run", "steps_per_task=4000", code=2).stderr
     assert len(refused.strip().splitlines()) == 1
     assert "torchrun --nproc-per-node=2 -m mtrl_cli resume run" in refused
-    assert "ranks=2" in refused
+    assert "run was started with 2 ranks, got 1" in refused
 
 
 def test_run_whose_ranks_are_killed_ends_with_the_same_bytes(uninterrupted: Path, tmp_path: Path) -> None:
