@@ -220,7 +220,7 @@ def test_another_source_for_an_existing_study_is_refused(study: tuple[Path, str]
     [
         (["nowhere", "env=classic_pack"], "nowhere does not exist"),
         (["SOURCE", "steps_per_task=200"], "env is missing"),
-        (["SOURCE", "env=classic_pak"], "classic_pack?"),
+        (["SOURCE", "env=classic_pak"], "Did you mean 'env=classic_pack'?"),
         (["SOURCE", "env=minatar_pack", "device=cpu"], "nothing can be transferred"),
         (["SOURCE", "env=classic_pack", "seeds=0"], "got 0"),
         (["SOURCE", "env=classic_pack", "init_from=run"], "init_from"),
