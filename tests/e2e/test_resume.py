@@ -26,7 +26,8 @@ ATARI = [
     "network.features=16",
     "agent.learning_starts=40",
     "agent.batch_size=4",
-    "steps_per_task=400",
+    "agent.samples_per_step=2",
+    "steps_per_task=240",
     "eval.every=0",
     "eval.episodes=1",
     "eval.max_steps=10",
@@ -35,7 +36,7 @@ ATARI = [
     "log.diagnostics=100",
     "device=cpu",
     "compile=false",
-    "replay.capacity=300",
+    "replay.capacity=150",
 ]
 PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
 CRASHES = [
