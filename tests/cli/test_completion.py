@@ -42,7 +42,7 @@ def test_options_have_descriptions() -> None:
     assert completions("train", "task_w") == [f"task_weights={name}" for name in ALL_WEIGHTS]
 
 
-NETWORK = ("features", "width", "layer_norm", "dropout", "spectral_norm", "parameters")
+NETWORK = ("layer_norm", "dropout", "spectral_norm", "features", "width", "parameters")
 
 
 @pytest.mark.parametrize(
