@@ -98,6 +98,6 @@ def test_files_named_in_a_document_exist(document: str) -> None:
     named = [name for name in named if any((folder / name.split("/")[0]).is_dir() for folder in folders)]
     named += re.findall(r"docs/\w+\.(?:md|svg)", text)
     assert named
-    written_by_runs = ("checkpoints/latest", "checkpoints/best", "runs/sharing/", "runs/transfer/")
+    written_by_runs = ("checkpoints/latest", "checkpoints/best", "checkpoints/replay", "runs/sharing/", "runs/transfer/")
     missing = [name for name in named if not any(list(folder.glob(name)) for folder in folders)]
     assert [name for name in missing if not name.startswith(written_by_runs)] == []
