@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,10 +28,10 @@ class RanksLost(RunError):
     """Another rank has ended, so this rank cannot continue.
 
     Attributes:
-        is_reported_here: whether this rank prints the error, because the first rank is gone.
+        is_reported: whether this rank has printed the error.
     """
 
-    is_reported_here = False
+    is_reported = False
 
 
 class Stopped(BaseException):
@@ -97,6 +98,11 @@ def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = ""
     listed = f"Expected one of: {', '.join(known)}" if len(known) <= MOST_LISTED else ""
     advice = did_you_mean(near and prefix + near, otherwise or listed)
     return f"unknown {kind} {quoted(f'{prefix}{show(name)}')}{where}. {advice}".rstrip(". ")
+
+
+def print_error(message: str) -> None:
+    """Print an error on standard error. Control characters are replaced, as a message may quote an untrusted file."""
+    print(f"mtrl: error: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

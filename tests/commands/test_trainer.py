@@ -1,8 +1,9 @@
-"""Training in one process: the speed in rows of metrics."""
+"""Training in one process: the speed in rows of metrics, and the report of a lost rank."""
 
 from __future__ import annotations
 
 import json
+import signal
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 
 from mtrl_cli.commands import trainer
 from mtrl_cli.envs.vector_tasks import VectorTasks
+from mtrl_cli.errors import RanksLost, print_error
+from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.speed import SpeedMeter
 from tests.helpers.command import MtrlHere
+from tests.helpers.tiny_runs import TINY
 
 PQN = [
     "env=classic_pack",
@@ -61,3 +65,22 @@ def test_speed_of_pqn_is_that_of_whole_rollouts_in_every_row(here: MtrlHere, mon
             assert row["perf/steps_per_second"] == pytest.approx(96 / 8.8), step
             assert row["perf/frames_per_second"] == pytest.approx(96 / 8.8), step
             assert row["perf/updates_per_second"] == pytest.approx(8 / 8.8), step
+
+
+def test_lost_rank_is_reported_once_while_signals_are_only_recorded(here: MtrlHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun sends SIGTERM as soon as a rank is gone: with the default handler, it would end this process before the error is printed."""
+    handlers: list[Any] = []
+
+    def lose(self: Ranks, number: int) -> int:
+        raise RanksLost("rank 1 of 2 is gone")
+
+    def report(message: str) -> None:
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        print_error(message)
+
+    monkeypatch.setattr(Ranks, "largest", lose)
+    monkeypatch.setattr(trainer, "print_error", report)
+    failed = here("train", *TINY, "run_dir=run", code=1)
+    assert [line for line in failed.stderr.splitlines() if line.startswith("mtrl: error")] == ["mtrl: error: rank 1 of 2 is gone"]
+    assert [handler.__name__ for handler in handlers] == ["_handle"]
+    assert json.loads((here.folder / "run" / "run.json").read_text())["status"] == "failed"
