@@ -163,10 +163,9 @@ class Trainer:
                 f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            # Printed here, while signals are only recorded: torchrun ends this process by SIGTERM as soon as it notices the lost rank.
-            if self._mark_failed(str(lost)):
-                print_error(str(failure))
-                failure.is_reported = True
+            failure.is_reported = self._mark_failed(str(lost))
+            if failure.is_reported:
+                print_error(str(failure))  # while signals are only recorded: torchrun ends this process as soon as it notices the lost rank
             raise failure from None
         except Exception as error:
             with suppress(OSError, UserError):  # such as a full disk: the first error matters to the user

@@ -232,7 +232,8 @@ def test_budget_for_a_torso_of_one_width_is_refused(here: MtrlHere, monkeypatch:
 
 RUN = [
     "env=classic_pack", "network/sharing=independent", "network.parameters=9k", "agent.learning_starts=50", "agent.batch_size=8",
-    "steps_per_task=160", "eval.episodes=1", "eval.max_steps=5", "checkpoint.every=80", "device=cpu", "replay.capacity=200",
+    "agent.samples_per_step=2", "steps_per_task=160", "eval.episodes=1", "eval.max_steps=5", "checkpoint.every=80", "device=cpu",
+    "replay.capacity=200",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ TINY = [
     "network.features=16",
     "agent.learning_starts=40",
     "agent.batch_size=4",
+    "agent.samples_per_step=2",
     "steps_per_task=120",
     "eval.every=60",
     "eval.episodes=2",

@@ -28,6 +28,7 @@ SMALL = [
     "env=classic_pack",
     "agent.learning_starts=100",
     "agent.batch_size=16",
+    "agent.samples_per_step=2",
     "eval.episodes=2",
     "eval.max_steps=40",
     "eval.epsilon=0.0",  # else the same network plays otherwise where a task has another place
