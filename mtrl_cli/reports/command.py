@@ -18,7 +18,7 @@ from mtrl_cli.reports.comparison import Benchmark
 from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
 from mtrl_cli.reports.run_data import RunData, RunGroup
-from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some
+from mtrl_cli.reports.wording import counted, some
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps.plan import without_password
 
@@ -120,7 +120,7 @@ def _lead(runs: Sequence[RunData], groups: Sequence[RunGroup], benchmarks: Seque
         low, high = min(seeds, default=0), max(seeds, default=0)
         each = counted(high, "seed") if low == high else f"{low} to {high} seeds"
         compared = f"{counted(len(seeds), 'configuration')} with completed runs, {each} each" if seeds else "no completed run"
-        lines.append(f"{benchmark.name}: {compared}.{_caution(seeds)}")
+        lines.append(" ".join([f"{benchmark.name}: {compared}.", *benchmark.cautions()]))
     if len(benchmarks) > 1:
         lines.append("Runs with different packs, tasks or budgets cannot be compared; each combination has its own sections.")
     if keys := list(groups[0].values) if groups else []:
@@ -131,14 +131,6 @@ def _lead(runs: Sequence[RunData], groups: Sequence[RunGroup], benchmarks: Seque
     if bad:
         lines.append(f"Failed or unreadable (reasons in the last section): {some([run.name for run in bad], MAX_NAMED)}.")
     return [*lines, made]
-
-
-def _caution(seeds: Sequence[int]) -> str:
-    if not seeds or min(seeds) >= FEW_SEEDS:
-        return ""
-    if max(seeds) == 1:
-        return " With one seed each a difference may be chance alone."
-    return f" {few_seeds(min(count for count in seeds if count > 1))}"
 
 
 def _states(runs: Sequence[RunData]) -> str:

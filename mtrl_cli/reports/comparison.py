@@ -14,7 +14,7 @@ import numpy as np
 from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping
 from mtrl_cli.reports.run_data import RunData, RunGroup, first_completed
-from mtrl_cli.reports.wording import counted, titled
+from mtrl_cli.reports.wording import counted, some, titled
 from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats import sharing as sharing_stats
 from mtrl_cli.stats.bootstrap import Estimate, Floats
@@ -23,6 +23,8 @@ FACTORS = {"network/sharing": ("network.sharing",), "task_weights": ("task_weigh
 """The sections of the configuration that belong to a factor. The width of the network belongs to the sharing structure as well."""
 MAX_ABLATIONS = 6
 """Ablations (such as one per learning rate) of one factor on a page; all runs are in its tables of scores."""
+FEW_SEEDS = 5
+ONE_SEED = "One seed of each configuration: there are no intervals, and a difference may be chance alone. Run more seeds (seed=range(5))."
 NO_RESULTS, SUPERSEDED = "no results of all tasks", "superseded by another run"
 
 
@@ -105,17 +107,23 @@ class Benchmark:
         """The suffix in anchors of sections."""
         return self.suffix.replace("_", "-")
 
-    @property
-    def has_several_seeds(self) -> bool:
-        """Whether a variant has several runs, and thus intervals."""
-        return any(len(variant.runs) > 1 for variant in self.variants)
+    def cautions(self) -> list[str]:
+        """Return lines about single seeds and few seeds."""
+        seeds = {variant.name: len(variant.runs) for variant in self.compared}
+        single = [name for name, count in seeds.items() if count == 1]
+        if single and len(single) == len(seeds):
+            return [ONE_SEED]
+        lines = [f"One seed, so no interval: {some(single)}."] if single else []
+        fewest = min((count for count in seeds.values() if count > 1), default=FEW_SEEDS)
+        few = f"Intervals over {fewest} seeds are too narrow. Run {FEW_SEEDS} or more."
+        return [*lines, few] if fewest < FEW_SEEDS else lines
 
     def title(self, text: str) -> str:
-        """Add to a section's title what distinguishes the benchmark."""
+        """Add the text that distinguishes the benchmark to a section's title."""
         return titled(text, self.about)
 
     def named(self, task: str) -> str:
-        """Name a task in a table, with its unit if that is not score."""
+        """Name a task in a table, with its unit if it has no scores."""
         return task if task in self.scored else f"{task} (return)"
 
     def split(self, option: str) -> tuple[list[Variant], list[Variant]]:
@@ -127,7 +135,7 @@ class Benchmark:
 
 
 def benchmarks(groups: Sequence[RunGroup]) -> list[Benchmark]:
-    """Put groups with the same tasks and budget together, in the order of their first."""
+    """Put groups with the same tasks and budget together, ordered by the first group of each benchmark."""
     together: dict[Any, list[RunGroup]] = {}
     for group in groups:
         together.setdefault((group.first.env, group.first.tasks, group.first.steps_per_task), []).append(group)
@@ -137,7 +145,7 @@ def benchmarks(groups: Sequence[RunGroup]) -> list[Benchmark]:
 
 
 def ablations(groups: Sequence[RunGroup], factor: str) -> list[Benchmark]:
-    """Put groups that differ in a factor only together, in the order of their first.
+    """Put groups together that differ only in a factor, ordered by the first group of each ablation.
 
     Args:
         groups: all of the report.
@@ -209,7 +217,7 @@ def _benchmark(groups: Sequence[RunGroup], names: Sequence[str], options: Sequen
 
 
 def _choose(group: RunGroup, tasks: Sequence[str]) -> tuple[tuple[RunData, ...], tuple[tuple[int, str], ...]]:
-    """Choose the completed runs of a group with results of all tasks, the last of each seed; and list the seeds of the others."""
+    """Choose the completed runs of a group with results of all tasks, the last of each seed; and list the seeds of the other runs."""
     found: dict[int, RunData] = {}
     left_out = []
     for run in group.runs:

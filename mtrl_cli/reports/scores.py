@@ -9,11 +9,10 @@ from functools import partial
 import numpy as np
 
 from mtrl_cli.reports import plots
-from mtrl_cli.reports.comparison import NO_RESULTS, SUPERSEDED, Benchmark, Variant
+from mtrl_cli.reports.comparison import FEW_SEEDS, NO_RESULTS, SUPERSEDED, Benchmark, Variant
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.plots import Curve
-from mtrl_cli.reports.run_data import Evaluation
-from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some
+from mtrl_cli.reports.wording import counted, some
 from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats.bootstrap import Estimate, Floats
 
@@ -31,7 +30,12 @@ def sections(benchmarks: Sequence[Benchmark]) -> list[Section]:
     found: list[Section] = []
     for benchmark in benchmarks:
         if benchmark.ranked:
-            found += [_over_tasks(benchmark), _per_task(benchmark), *_comparisons(benchmark), *_curves(benchmark)]
+            found += [_over_tasks(benchmark), _per_task(benchmark)]
+            if benchmark.scored and len(benchmark.ranked) > 1:
+                found.append(_improvement(benchmark))
+            if benchmark.scored:
+                found.append(_profiles(benchmark))
+            found.append(_curves(benchmark))
         else:
             lines = ["No run is completed yet, so there is nothing to compare. The last table shows the progress of each run."]
             found.append(Section(f"scores{benchmark.suffix}", benchmark.title("Scores"), [*lines, *_left_out(benchmark)]))
@@ -44,7 +48,7 @@ def sections(benchmarks: Sequence[Benchmark]) -> list[Section]:
 def _over_tasks(benchmark: Benchmark) -> Section:
     suffix, ranked = benchmark.suffix, benchmark.ranked
     summary = _summary(benchmark)
-    lines = [summary, *_about_seeds(benchmark), *_left_out(benchmark), *_untested(benchmark)]
+    lines = [summary, *benchmark.cautions(), *_left_out(benchmark), *_untested(benchmark)]
     anchor, heading = f"scores{suffix}", benchmark.title("Scores over tasks")
     if not benchmark.scored:
         return Section(anchor, heading, lines)
@@ -56,7 +60,7 @@ def _over_tasks(benchmark: Benchmark) -> Section:
     notes = [
         "Scores are normalised: 0 is random play, 1 the reference. IQM: the mean of the middle half of all scores, of every seed and task. "
         "Optimality gap: the mean distance of scores below 1; less is better.",
-        *([INTERVALS] if benchmark.has_several_seeds else []),
+        *([INTERVALS] if any(len(each.runs) > 1 for each in ranked) else []),
     ]
     table = Table(f"scores_over_tasks{suffix}", "Aggregate scores", ["configuration", "seeds", *HEADINGS.values()], rows, notes)
     picture = Picture(
@@ -90,15 +94,6 @@ def _certainty(benchmark: Benchmark) -> str:
     highs = {each.name: each.aggregates["iqm"].high for each in others}
     overlap = [name for name, high in highs.items() if low is not None and high is not None and high >= low]
     return f" The order is not certain: intervals overlap with {some(overlap)}." if overlap else ""
-
-
-def _about_seeds(benchmark: Benchmark) -> list[str]:
-    if not benchmark.has_several_seeds:
-        return ["One seed of each configuration: there are no intervals, and a difference may be chance. Run more seeds (seed=range(5))."]
-    single = [each.name for each in benchmark.ranked if len(each.runs) == 1]
-    fewest = min(len(each.runs) for each in benchmark.ranked if len(each.runs) > 1)
-    lines = [f"One seed, so no interval: {some(single)}."] if single else []
-    return [*lines, *([few_seeds(fewest)] if fewest < FEW_SEEDS else [])]
 
 
 def _left_out(benchmark: Benchmark) -> list[str]:
@@ -150,12 +145,6 @@ def _returns(variant: Variant, tasks: Sequence[str]) -> Floats:
 # -- comparisons ----------------------------------------------------------------------------------------------------------------
 
 
-def _comparisons(benchmark: Benchmark) -> list[Section]:
-    if not benchmark.scored:
-        return []
-    return [*([_improvement(benchmark)] if len(benchmark.ranked) > 1 else []), _profiles(benchmark)]
-
-
 def _improvement(benchmark: Benchmark) -> Section:
     best, *others = benchmark.ranked
     found = {each.name: score_stats.probability_of_improvement(best.scores_RK, each.scores_RK) for each in others}
@@ -201,11 +190,11 @@ def _profiles(benchmark: Benchmark) -> Section:
 # -- learning curves ------------------------------------------------------------------------------------------------------------
 
 
-def _curves(benchmark: Benchmark) -> list[Section]:
+def _curves(benchmark: Benchmark) -> Section:
     variants = [each for each in benchmark.ranked if all(len(run.evaluations) > 1 for run in each.runs)]
     anchor, heading = f"curves{benchmark.suffix}", benchmark.title("Learning curves")
     if not variants:
-        return [Section(anchor, heading, ["The runs were evaluated only at their end (eval.every), so there are no curves."])]
+        return Section(anchor, heading, ["The runs were evaluated only at their end (eval.every), so there are no curves."])
     parts: list[Picture | Table] = []
     scored = benchmark.scored
     if scored:
@@ -223,7 +212,7 @@ def _curves(benchmark: Benchmark) -> list[Section]:
     lines = ["Validation during training. Wall time is that of each run's machine, with evaluating and saving."]
     if any(len(each.runs) > 1 for each in variants):
         lines.append("Bands: pointwise 95% bootstrap intervals over seeds.")
-    return [Section(anchor, heading, lines, parts)]
+    return Section(anchor, heading, lines, parts)
 
 
 def _curve_picture(benchmark: Benchmark, curves: Mapping[str, Curve], name: str, over: str, x: str) -> Picture:
@@ -252,12 +241,12 @@ def _curves_per_task(benchmark: Benchmark, variants: Sequence[Variant]) -> Pictu
 
 def _over(variant: Variant, tasks: Sequence[str], kind: str, has_band: bool) -> Curve:
     """Return the interquartile mean over a variant's runs and some tasks, over `step` or `seconds`; the mean for few runs and one task."""
-    is_scored = all(task in run.final_scores for run in variant.runs for task in tasks)
+    results = "scores" if all(task in run.final_scores for run in variant.runs for task in tasks) else "returns"
     xs = [np.array([getattr(each, kind) for each in run.evaluations], float) for run in variant.runs]
     x_P = xs[0] if kind == "step" and all(np.array_equal(x, xs[0]) for x in xs) else _grid(xs)
     values_RKP = np.array(
         [
-            [np.interp(x_P, x, [_value(each, task, is_scored) for each in run.evaluations]) for task in tasks]
+            [np.interp(x_P, x, [getattr(each, results).get(task, np.nan) for each in run.evaluations]) for task in tasks]
             for run, x in zip(variant.runs, xs, strict=True)
         ]
     )
@@ -269,10 +258,6 @@ def _grid(xs: Sequence[Floats]) -> Floats:
     """Return points inside the range of every run."""
     first, last = max(float(x[0]) for x in xs), min(float(x[-1]) for x in xs)
     return np.linspace(first, max(first, last), POINTS)
-
-
-def _value(evaluation: Evaluation, task: str, is_scored: bool) -> float:
-    return (evaluation.scores if is_scored else evaluation.returns).get(task, float("nan"))
 
 
 def _in_units(curves: Mapping[str, Curve]) -> tuple[str, dict[str, Curve]]:

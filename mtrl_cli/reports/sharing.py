@@ -11,7 +11,7 @@ from mtrl_cli.reports import comparison, grouping, sharing_plots
 from mtrl_cli.reports.comparison import MAX_ABLATIONS, Benchmark, Variant, budget_seconds, step_seconds
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.run_data import RunGroup
-from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some
+from mtrl_cli.reports.wording import counted, some
 from mtrl_cli.stats.bootstrap import Estimate
 from mtrl_cli.stats.sharing import gain, nearest_size
 
@@ -52,7 +52,7 @@ def sections(groups: Sequence[RunGroup]) -> list[Section]:
 
 
 def summary(groups: Sequence[RunGroup]) -> list[str]:
-    """Return a line for a report whose runs all have one sharing structure, so that it compares none."""
+    """Return a line for a report whose runs all have the same sharing structure; [] for other reports."""
     options = {grouping.option("network/sharing", group.first) for group in groups}
     return [f"All runs have one sharing structure, {options.pop()}, so sharing is not compared: {ADVICE}."] if len(options) == 1 else []
 
@@ -69,7 +69,7 @@ def _not_shown(found: Sequence[Benchmark], compared: Sequence[Benchmark]) -> lis
 
 
 def _without_comparison(found: Sequence[Benchmark]) -> list[Section]:
-    """Explain why structures are not compared, or show the diagnostics of the only one."""
+    """Return a section with the reason why structures are not compared, or with the diagnostics of a single structure."""
     if len({variant.option for ablation in found for variant in ablation.variants}) > 1:
         line = f"Runs with different structures also differ in tasks, budget or other values, so sharing is not compared. {ADVICE}."
         return [Section("sharing", TITLE, [line])]
@@ -121,10 +121,7 @@ def introduction(ablation: Benchmark) -> list[str]:
         runs = f"{min(seeds)} to {max(seeds)} completed runs"
     tasks = counted(len(ablation.tasks), "task")
     lines = [f"{ablation.env}, {tasks}, {ablation.steps:,} steps per task, {runs} of each configuration; all other values are equal."]
-    if seeds and min(seeds) == 1:
-        lines.append("With one seed a difference may be chance alone: there is no interval, and no task counts as gained or lost.")
-    elif seeds and min(seeds) < FEW_SEEDS:
-        lines.append(few_seeds(min(seeds)))
+    lines += ablation.cautions()
     unscored = [task for task in ablation.tasks if task not in ablation.scored]
     if unscored and seeds:
         lines.append(f"Without reference scores, so compared by returns and in no mean over tasks: {some(unscored)}.")
@@ -250,7 +247,7 @@ def _diagnostics(ablation: Benchmark) -> list[Table | Picture]:
 
 
 def _weights(groups: Sequence[RunGroup]) -> list[Section]:
-    """Compare task weights with uniform ones, in each ablation that has both."""
+    """Return a section for each ablation that has uniform and other task weights."""
     found = [ablation for ablation in comparison.ablations(groups, "task_weights") if all(ablation.split(UNIFORM))]
     return [_weights_section(ablation) for ablation in comparison.numbered(found)]
 

@@ -6,8 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-FEW_SEEDS = 5
-
 
 def some(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     """List names, and count those beyond the first few: `a, b and 3 more`."""
@@ -17,11 +15,6 @@ def some(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
 def counted(count: int, noun: str) -> str:
     """Write a count with its noun: `1 run`, `2 runs`."""
     return f"{count:,} {noun if count == 1 else noun + 's'}"
-
-
-def few_seeds(seeds: int) -> str:
-    """Caution about intervals over fewer than `FEW_SEEDS` seeds."""
-    return f"Intervals over {seeds} seeds are too narrow. Run {FEW_SEEDS} or more."
 
 
 def titled(title: str, about: str) -> str:

@@ -165,7 +165,7 @@ def test_one_seed_has_no_intervals_and_marks_nothing(tmp_path: Path) -> None:
     for name in ("independent", "film"):
         make_run(tmp_path / name, [*WORDS, f"network/sharing={name}"], reaches=0.9 if name == "film" else 0.2)
     (section,) = sections(tmp_path)
-    assert any("one seed" in line for line in section.lines)
+    assert any("One seed" in line for line in section.lines)
     row = table(section, "sharing_same_size")["film"]
     assert row["score, mean"].value == pytest.approx(0.7, abs=0.1)
     assert row["score, mean"].low is None

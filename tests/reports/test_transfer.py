@@ -63,7 +63,7 @@ def test_table_calculated_by_hand() -> None:
     assert len(table(found).rows) == 1, "no mean over a single task"
     assert "4 validation episodes per task and evaluation, 5 test episodes." in table(found).notes
     assert any("fine-tuned from source: /runs/source/checkpoints/7" in line for line in found.lines)
-    assert any("one seed" in line for line in found.lines)
+    assert any("One seed" in line for line in found.lines)
 
 
 def test_intervals_are_over_seeds_that_have_both_runs() -> None:
