@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
@@ -87,17 +87,15 @@ def trial_folder(sweep: Path, number: int) -> Path:
 def read_record(sweep: Path, number: int) -> TrialRecord | None:
     """Read a trial's trial.json; None if there is none. Raises UserError if it is damaged."""
     path = trial_folder(sweep, number) / RECORD
-    if not os.path.lexists(path):
-        return None
-    try:
-        record = TrialRecord.model_validate_json(atomic.read_bytes(path, sweep, atomic.MAX_JSON_BYTES))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}") from None
-    if record.number != number:
+    record = parse_record(path, sweep)
+    if record is not None and record.number != number:
         raise UserError(f"{path} is damaged: it is the record of trial {record.number}")
     return record
+
+
+def parse_record(path: Path, folder: Path) -> TrialRecord | None:
+    """Read a trial.json inside `folder`; None if there is none. Raises UserError if it is damaged."""
+    return atomic.read_model(TrialRecord, path, folder) if os.path.lexists(path) else None
 
 
 class TrialRun:
@@ -218,7 +216,7 @@ class TrialRun:
     def _parse_rows(self, lines: bytes) -> list[tuple[int, float]]:
         found = []
         for line in lines.splitlines():
-            row = _parse_row(line)
+            row = parse_row(line)
             if row is None:
                 continue
             self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
@@ -246,7 +244,8 @@ class TrialRun:
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl; None if it is invalid or incomplete."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
