@@ -308,8 +308,8 @@ def test_resume_without_saved_rollouts_starts_a_new_rollout(here: MtrlHere) -> N
     [
         (["agent.minibatches=5"], "agent.minibatches must divide agent.rollout_length * env.num_envs = 8 * "),
         (["agent.rollout_length=60"], "steps_per_task must be at least (agent.rollout_length + 1) * env.num_envs = 244, got 240"),
-        (["replay=uniform"], "agent's PQN requires rollouts, and replay's UniformReplay keeps none"),
-        (["replay=prioritized"], "replay's PrioritizedReplay keeps none"),
+        (["replay=uniform"], "agent=PQN requires replay=rollouts, got UniformReplay"),
+        (["replay=prioritized"], "agent=PQN requires replay=rollouts, got PrioritizedReplay"),
         (["agent.n_step=3"], "unknown key 'agent.n_step' in PQN"),
         (["replay.capacity=100"], "unknown key 'replay.capacity' in Rollouts"),
         (["agent.overlap=maybe"], "agent.overlap must be true or false or auto, got 'maybe'"),

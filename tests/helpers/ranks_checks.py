@@ -200,7 +200,7 @@ def stuck(folder: Path, place: torchrun.Place) -> None:
 
 def write_digest_at_end(folder: Path, rank: int) -> None:
     """Make training write a digest of the rank's parameters, and the seeds and frames of its environments."""
-    part = trainer.Trainer._part
+    part = trainer.Trainer._wait_for_ranks
 
     def write_digest(self: trainer.Trainer) -> None:
         vector = torch.nn.utils.parameters_to_vector(self.run.agent.network.parameters()).detach()
@@ -210,7 +210,7 @@ def write_digest_at_end(folder: Path, rank: int) -> None:
         (folder / f"{rank}.json").write_text(json.dumps({"digest": digest, "seeds": seeds, "frames": rewards}))
         part(self)
 
-    trainer.Trainer._part = write_digest  # type: ignore[method-assign]
+    trainer.Trainer._wait_for_ranks = write_digest  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -166,4 +166,4 @@ def test_invalid_setting_is_refused_in_two_lines_with_exit_code_2(here: MtrlHere
 def test_tasks_without_reference_have_no_score_metrics(here: MtrlHere) -> None:
     words = ["train", *TINY, "env=gymnasium", "env.tasks=[CartPole-v0]", "run_dir=bad"]
     refused = here(*words, "early_stopping.metric=eval/score/mean", code=2)
-    assert refused.stderr.strip().endswith("expected one of eval/return/CartPole-v0")
+    assert refused.stderr.strip().endswith("must be one of eval/return/CartPole-v0, got eval/score/mean")
