@@ -21,7 +21,7 @@ from mtrl_cli.config import compose
 from mtrl_cli.config.introspection import class_name
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.networks.matching import Outcome, Source, Taken, take
+from mtrl_cli.networks.matching import Loaded, Outcome, Source, load_matching
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.runs import terminal
 from mtrl_cli.runs.run_dir import RunFolder
@@ -108,14 +108,14 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
     given = Source(network, theirs, known, _same_heads(config, source.config, run.pack, pack, known))
     scale = _scale_of(source, pack, what)
     converted = _convert(scale, run.agent.value_scale, given)
-    taken = take(given, run.agent.network, mine)
+    taken = load_matching(given, run.agent.network, mine)
     if not taken.loads("torso"):
         raise UserError(
             f"{what}: no layer of the torso can be loaded from {class_name(source.config['network']['sharing'])} into "
             f"{class_name(config['network']['sharing'])}. Use the same network/sharing, or one with the layers of the torso (hard, film)"
         )
-    if run.agent.value_scale is not None and not converted:
-        run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
+    if not converted:
+        run.agent.value_scale.copy_from(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
     run.agent.sync_target()
     run.freezing.freeze(taken.rows)
     if run.freezing.is_active:
@@ -158,16 +158,16 @@ def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
     return scale
 
 
-def _convert(scale: ValueScale, mine: ValueScale | None, given: Source) -> bool:
+def _convert(scale: ValueScale, mine: ValueScale, given: Source) -> bool:
     """Convert the heads of the source to unscaled rewards if the value scales are incompatible. Returns whether they are."""
-    if mine is None or mine.takes_from(scale):
+    if mine.is_compatible(scale):
         return False
     if not given.network.head.bounded:
         given.network.head.rescale(*scale.in_rewards())
     return True
 
 
-def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
+def _lines(taken: Loaded, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
     """Describe the value scale, frozen parameters and task weights after a warm start."""
     if converted and taken.heads:
         there, here = type(scale).__name__, type(run.agent.value_scale).__name__
@@ -185,7 +185,7 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run)
         yield "frozen       nothing: no parameters selected by transfer.freeze were loaded"
 
 
-def _table(taken: Taken) -> RenderableType:
+def _table(taken: Loaded) -> RenderableType:
     """Build a table of parts; tasks with the same result share a row."""
     found: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
     order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}

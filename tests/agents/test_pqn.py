@@ -229,16 +229,6 @@ def test_values_converge_to_the_optimal_values() -> None:
     assert torch.allclose(network.values, best, atol=0.1)  # type: ignore[arg-type]
 
 
-def test_invalid_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"agent\.minibatches=3 .*rollout_length=4 times env\.num_envs=2 is 8"):
-        agent(minibatches=3)
-    with pytest.raises(ValueError, match=r"agent\.epsilon_tasks names \['pnog'\]"):
-        agent(epsilon_tasks={"pnog": 0.5})
-    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
-        agent(reward_factors={"pnog": 0.5})
-    assert agent(names=("pong", "qbert"), epsilon_tasks={"qbert": 0.5}).epsilon(100).tolist() == pytest.approx([0.1, 0.5])
-
-
 # -- whole runs ---------------------------------------------------------------------------------------------------------------
 
 SMALL = [

@@ -54,5 +54,4 @@ def model(run: Path) -> bytes:
 
 def learning_rows(run: Path) -> list[dict[str, float]]:
     """Return the rows of metrics without values that depend on time."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(run)]

@@ -124,7 +124,7 @@ def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
     replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
 ) -> None:
     def change(learner: Any) -> None:
-        learner.agent.reward_transform.scale = scale(stream_of(NAMES, num_envs=3))
+        learner.agent.value_scale = scale(stream_of(NAMES, num_envs=3))
 
     compare(change, replay_kind=replay_kind, **target)
 
