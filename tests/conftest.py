@@ -23,7 +23,7 @@ from tests.helpers.warm_process import WarmServer  # noqa: E402
 
 @pytest.fixture
 def here(tmp_path: Path) -> MtrlHere:
-    """`here("train", "env=classic_pack", code=0)` in this test's own folder and this process."""
+    """`here("train", "env=classic_pack", code=0)` in the folder of the test and in this process."""
     return MtrlHere(tmp_path)
 
 
@@ -37,7 +37,7 @@ def warm_server() -> Iterator[WarmServer]:
 
 @pytest.fixture
 def mtrl(tmp_path: Path, warm_server: WarmServer) -> Mtrl:
-    """`mtrl("train", "env=classic_pack", code=0)` in this test's own folder and a process of its own."""
+    """`mtrl("train", "env=classic_pack", code=0)` in the folder of the test and in a separate process."""
     return Mtrl(tmp_path, warm_server)
 
 

@@ -1,4 +1,4 @@
-"""A test that was skipped though the environment promised what it needs is a failure."""
+"""Tests of missing programs are skipped, or fail if MTRL_TEST_REQUIRE names the program."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import pytest
 from tests.helpers import required
 
 
-def test_what_is_missing_skips_unless_it_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    for promised in ("", "ray", "ray,browser"):
-        monkeypatch.setenv(required.VARIABLE, promised)
-        with pytest.raises(pytest.skip.Exception, match="there is no sbatch"):
-            required.skip_or_fail("slurm", "there is no sbatch")
-    for promised in ("slurm", "ray, slurm"):
-        monkeypatch.setenv(required.VARIABLE, promised)
-        with pytest.raises(pytest.fail.Exception, match="there is no sbatch"):
-            required.skip_or_fail("slurm", "there is no sbatch")
+def test_missing_program_skips_the_test_unless_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    for required_programs in ("", "ray", "ray,browser"):
+        monkeypatch.setenv(required.VARIABLE, required_programs)
+        with pytest.raises(pytest.skip.Exception, match="sbatch is missing"):
+            required.skip_or_fail("slurm", "sbatch is missing")
+    for required_programs in ("slurm", "ray, slurm"):
+        monkeypatch.setenv(required.VARIABLE, required_programs)
+        with pytest.raises(pytest.fail.Exception, match="sbatch is missing"):
+            required.skip_or_fail("slurm", "sbatch is missing")
 
 
-def test_a_slip_in_the_promise_is_no_silent_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_program_in_the_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(required.VARIABLE, "slrum")
     with pytest.raises(AssertionError, match="slrum"):
-        required.skip_or_fail("slurm", "there is no sbatch")
+        required.skip_or_fail("slurm", "sbatch is missing")
