@@ -18,6 +18,7 @@ from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
 from mtrl_cli.runs.run_dir import STATUSES
 from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.search_space import overrides_of
 
 DEEPEST = 6
 """Depth of the search for runs below a folder."""
@@ -208,7 +209,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         return {}
     if plan.points is None:
         return dict.fromkeys(range(plan.trials), ())
-    return {number: tuple(short(word) for word in plan.overrides(point)) for number, point in enumerate(plan.points)}
+    return {number: tuple(short(word) for word in overrides_of(point)) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from mtrl_cli.config import compose, options
 from mtrl_cli.errors import UserError, show, unknown
 from mtrl_cli.reports import html
 from mtrl_cli.studies import engine, sharing_sizes
-from mtrl_cli.studies.engine import Study, key_of
+from mtrl_cli.studies.engine import Study
 from mtrl_cli.studies.sharing_sizes import BASELINE
 from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides, split_overrides
+from mtrl_cli.sweeps.search_space import SplitOverrides, key_of, split_overrides
 
 SHARING, SIZE = "network/sharing", "network.parameters"
 
