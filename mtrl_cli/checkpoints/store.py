@@ -103,7 +103,7 @@ class CheckpointStore:
         return int(text) if STEP.fullmatch(text) and self._path(int(text)).is_dir() else None
 
     def _path(self, step: int) -> Path:
-        """Return the folder of a checkpoint, which has another name while the checkpoint is being replaced."""
+        """Return the folder of a checkpoint. During the replacement of a checkpoint the folder has another name."""
         path, aside = self.folder / str(step), self.folder / f"{REPLACED}{step}"
         return aside if not path.exists() and aside.exists() else path
 
@@ -185,12 +185,12 @@ class CheckpointStore:
             last = self.latest()
             intact = "there is no earlier checkpoint" if last is None else f"the last good checkpoint is {last}"
             reason = error.strerror or str(error)
-            raise RunError(f"{self.folder}: {reason[:1].lower()}{reason[1:]} while saving step {step}; {intact}.") from None
+            raise RunError(f"{self.folder}: {reason[:1].lower()}{reason[1:]} while saving step {step}; {intact}") from None
 
     # -- Deleting -----------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Delete or restore the unfinished files of a killed process and repair `best`."""
+        """Delete or restore the unfinished files of a killed process, and update `best`."""
         if not self.folder.is_dir():
             return
         for path in list(self.folder.iterdir()):
@@ -287,20 +287,20 @@ class CheckpointStore:
         """
         steps = self.steps()
         if not steps and which in ("latest", "best"):
-            raise NoCheckpoint(f"{self.folder.parent} has no checkpoint yet.")
+            raise NoCheckpoint(f"{self.folder.parent} has no checkpoint yet")
         if which == "latest":
             return self._load_latest(device, warn)
         step = self.best() if which == "best" else int(which)
         if step is None:
-            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step.")
+            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step")
         if step not in steps:
-            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}.")
+            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}")
         try:
             return step, self._load(step, device)
         except UnsupportedFormat:
             raise
         except UserError as error:
-            raise UserError(f"checkpoint {step} cannot be loaded: {str(error).rstrip('.')}.") from None
+            raise UserError(f"checkpoint {step} cannot be loaded: {error}") from None
 
     def _load_latest(self, device: str | torch.device, warn: Warn) -> tuple[int, dict[str, Any]]:
         reason, failed = "", set()
@@ -318,11 +318,11 @@ class CheckpointStore:
                 reason = reason or str(error)
                 continue
             if reason and step != self.latest():
-                warn(f"warning: {reason.rstrip('.')}; falling back to checkpoint {step}.")
+                warn(f"warning: {reason}; falling back to checkpoint {step}")
             return step, state
         if not any((self._path(step) / "COMPLETE").exists() for step in self.steps()):
-            raise NoCheckpoint(f"{self.folder.parent} has no finished checkpoint yet.")
-        raise UserError(f"all checkpoints in {self.folder} are damaged: {reason.rstrip('.')}.")
+            raise NoCheckpoint(f"{self.folder.parent} has no finished checkpoint yet")
+        raise UserError(f"all checkpoints in {self.folder} are damaged: {reason}")
 
     def _load(self, step: int, device: str | torch.device) -> dict[str, Any]:
         folder = self._path(step)
