@@ -128,7 +128,7 @@ def _read_files(folder: Path, root: Path) -> tuple[Header, dict[str, Any], dict[
     """Return the header, the state tree and the bytes of each file after verifying them against COMPLETE. Raises UserError."""
     complete, described = folder / "COMPLETE", folder / "state.json"
     if not complete.exists():
-        raise UserError(f"{folder} is unfinished: it has no COMPLETE")
+        raise UserError(f"{folder} is unfinished: COMPLETE is missing")
     contents = {"state.json": atomic.read_bytes(described, root, atomic.MAX_JSON_BYTES)}
     header, tree = _parse_header(contents["state.json"], described)
     sums = atomic.read_json(complete, root)

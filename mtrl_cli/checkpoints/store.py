@@ -57,7 +57,7 @@ class CheckpointStore:
 
     Args:
         folder: `checkpoints/` of the run; created by the first save.
-        keep: number of newest checkpoints to keep, in addition to the best.
+        keep: number of newest checkpoints to keep, in addition to the best checkpoint.
         with_replay: whether to save the replay, and whether a checkpoint with a damaged replay counts as damaged.
         ranks: the ranks that save together. The first rank stores the states of the other ranks in the checkpoint, under "others" by
             rank. Each rank has its own replay segments.
@@ -112,8 +112,8 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any], replay: ReplayRows | None = None, score: float | None = None) -> None:
         """Save `state` as the checkpoint of `step` and update `latest`, and `best` if the score is the highest so far.
 
-        `state` is a nested dictionary of tensors, numpy arrays and plain values; "model" and "optimizer" get their own files.
-        Saving a step again replaces its checkpoint, and keeps its score unless a new one is given.
+        `state` is a nested dictionary of tensors, numpy arrays and plain values; "model" and "optimizer" have separate files.
+        Saving a step again replaces its checkpoint. The score is kept unless a new score is given.
 
         Raises:
             RunError: the disk is full or failed. Earlier checkpoints are intact.
@@ -336,7 +336,7 @@ class CheckpointStore:
         return state
 
     def load_replay(self, step: int, replay: ReplayRows) -> bool:
-        """Load the replay rows of the loaded checkpoint `step` into `replay`. Returns False if it was saved without. Raises UserError."""
+        """Load the replay of the loaded checkpoint `step` into `replay`. Returns whether the checkpoint has a replay. Raises UserError."""
         header = self._header(step)
         if not self.with_replay or header is None or not header.replays:
             return False

@@ -70,14 +70,6 @@ class FileLock:
             match = re.fullmatch(rb"(\d{1,10}) ([\w.-]{0,64})\n", file.read(80))
         return f"process {match[1].decode()} on {match[2].decode()}" if match else "another process"
 
-    def is_in_place(self) -> bool:
-        """Return whether the held lock's file still has its name. Another process may have removed and recreated the folder."""
-        assert self._handle is not None, self.path
-        try:
-            return os.path.samestat(os.fstat(self._handle), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
-
     def release(self) -> None:
         """Release the lock. Does nothing if the lock is not held."""
         if self._handle is not None:

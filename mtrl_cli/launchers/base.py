@@ -13,7 +13,7 @@ OUTPUT = "output.txt"
 
 
 def worker_command(run: Path) -> list[str]:
-    """Return the command line of a worker. It resumes the run; for a completed run it does nothing."""
+    """Return the command line of a worker, which resumes the run, or does nothing if the run is completed."""
     return [sys.executable, "-m", "mtrl_cli", "resume", str(run)]
 
 

@@ -203,7 +203,7 @@ class SlurmLauncher(Launcher):
         partition: sbatch's --partition.
         account: sbatch's --account.
         qos: sbatch's --qos.
-        timeout_min: time limit in minutes; a job that reaches it saves, is requeued and resumes.
+        timeout_min: time limit in minutes; a job that reaches the limit saves, is requeued and resumes.
         cpus_per_task: cores per run.
         mem_gb: memory per run in GB.
         gpus_per_node: GPUs per run.

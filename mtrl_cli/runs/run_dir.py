@@ -42,7 +42,6 @@ class RunFolder:
         self.evaluations = path / "eval"
         self.videos = path / "videos"
         self._lock: FileLock | None = None
-        self._made: list[Path] = []
 
     @classmethod
     def check_new(cls, path: Path) -> None:
@@ -74,13 +73,20 @@ class RunFolder:
         """
         cls.check_new(path)
         folder = cls(Path(path).expanduser())
-        try:
-            folder._make(exist_ok)
+        missing = [each for each in (folder.path, *folder.path.parents) if not os.path.lexists(each)]
+        with contextlib.ExitStack() as undo:
+            for each in reversed(missing):
+                try:
+                    each.mkdir(exist_ok=exist_ok or each != folder.path)
+                except FileExistsError:
+                    raise
+                except OSError as error:
+                    raise UserError(f"run_dir={folder.path} cannot be created: {error.strerror}") from None
+                undo.callback(_remove_unused, each)
             folder.lock()
+            undo.callback(folder.unlock)
             cls.check_new(folder.path)  # again under the lock: another process may have used the folder first
-        except BaseException:
-            folder.discard()
-            raise
+            undo.pop_all()
         atomic.remove_temporaries(folder.path)
         return folder
 
@@ -129,36 +135,12 @@ class RunFolder:
         """Return whether `path` contains a run that `--or-resume` would resume."""
         return os.path.lexists(Path(path).expanduser() / "config.yaml")
 
-    def _make(self, exist_ok: bool) -> None:
-        """Create the folder and its missing parents, and record them for `discard`."""
-        missing = [path for path in (self.path, *self.path.parents) if not os.path.lexists(path)]
-        try:
-            for path in reversed(missing):
-                path.mkdir(exist_ok=exist_ok or path != self.path)
-                self._made.append(path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            self.discard()
-            raise UserError(f"run_dir={self.path} cannot be created: {error.strerror}") from None
-
-    def discard(self) -> None:
-        """Remove the folders that `create` created, if they are still empty, after an error before the run started."""
-        self.unlock()
-        if self.path in self._made and all(_is_leftover(entry) for entry in self.path.iterdir()):
-            for entry in self.path.iterdir():
-                entry.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            for path in reversed(self._made):
-                path.rmdir()
-        self._made.clear()
-
     def lock(self) -> None:
         """Lock the run for this process. Raises UserError if the run cannot be locked, with the process that holds the lock."""
         lock = FileLock(self.path / ".lock")
         try:
             if not lock.try_acquire():
-                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait for it to end, or stop it")
+                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait until the process ends, or stop the process")
         except RunError as error:
             raise UserError(f"{self.path} cannot be locked: {error}") from None
         self._lock = lock
@@ -292,6 +274,16 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a folder that contains nothing or only leftovers."""
+    with contextlib.suppress(OSError):
+        entries = list(folder.iterdir())
+        if all(map(_is_leftover, entries)):
+            for entry in entries:
+                entry.unlink()
+            folder.rmdir()
 
 
 def _is_leftover(entry: Path) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -22,13 +21,12 @@ from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import OutputGuard, console, print_line
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
-from mtrl_cli.sweeps.optuna_storage import open_storage, storage_url
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.scheduler import SweepLoop
 from mtrl_cli.sweeps.search_space import first_value, trust
 from mtrl_cli.sweeps.summary import best_as_command, ending
 from mtrl_cli.sweeps.trial_run import TRIALS
-from mtrl_cli.sweeps.trial_storage import TrialStorage
+from mtrl_cli.sweeps.trial_storage import TrialStorage, check_new_study
 
 LOCK = ".lock"
 
@@ -93,22 +91,20 @@ def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, T
     """
     path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = Path(os.path.abspath(path.expanduser()))
-    if _is_new(path) and plan.search["storage"]:
-        open_storage(path, storage_url(plan.search["storage"]))
-    with _entered(path):
-        is_new = _is_new(path)
-        if not is_new:
+    if _is_new(path):
+        check_new_study(path, plan)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={path} cannot be created: {error.strerror}") from None
+    with FileLock(path / LOCK):
+        if not _is_new(path):
             plan = sweep_plan.check_same(plan, path)
             for folder in (path / TRIALS, *(path / TRIALS).glob("*")):
                 atomic.refuse_link(folder)  # an untrusted link may lead to other runs of the user
             print_line(f"resuming the sweep in {path}")
         sweep_plan.save(plan, path, command)
-        try:
-            return path, plan, TrialStorage(path, plan, first=first)
-        except UserError:
-            if is_new:
-                _discard(path)
-            raise
+        return path, plan, TrialStorage(path, plan, first=first)
 
 
 def _is_new(path: Path) -> bool:
@@ -120,40 +116,6 @@ def _is_new(path: Path) -> bool:
         if os.path.lexists(path / sweep_plan.RECORD):
             return False
         raise
-
-
-@contextmanager
-def _entered(path: Path) -> Iterator[None]:
-    """Lock the sweep's folder, created if necessary, against other processes that create or open it."""
-    lock = FileLock(path / LOCK)
-    while True:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir={path} cannot be created: {error.strerror}") from None
-        try:
-            lock.acquire()
-        except RunError:
-            if path.is_dir():
-                raise
-            continue
-        if lock.is_in_place():
-            break
-        lock.release()  # the last holder could not create the sweep and removed the folder
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _discard(path: Path) -> None:
-    """Remove a sweep that could not be created. The caller holds the folder's lock, which is removed last."""
-    for entry in path.iterdir():
-        if entry.name != LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    (path / LOCK).unlink()
-    with suppress(OSError):  # another process has created files in it
-        path.rmdir()
 
 
 def _work(folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:

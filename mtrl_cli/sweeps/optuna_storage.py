@@ -115,7 +115,9 @@ def reached(url: str | None) -> Iterator[None]:
         RunError: the storage cannot be reached, or is damaged.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's warnings about experimental features
+            yield
     except (UserError, RunError):
         raise
     except Exception as error:

@@ -14,9 +14,7 @@ import hashlib
 import json
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,10 +42,13 @@ UNCLAIMED_SECONDS = 60.0
 its place within milliseconds, or within a minute if the database is busy. The time starts when this process first reads the trial,
 because the clocks of machines differ."""
 
+PLAN = "plan"
+"""User attribute of the study: identifies the sweep."""
+
 # User attributes of Optuna trials.
 TRIAL = "trial"  # of a retry: the trial's number in the sweep
 PLACE = "place"  # in a database: the folder in which the trial is worked on
-FAILED = "failed"  # the trial ended as failed; without it, a failed Optuna trial was interrupted
+FAILED = "failed"  # the trial ended as failed; a failed Optuna trial without this attribute was interrupted
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _NAMES = {state: name for name, state in STATES.items()} | {TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
@@ -136,35 +137,19 @@ class TrialStorage:
         self._unclaimed: dict[int, float] = {}  # when a running trial without a place was first read
         self._distributions = {} if plan.points is not None else {key: _distribution(axis) for key, axis in plan.axes.items()}
         storage = open_storage(folder, self._url)
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             self._place = _place(self._locks) if self._url else None
             self._study = optuna.create_study(
-                study_name=folder.resolve().name if self._url else "sweep",  # a database may contain several sweeps
+                study_name=_study_name(folder, self._url),
                 storage=storage,
                 direction="maximize",
                 load_if_exists=True,
                 sampler=_SeededSampler(_SAMPLERS[plan.search["sampler"]], plan.search["seed"], self._number),
                 pruner=_pruner(plan, first),
             )
-            self._check_same()
-
-    def _check_same(self) -> None:
-        """Raise UserError if the study belongs to another sweep."""
-        about = [sorted(self._plan.shared), sorted((key, str(axis)) for key, axis in self._plan.axes.items())]
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
-        stored = self._study.user_attrs.get("plan")
-        if stored is None:
-            self._study.set_user_attr("plan", digest)
-        elif stored != digest:
-            name = show(self._study.study_name)
-            raise UserError(f"sweep.storage contains a study {name} of another sweep, named after its folder; give another run_dir")
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        with reached(self._url), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+            if PLAN not in self._study.user_attrs:
+                self._study.set_user_attr(PLAN, _digest(plan))
+            _check_digest(self._study.study_name, self._study.user_attrs, plan)
 
     def _number(self, trial: FrozenTrial) -> int:
         """Return an Optuna trial's number in the sweep: the number of the retried trial, or its position among the first attempts."""
@@ -188,7 +173,7 @@ class TrialStorage:
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             current = self._current()
             if all(trial.state != TrialState.WAITING for trial in current.values()):  # else a process died during `_retry`
                 interrupted = [number for number, trial in current.items() if self._is_interrupted(number, trial)]
@@ -278,7 +263,7 @@ class TrialStorage:
         at = step if is_last or step < self._first else step - step % self._first
         if at in held.reported:
             return False
-        with self._reached():
+        with reached(self._url):
             held.trial.report(value, at)
             held.reported.add(at)
             return not is_last and held.trial.should_prune()
@@ -292,7 +277,7 @@ class TrialStorage:
         trial, end = self._held[number].trial, STATES[state]
         if end == TrialState.COMPLETE and value is None:
             end = TrialState.FAIL
-        with self._mutex, self._reached():  # no other process may read a running trial whose lock is free
+        with self._mutex, reached(self._url):  # no other process may read a running trial whose lock is free
             if end == TrialState.FAIL:
                 trial.set_user_attr(FAILED, True)
             self._study.tell(trial, value if end == TrialState.COMPLETE else None, state=end, skip_if_finished=True)
@@ -304,7 +289,7 @@ class TrialStorage:
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             trial = self._current()[number]
             if trial.state == TrialState.FAIL:
                 self._add_again(number, trial, TrialState.COMPLETE, value)
@@ -315,7 +300,7 @@ class TrialStorage:
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._reached():
+        with reached(self._url):
             current = self._current()
         return [self._row(number, current.get(number)) for number in range(self._plan.trials)]
 
@@ -327,6 +312,38 @@ class TrialStorage:
         is_interrupted = trial.state == TrialState.FAIL and FAILED not in trial.user_attrs
         state = "waiting" if is_interrupted else _NAMES[trial.state]
         return replace(row, state=state, score=trial.values[0] if trial.values else None, is_here=self._is_here(trial))
+
+
+def check_new_study(folder: Path, plan: Plan) -> None:
+    """Check the database of a new sweep before the sweep's folder is created.
+
+    Raises:
+        UserError: the database cannot be opened, or contains another sweep of the same name.
+        RunError: the database cannot be read.
+    """
+    url = storage_url(plan.search["storage"])
+    if url is not None:
+        storage = open_storage(folder, url)
+        with reached(url):
+            for study in storage.get_all_studies():
+                if study.study_name == _study_name(folder, url):
+                    _check_digest(study.study_name, study.user_attrs, plan)
+
+
+def _study_name(folder: Path, url: str | None) -> str:
+    """Return the name of a sweep's study: the folder's name in a database, which may contain several sweeps."""
+    return folder.resolve().name if url else "sweep"
+
+
+def _digest(plan: Plan) -> str:
+    """Return a text that identifies the shared overrides and the axes of a sweep."""
+    about = [sorted(plan.shared), sorted((key, str(axis)) for key, axis in plan.axes.items())]
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+
+
+def _check_digest(name: str, attributes: Mapping[str, Any], plan: Plan) -> None:
+    if attributes.get(PLAN, _digest(plan)) != _digest(plan):
+        raise UserError(f"sweep.storage contains a study {show(name)} of another sweep, named after its folder; give another run_dir")
 
 
 def _distribution(axis: Choices | NumberRange) -> BaseDistribution:

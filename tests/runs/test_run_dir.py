@@ -77,12 +77,18 @@ def test_unwritable_parent_is_refused(tmp_path, monkeypatch):
         RunFolder.check_new(tmp_path / "a" / "run")
 
 
-def test_discard_removes_only_created_folders(tmp_path):
-    RunFolder.create(tmp_path / "a" / "b").discard()
-    assert os.listdir(tmp_path) == []
-    run = _run(tmp_path / "a" / "b")
-    run.discard()
-    assert (tmp_path / "a" / "b" / "config.yaml").exists()
+def test_creation_that_fails_under_the_lock_removes_only_created_folders(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    checks = iter([None, UserError("used by another process")])
+
+    def check_new(path: Path) -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    monkeypatch.setattr(RunFolder, "check_new", check_new)
+    with pytest.raises(UserError, match="used by another process"):
+        RunFolder.create(tmp_path / "a" / "b" / "c")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
 def test_default_names_are_unique(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 pytest.importorskip("optuna")
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import plan as sweep_plan
@@ -104,33 +102,6 @@ def test_sweep_created_by_another_process_in_the_meantime_is_joined(plan: Plan, 
     monkeypatch.setattr(RunFolder, "check_new", check_late)
     storage = open_sweep(plan)
     assert [row.state for row in storage.rows()] == ["waiting", "waiting"]
-
-
-def test_folder_deleted_while_waiting_for_its_lock_is_created_again(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    acquire: Callable[[FileLock], None] = FileLock.acquire
-
-    def acquire_late(lock: FileLock) -> None:
-        acquire(lock)
-        if lock.path == tmp_path / "S/.lock":
-            monkeypatch.setattr(FileLock, "acquire", acquire)
-            shutil.rmtree(tmp_path / "S")
-
-    monkeypatch.setattr(FileLock, "acquire", acquire_late)
-    open_sweep(plan).close()
-    assert (tmp_path / "S/sweep.json").is_file()
-    other = FileLock(tmp_path / "S/.lock")
-    assert other.try_acquire(), "the lock was released"
-
-
-def test_folder_of_a_refused_sweep_is_removed(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        (tmp_path / "S/workers").mkdir()
-        raise UserError("of another sweep")
-
-    monkeypatch.setattr(sweep, "TrialStorage", refuse)
-    with pytest.raises(UserError, match="of another sweep"):
-        open_sweep(plan)
-    assert not (tmp_path / "S").exists()
 
 
 @pytest.mark.parametrize(
