@@ -25,6 +25,7 @@ from mtrl_cli.sweeps.search_space import overrides_of
 
 TRIALS = "trials"
 RECORD = "trial.json"
+_LONGEST_LINE = 2**24  # bytes of a line of metrics
 _LARGEST_OUTPUT = 2**16  # bytes at the end of a worker's output that are searched for the last line
 
 
@@ -206,9 +207,7 @@ class TrialRun:
                 status = os.fstat(file.fileno())
                 begin = self._read_to[1] if self._read_to[0] == status.st_ino and status.st_size >= self._read_to[1] else 0
                 file.seek(begin)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
                     begin += len(line)
                     found += self._new_evaluation(line)
         except OSError:
@@ -218,8 +217,11 @@ class TrialRun:
 
     def _new_evaluation(self, line: bytes) -> list[tuple[int, float]]:
         """Read the progress from a line of metrics.jsonl, and return the line's evaluation, if there is a new one."""
-        row = _parse_row(line)
-        if row is None:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             return []
         self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
         value = self._value(row)
@@ -244,11 +246,3 @@ class TrialRun:
     def score(self) -> float | None:
         """The metric of the last evaluation; None before the first."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
-
-
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
