@@ -15,7 +15,8 @@ from mtrl_cli.runs.terminal import LiveDisplay, duration, fixed
 from mtrl_cli.sweeps.search_space import overrides_of
 
 SUMMARY_LINES = 2
-_WIDTHS = {"trial": 6, "state": 9, "score": 7, "done": 4, "time": 8, "note": 40}  # at most; the overrides have the remaining width
+_COLUMNS = {"trial": (0, 6), "overrides": (0, 0), "state": (0, 9), "score": (34, 7), "done": (60, 4), "time": (70, 8), "note": (100, 40)}
+"""The smallest width of a terminal with the column, and the column's largest width. The overrides have the remaining width."""
 ENDED = ("completed", "pruned", "failed")
 ACTIVE = ("running", "queued", "elsewhere")
 _COLOURS = {"running": "green", "failed": "red", "pruned": "yellow", "queued": "cyan", "elsewhere": "cyan"}
@@ -111,13 +112,10 @@ class SweepDisplay(LiveDisplay):
         """Render the table to fit the terminal: the last trials that ended, the active trials and the next trials."""
         width, height = self.console.size
         shown = self._select(max(1, height - SUMMARY_LINES - 2))
-        columns = ["trial", "overrides", "state"]
-        columns += ["score"] if width >= 34 else []
-        columns += ["done"] if width >= 60 else []
-        columns += ["time"] if width >= 70 else []
-        columns += ["note"] if width >= 100 and any(row.note for row in shown) else []
-        others = sum(_WIDTHS[title] + 1 for title in columns if title != "overrides")
-        widths = {**_WIDTHS, "overrides": max(1, width - others - 1)}
+        has_notes = any(row.note for row in shown)
+        columns = [title for title, (least, _) in _COLUMNS.items() if width >= least and (has_notes or title != "note")]
+        widths = {title: _COLUMNS[title][1] for title in columns}
+        widths["overrides"] = max(1, width - sum(widths.values()) - len(columns))
         cells = [[_cell(row, title) for title in columns] for row in shown]
         table = terminal.table(cells, columns, right=["trial", "score", "done", "time"], max_widths=widths, gap=1)
         hidden = len(self._rows) - len(shown)
@@ -132,7 +130,7 @@ class SweepDisplay(LiveDisplay):
         waiting = [row for row in self._rows if row.state == "waiting"]
         running = running[:room]
         room -= len(running)
-        some_waiting = waiting[: min(len(waiting), max(room - len(ended), room // 3))]
+        some_waiting = waiting[: max(room - len(ended), room // 3)]
         room -= len(some_waiting)
         return [*(ended[-room:] if room else []), *running, *some_waiting]
 
