@@ -1,3 +1,3 @@
-"""mtrl: train one Q-network on many tasks, and measure what sharing the network costs and gains."""
+"""mtrl: train one Q-network on many tasks, and compare it with independent networks."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One network for CartPole, Acrobot and MountainCar, default configuration, five seeds: the first table of docs/results.md.
+# One network for CartPole, Acrobot and MountainCar, default configuration, five seeds: the first section of docs/results.md.
 # Usage: scripts/reproduce_classic.sh [FOLDER]      (about 3 minutes per seed on one CPU core; repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_classic}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # For a machine with a GPU and 16 cores: speed of pqn and dqn on eight Atari games, share of the limit, and 25 minutes of training with
-# pqn. The last table is compared with published scores in docs/results.md.
+# pqn. The last table has the evaluations of this training.
 # Usage: scripts/reproduce_gpu.sh [FOLDER]
 set -euo pipefail
 folder=${1:-runs/reproduce_gpu}

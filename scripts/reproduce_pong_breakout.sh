@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One network for Pong and Breakout, about an hour on 2 CPU cores: the second table of docs/results.md.
+# One network for Pong and Breakout, about an hour on 2 CPU cores: the last section of docs/results.md.
 # Usage: scripts/reproduce_pong_breakout.sh [FOLDER]      (repeat the command to resume)
 set -euo pipefail
 folder=${1:-runs/reproduce_pong_breakout}

@@ -1,4 +1,4 @@
-"""Epsilon-greedy actions with an epsilon per task."""
+"""Epsilon-greedy actions with an epsilon per task, and the schedule of epsilon."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mtrl_cli.machine import rng
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.networks.network import MultiTaskNetwork
 
 
-class EpsilonGreedy:
+class EpsilonSchedule:
+    """Share of random actions of each task: linear from `start` to the final value of the task over `steps`, then constant.
+
+    Args:
+        start: epsilon at step 0.
+        ends: final epsilon of each task, `[K]`.
+        steps: steps per task of the linear part; 0: the final values from the start.
+    """
+
+    def __init__(self, start: float, ends: Sequence[float], steps: int):
+        self._start = start
+        self._ends = np.asarray(ends, dtype=np.float32)
+        self._steps = steps
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Epsilon of each task at a step, float32 `[K]`."""
+        progress = min(1.0, step / self._steps) if self._steps else 1.0
+        return ((1 - progress) * self._start + progress * self._ends).astype(np.float32)
+
+
+class EpsilonGreedy(Saved):
     """Epsilon-greedy actions for K x N environments. Invalid actions are never chosen.
 
     Args:
@@ -20,6 +40,8 @@ class EpsilonGreedy:
         device: of the network.
         seed: of the exploration.
     """
+
+    saved = ("_generator",)
 
     def __init__(self, network: MultiTaskNetwork, num_actions: Sequence[int], device: torch.device, seed: int):
         self._network = network
@@ -45,9 +67,3 @@ class EpsilonGreedy:
         draw_2KN = torch.rand((2, *greedy_KN.shape), generator=self._generator, device=observation.device)
         random_KN = (draw_2KN[0] * self._num_actions_K1).long().clamp_max(self._num_actions_K1 - 1)
         return torch.where(draw_2KN[1] < epsilon_K[:, None], random_KN, greedy_KN), value_KN
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        rng.restore(self._generator, state["generator"])

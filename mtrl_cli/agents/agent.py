@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
-from mtrl_cli.agents.epsilon import EpsilonSchedule
-from mtrl_cli.agents.reward_transform import RewardTransform
+from mtrl_cli.agents.acting import EpsilonSchedule
 from mtrl_cli.agents.value_scale import ValueScale
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.networks.heads import Head
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.replay.buffers import Replay, Samples
+from mtrl_cli.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 
 @dataclass
 class Losses:
-    """Losses of one batch, and the values that they were computed from.
+    """Losses of one batch, and values for priorities, metrics and value statistics.
 
     Attributes:
         loss_KB: float32 `[K, B]`, with gradient.
@@ -35,15 +35,28 @@ class Losses:
     target_KB: torch.Tensor
 
 
-class Agent(ABC):
+class Agent(Saved, ABC):
     """A learning algorithm over a multi-task network.
 
     The loop calls `observe` after each environment step. The learner calls `losses` and, after the optimizer step, `after_step`.
+    The keyword-only parameters are keys of every agent whose constructor passes further keywords (`**common`) to this one.
+
+    Args:
+        network: action values of all tasks.
+        value_scale: scale of rewards and values.
+        task_names: for settings by task.
+        compile_with: torch.compile, or the identity.
+        gamma: discount per step.
+        huber: error beyond which the loss is linear; 0: squared error everywhere, or the plain quantile loss. Not used by heads that
+            predict a distribution over fixed returns.
+        epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
+        epsilon_tasks: final epsilon of single tasks, by name.
+        reward_factors: factors of the rewards of single tasks, by name, applied before the value scale.
 
     Attributes:
         network: the network that acts and is trained.
-        epsilon_schedule: shares of random actions.
-        reward_transform: reward factors and value scale; None: rewards are used unscaled.
+        epsilon: share of random actions of each task at a step (per task).
+        value_scale: scale of rewards and values.
         batch_size: samples per task and update.
         samples_per_step: replayed samples per environment step.
         learning_starts: steps per task before the first update.
@@ -57,9 +70,7 @@ class Agent(ABC):
         target_period: updates between copies to the target network (`sync_target`); 0: none.
     """
 
-    network: MultiTaskNetwork
-    epsilon_schedule: EpsilonSchedule
-    reward_transform: RewardTransform | None = None
+    saved: ClassVar[tuple[str, ...]] = ("value_scale",)
     batch_size: int
     samples_per_step: float
     learning_starts: int
@@ -73,19 +84,35 @@ class Agent(ABC):
     period: int = 1
     target_period: int = 0
 
-    @property
-    def value_scale(self) -> ValueScale | None:
-        """Scale of the rewards and values."""
-        return self.reward_transform.scale if self.reward_transform else None
+    def __init__(
+        self,
+        network: MultiTaskNetwork,
+        value_scale: ValueScale,
+        task_names: Sequence[str],
+        compile_with: Callable[[Callable[..., Any]], Callable[..., Any]],
+        *,
+        gamma: Fraction,
+        huber: NonNegativeFloat,
+        epsilon_start: Fraction,
+        epsilon_end: Fraction,
+        epsilon_steps: NonNegativeInt,
+        epsilon_tasks: dict[str, Fraction],
+        reward_factors: dict[str, PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
+    ):
+        self.network = network
+        self.value_scale = value_scale
+        self.capturable = value_scale.capturable
+        self.epsilon = EpsilonSchedule(epsilon_start, [epsilon_tasks.get(name, epsilon_end) for name in task_names], epsilon_steps)
+        factors = [reward_factors.get(name, 1.0) for name in task_names]
+        self._reward_factor_K = torch.tensor(factors, device=value_scale.mean_K.device) if reward_factors else None
+        self._gamma = gamma
+        self._huber = huber
+        self.losses = compile_with(self.losses)  # type: ignore[method-assign]
 
     @property
     def heads(self) -> tuple[Head, ...]:
         """Heads that are rescaled when the value scale changes."""
         return (self.network.head,)
-
-    def epsilon(self, step: int) -> np.ndarray:
-        """Share of random actions of each task at a step (per task), float32 `[K]`."""
-        return self.epsilon_schedule(step)
 
     # -- acting -------------------------------------------------------------------------------------------------------------
 
@@ -95,13 +122,20 @@ class Agent(ABC):
 
     def observe(self, reward_KN: torch.Tensor, done_KN: torch.Tensor) -> None:
         """Update reward statistics with unscaled rewards (float32) and ends of episodes (bool) of one step of K x N environments."""
-        if self.reward_transform:
-            self.reward_transform.observe(reward_KN, done_KN)
+        self.value_scale.observe(self._times_factors(reward_KN), done_KN)
+
+    def _times_factors(self, reward: torch.Tensor) -> torch.Tensor:
+        """Multiply rewards (float32 `[K, ...]`) by the factors of the tasks."""
+        return reward if self._reward_factor_K is None else reward * self._reward_factor_K.view(-1, *[1] * (reward.dim() - 1))
 
     # -- learning -----------------------------------------------------------------------------------------------------------
 
     def before_update(self, replay: Replay) -> None:
         """Prepare the replay for the next update. Not recorded in the CUDA graph of the update."""
+
+    def scaled_rewards(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Scale rewards, float32 `[K, ..., ...]`."""
+        return self.value_scale.rewards(self._times_factors(rewards))
 
     @abstractmethod
     def losses(self, batch: Any) -> Losses:
@@ -113,15 +147,15 @@ class Agent(ABC):
         Args:
             batch, losses: of the update.
         """
-        if (scale := self.value_scale) is not None and scale.uses_targets:
-            scale.update(losses.target_KB, batch.weight > 0, self.heads)
+        if self.value_scale.uses_targets:
+            self.value_scale.update(losses.target_KB, batch.weight > 0, self.heads)
 
     def initialise_value_scale(self, batch: Samples) -> None:
         """Initialise value statistics with the targets of the first batch of a run."""
-        if (scale := self.value_scale) is not None and scale.uses_targets:
+        if self.value_scale.uses_targets:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled: a single call without gradients
                 losses = self.losses(batch)
-            scale.update(losses.target_KB, batch.weight > 0, self.heads)
+            self.value_scale.update(losses.target_KB, batch.weight > 0, self.heads)
 
     def sync_target(self, names: Collection[str] | None = None) -> None:
         """Copy the network to the target network.
@@ -130,16 +164,6 @@ class Agent(ABC):
             names: parameters that were changed by a reset; None: all parameters and buffers.
         """
 
-    # -- state --------------------------------------------------------------------------------------------------------------
-
     def metrics(self) -> dict[str, torch.Tensor]:
         """Return current statistics by name, each float `[K]`."""
-        return {} if self.value_scale is None else self.value_scale.metrics()
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state without the network."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of `state_dict`."""
+        return self.value_scale.metrics()

@@ -3,84 +3,56 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from mtrl_cli.agents import targets
 from mtrl_cli.agents.agent import Agent, Losses
-from mtrl_cli.agents.reward_transform import RewardTransform, epsilon_schedule
-from mtrl_cli.agents.value_scale import ValueScale
 from mtrl_cli.augmentation.base import repeated
 from mtrl_cli.networks import value_losses
 from mtrl_cli.networks.heads import Head
-from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.per_task import spectral_layers
 from mtrl_cli.networks.regularised import FIRST_ITERATIONS
 from mtrl_cli.replay.buffers import Batch, Samples
-from mtrl_cli.types import Auto, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from mtrl_cli.types import Auto, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class DQN(Agent):
     """Deep Q-learning.
 
     Args:
-        network: action values of all tasks.
-        value_scale: scale of rewards and values.
-        task_names: for settings by task.
-        compile_with: torch.compile, or the identity.
         batch_size: samples per task and update.
         samples_per_step: replayed samples per environment step; an update is due every batch_size / samples_per_step steps.
         learning_starts: steps per task before the first update.
-        gamma: discount per step.
         n_step: rewards per target (Sutton 1988; Hessel et al. 2018).
         double: select the next action with the online network and evaluate it with the target network (van Hasselt et al. 2016).
-        huber: error beyond which the loss is linear; 0: squared error everywhere, or the plain quantile loss. Not used by heads that
-            predict a distribution over fixed returns.
         target_period: updates between copies to the target network; 0: the target network is a moving average.
         target_tau: share of the online network in each step of the moving average (Lillicrap et al. 2016).
-        epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
-        epsilon_tasks: final epsilon of single tasks, by name.
         loss_draws, target_draws: augmented draws of each observation and of each next observation (M and K of Kostrikov et al. 2021, "DrQ",
             equations 1 to 3). Losses are averaged over the former, targets over the latter.
-        reward_factors: factors of the rewards of single tasks, by name, applied before the value scale.
-
-    Raises:
-        ValueError: epsilon_tasks or reward_factors names an unknown task, or the target network would never change.
+        common: see `Agent`.
     """
 
-    reward_transform: RewardTransform
+    saved = ("target_network", "value_scale")
 
     def __init__(
         self,
-        network: MultiTaskNetwork,
-        value_scale: ValueScale,
-        task_names: Sequence[str],
-        compile_with: Callable[[Callable[..., Any]], Callable[..., Any]],
-        *,
+        *parts: Any,
         batch_size: PositiveInt | Auto,
         samples_per_step: PositiveFloat,
         learning_starts: NonNegativeInt,
-        gamma: Fraction,
         n_step: PositiveInt,
         double: bool,
-        huber: NonNegativeFloat,
         target_period: NonNegativeInt | Auto,
         target_tau: Fraction,
-        epsilon_start: Fraction,
-        epsilon_end: Fraction,
-        epsilon_steps: NonNegativeInt,
-        epsilon_tasks: dict[str, Fraction],
         loss_draws: PositiveInt = 1,
         target_draws: PositiveInt = 1,
-        reward_factors: dict[str, PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
+        **common: Any,
     ):
-        if not target_period and not target_tau:
-            raise ValueError("agent.target_period=0 and agent.target_tau=0 never change the target network: set one of them")
-        self.network = network
-        self.target_network = copy.deepcopy(network).requires_grad_(False)
-        self.capturable = value_scale.capturable
+        super().__init__(*parts, **common)
+        self.target_network = copy.deepcopy(self.network).requires_grad_(False)
         self.batch_size = int(batch_size)
         self.samples_per_step = samples_per_step
         self.learning_starts = learning_starts
@@ -88,24 +60,16 @@ class DQN(Agent):
         self.loss_draws = loss_draws
         self.target_draws = target_draws
         self.target_period = int(target_period)
-        self.reward_transform = RewardTransform(value_scale, task_names, reward_factors)
-        self.epsilon_schedule = epsilon_schedule(task_names, epsilon_start, epsilon_end, epsilon_steps, epsilon_tasks)
-        self._gamma = gamma
         self._double = double
-        self._huber = huber
         self._target_tau = target_tau
         self._target_spectral_layers = spectral_layers(self.target_network)
-        self._compiled_losses = compile_with(self._losses)
 
     @property
     def heads(self) -> tuple[Head, ...]:
         return (self.network.head, self.target_network.head)
 
     def losses(self, batch: Batch) -> Losses:
-        return self._compiled_losses(batch)  # type: ignore[no-any-return]
-
-    def _losses(self, batch: Batch) -> Losses:
-        head, scale, B = self.network.head, self.reward_transform.scale, batch.weight.shape[1]
+        head, scale, B = self.network.head, self.value_scale, batch.weight.shape[1]
         observation, next_observation = batch.observation.flatten(2, 3), batch.next_observation.flatten(2, 3)
 
         with torch.no_grad():
@@ -115,7 +79,7 @@ class DQN(Agent):
             if next_observation.shape[1] > B:
                 next_outputs = head.mixture(next_outputs.unflatten(1, (-1, B)))
             discount_KB = targets.discount(batch.steps, batch.terminated, self._gamma)
-            return_KB = targets.n_step_return(self.reward_transform(batch.rewards), self._gamma)
+            return_KB = targets.n_step_return(self.scaled_rewards(batch.rewards), self._gamma)
             # The bootstrap value is normalised: its share of the mean is already subtracted.
             return_KB = (return_KB - (1 - discount_KB) * scale.mean_K[:, None]) / scale.scale_K[:, None]
             target_KB = value_losses.td_target(return_KB, discount_KB, head.expectation(next_outputs))
@@ -149,10 +113,3 @@ class DQN(Agent):
         if names is not None:  # the singular vectors of changed weights are not among the names
             for layer in self._target_spectral_layers:
                 layer.power_step(times=FIRST_ITERATIONS, frozen=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"target_network": self.target_network.state_dict(), "value_scale": self.reward_transform.scale.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.target_network.load_state_dict(state["target_network"])
-        self.reward_transform.scale.load_state_dict(state["value_scale"])

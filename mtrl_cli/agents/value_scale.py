@@ -1,4 +1,4 @@
-"""Scales of rewards and values. Only the learner uses them: metrics and reports show unscaled returns.
+"""Scales of rewards and values. Only the learner uses them: metrics and reports contain unscaled returns.
 
 Supported heads of each scale. Heads that predict a distribution over fixed returns (`Head.bounded`: c51, hl_gauss) require returns of a
 known range, which some scales guarantee (`ValueScale.bounds_returns`). `config/cross_checks.py` refuses all other pairs.
@@ -9,16 +9,20 @@ known range, which some scales guarantee (`ValueScale.bounds_returns`). `config/
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.networks.heads import Head
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 from mtrl_cli.types import Fraction, PositiveFloat
+
+_MOMENTS = ("count", "mean", "deviation", "largest")
+"""Names of the moments of `ReturnNorm` in its state."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RewardStream:
     ranks: Ranks = ALONE
 
 
-class ValueScale(ABC):
+class ValueScale(Saved):
     """Scale of rewards and values.
 
     Attributes:
@@ -53,6 +57,7 @@ class ValueScale(ABC):
     bounds_returns: ClassVar[bool] = False
     uses_targets: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
+    _limit = math.inf
 
     def __init__(self, stream: RewardStream):
         self.num_envs = stream.num_envs
@@ -67,9 +72,9 @@ class ValueScale(ABC):
             done_KN: bool `[K, N]`, ends of episodes.
         """
 
-    @abstractmethod
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         """Scale sampled rewards (float32 `[K, B, n]`)."""
+        return rewards_KBn
 
     def update(self, target_KB: torch.Tensor, valid_KB: torch.Tensor, heads: Sequence[Head]) -> None:
         """Update target statistics and rescale the heads so that their values stay the same.
@@ -80,12 +85,12 @@ class ValueScale(ABC):
             heads: of the online and of the target network.
         """
 
-    def takes_from(self, other: ValueScale) -> bool:
-        """Whether values have the same meaning after `take(other)`."""
-        return type(self) is type(other)
+    def is_compatible(self, other: ValueScale) -> bool:
+        """Whether values have the same meaning after `copy_from(other)`."""
+        return type(self) is type(other) and self._limit == other._limit
 
-    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
-        """Copy statistics of another run.
+    def copy_from(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+        """Copy the statistics of single tasks from another run.
 
         Args:
             other: scale of the other run.
@@ -100,20 +105,11 @@ class ValueScale(ABC):
         """Return statistics by name, each float `[K]`."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of `state_dict`."""
-
 
 class NoValueScale(ValueScale):
     """Unscaled rewards."""
 
     capturable = True
-
-    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
-        return rewards_KBn
 
 
 class ClipRewards(ValueScale):
@@ -129,9 +125,6 @@ class ClipRewards(ValueScale):
     def __init__(self, stream: RewardStream, *, limit: PositiveFloat = 1.0):
         super().__init__(stream)
         self._limit = limit
-
-    def takes_from(self, other: ValueScale) -> bool:
-        return isinstance(other, ClipRewards) and other._limit == self._limit
 
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn.clamp(-self._limit, self._limit)
@@ -169,9 +162,6 @@ class PopArt(ValueScale):
         self._moments_2K = torch.zeros(2, stream.num_tasks, dtype=torch.float64, device=stream.device)
         self._weight_K = torch.zeros(stream.num_tasks, dtype=torch.float64, device=stream.device)
 
-    def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
-        return rewards_KBn
-
     def update(self, target_KB: torch.Tensor, valid_KB: torch.Tensor, heads: Sequence[Head]) -> None:
         mean_K, scale_K = self.mean_K.double(), self.scale_K.double()
         value_KB = self._ranks.joined(target_KB.double() * scale_K[:, None] + mean_K[:, None], 1)
@@ -195,7 +185,7 @@ class PopArt(ValueScale):
         self.mean_K.copy_(mean_K)
         self.scale_K.copy_(torch.where(self._weight_K > 0, scale_K, 1.0))
 
-    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+    def copy_from(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
         assert isinstance(other, PopArt)
         for here, there in tasks:
             self._moments_2K[:, here] = other._moments_2K[:, there]
@@ -238,7 +228,8 @@ class ReturnNorm(ValueScale):
         shape = (stream.num_tasks, stream.num_envs)
         self._return_KN = torch.zeros(shape, dtype=torch.float64, device=stream.device)
         # Count, mean, sum of squared deviations from the mean, and largest magnitude of all returns so far.
-        self._count_K, self._mean_K, self._deviation_K, self._largest_K = self._return_KN.new_zeros(4, stream.num_tasks)
+        self._moments_4K = self._return_KN.new_zeros(4, stream.num_tasks)
+        self._count_K, self._mean_K, self._deviation_K, self._largest_K = self._moments_4K
         self._divisor_K = torch.ones(stream.num_tasks, device=stream.device)
         self._set_divisor()
 
@@ -248,10 +239,10 @@ class ReturnNorm(ValueScale):
         # Chan et al. 1979: combine the moments of two sets.
         number = self._return_KN.shape[1]
         variance_K, mean_K = torch.var_mean(self._return_KN, 1, correction=0)
-        apart_K = mean_K - self._mean_K
+        difference_K = mean_K - self._mean_K
         share_K = number / (self._count_K + number)
-        self._mean_K += apart_K * share_K
-        self._deviation_K += number * variance_K + apart_K.square() * (self._count_K * share_K)
+        self._mean_K += difference_K * share_K
+        self._deviation_K += number * variance_K + difference_K.square() * (self._count_K * share_K)
         self._count_K += number
         torch.maximum(self._largest_K, self._return_KN.abs().amax(1), out=self._largest_K)
         self._return_KN.masked_fill_(ended_KN.bool(), 0.0)
@@ -265,14 +256,10 @@ class ReturnNorm(ValueScale):
     def rewards(self, rewards_KBn: torch.Tensor) -> torch.Tensor:
         return rewards_KBn / self._divisor_K[:, None, None]
 
-    def takes_from(self, other: ValueScale) -> bool:
-        return isinstance(other, ReturnNorm) and other._limit == self._limit
-
-    def take(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
+    def copy_from(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
         assert isinstance(other, ReturnNorm)
         for here, there in tasks:
-            for name in ("count", "mean", "deviation", "largest"):
-                getattr(self, f"_{name}_K")[here] = getattr(other, f"_{name}_K")[there]
+            self._moments_4K[:, here] = other._moments_4K[:, there]
         self._set_divisor()
 
     def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,16 +269,9 @@ class ReturnNorm(ValueScale):
         return {"value/scale": self._divisor_K}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "returns": self._return_KN,
-            "count": self._count_K,
-            "mean": self._mean_K,
-            "deviation": self._deviation_K,
-            "largest": self._largest_K,
-        }
+        return {"returns": self._return_KN} | dict(zip(_MOMENTS, self._moments_4K, strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._return_KN.copy_(state["returns"])
-        for name in ("count", "mean", "deviation", "largest"):
-            getattr(self, f"_{name}_K").copy_(state[name])
+        self._moments_4K.copy_(torch.stack([state[name] for name in _MOMENTS]))
         self._set_divisor()

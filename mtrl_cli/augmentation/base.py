@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from mtrl_cli.machine import rng
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.replay.buffers import Batch, Samples
 
 SamplesT = TypeVar("SamplesT", bound=Samples)
@@ -41,7 +41,7 @@ class ObservationSpec:
     seed: int
 
 
-class Augmentation:
+class Augmentation(Saved):
     """Random changes of observations that keep the meaning of a batch: one draw per sample, applied to all frames of its stack.
 
     The state and the next state have separate draws (Kostrikov et al. 2021, "DrQ"). Draws come from a generator, which is part of the
@@ -60,6 +60,7 @@ class Augmentation:
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     capturable: ClassVar[bool] = False
+    saved = ("_generator",)
 
     def __init__(self, spec: ObservationSpec):
         if spec.kind not in self.kinds:
@@ -91,13 +92,6 @@ class Augmentation:
     def integers(self, shape: tuple[int, ...], count: int) -> torch.Tensor:
         """Uniform draws from 0 to count - 1, int64."""
         return torch.randint(count, shape, generator=self._generator, device=self.spec.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of `state_dict`."""
-        rng.restore(self._generator, state["generator"])
 
 
 class Pipeline:

@@ -21,14 +21,7 @@ def mirrored_name(action: str) -> str:
 
 
 def mirrored_actions(actions: Sequence[str]) -> list[int]:
-    """Index of the mirrored action for each action of a task.
-
-    Raises:
-        ValueError: a mirrored action is missing; the message names both actions.
-    """
-    for action in actions:
-        if mirrored_name(action) not in actions:
-            raise ValueError(f"has the action {action} but no {mirrored_name(action)}")
+    """Index of the mirrored action for each action of a task."""
     return [list(actions).index(mirrored_name(action)) for action in actions]
 
 
@@ -93,8 +86,5 @@ def _check(spec: ObservationSpec) -> None:
 def _reason(symmetric: bool, actions: Sequence[str]) -> str | None:
     if not symmetric:
         return "changes in a mirror (it is not in env.symmetric)"
-    try:
-        mirrored_actions(actions)
-    except ValueError as error:
-        return str(error)
-    return None
+    missing = next((action for action in actions if mirrored_name(action) not in actions), None)
+    return missing and f"has the action {missing} but no {mirrored_name(missing)}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mtrl_cli.config import introspection
 from mtrl_cli.config.introspection import KINDS, kind_of
-from mtrl_cli.config.validation import NOT_THE_CLASSES
+from mtrl_cli.config.validation import NOT_PASSED
 from mtrl_cli.errors import UserError
 
 Config = dict[str, Any]
 
 
-def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
+def class_of(config: Config, group: str) -> tuple[Any, dict[str, Any]]:
     """Return the class that the section of a group names, and the keyword arguments in the section.
 
     Raises:
@@ -22,7 +24,7 @@ def class_of(config: Config, group: str) -> tuple[type, dict[str, Any]]:
     node = config
     for part in group.split("/"):
         node = node[part]
-    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_THE_CLASSES.get(group, set())
+    below = {name.removeprefix(f"{group}/") for name in KINDS if name.startswith(f"{group}/")} | NOT_PASSED.get(group, set())
     target = node["_target_"]
     # Validation has read source code only; this checks the imported class.
     kind = kind_of(group)
@@ -43,8 +45,15 @@ def make(config: Config, group: str, *args: Any) -> Any:
     found, values = class_of(config, group)
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise UserError(f"{group.replace('/', '.')}._target_={found.__module__}.{found.__name__} does not define {', '.join(missing)}")
-    try:
+    with refusals():
         return found(*args, **values)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn the ValueError of a constructor that refuses its values into a UserError."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from mtrl_cli.build.instantiate import Config, derived_seed, make
+from mtrl_cli.build.instantiate import Config, derived_seed, make, refusals
+from mtrl_cli.config.cross_checks import check_observations
 from mtrl_cli.envs.pack import Pack
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import RunError, UserError, first_line
 from mtrl_cli.networks.cost import multiply_adds
 from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
@@ -54,11 +57,7 @@ def measure(config: Config, pack: Pack) -> tuple[ParameterCounts, int]:
 
 def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> MultiTaskNetwork:
     torso = make(config, "network")
-    if torso.observation_kind != pack.observation_kind:
-        raise UserError(
-            f"network={type(torso).__name__} requires {torso.observation_kind} observations, and env={config['env']['name']} has "
-            f"{pack.observation_kind} observations. Choose another network (mtrl ls network)"
-        )
+    check_observations(config, torso.observation_kind, pack.observation_kind)
     # Stacked frames are stacked channels. With a stack, all tasks use the padded shape, because their own channels would not be contiguous.
     shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
     num_actions = [task.num_actions for task in pack.tasks]
@@ -72,9 +71,8 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     try:
         head = make(config, "network/head", sharing.num_features, num_actions)
         if config["transfer"]["adapters"] == "lora":  # last, so that all other parameters are initialised as without adapters
-            add_adapters(sharing, rank)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+            with refusals():
+                add_adapters(sharing, rank)
     except RuntimeError as error:  # torch: out of memory
         raise UserError(f"network/head or transfer.rank={rank} makes the network too large: {error}".split("\n")[0][:300]) from error
     return MultiTaskNetwork(sharing, head, pack.observation_scale, autocast)
@@ -98,6 +96,21 @@ def make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: tor
 
 def _stacked(pack: Pack) -> tuple[int, ...]:
     return (pack.stack * pack.observation_shape[0], *pack.observation_shape[1:])
+
+
+@contextmanager
+def must_fit(what: str) -> Iterator[None]:
+    """Turn errors while the state of a checkpoint is loaded into a UserError.
+
+    Raises:
+        UserError: the state does not fit its configuration; the message begins with `what`.
+    """
+    try:
+        yield
+    except (RunError, UserError):
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) -> None:

@@ -7,7 +7,7 @@ leaves a gap at the budget, one key is scaled separately.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtrl_cli.errors import UserError
@@ -68,34 +68,28 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
     sizes = _Sizes(count, budget)
     if meets(sizes.of(start), budget):
         return start
-    places = list(_places(start))
-    smallest = sizes.of(_scaled(start, dict.fromkeys(places, _LOWEST)))
+    smallest = sizes.of(_scaled(start, _LOWEST))
     if smallest > budget and not meets(smallest, budget):
         raise UserError(
             f"network.parameters must be at least {smallest:,}, the size of this network at its smallest width, got {parameters}"
         )
-    common = _nearest(sizes, lambda factor: _scaled(start, dict.fromkeys(places, factor)), 1.0)
-    found = _scaled(start, dict.fromkeys(places, common))
+    common = _nearest(sizes, lambda factor: _scaled(start, factor), 1.0)
+    found = _scaled(start, common)
     if meets(sizes.of(found), budget):
         return found
     for step in range(_STEPS_PER_OCTAVE * _OCTAVES + 1):
         factors = {common * 2 ** (sign * step / _STEPS_PER_OCTAVE) for sign in (-1, 1)}
-        moved = [_moved(sizes, start, place, factor) for factor in factors for place in places]
+        moved = [_moved(sizes, start, place, factor) for factor in factors for place in range(len(_numbers(start)))]
         near = [(abs(math.log(own / common)), widths) for own, widths in moved if meets(sizes.of(widths), budget)]
         if near:
             return min(near, key=lambda each: each[0])[1]
     raise UserError(f"network.parameters={parameters}: no width is within {TOLERANCE:.0%} of it. The nearest sizes are {sizes.around()}")
 
 
-def _moved(sizes: _Sizes, start: Values, place: tuple[str, int], factor: float) -> tuple[float, Values]:
+def _moved(sizes: _Sizes, start: Values, place: int, factor: float) -> tuple[float, Values]:
     """Scale one number separately and the others by a factor; return its factor and the values nearest to the budget."""
-    others = dict.fromkeys(_places(start), factor)
-
-    def along(own: float) -> Values:
-        return _scaled(start, others | {place: own})
-
-    own = _nearest(sizes, along, factor)
-    return own, along(own)
+    own = _nearest(sizes, lambda candidate: _scaled(start, factor, place, candidate), factor)
+    return own, _scaled(start, factor, place, own)
 
 
 class _Sizes:
@@ -138,19 +132,14 @@ def _nearest(sizes: _Sizes, along: Callable[[float], Values], start: float) -> f
     return min((low, high), key=lambda factor: abs(size(factor) - sizes.budget))
 
 
-def _places(values: Values) -> Iterator[tuple[str, int]]:
-    """Yield the place of every number: its key, and its position in a list (0 without a list)."""
-    for key, value in values.items():
-        yield from ((key, position) for position in range(len(value) if isinstance(value, list) else 1))
+def _numbers(values: Values) -> list[float]:
+    return [each for value in values.values() for each in (value if isinstance(value, list) else [value])]
 
 
-def _scaled(values: Values, factors: Mapping[tuple[str, int], float]) -> Values:
-    return {
-        key: [_times(each, factors[key, position]) for position, each in enumerate(value)]
-        if isinstance(value, list)
-        else _times(value, factors[key, 0])
-        for key, value in values.items()
-    }
+def _scaled(values: Values, factor: float, place: int = -1, own: float = 1.0) -> Values:
+    """Scale all numbers of the values by a factor, except the number at a place, which is scaled by its own factor."""
+    scaled = (_times(number, own if index == place else factor) for index, number in enumerate(_numbers(values)))
+    return {key: [next(scaled) for _ in value] if isinstance(value, list) else next(scaled) for key, value in values.items()}
 
 
 def _times(value: float, factor: float) -> float:

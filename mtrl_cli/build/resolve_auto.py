@@ -16,10 +16,7 @@ from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import hardware
 from mtrl_cli.networks.network import ParameterCounts
-from mtrl_cli.networks.sharing import Sharing
-from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.parallel.distributed import ALONE, Ranks
-from mtrl_cli.replay.buffers import Replay
 
 # Limits of `replay.capacity=auto`: transitions per task (Mnih et al. 2015), share of the free memory, and, where checkpoints contain the
 # replay, share of the free disk.
@@ -69,14 +66,13 @@ def resolve(config: Config, pack: Pack, log: Callable[[str], None], ranks: Ranks
             log(f"compile: off (about two times slower on a CPU): {missing}")
         # Small vector networks gain less than compilation costs.
         resolved["compile"] = (config["compile"] is True or image) and not missing
-    if config["agent"].get("batch_size") == "auto":
-        resolved["agent"] = resolved["agent"] | {"batch_size": _resolve_batch(resolved, pack, device, ranks)}
-    if config["agent"].get("target_period") == "auto":
-        period = _SAMPLES_PER_TARGET // resolved["agent"]["batch_size"]
-        resolved["agent"] = resolved["agent"] | {"target_period": max(1, period)}
-    if config["agent"].get("overlap") == "auto":
-        # On a CPU, the network would use the cores of the emulators.
-        resolved["agent"] = resolved["agent"] | {"overlap": device.type == "cuda"}
+    agent = resolved["agent"] = dict(config["agent"])
+    if agent.get("batch_size") == "auto":
+        agent["batch_size"] = _resolve_batch(resolved, pack, device, ranks)
+    if agent.get("target_period") == "auto":
+        agent["target_period"] = max(1, _SAMPLES_PER_TARGET // agent["batch_size"])
+    if agent.get("overlap") == "auto":
+        agent["overlap"] = device.type == "cuda"  # on a CPU, the network would use the cores of the emulators
     if "capacity" in config["replay"]:
         resolved["replay"] = config["replay"] | {"capacity": _resolve_capacity(resolved, pack, device, log, ranks)}
     if device.type == "cpu" and resolved["threads"] > hardware.cores():
@@ -110,7 +106,7 @@ def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
     if config["device"] not in ("auto", "cuda"):
         raise UserError(f"device must be auto, cuda or cpu for {ranks.size} ranks, which use one GPU each, got {config['device']}")
     if here > devices:
-        raise UserError(f"{here} ranks on this machine require {here} GPUs, and it has {devices}. Start fewer ranks, or use device=cpu")
+        raise UserError(f"{here} ranks on this machine require {here} GPUs, got {devices}. Start fewer ranks, or use device=cpu")
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
@@ -144,28 +140,23 @@ def _widths(config: Config) -> Config:
     """Return the values that set the width of the torso and the sharing structure, by dotted key."""
     torso, of_torso = class_of(config, "network")
     sharing, of_sharing = class_of(config, "network/sharing")
-    assert issubclass(torso, Torso)
-    assert issubclass(sharing, Sharing)
     return {f"network.{key}": of_torso[key] for key in torso.scaled_keys if key in of_torso} | {
         f"network.sharing.{key}": of_sharing[key] for key in sharing.scaled_keys if key in of_sharing
     }
 
 
 def _with(config: Config, widths: Config) -> Config:
-    """Return the configuration with other values of dotted keys in `network`."""
-    network = dict(config["network"])
+    """Return the configuration with other values of the dotted keys `network.KEY` and `network.sharing.KEY`."""
+    network = config["network"] | {"sharing": dict(config["network"]["sharing"])}
     for dotted, value in widths.items():
-        *within, key = dotted.split(".")[1:]
-        for name in within:
-            network[name] = {**network[name], key: value}
-        if not within:
-            network[key] = value
+        *section, key = dotted.split(".")[1:]
+        (network["sharing"] if section else network)[key] = value
     return config | {"network": network}
 
 
 def _resolve_capacity(config: Config, pack: Pack, device: torch.device, log: Callable[[str], None], ranks: Ranks) -> int:
     spec = build_run.replay_spec(config, pack, device)
-    each = _replay_class(config).bytes_per_transition(spec) * spec.num_tasks
+    each = class_of(config, "replay")[0].bytes_per_transition(spec) * spec.num_tasks
     # Each rank stores its share in the memory of its GPU, or in the memory of its machine together with the other ranks there.
     free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
     capacity = config["replay"]["capacity"]
@@ -186,70 +177,48 @@ def _resolve_capacity(config: Config, pack: Pack, device: torch.device, log: Cal
     return capacity
 
 
-def _replay_class(config: Config) -> type[Replay]:
-    found, _ = class_of(config, "replay")
-    assert issubclass(found, Replay)
-    return found
-
-
 def _free_memory(device: torch.device) -> int:
     return hardware.memory_available() if device.type == "cpu" else hardware.device_memory(device)[0]
 
 
 def _free_disk(run_dir: str | None) -> int:
     folder = Path(run_dir or ".").expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return hardware.disk_free(folder)
+    return hardware.disk_free(next(each for each in (folder, *folder.parents) if each.exists()))
 
 
 def describe(config: Config, pack: Pack) -> list[str]:
     """Describe a resolved configuration and its sizes, in lines for the terminal."""
-    env, replay = config["env"], config["replay"]
+    env, agent, replay, evaluation = config["env"], config["agent"], config["replay"], config["eval"]
     spec = build_run.replay_spec(config, pack, torch.device(config["device"]))
-    each = _replay_class(config).bytes_per_transition(spec)
-    capacity = replay.get("capacity") or _replay_class(config).fixed_capacity(spec)
-    taken = capacity * each * spec.num_tasks
-    size = f"{taken / 2**30:.2f} GiB" if taken >= 2**30 else f"{taken / 2**20:.1f} MiB"
+    replay_class = class_of(config, "replay")[0]
+    each = replay_class.bytes_per_transition(spec)
+    capacity = replay.get("capacity") or replay_class.fixed_capacity(spec)
+    total = capacity * each * spec.num_tasks
+    size = f"{total / 2**30:.2f} GiB" if total >= 2**30 else f"{total / 2**20:.1f} MiB"
     tasks = ", ".join(task.name for task in pack.tasks[:8]) + (f" and {len(pack.tasks) - 8} more" if len(pack.tasks) > 8 else "")
     counts, multiply_adds = build_network.measure(config, pack)
-    wanted, widths = config["network"]["parameters"], [f"{key}={value}" for key, value in _widths(config).items()]
-    budgeted = "" if wanted is None else f"; network.parameters={wanted} gives {', '.join(widths)}"
-    return [
+    budget, widths = config["network"]["parameters"], [f"{key}={value}" for key, value in _widths(config).items()]
+    budgeted = "" if budget is None else f"; network.parameters={budget} gives {', '.join(widths)}"
+    lines = [
         f"tasks: {tasks} ({env['name']}, {env['num_envs']} environments each)",
         f"machine: {config['device']}, {config['precision']}, {'compiled' if config['compile'] else 'eager'}, threads={config['threads']}",
         f"{'replay' if 'capacity' in replay else 'rollouts'}: {capacity:,} transitions per task, {size} in total ({each:,} bytes each)",
-        *_describe_updates(config),
+    ]
+    if "batch_size" in agent and "samples_per_step" in agent:
+        every = agent["batch_size"] / agent["samples_per_step"]
+        lines.append(f"updates: {agent['batch_size']} samples per task, one update every {every:g} steps per task")
+    lines += [
         f"network: {counts.total:,} parameters, {counts.shared:,} shared and {own(counts)} per task{budgeted}",
         f"forward: {in_short(multiply_adds)} multiply-adds per observation",
-        *_describe_ranks(config),
-        *_describe_early_stopping(config),
     ]
-
-
-def _describe_updates(config: Config) -> list[str]:
-    agent = config["agent"]
-    if "batch_size" not in agent or "samples_per_step" not in agent:
-        return []
-    every = agent["batch_size"] / agent["samples_per_step"]
-    return [f"updates: {agent['batch_size']} samples per task, one update every {every:g} steps per task"]
-
-
-def _describe_early_stopping(config: Config) -> list[str]:
-    evaluation, patience = config["eval"], config["early_stopping"]["patience"]
-    if config["early_stopping"]["metric"] is None:
-        return []
-    evaluations = -(-config["steps_per_task"] // evaluation["every"]) + evaluation["at_start"]
-    return (
-        [f"early stopping: never, because patience={patience} is not below the {evaluations} evaluations"]
-        if patience >= evaluations
-        else []
-    )
-
-
-def _describe_ranks(config: Config) -> list[str]:
-    ranks = config["ranks"]
-    return [f"ranks: {ranks}, each with {config['env']['num_envs'] // ranks} environments per task"] if ranks > 1 else []
+    if config["ranks"] > 1:
+        lines.append(f"ranks: {config['ranks']}, each with {env['num_envs'] // config['ranks']} environments per task")
+    if config["early_stopping"]["metric"] is not None:
+        patience = config["early_stopping"]["patience"]
+        evaluations = -(-config["steps_per_task"] // evaluation["every"]) + evaluation["at_start"]
+        if patience >= evaluations:
+            lines.append(f"early stopping: never, because patience={patience} is not below the {evaluations} evaluations")
+    return lines
 
 
 def own(counts: ParameterCounts) -> str:

@@ -16,7 +16,7 @@ from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.value_scale import RewardStream
 from mtrl_cli.build.augmentation import make_augmentation
-from mtrl_cli.build.instantiate import Config, derived_seed, make
+from mtrl_cli.build.instantiate import Config, derived_seed, make, refusals
 from mtrl_cli.build.network import make_network, make_tape
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.envs.pack import Pack
@@ -44,26 +44,6 @@ from mtrl_cli.training.loop import Loop
 from mtrl_cli.training.resets import Resets
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Intervals of a run in steps per task.
-
-    Attributes:
-        total: steps of the run.
-        log: between rows of metrics; 0: only at the end.
-        evaluate, checkpoint: 0: only at the end.
-        diagnostics: 0: never.
-        evaluate_at_start: whether to evaluate before the first step.
-    """
-
-    total: int
-    log: int
-    evaluate: int
-    checkpoint: int
-    diagnostics: int
-    evaluate_at_start: bool
-
-
 @dataclass
 class Run:
     """All objects of a training run, before its emulators are started."""
@@ -77,10 +57,7 @@ class Run:
     tester: Evaluator | None
     early_stopping: EarlyStopping
     diagnostics: Diagnostics
-    intervals: Intervals
     device: torch.device
-    seed: int
-    compiled: bool
     open_loop: Callable[[], Loop]
 
 
@@ -121,26 +98,15 @@ def set_up_torch(config: Config, device: torch.device) -> None:
 
 def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluator:
     """Make the evaluator of validation episodes."""
-    return _make_evaluator(config["eval"], pack, device)
+    keys = {key: config["eval"][key] for key in ("episodes", "max_steps", "epsilon", "seed")}
+    return Evaluator(pack, **keys, num_threads=hardware.cores(), device=device)
 
 
 def make_tester(config: Config, pack: Pack, device: torch.device) -> Evaluator | None:
     """Make the evaluator of the final test, with other seeds than validation; None: there is no test."""
     keys = config["eval"]
     episodes = keys["episodes"] if keys["test_episodes"] is None else keys["test_episodes"]
-    return _make_evaluator(keys | {"episodes": episodes, "seed": keys["test_seed"]}, pack, device) if episodes else None
-
-
-def _make_evaluator(keys: Config, pack: Pack, device: torch.device) -> Evaluator:
-    return Evaluator(
-        pack,
-        episodes=keys["episodes"],
-        max_steps=keys["max_steps"],
-        epsilon=keys["epsilon"],
-        seed=keys["seed"],
-        num_threads=hardware.cores(),
-        device=device,
-    )
+    return make_evaluator({"eval": keys | {"episodes": episodes, "seed": keys["test_seed"]}}, pack, device) if episodes else None
 
 
 def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
@@ -151,7 +117,7 @@ def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
     """
     section, names = config["early_stopping"], metric_names(pack)
     if section["metric"] not in (None, *names):
-        raise UserError(f"early_stopping.metric={show(section['metric'])}: expected one of {', '.join(names)}")
+        raise UserError(f"early_stopping.metric must be one of {', '.join(names)}, got {show(section['metric'])}")
     return EarlyStopping(**section)
 
 
@@ -163,7 +129,7 @@ def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, l
     """
     task_weights: TaskWeights = make(config, "task_weights", tasks)
     if task_weights.needs not in ("losses", "gram", "rows"):
-        raise UserError(f"task_weights: {type(task_weights).__name__}.needs={task_weights.needs!r}: expected losses, gram or rows")
+        raise UserError(f"{type(task_weights).__name__}.needs must be losses, gram or rows, got {task_weights.needs!r}")
     if task_weights.needs != "losses" and not network.shared_parameters():
         log(f"task weights: the tasks share no parameters, so {type(task_weights).__name__} equals uniform")
         return Uniform(tasks)
@@ -188,7 +154,8 @@ def make_run(config: Config, pack: Pack, log: Callable[[str], None], ranks: Rank
     value_scale = make(config, "agent/value_scale", RewardStream(len(names), pack.num_envs, config["agent"]["gamma"], device, ranks))
     agent = make(config, "agent", network, value_scale, names, compile_with)
     replay = _make_replay(config, replay_spec(config, pack, device), num_envs, ranks)
-    freezing = _make_freezing(config, network)
+    with refusals():
+        freezing = Freezing(network, freeze=config["transfer"]["freeze"], unfreeze_at=config["transfer"]["unfreeze_at"])
     learner = _make_learner(config, pack, agent, replay, freezing, ranks, log)
 
     def open_loop() -> Loop:
@@ -211,17 +178,7 @@ def make_run(config: Config, pack: Pack, log: Callable[[str], None], ranks: Rank
         tester=make_tester(config, pack, device),
         early_stopping=make_early_stopping(config, pack),
         diagnostics=Diagnostics(agent, replay, names, seed=derived_seed(config["seed"], "diagnostics")),
-        intervals=Intervals(
-            config["steps_per_task"],
-            config["log"]["every"],
-            config["eval"]["every"],
-            config["checkpoint"]["every"],
-            config["log"]["diagnostics"],
-            config["eval"]["at_start"],
-        ),
         device=device,
-        seed=config["seed"],
-        compiled=bool(config["compile"]),
         open_loop=open_loop,
     )
 
@@ -242,8 +199,8 @@ def _make_learner(
     task_weights = make_task_weights(config, tasks, network, log)
     if network.has_dropout and task_weights.uses_losses_after_step:
         raise UserError(
-            f"network.dropout={config['network'].get('dropout')}: {type(task_weights).__name__} compares the losses of a batch before and "
-            "after an update, which dropout also changes: choose other task_weights, or network.dropout=0"
+            f"network.dropout must be 0 with task_weights={type(task_weights).__name__}, which compares the losses of a batch before and "
+            f"after an update, got {config['network'].get('dropout')}"
         )
 
     def tape_of_trained_parameters() -> Tape | None:
@@ -284,14 +241,6 @@ def _make_callbacks(
     if network.has_dropout:
         callbacks.append(DropoutState(dropout_generator(device, derived_seed(config["seed"], ranks.label("dropout")))))
     return callbacks
-
-
-def _make_freezing(config: Config, network: MultiTaskNetwork) -> Freezing:
-    keys = config["transfer"]
-    try:
-        return Freezing(network, freeze=keys["freeze"], unfreeze_at=keys["unfreeze_at"])
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _make_resets(config: Config, pack: Pack, device: torch.device) -> Resets:

@@ -74,26 +74,16 @@ def _complete(command: str, given: Sequence[str], incomplete: str) -> list[tuple
     of_command = {"train": ["train"], "sweep": ["train", "sweep"], "resume": ["sweep"]}.get(command, [])
     groups = [group for name in of_command for group in options.groups(folders, name)]
     key, equals, value = incomplete.partition("=")
-    if not equals and incomplete == "":
-        return [(f"{group}=", "") for group in groups] + [(f"{name}=", "") for name in _keys(command, given)[0] if "." not in name]
     if key in groups:
-        return (
-            _options(key, value, folders)
-            if equals
-            else [*_options(key, "", folders), *_names(key, [each for each in groups if each != key])]
-        )
+        longer = [name for name in groups if name.startswith(key) and name != key and not equals]
+        return [*_options(key, value, folders), *((f"{name}=", "") for name in longer)]
     annotations, content = _keys(command, given)
-    if equals:
-        return _values(key, value, annotations, content, folders)
-    found = [*_names(key, groups), *_names(key, annotations)]
-    if len(found) > 1 or not found:
-        return found
-    only = found[0][0].removesuffix("=")
-    return _options(only, "", folders) if only in groups else _values(only, "", annotations, content, folders)
-
-
-def _names(prefix: str, names: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(f"{name}=", "") for name in names if name.startswith(prefix)]
+    if not equals:
+        names = [name for name in (*groups, *annotations) if name.startswith(key) and (key or "." not in name)]
+        if len(names) != 1:
+            return [(f"{name}=", "") for name in names]
+        key = names[0]
+    return _options(key, value, folders) if key in groups else _values(key, value, annotations, content, folders)
 
 
 def _options(group: str, prefix: str, folders: Sequence[Path]) -> list[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ def run(as_json: bool) -> str:
 def collect() -> dict[str, Any]:
     """Return the facts as JSON values."""
     return {
-        "versions": {**run_dir.versions(), **{name: _version(name) for name in OTHER_PACKAGES}},
+        "versions": run_dir.versions() | dict.fromkeys(OTHER_PACKAGES) | run_dir.versions(OTHER_PACKAGES),
         "git": run_dir.git_revision(),
         "platform": platform.platform(),
         "processor": _processor(),
@@ -58,13 +57,6 @@ def _as_text(facts: Mapping[str, Any]) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

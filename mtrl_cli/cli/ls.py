@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,10 @@ def run(arguments: Sequence[str]) -> str:
 def list_groups(folders: Sequence[Path]) -> str:
     """List all groups with their default and their other options."""
     defaults = options.default_choices()
-    names = options.groups(folders, None)
     lines = []
-    for name in names:
-        default = defaults.get(name)
-        others = [option for option in options.options(name, folders) if option != default]
-        lines.append((name, f"{default or '-'}", ", ".join(others)))
+    for name in options.groups(folders, None):
+        others = [option for option in options.options(name, folders) if option != defaults.get(name)]
+        lines.append((name, defaults.get(name) or "-", ", ".join(others)))
     return (
         as_text(table(lines, ("group", "default", "other options")))
         + "\n\nmtrl ls GROUP describes the options of a group. mtrl train GROUP=OPTION selects one (launcher: mtrl sweep)."
@@ -78,7 +76,8 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
     for override in overrides:
         if override.partition("=")[0] == group:
             raise UserError(f"mtrl ls {group} lists all options of {group}; remove {override}")
-    size, reasons = _sizes(), []
+    packs: dict[str, Any] = {}
+    reasons: list[str] = []
     header = ("  ", "parameters", "shared", "per task", "multiply-adds", "counted with", "")
     rows: list[tuple[str, ...]] = []
     for name, file in options.options(group, folders).items():
@@ -86,7 +85,7 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
         env = () if names_env else (f"env={_pack_for(group, name, folders)}",)
         description = options.description(file)
         try:
-            rows.append((_starred(group, name), *size([*env, *overrides, f"{group}={name}"]), description))
+            rows.append((_starred(group, name), *_size([*env, *overrides, f"{group}={name}"], packs), description))
         except (ValueError, RuntimeError) as error:  # torch raises RuntimeError
             reasons.append(_short_message(error))
             rows.append((_starred(group, name), *["-"] * 4, "", f"{description} (not counted: {reasons[-1]})"))
@@ -99,30 +98,25 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
     return as_text(table(rows, header)) + note + _within(group, folders)
 
 
-def _sizes() -> Callable[[list[str]], tuple[str, ...]]:
-    """Return a function from overrides to the cells: total, shared and per-task parameters, multiply-adds, pack. Imports torch."""
+def _size(overrides: list[str], packs: dict[str, Any]) -> tuple[str, ...]:
+    """Return the cells total, shared and per-task parameters, multiply-adds and pack. Imports torch.
+
+    Args:
+        overrides: of the run.
+        packs: cache of packs by their section of the configuration.
+    """
     from mtrl_cli.build import network as build_network
     from mtrl_cli.build import resolve_auto
     from mtrl_cli.build import run as build_run
 
-    packs: dict[str, Any] = {}
-
-    def size(overrides: list[str]) -> tuple[str, ...]:
-        composed = compose.compose_training(overrides)
-        env = repr(composed["env"])
-        if env not in packs:
-            packs[env] = build_run.make_pack(composed)
-        fitted = resolve_auto.fit_network(composed, packs[env])
-        counts, multiply_adds = build_network.measure(fitted, packs[env])
-        return (
-            f"{counts.total:,}",
-            f"{counts.shared:,}",
-            resolve_auto.own(counts),
-            resolve_auto.in_short(multiply_adds),
-            composed["env"]["name"],
-        )
-
-    return size
+    composed = compose.compose_training(overrides)
+    env = repr(composed["env"])
+    if env not in packs:
+        packs[env] = build_run.make_pack(composed)
+    fitted = resolve_auto.fit_network(composed, packs[env])
+    counts, multiply_adds = build_network.measure(fitted, packs[env])
+    per_task, cost = resolve_auto.own(counts), resolve_auto.in_short(multiply_adds)
+    return (f"{counts.total:,}", f"{counts.shared:,}", per_task, cost, composed["env"]["name"])
 
 
 def _pack_for(group: str, option: str, folders: Sequence[Path]) -> str | None:

@@ -18,7 +18,7 @@ from mtrl_cli.cli.output import broken_pipe_ignored, is_first_rank, print_error_
 from mtrl_cli.errors import RunError, Stopped, UserError
 
 app = typer.Typer(
-    help="""Train one Q-network on many tasks, and measure what sharing the network costs and gains.
+    help="""Train one Q-network on many tasks, and compare it with independent networks.
 
 \b
 Examples:
@@ -63,7 +63,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
-ListTrials = Annotated[bool, typer.Option("--dry-run", help="List the trials, with the progress of those that have started.")]
+ListTrials = Annotated[bool, typer.Option("--dry-run", help="List the trials and the progress of started trials.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
 
 
@@ -139,15 +139,15 @@ def sweep(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Train many runs: a grid or a hyperparameter search.
 
     \b
-    Takes the overrides of mtrl train, with several values per key:
+    Accepts the overrides of mtrl train, with several values per key:
       a,b,c or range(5)      grid: one run per combination
       interval(1e-5,1e-3)    search: sweep.trials runs, chosen by sweep.sampler=tpe|cmaes|gp|random
     sweep.pruner=median|hyperband|halving stops unpromising trials early.
-    launcher= selects where runs execute (mtrl ls launcher), launcher.jobs= how many at a time.
+    launcher= selects where runs execute (see mtrl ls launcher); launcher.jobs= limits the number of concurrent runs.
 
     \b
-    A sweep is a folder of runs. To resume it, repeat the command with its run_dir, or use mtrl resume.
-    A second process on the same folder adds a worker.
+    A sweep is a folder of runs. To resume a sweep, repeat the command with the same run_dir, or use mtrl resume.
+    A second process on the same folder works as a second worker.
 
     \b
     Examples:
@@ -173,9 +173,10 @@ def transfer(run: Run, overrides: Overrides = None, dry_run: ListTrials = False)
     """Measure transfer from a trained run to other tasks.
 
     \b
-    For each seed: evaluate the source network on the new tasks (zero-shot), fine-tune it, and train from scratch with the same budget. Then
-    writes a report. Takes the overrides of mtrl sweep, and seeds=3. The network is the source's unless network=, network/sharing= or
-    network/head= is given. transfer.* applies to the fine-tuned runs. To resume, repeat the command.
+    For each seed: evaluates the source network on the new tasks (zero-shot), fine-tunes it, and trains from scratch with the same budget.
+    Then writes a report. Accepts the overrides of mtrl sweep, and seeds=3 (number of seeds). Uses the network of the source unless
+    network=, network/sharing= or network/head= is given. transfer.* applies to the fine-tuned runs only.
+    To resume, repeat the command.
 
     \b
     Examples:
@@ -193,7 +194,7 @@ def study_sharing(overrides: Overrides = None, dry_run: ListTrials = False) -> N
 
     \b
     Trains every structure with several seeds, and two baselines that share nothing: independent networks with the same total number of
-    parameters, and independent networks of full size. Then writes a report. Takes the overrides of mtrl sweep, and:
+    parameters, and independent networks of full size. Then writes a report. Accepts the overrides of mtrl sweep, and:
       seeds=3                  number of seeds
       network/sharing=A,B      only these structures
       network.parameters=N     size of the shared network (default: that of hard sharing)
@@ -290,7 +291,7 @@ def bench(
     seconds: Annotated[
         float,
         typer.Option(
-            "--seconds", min=0.1, help="Approximate measuring time, without startup and compilation. Each part is measured at least once."
+            "--seconds", min=0.1, help="Approximate measuring time, without startup and compilation. Every part is measured at least once."
         ),
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -298,8 +299,8 @@ def bench(
     """Measure the training speed on this machine.
 
     \b
-    Takes the overrides of mtrl train. Measures emulators, acting and learning separately, then the complete loop and its share of the
-    limit. The limit follows from the parts: on a CPU their times add up; with a GPU the slower of emulators and GPU work decides.
+    Accepts the overrides of mtrl train. Measures emulators, acting and learning separately, then the complete loop.
+    The limit of the loop follows from the parts: on a CPU, their times add up; with a GPU, the slower of emulators and GPU work counts.
     Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
 
     \b

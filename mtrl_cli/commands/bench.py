@@ -43,7 +43,7 @@ def run(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
         Stopped: stopped by a signal.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl bench measures a single process; start it without torchrun")
+        raise UserError("mtrl bench measures a single process. Start mtrl bench without torchrun")
     with StopRequest() as stop, stop.interruptible():
         if config["init_from"] is not None:
             _note("init_from, transfer.freeze and transfer.replay are ignored: the benchmark trains all parameters")
@@ -55,7 +55,7 @@ def run(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
         parts = build_run.make_run(_without_warmup(config, pack.num_envs), pack, _note)
         loop = parts.open_loop()
         try:
-            result = _settings(config, parts) | _measure(parts, loop, config["steps_per_task"], seconds)
+            result = _measure(config, parts, loop, seconds)
         finally:
             loop.close()
     if as_json:
@@ -83,24 +83,16 @@ def _without_warmup(config: dict[str, Any], num_envs: int) -> dict[str, Any]:
     return config | {"agent": agent, "replay": replay}
 
 
-def _settings(config: dict[str, Any], run: build_run.Run) -> dict[str, Any]:
-    """Return the settings that determine the speed."""
-    settings = {key: config[key] for key in ("device", "precision", "compile", "threads")}
-    tasks = [task.name for task in run.pack.tasks]
-    samples = {"batch_size": run.agent.batch_size, "samples_per_step": run.agent.samples_per_step}
-    return settings | {"tasks": tasks, "num_envs": run.pack.num_envs} | samples
-
-
-def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> dict[str, Any]:
-    """Measure every part and the loop in rounds. Rates are medians over rounds."""
+def _measure(config: dict[str, Any], run: build_run.Run, loop: Loop, seconds: float) -> dict[str, Any]:
+    """Measure every part and the loop in rounds. Returns the settings that determine the speed, and rates: medians over rounds."""
     begun = time.perf_counter()
-    if run.compiled:
+    if config["compile"]:
         _note("compiling the update: seconds if cached, else about a minute")
         run.learner.warm_up()
     compiling = time.perf_counter() - begun
     loop.reset()
-    loop.step = last_step  # final epsilon
-    meter = throughput.Meter(loop, run.seed)
+    loop.step = config["steps_per_task"]  # final epsilon
+    meter = throughput.Meter(loop, config["seed"])
     meter.fill(run.replay.capacity_rows)
     meter.warm_up()
     for index in range(ROUNDS):
@@ -113,6 +105,11 @@ def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> 
     limit = throughput.limit(**parts, shared_cores=shared_cores)
     spec = run.replay.spec
     return {
+        **{key: config[key] for key in ("device", "precision", "compile", "threads")},
+        "tasks": [task.name for task in tasks],
+        "num_envs": run.pack.num_envs,
+        "batch_size": run.agent.batch_size,
+        "samples_per_step": run.agent.samples_per_step,
         **rates,
         "limit": limit,
         "share": rates["loop"] / limit,
@@ -123,7 +120,7 @@ def _measure(run: build_run.Run, loop: Loop, last_step: int, seconds: float) -> 
         "updates_per_second": measured.loop_updates / measured.loop_seconds,
         "samples_per_second": measured.loop_updates * run.agent.batch_size * len(tasks) / measured.loop_seconds,
         "frames_per_second": rates["loop"] * tasks[0].frames_per_step,
-        "seconds_to_compile": compiling if run.compiled else 0.0,
+        "seconds_to_compile": compiling if config["compile"] else 0.0,
     }
 
 

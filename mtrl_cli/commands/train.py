@@ -54,7 +54,7 @@ def run(config: dict[str, Any], *, command: list[str], or_resume: bool = False) 
                 config, parts, loop = _build(config, ranks)
                 config = _warm_start(config, parts, ranks)
                 loop.reset()
-                folder = _create_folder(run_dir, parts, ranks)
+                folder = _create_folder(config, parts, ranks)
             with folder:
                 folder.write("config.yaml", compose.dump(config | {"run_dir": str(folder.path)}))
                 store = build_run.make_store(config, folder.checkpoints, ranks)
@@ -73,15 +73,16 @@ def _warm_start(config: dict[str, Any], run: build_run.Run, ranks: Ranks) -> dic
         source = source or warm_start.read_source(config, ranks)
         warm_start.initialise(config, run, source, ranks)
         if config["transfer"]["replay"]:
-            warm_start.take_replay(config, run, source, ranks)
+            warm_start.load_replay(config, run, source, ranks)
     return config
 
 
-def _create_folder(run_dir: str | None, run: build_run.Run, ranks: Ranks) -> RunFolder:
+def _create_folder(config: dict[str, Any], run: build_run.Run, ranks: Ranks) -> RunFolder:
     folder: RunFolder | None = None
     with ranks.together():
         if ranks.is_first:
-            folder = RunFolder.create(Path(run_dir)) if run_dir else RunFolder.create_default(run.pack.name, run.seed)
+            run_dir, seed = config["run_dir"], config["seed"]
+            folder = RunFolder.create(Path(run_dir)) if run_dir else RunFolder.create_default(run.pack.name, seed)
     path = ranks.from_first(str(folder.path) if folder else None)
     return folder or ReadOnlyRunFolder(Path(path))
 

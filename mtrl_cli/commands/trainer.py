@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,47 +32,41 @@ from mtrl_cli.training.loop import Loop
 from mtrl_cli.training.speed import SpeedMeter
 
 
+@dataclass
 class Trainer:
     """Trains a run in one process.
 
     Args:
-        folder: of the run, locked.
-        config: of the run.
-        run, loop: objects of the run. Call `loop.reset` or `restore` before `work`.
-        store: checkpoints of the run.
+        folder: the locked run folder.
+        config: the configuration.
+        run, loop: the objects of the run. Call `loop.reset` or `restore` before `work`.
+        store: the checkpoints.
         stop: pending signals.
-        command: command line.
-        ranks: processes that train together and keep in step. The first one writes, logs and evaluates.
+        command: the command line.
+        ranks: processes that train in step. The first rank writes, logs and evaluates.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: dict[str, Any],
-        run: build_run.Run,
-        loop: Loop,
-        store: CheckpointStore,
-        stop: StopRequest,
-        command: list[str],
-        ranks: Ranks,
-    ):
-        self.folder = folder
-        self.config = config
-        self.run = run
-        self.loop = loop
-        self.store = store
-        self.stop = stop
-        self.command = command
-        self.ranks = ranks
+    folder: RunFolder
+    config: dict[str, Any]
+    run: build_run.Run
+    loop: Loop
+    store: CheckpointStore
+    stop: StopRequest
+    command: list[str]
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        config = self.config
         self.logger: NullLogger
         self.display: Display | NullDisplay
         self.resumed_at: int | None = None
-        intervals = run.intervals
-        self.evaluations = Every(intervals.evaluate, last=-1 if intervals.evaluate_at_start else 0)
-        self.checkpoints = Every(intervals.checkpoint, last=-1)
-        self.diagnoses = Every(intervals.diagnostics)
-        self.rows = Every(intervals.log)
-        self.speed = self._new_speed_meter()
+        self.total_steps: int = config["steps_per_task"]
+        self.frames_per_step = self.run.pack.tasks[0].frames_per_step
+        self.evaluations = Every(config["eval"]["every"], last=-1 if config["eval"]["at_start"] else 0)
+        self.checkpoints = Every(config["checkpoint"]["every"], last=-1)
+        self.diagnoses = Every(config["log"]["diagnostics"])
+        self.rows = Every(config["log"]["every"])
+        self.speed: SpeedMeter
         self.row_step = self.row_updates = 0
         self.seconds_before = 0.0
         self.started_at = time.perf_counter()
@@ -83,9 +78,6 @@ class Trainer:
         """Seconds of work over all resumes."""
         return self.seconds_before + time.perf_counter() - self.started_at
 
-    def _new_speed_meter(self) -> SpeedMeter:
-        return SpeedMeter(self.loop.step, self.run.learner.updates, in_bursts=self.run.agent.period > 1)
-
     def restore(self, step: int, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint.
 
@@ -96,7 +88,7 @@ class Trainer:
         what = f"checkpoint {step} of {self.folder.path}"
         build_run.check_tasks(state.get("tasks"), self.run.pack, self.folder.path)
         build_network.load_weights(self.run.agent.network, state, what)
-        try:
+        with build_network.must_fit(what):
             rows_restored = self.store.load_replay(step, self.run.replay)
             self.run.learner.optimizer.load_state_dict(state["optimizer"])
             self.run.agent.load_state_dict(state["agent"])
@@ -105,25 +97,16 @@ class Trainer:
             self.evaluations.last = int(progress["evaluated_at"])
             self.rows.last = int(progress["logged_at"])
             self.seconds_before = float(progress["seconds"])
-            self._restore_early_stopping(progress)
-        except (RunError, UserError):
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            first_line = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {first_line}") from error
+            early_stopping = self.run.early_stopping
+            if early_stopping.metric is not None:
+                early_stopping.load_state_dict(progress["early_stopping"])
+                if early_stopping.stopped and int(progress["total"]) < self.total_steps:
+                    early_stopping.reset_patience()
         self.resumed_at = self.checkpoints.last = self.diagnoses.last = step
         self.row_step, self.row_updates = self.loop.step, self.run.learner.updates
         print_line(
             f"resuming from step {step:,}" + ("" if rows_restored else " with an empty replay: learning continues once it is filled again")
         )
-
-    def _restore_early_stopping(self, progress: dict[str, Any]) -> None:
-        early_stopping = self.run.early_stopping
-        if early_stopping.metric is None:
-            return
-        early_stopping.load_state_dict(progress["early_stopping"])
-        if early_stopping.stopped and int(progress["total"]) < self.run.intervals.total:
-            early_stopping.reset_patience()
 
     def _of_this_rank(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the loop state of this rank from the state of a checkpoint."""
@@ -143,7 +126,9 @@ class Trainer:
                     self.store.discard_after(-1 if self.resumed_at is None else self.resumed_at)
                 self.logger = Logger(self.folder.path, resume_at=self.resumed_at) if self.ranks.is_first else NullLogger()
             with closing(self.logger):
-                with self._make_display() as self.display:
+                tasks = [task.name for task in self.run.pack.tasks]
+                self.display = Display(tasks, self.total_steps, self.frames_per_step) if self.ranks.is_first else NullDisplay()
+                with self.display:
                     if self.resumed_at is None:
                         self._log_parameters()
                     self._warm_up()
@@ -151,19 +136,19 @@ class Trainer:
                     self._test()
                 if self.ranks.is_first:
                     self._finish()
-            self._part()
+            self._wait_for_ranks()
         except Stopped as stopped:
             stopped.is_reported = True
             self.folder.finish("stopped", seconds=self.seconds)
             print_line(f"stopped and saved at step {self.loop.step:,}; resume with: {resume_command(self.folder, self.ranks.size)}")
-            self._part()
+            self._wait_for_ranks()
             raise
         except RanksLost as lost:
             failure = RanksLost(
                 f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
-            # Printed here, while signals are only recorded: torchrun ends this process by SIGTERM as soon as it notices the lost rank.
+            # Printed here, while signals are only recorded: torchrun ends this process by SIGTERM as soon as a rank is lost.
             if self._mark_failed(str(lost)):
                 print_error(str(failure))
                 failure.is_reported = True
@@ -175,12 +160,8 @@ class Trainer:
         finally:
             self.loop.close()
 
-    def _make_display(self) -> Display | NullDisplay:
-        tasks = [task.name for task in self.run.pack.tasks]
-        return Display(tasks, self.run.intervals.total, self._frames_per_step) if self.ranks.is_first else NullDisplay()
-
-    def _part(self) -> None:
-        """Wait for all ranks: torchrun ends the others when one ends by a signal, before the first rank may have written everything."""
+    def _wait_for_ranks(self) -> None:
+        """Wait for all ranks. When one rank ends by a signal, torchrun ends the others, even while the first rank is writing."""
         with suppress(RanksLost):
             self.ranks.wait()
 
@@ -193,7 +174,7 @@ class Trainer:
     # -- the run ------------------------------------------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
-        if not self.run.compiled:
+        if not self.config["compile"]:
             return
         self.display.message("compiling the update: a few seconds with a warm cache, otherwise about a minute")
         start = time.perf_counter()
@@ -204,10 +185,10 @@ class Trainer:
             self._write_row({f"{metric_names.SECONDS}compile": seconds})
 
     def _train(self) -> None:
-        total, ticks = self.run.intervals.total, self.loop.ticks()
-        self.speed = self._new_speed_meter()
+        ticks = self.loop.ticks()
+        self.speed = SpeedMeter(self.loop.step, self.run.learner.updates, in_bursts=self.run.agent.period > 1)
         while True:
-            step, finished = self.loop.step, self.loop.step >= total
+            step, finished = self.loop.step, self.loop.step >= self.total_steps
             if self.evaluations.last < 0 or self.evaluations.due(step, finished):
                 self._evaluate()
             finished = finished or self.run.early_stopping.stopped
@@ -226,10 +207,10 @@ class Trainer:
                 self.display.message(self.run.freezing.describe_unfreezing())
             is_measured = self.speed.tick(step, self.run.learner.updates)
             self.display.update(step, {}, seconds=self.seconds, is_measured=is_measured)
-            if self.rows.due(step, finished=step >= total):
+            if self.rows.due(step, finished=step >= self.total_steps):
                 with self.loop.clock.time("log"):
                     self._log_row()
-            if self.diagnoses.interval and self.diagnoses.due(step, finished=step >= total):
+            if self.diagnoses.interval and self.diagnoses.due(step, finished=step >= self.total_steps):
                 self._diagnose()
 
     def _evaluate(self) -> None:
@@ -264,7 +245,7 @@ class Trainer:
 
     def _test(self) -> None:
         """Test the last and the best network on held-out seeds. Everything is saved before: a resumed run repeats the test."""
-        if self.run.early_stopping.stopped and self.loop.step < self.run.intervals.total:
+        if self.run.early_stopping.stopped and self.loop.step < self.total_steps:
             self.display.message(f"stopped early at step {self.loop.step:,}: {self.run.early_stopping.reason}")
         if self.run.tester is None:
             return
@@ -306,7 +287,7 @@ class Trainer:
                     "evaluated_at": self.evaluations.last,
                     "logged_at": self.rows.last,
                     "seconds": self.seconds,
-                    "total": self.run.intervals.total,
+                    "total": self.total_steps,
                     "early_stopping": self.run.early_stopping.state_dict(),
                 },
             }
@@ -314,13 +295,9 @@ class Trainer:
 
     # -- metrics ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _frames_per_step(self) -> int:
-        return self.run.pack.tasks[0].frames_per_step
-
     def _write_row(self, metrics: dict[str, float]) -> None:
         step = self.loop.step
-        self.logger.row(step, step * self._frames_per_step, self.seconds, self.run.learner.updates, metrics)
+        self.logger.row(step, step * self.frames_per_step, self.seconds, self.run.learner.updates, metrics)
 
     def _log_row(self) -> None:
         self.run.learner.metrics.check_finite()
@@ -338,7 +315,7 @@ class Trainer:
         metrics |= {metric_names.EPSILON + name: float(value) for name, value in zip(names, self.run.agent.epsilon(step), strict=True)}
         metrics |= {
             metric_names.STEPS_PER_SECOND: per_second,
-            metric_names.FRAMES_PER_SECOND: per_second * self._frames_per_step,
+            metric_names.FRAMES_PER_SECOND: per_second * self.frames_per_step,
             metric_names.UPDATES_PER_SECOND: speed.updates,
             metric_names.MEMORY: float(self.ranks.total(np.array(hardware.resident_memory()))),
         }
@@ -381,21 +358,17 @@ class Trainer:
         counts = self.run.agent.network.parameter_counts()
         metrics = {"parameters/total": float(counts.total), "parameters/shared": float(counts.shared)}
         metrics |= {f"parameters/{task.name}": float(count) for task, count in zip(self.run.pack.tasks, counts.per_task, strict=True)}
-        self.logger.row(0, 0, self.seconds, 0, metrics)
+        self._write_row(metrics)
 
     def _finish(self) -> None:
         final = self.summary or atomic.read_json(self.folder.evaluations / f"{self.loop.step}.json", self.folder.path)
         metrics = evaluator.metrics(final) | (final_test.metrics(self.test) if self.test else {})
         self.logger.hyperparameters(dict(compose.flat(self.config)), metrics, self.loop.step)
-        self.folder.finish("completed", seconds=self.seconds, early=self._stopped_early())
+        early = None
+        if self.loop.step < self.total_steps:
+            early = {"step": self.loop.step, "steps_per_task": self.total_steps, "reason": self.run.early_stopping.reason}
+        self.folder.finish("completed", seconds=self.seconds, early=early)
         self.display.print(evaluation_table(final, self.run.evaluator.max_steps))
         for of, result in final_test.titled(self.test) if self.test else ():
             self.display.print(evaluation_table(result, self.run.evaluator.max_steps, of))
         print_next_steps(self.folder, self.config, self.command, self.ranks.size)
-
-    def _stopped_early(self) -> dict[str, Any] | None:
-        """Return the reason and the step of early stopping; None if the run used its budget."""
-        step, total = self.loop.step, self.run.intervals.total
-        if step >= total:
-            return None
-        return {"step": step, "steps_per_task": total, "reason": self.run.early_stopping.reason}

@@ -15,13 +15,13 @@ from mtrl_cli.agents.value_scale import RewardStream, ValueScale
 from mtrl_cli.build import network as build_network
 from mtrl_cli.build import run as build_run
 from mtrl_cli.build.instantiate import Config, class_of, make
-from mtrl_cli.build.network import make_network
 from mtrl_cli.checkpoints.replay_segments import ReplayRows
 from mtrl_cli.checkpoints.store import CheckpointStore, parse_which
 from mtrl_cli.config import compose
+from mtrl_cli.config.introspection import class_name
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.networks.matching import Outcome, Source, Taken, take
+from mtrl_cli.networks.matching import Loaded, Outcome, Source, load_matching
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.runs import terminal
 from mtrl_cli.runs.run_dir import RunFolder
@@ -100,21 +100,22 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
     check_torso(config, source.config, what)
     pack = build_run.make_pack(source.config)
     build_run.check_tasks(source.state.get("tasks"), pack, source.path)
-    network = make_network(build_run.for_evaluation(source.config, "cpu"), pack, torch.device("cpu"))
+    network = build_network.make_network(build_run.for_evaluation(source.config, "cpu"), pack, torch.device("cpu"))
     build_network.load_weights(network, source.state, what)
     mine, theirs = [task.name for task in run.pack.tasks], [task.name for task in pack.tasks]
-    known = _same_tasks(config, source.config, mine, theirs)
+    same_pack = config["env"]["_target_"] == source.config["env"]["_target_"]
+    known = [task for task in mine if same_pack and task in theirs]
     given = Source(network, theirs, known, _same_heads(config, source.config, run.pack, pack, known))
     scale = _scale_of(source, pack, what)
-    converted = _convert(scale, run.agent.value_scale, given, mine)
-    taken = take(given, run.agent.network, mine)
+    converted = _convert(scale, run.agent.value_scale, given)
+    taken = load_matching(given, run.agent.network, mine)
     if not taken.loads("torso"):
         raise UserError(
-            f"{what}: no layer of its torso can be loaded: its sharing structure is {_name(source.config, 'network/sharing')}, got "
-            f"{_name(config, 'network/sharing')}. Use the same structure, or one with the layers of the torso (hard, film)"
+            f"{what}: no layer of the torso can be loaded from {class_name(source.config['network']['sharing'])} into "
+            f"{class_name(config['network']['sharing'])}. Use the same network/sharing, or one with the layers of the torso (hard, film)"
         )
-    if run.agent.value_scale is not None and not converted:
-        run.agent.value_scale.take(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
+    if not converted:
+        run.agent.value_scale.copy_from(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
     run.agent.sync_target()
     run.freezing.freeze(taken.rows)
     if run.freezing.is_active:
@@ -132,20 +133,11 @@ def check_torso(config: Config, source: Config, what: str) -> None:
     if mine == theirs:
         return
     different = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
+    name = class_name(source["network"])
     if "_target_" in different:
-        raise UserError(f"{what}: its torso is {_name(source, 'network')}, got {_name(config, 'network')}. Use the same network")
+        raise UserError(f"{what}: the torso of the source is {name}, got {class_name(config['network'])}. Use the same network")
     there, here = (", ".join(f"network.{key}={show(each.get(key))}" for key in different) for each in (theirs, mine))
-    raise UserError(f"{what}: its torso ({_name(source, 'network')}) has {there}, got {here}. Use the same values")
-
-
-def _name(config: Config, group: str) -> str:
-    return class_of(config, group)[0].__name__
-
-
-def _same_tasks(config: Config, source: Config, mine: list[str], theirs: list[str]) -> list[str]:
-    """Return the tasks of both runs: same name, same class of pack."""
-    same_pack = config["env"]["_target_"] == source["env"]["_target_"]
-    return [task for task in mine if same_pack and task in theirs]
+    raise UserError(f"{what}: the torso of the source ({name}) has {there}, got {here}. Use the same values")
 
 
 def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known: list[str]) -> list[str]:
@@ -159,25 +151,23 @@ def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known:
 
 def _scale_of(source: Checkpoint, pack: Pack, what: str) -> ValueScale:
     """Load the value scale of the source."""
-    try:
+    with build_network.must_fit(what):
         stream = RewardStream(len(pack.tasks), pack.num_envs, source.config["agent"]["gamma"], torch.device("cpu"))
         scale: ValueScale = make(source.config, "agent/value_scale", stream)
         scale.load_state_dict(source.state["agent"].get("value_scale", {}))
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{what} does not fit its configuration: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
     return scale
 
 
-def _convert(scale: ValueScale, mine: ValueScale | None, given: Source, tasks: list[str]) -> bool:
+def _convert(scale: ValueScale, mine: ValueScale, given: Source) -> bool:
     """Convert the heads of the source to unscaled rewards if the value scales are incompatible. Returns whether they are."""
-    if mine is None or mine.takes_from(scale):
+    if mine.is_compatible(scale):
         return False
     if not given.network.head.bounded:
         given.network.head.rescale(*scale.in_rewards())
     return True
 
 
-def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
+def _lines(taken: Loaded, scale: ValueScale, converted: bool, run: build_run.Run) -> Iterable[str]:
     """Describe the value scale, frozen parameters and task weights after a warm start."""
     if converted and taken.heads:
         there, here = type(scale).__name__, type(run.agent.value_scale).__name__
@@ -195,7 +185,7 @@ def _lines(taken: Taken, scale: ValueScale, converted: bool, run: build_run.Run)
         yield "frozen       nothing: no parameters selected by transfer.freeze were loaded"
 
 
-def _table(taken: Taken) -> RenderableType:
+def _table(taken: Loaded) -> RenderableType:
     """Build a table of parts; tasks with the same result share a row."""
     found: dict[tuple[str, str, str], tuple[int, dict[str, None]]] = {}
     order = {"torso": 0, "adapters": 1, "sharing": 2, "heads": 3}
@@ -230,14 +220,14 @@ class _Rows:
         self.import_rows, self.export_rows = replay.import_rows, replay.export_rows
 
 
-def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
+def load_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ranks) -> None:
     """Load the replay of a source: its rows, and its priorities if both replays have priorities. Learning then starts at once.
 
     Raises:
         UserError: the replay has other tasks or environments, or was not saved.
     """
     what = f"transfer.replay=true with init_from={source.path}"
-    if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:  # type: ignore[attr-defined]
+    if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:
         raise UserError(f"{what}: rollouts are not saved. Omit transfer.replay=true")
     theirs, pack, replay = build_run.make_pack(source.config), run.pack, run.replay
     pairs = {
@@ -250,14 +240,10 @@ def take_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: R
     for key, (there, here) in pairs.items():
         if there != here:
             raise UserError(f"{what}: {key} of the source is {there}, got {here}. Use the same value, or omit transfer.replay=true")
-    try:
+    with build_network.must_fit(what):
         kept = (source.state if ranks.is_first else source.state["others"][str(ranks.rank)])["loop"]["replay"]
         if not source.store.load_replay(source.step, _Rows(replay, int(kept["capacity_rows"]))):
             raise UserError(f"{what}: the checkpoint was saved without its replay. Omit transfer.replay=true")
         replay.continue_from(kept)
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what} does not fit: {type(error).__name__}: {error}".split("\n")[0][:300]) from error
     run.learner.start_at(0)
     print_line(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

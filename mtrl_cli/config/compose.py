@@ -108,7 +108,7 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read and validate config.yaml of a run folder. Classes that it names are imported only from packages that the user trusts.
+    """Read and validate config.yaml of a run folder. Named classes are imported only from packages that the user trusts.
 
     Args:
         path: the file.
@@ -188,11 +188,10 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
     """Return the composed and resolved configuration, its folders, and the packages that the user trusts."""
     folders = search_path(overrides)
     trusted = trusted_packages(overrides)
-    given = [parse(text, name) for text in overrides]
+    given = [each for each in (parse(text, name) for text in overrides) if each.key != "hydra.searchpath"]
     known = [] if name == "eval" else options.groups(folders, name)
     if name != "sweep":
         _refuse_sweep_keys(given)
-    given = [each for each in given if each.key != "hydra.searchpath"]
     for_hydra = [_checked(each, known, folders) for each in given]
     try:
         content = _merged(name, folders, given, for_hydra)
@@ -207,11 +206,11 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
 
 def _merged(name: str, folders: Sequence[Path], given: Sequence[Override], for_hydra: Sequence[str]) -> dict[str, Any]:
     """Compose without Hydra; overrides that start with `++` set values, the others choose options."""
-    if any(text.startswith("~") for text in for_hydra):
-        raise merge.NeedsHydra("a deletion")
-    values = [(each.key, each.value) for each, text in zip(given, for_hydra, strict=True) if text.startswith("++")]
-    choices = {each.key: each.value for each, text in zip(given, for_hydra, strict=True) if not text.startswith("++")}
-    return merge.compose(name, folders, {group: "none" if option == [] else option for group, option in choices.items()}, values)
+    if len(folders) > 1 or any(text.startswith("~") for text in for_hydra):
+        raise merge.NeedsHydra
+    pairs = list(zip(given, for_hydra, strict=True))
+    choices = {each.key: "none" if each.value == [] else each.value for each, text in pairs if not text.startswith("++")}
+    return merge.compose(name, choices, [each for each, text in pairs if text.startswith("++")])
 
 
 def _composed_by_hydra(name: str, folders: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
@@ -221,12 +220,10 @@ def _composed_by_hydra(name: str, folders: Sequence[Path], overrides: Sequence[s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    searched = (
-        ["hydra.searchpath=[" + ",".join(hydra_quoted(f"file://{folder}") for folder in folders[1:]) + "]"] if len(folders) > 1 else []
-    )
+    searched = f"hydra.searchpath=[{','.join(hydra_quoted(f'file://{folder}') for folder in folders[1:])}]"
     try:
         with initialize_config_dir(str(folders[0]), version_base="1.3", job_name="mtrl"):
-            content = OmegaConf.to_container(compose(name, overrides=[*overrides, *searched]), resolve=True, throw_on_missing=True)
+            content = OmegaConf.to_container(compose(name, overrides=[*overrides, searched]), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"the configuration cannot be composed: {show(first_line(error))}") from None
     assert isinstance(content, dict)
@@ -234,16 +231,16 @@ def _composed_by_hydra(name: str, folders: Sequence[Path], overrides: Sequence[s
 
 
 def _drop_inapplicable_keys(content: dict[str, Any], given: Sequence[str], trusted: Sequence[str]) -> None:
-    """Remove keys that a pack or an agent sets for every class of a group, where the chosen class does not have them.
+    """Remove `network.layer_norm` (set by pqn) and `optimizer.eps` (set by packs) if the chosen class has no such key.
 
-    These are `network.layer_norm`, which pqn sets, and `optimizer.eps`, which packs set. Keys that the user gave stay.
+    Keys that the user gave stay, and the validation refuses them.
     """
     for group, name in (("network", "layer_norm"), ("optimizer", "eps")):
         node = content.get(group)
         if not isinstance(node, dict) or name not in node or f"{group}.{name}" in given:
             continue
         with suppress(UserError):  # validation reports a class that cannot be read
-            known = introspection.read(f"{group}._target_", node.get("_target_"), introspection.KINDS[group], trusted, None).keys
+            known = introspection.read(f"{group}._target_", node.get("_target_"), introspection.KINDS[group], trusted).keys
             if name not in known:
                 del node[name]
 
@@ -262,7 +259,7 @@ def _checked(override: Override, known: Sequence[str], folders: Sequence[Path]) 
     """
     key, for_hydra = override.key, override.for_hydra
     if key == "hydra" or key.startswith("hydra."):
-        raise UserError(f"{key} is not supported. Of Hydra's settings only hydra.searchpath=[file:///home/me/conf] is")
+        raise UserError(f"{key} is not supported. Remove it: mtrl accepts only hydra.searchpath=[file:///home/me/conf] of Hydra's settings")
     if key in options.NOT_CHOSEN:
         raise UserError(f"{key} cannot be chosen: it follows from env and agent. Set single values instead, such as agent.gamma=0.9")
     if for_hydra.startswith("~"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from mtrl_cli.config.introspection import KINDS, class_name, read
 from mtrl_cli.errors import UserError, show, unknown
 
 
-def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), root: Path | None = None) -> None:
+def check_combinations(config: Mapping[str, Any], trusted: Sequence[str]) -> None:
     """Refuse combinations of values that contradict each other, as far as this is known without building the run.
 
     Raises:
@@ -22,7 +21,7 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
         node: Any = config
         for part in path.split("/"):
             node = node[part]
-        found = read(f"{path.replace('/', '.')}._target_", node["_target_"], KINDS[path], trusted, root)
+        found = read(f"{path.replace('/', '.')}._target_", node["_target_"], KINDS[path], trusted)
         return found.attributes.get(name, default)
 
     steps, tasks = config["steps_per_task"], config["env"].get("tasks", [])
@@ -40,10 +39,16 @@ def check_combinations(config: Mapping[str, Any], trusted: Sequence[str] = (), r
     _check_within_budget("agent.learning_starts", config["agent"].get("learning_starts", 0), steps)
     _check_within_budget("transfer.unfreeze_at", config["transfer"]["unfreeze_at"] or 0, steps)
     _check_within_budget("optimizer.warm_up", config["optimizer"].get("warm_up", 0), steps)
-    shown, expected = attribute("env", "observation_kind"), attribute("network", "observation_kind")
-    if shown and expected and shown != expected:
+    required, available = attribute("network", "observation_kind"), attribute("env", "observation_kind")
+    if required and available:
+        check_observations(config, required, available)
+
+
+def check_observations(config: Mapping[str, Any], required: str, available: str) -> None:
+    """Refuse a network that requires other observations than the pack has: image or vector."""
+    if required != available:
         raise UserError(
-            f"env={config['env']['name']} has {shown} observations, and {class_name(config['network'])} of network requires {expected} "
+            f"network={class_name(config['network'])} requires {required} observations, and env={config['env']['name']} has {available} "
             "observations. Choose another network (mtrl ls network), or omit network= for the pack's default"
         )
 
@@ -65,7 +70,7 @@ def _check_bounded_head(head: Mapping[str, Any], scale: Mapping[str, Any], bound
     """Heads with a fixed range of values require a value scale that bounds returns."""
     if not bounds_returns:
         raise UserError(
-            f"network/head's {class_name(head)} requires bounded returns, which agent/value_scale's {class_name(scale)} does not provide. "
+            f"network/head={class_name(head)} requires bounded returns, and agent/value_scale={class_name(scale)} does not bound them. "
             "Choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
         )
     limit, largest = scale.get("limit"), head.get("v_max")
@@ -78,11 +83,11 @@ def _check_bounded_head(head: Mapping[str, Any], scale: Mapping[str, Any], bound
 def _check_replay(config: Mapping[str, Any], needs_rollouts: bool, keeps_rollouts: bool) -> None:
     agent, replay, steps = config["agent"], config["replay"], config["steps_per_task"]
     if needs_rollouts and not keeps_rollouts:
-        raise UserError(f"agent's {class_name(agent)} requires rollouts, and replay's {class_name(replay)} keeps none. Omit replay=")
+        raise UserError(f"agent={class_name(agent)} requires replay=rollouts, got {class_name(replay)}. Omit replay=")
     if keeps_rollouts and not needs_rollouts:
         raise UserError(
-            f"replay's {class_name(replay)} is for agents that learn from rollouts, and agent's {class_name(agent)} does not. "
-            "Choose replay=uniform or prioritized"
+            f"replay={class_name(replay)} requires an agent that learns from rollouts, got agent={class_name(agent)}. "
+            "Choose replay=uniform or replay=prioritized"
         )
     n_step, capacity = agent.get("n_step", 1), replay.get("capacity", "auto")
     if isinstance(capacity, int) and n_step >= capacity:

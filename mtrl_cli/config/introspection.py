@@ -7,7 +7,6 @@ direct subclass of the base class of its group. Imported names and aliases do no
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib
 import inspect
 import sys
@@ -22,7 +21,8 @@ from mtrl_cli import types as field_types
 from mtrl_cli.errors import UserError
 
 PACKAGE = "mtrl_cli"
-MISSING: Any = object()
+MISSING: Any = inspect.Parameter.empty
+UNKNOWN: Any = object()
 
 KINDS = {
     "env": "mtrl_cli.envs.pack.Pack",
@@ -41,6 +41,9 @@ KINDS = {
 SWEEP_KINDS = {"launcher": "mtrl_cli.launchers.base.Launcher"}
 """Groups of a sweep, each with the base class of its options."""
 
+ANNOTATIONS: dict[str, Any] = {**vars(field_types), "Literal": typing.Literal, "Any": Any, "Mapping": Mapping, "Sequence": Sequence}
+"""Names in annotations of keys, besides builtins."""
+
 SEVERAL = {"augmentation"}
 """Groups that take several options. Their section contains one section per option, by name, in order of use."""
 
@@ -53,13 +56,10 @@ def kind_of(path: str) -> str | None:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section: type annotation and default (`MISSING`: required; `UNKNOWN`: the class's own, not a literal)."""
+    """One key of a section: type annotation and default (`MISSING`: required; `UNKNOWN`: not a literal, so the class sets it)."""
 
     annotation: Any
     default: Any = MISSING
-
-
-UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -101,86 +101,47 @@ def read(key: str, target: Any, kind: str, trusted: Sequence[str] = (), root: Pa
 
 
 def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
-    *parts, name = target.split(".")[1:]
-    base = kind.rpartition(".")[2]
-    tree = _parse(root, tuple(parts))
-    found = _class_of(tree, name) if tree else None
-    if found is None or base not in (_last_name(node) for node in found.bases):
-        others = _classes_of_kind(tree, base) if tree else []
-        known = f". {'.'.join([PACKAGE, *parts])} defines {', '.join(others)}" if others else ""
+    module, _, name = target.rpartition(".")
+    home, _, base = kind.rpartition(".")
+    of_kind = {node.name: node for node in _classes(root, module) if base in map(_last_name, node.bases)}
+    if name not in of_kind:
+        known = f". {module} defines {', '.join(of_kind)}" if of_kind else ""
         raise UserError(f"{key} must be a {base} defined in {PACKAGE}, got {target}{known}")
-    keys = _keys(found)
-    if _takes_further_keywords(found):
-        home = _parse(root, tuple(kind.split(".")[1:-1]))
-        owner = _class_of(home, base) if home else None
-        keys = {**(_keys(owner) if owner else {}), **keys}
-    return Signature(target, keys, _attributes(found))
+    parameters = _init_parameters(of_kind[name])
+    keys = _keys(parameters)
+    if parameters.kwarg:  # `**common`: the keys of the base class
+        keys = _keys(next(_init_parameters(node) for node in _classes(root, home) if node.name == base)) | keys
+    return Signature(target, keys, _attributes(of_kind[name]))
 
 
 @cache
-def _parse(root: Path, parts: tuple[str, ...]) -> ast.Module | None:
-    """Return the syntax tree of a module of mtrl_cli, or None where it has no file."""
-    path = root.joinpath(*parts)
+def _classes(root: Path, module: str) -> list[ast.ClassDef]:
+    """Return the classes that a module of mtrl_cli defines at module level; an empty list if the module has no file."""
+    path = root.joinpath(*module.split(".")[1:])
     for file in (path.with_suffix(".py"), path / "__init__.py"):
-        if parts and file.is_file() and file.resolve().is_relative_to(root.resolve()):
-            return ast.parse(file.read_text(encoding="utf-8"))
-    return None
-
-
-def _class_of(tree: ast.Module, name: str) -> ast.ClassDef | None:
-    return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-
-
-def _classes_of_kind(tree: ast.Module, base: str) -> list[str]:
-    return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and base in (_last_name(each) for each in node.bases)]
+        if file.is_file() and file.resolve().is_relative_to(root.resolve()):
+            return [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    return []
 
 
 def _last_name(node: ast.expr) -> str | None:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
 
 
-def _init_of(found: ast.ClassDef) -> ast.FunctionDef | None:
-    return next((node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
+def _init_parameters(found: ast.ClassDef) -> ast.arguments:
+    """Return the parameters of a class's own `__init__`."""
+    own = (node.args for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return next(own, ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[]))
 
 
-def _takes_further_keywords(found: ast.ClassDef) -> bool:
-    """Return whether a class takes `**common`: the keys of its base class are then keys of the class."""
-    init = _init_of(found)
-    return init is not None and init.args.kwarg is not None
-
-
-def _keys(found: ast.ClassDef) -> dict[str, Key]:
-    """Return the keyword-only parameters of a class's own `__init__`, with annotations and literal defaults."""
-    init = _init_of(found)
-    if init is None:
-        return {}
+def _keys(parameters: ast.arguments) -> dict[str, Key]:
+    """Return the keyword-only parameters, with annotations and literal defaults."""
     keys = {}
-    for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
-        annotation = ast.unparse(argument.annotation) if argument.annotation else "typing.Any"
-        keys[argument.arg] = Key(_evaluate(annotation, found.name, argument.arg), MISSING if default is None else _literal(default))
+    for argument, default in zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True):
+        # Source code of mtrl_cli, never of a configuration.
+        annotation = eval(ast.unparse(argument.annotation), dict(ANNOTATIONS)) if argument.annotation else Any
+        keys[argument.arg] = Key(annotation, MISSING if default is None else _literal(default))
     return keys
-
-
-@cache
-def _namespace() -> dict[str, Any]:
-    return {
-        **vars(builtins),
-        "typing": typing,
-        "Literal": typing.Literal,
-        "Any": typing.Any,
-        "Mapping": Mapping,
-        "Sequence": Sequence,
-        **vars(field_types),
-    }
-
-
-def _evaluate(annotation: str, owner: str, key: str) -> Any:
-    try:
-        return eval(annotation, dict(_namespace()))  # source code of mtrl_cli, never of a configuration
-    except NameError as error:
-        raise TypeError(
-            f"{owner}.__init__: the annotation of {key} must consist of builtins, Literal and names of mtrl_cli.types"
-        ) from error
 
 
 def _literal(node: ast.expr) -> Any:
@@ -193,16 +154,14 @@ def _literal(node: ast.expr) -> Any:
 def _attributes(found: ast.ClassDef) -> dict[str, Any]:
     attributes = {}
     for node in found.body:
-        if isinstance(node, ast.AnnAssign) and node.value is not None and isinstance(node.target, ast.Name):
-            attributes[node.target.id] = _literal(node.value)
-        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            attributes[node.targets[0].id] = _literal(node.value)
-    return {name: value for name, value in attributes.items() if value is not UNKNOWN}
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                attributes[_last_name(target)] = _literal(node.value)
+    return {name: value for name, value in attributes.items() if name is not None and value is not UNKNOWN}
 
 
 def _read_trusted(key: str, target: str, kind: str, trusted: Sequence[str]) -> Signature:
     module_name, _, name = target.rpartition(".")
-
     try:
         found = vars(importlib.import_module(module_name or target)).get(name)
     except ImportError as error:
@@ -226,14 +185,13 @@ def _parameters(found: type) -> Sequence[inspect.Parameter]:
 
 
 def _keyword_only(parameters: Sequence[inspect.Parameter]) -> dict[str, Key]:
-    return {each.name: _key_of(each) for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _key_of(parameter: inspect.Parameter) -> Key:
-    annotation = parameter.annotation
-    known = annotation is not inspect.Parameter.empty and not isinstance(annotation, str)
-    default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
-    return Key(annotation if known else Any, default)
+    """Return the keyword-only parameters; those with an unknown annotation accept any value."""
+    keys = {}
+    for each in parameters:
+        if each.kind is each.KEYWORD_ONLY:
+            known = each.annotation is not each.empty and not isinstance(each.annotation, str)
+            keys[each.name] = Key(each.annotation if known else Any, each.default)
+    return keys
 
 
 def class_name(node: Mapping[str, Any]) -> str:

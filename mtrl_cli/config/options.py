@@ -13,11 +13,11 @@ from mtrl_cli.errors import UserError
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML without libyaml has only the slow loader
 
-TASK_FILES = {"mtrl_cli.envs.atari.AtariPack": ("ale_py", "roms", "*.bin")}
-"""Packs whose tasks are files of another package, and so can be listed without importing it: package, folder, pattern."""
+ATARI = "mtrl_cli.envs.atari.AtariPack"
+"""Pack whose tasks are the ROM files of ale_py, which are listed without importing it."""
 
 NOT_CHOSEN = {"tuned"}
-"""Groups whose option follows from other choices: from a pack and an agent."""
+"""Groups whose option is determined by the pack and the agent."""
 
 SWEEP_GROUPS = {"launcher"}
 """Groups of `mtrl sweep`, not of runs."""
@@ -95,7 +95,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
-    """Return all task names that options of group `env` give to the pack class `target`, and those of `TASK_FILES`.
+    """Return all task names that options of group `env` give to the pack class `target`, and for Atari those of all ROM files.
 
     Returns None where an option names no tasks: such a pack accepts any name and checks names when it is built.
     """
@@ -107,12 +107,8 @@ def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
             if not env.get("tasks"):
                 return None
             known.update(str(name) for name in env["tasks"])
-    if target in TASK_FILES:
-        package, folder, pattern = TASK_FILES[target]
-        found = importlib.util.find_spec(package)
-        known.update(
-            file.stem for place in (found and found.submodule_search_locations) or [] for file in Path(place, folder).glob(pattern)
-        )
+    if target == ATARI and (package := importlib.util.find_spec("ale_py")):
+        known.update(file.stem for place in package.submodule_search_locations or [] for file in Path(place, "roms").glob("*.bin"))
     return known
 
 

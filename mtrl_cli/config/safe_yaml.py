@@ -86,14 +86,7 @@ def _content(path: Path) -> bytes:
 
 
 def _mapping(path: Path, content: bytes, loader: Any) -> dict[Any, Any]:
-    parsed = _parse(path, content, loader)
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} must contain keys and values")
-    return parsed
-
-
-def _parse(path: Path, content: bytes, loader: Any) -> Any:
-    """Parse YAML without aliases, interpolations, Python tags or deep nesting."""
+    """Parse a mapping in YAML without aliases, interpolations, Python tags or deep nesting."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
@@ -108,13 +101,16 @@ def _parse(path: Path, content: bytes, loader: Any) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise UserError(f"{path} is nested deeper than {DEEPEST} levels")
-        return yaml.load(text, Loader=loader)
+        parsed = yaml.load(text, Loader=loader)
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''} is not plain YAML: {show(problem)}") from None
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} must contain keys and values")
+    return parsed
 
 
 def dump(config: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
@@ -19,49 +18,47 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtrl_cli.config import options
 from mtrl_cli.config.cross_checks import check_combinations
-from mtrl_cli.config.introspection import KINDS, MISSING, SEVERAL, SWEEP_KINDS, UNKNOWN, Key, Signature, class_name, kind_of, read
+from mtrl_cli.config.introspection import KINDS, MISSING, SEVERAL, SWEEP_KINDS, UNKNOWN, Key, class_name, kind_of, read
 from mtrl_cli.config.schema import OWN_KEYS, SECTIONS, keys_of
 from mtrl_cli.errors import UserError, did_you_mean, nearest, quoted, show, unknown
 
 LARGEST, LARGEST_FLOAT = 2**63, 1e30
 
-NOT_THE_CLASSES = {"network": {"parameters"}}
+NOT_PASSED = {"network": {"parameters"}}
 """Keys of OWN_KEYS that are not passed to the class."""
 
 
-def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
+def validate(config: Any, *, command: str = "train", trusted: Sequence[str] = ()) -> dict[str, Any]:
     """Check a configuration and fill in default values.
 
     Args:
         config: a composed or loaded configuration; untrusted.
         command: `train`, `eval` or `sweep`.
         trusted: packages other than mtrl_cli whose classes may be named.
-        root: folder of the package mtrl_cli.
 
     Returns: a new dictionary of plain values with every key. Integers become floats where a float is expected.
 
     Raises:
         UserError: a key is unknown or missing, a value has the wrong type, a class is not allowed, or values contradict each other.
     """
-    checked = _Checker(command, trusted, root).section("", config)
+    checked = _Checker(command, trusted).section("", config)
     if command == "train":
-        check_combinations(checked, trusted, root)
+        check_combinations(checked, trusted)
     return checked
 
 
-def dotted_keys(config: Any, *, command: str = "train", trusted: Sequence[str] = (), root: Path | None = None) -> dict[str, Any]:
+def dotted_keys(config: Any, *, command: str = "train", trusted: Sequence[str] = ()) -> dict[str, Any]:
     """Return all keys that this configuration may contain (`agent.n_step`), with their annotations. Invalid sections are skipped."""
-    return dict(_Checker(command, trusted, root).walk("", config))
+    return dict(_Checker(command, trusted).walk("", config))
 
 
 class _Checker:
     """Checks a configuration section by section. A section is named by its path, `network/head`; the root is the empty path."""
 
-    def __init__(self, command: str, trusted: Sequence[str], root: Path | None):
+    def __init__(self, command: str, trusted: Sequence[str]):
         self.sections = SECTIONS[command]
         self.kinds = {"train": KINDS, "sweep": SWEEP_KINDS}.get(command, {})
         self.trusted = trusted
-        self.root = root
         self.whole: Any = None
 
     def section(self, path: str, node: Any) -> dict[str, Any]:
@@ -91,13 +88,9 @@ class _Checker:
 
     def keys(self, path: str, node: Mapping[str, Any]) -> dict[str, Key]:
         """Return the keys of a section, without its `_target_` and its inner sections."""
-        if not kind_of(path):
-            return keys_of(self.sections[path])
-        return {**self.signature(path, node).keys, **OWN_KEYS.get(path, {})}
-
-    def signature(self, path: str, node: Mapping[str, Any]) -> Signature:
         kind = kind_of(path)
-        assert kind is not None, path
+        if kind is None:
+            return keys_of(self.sections[path])
         if "_target_" not in node:
             group, name = (path, "NAME") if path in self.kinds else path.rpartition("/")[::2]
             known = options.options(group, [options.conf_folder()])
@@ -105,7 +98,8 @@ class _Checker:
                 raise UserError(unknown("option", name, known, prefix=f"{group}="))
             chosen = "" if name == "NAME" else f": {show(name)} is not chosen"
             raise UserError(f"{_dotted(path)} has no _target_{chosen}. Choose one of `mtrl ls {group}` with {group}={show(name)}")
-        return read(_join(path, "_target_"), node["_target_"], kind, self.trusted, self.root)
+        found = read(_join(path, "_target_"), node["_target_"], kind, self.trusted)
+        return {**found.keys, **OWN_KEYS.get(path, {})}
 
     def several(self, path: str, node: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the sections of a group that takes several options."""
@@ -123,8 +117,7 @@ class _Checker:
 
     def children(self, path: str) -> list[str]:
         """Return the names of the inner sections of a section."""
-        below = [name for name in (*self.kinds, *self.sections) if name and name.rpartition("/")[0] == path]
-        return [name.rpartition("/")[2] for name in below]
+        return [name.rpartition("/")[2] for name in (*self.kinds, *self.sections) if name and name.rpartition("/")[0] == path]
 
     def walk(self, path: str, node: Any) -> Iterator[tuple[str, Any]]:
         if not isinstance(node, Mapping):

@@ -62,8 +62,7 @@ class AtariPack(Pack):
     ) -> None:
         known = set(roms.get_all_rom_ids()) - TWO_PLAYER_GAMES
         check_names(tasks, known, "an Atari game")
-        if symmetric:
-            check_names(symmetric, known, "an Atari game", "env.symmetric")
+        check_names(symmetric, known, "an Atari game", "env.symmetric")
         self.protocol = protocol
         self.full_action_space = full_action_space
         described = [_task(game, full_action_space, game in symmetric) for game in tasks]

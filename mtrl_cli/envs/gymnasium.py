@@ -38,14 +38,7 @@ class GymnasiumPack(Pack):
         max_episode_steps: time limit that truncates episodes; 0 keeps the limit of each registration.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        tasks: Names,
-        num_envs: PositiveInt = 8,
-        max_episode_steps: NonNegativeInt = 0,
-    ) -> None:
+    def __init__(self, *, name: str, tasks: Names, num_envs: PositiveInt = 8, max_episode_steps: NonNegativeInt = 0) -> None:
         for each in tasks:
             _refuse_prefix(each)
         check_names(tasks, set(gymnasium.registry), "a registered Gymnasium id")
@@ -69,27 +62,27 @@ class GymnasiumPack(Pack):
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> VectorTask:
         """See `Pack.vector`. The environments run one after the other; `num_threads` is ignored."""
         task = self.tasks[task_index]
-        games = [GymnasiumGame(self._make(task.name)) for _ in range(num_envs)]
-        return SerialVectorTask(games, task.observation_shape, self.observation_dtype)
+        envs = [GymnasiumEnv(self._make(task.name)) for _ in range(num_envs)]
+        return SerialVectorTask(envs, task.observation_shape, self.observation_dtype)
 
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
         """See `Pack.render`."""
         name = self.tasks[task_index].name
         if "rgb_array" not in self._metadata(name).get("render_modes", []):
             raise UserError(f"{name} cannot be rendered: it has no render mode rgb_array")
-        game = GymnasiumGame(self._make(name, render_mode="rgb_array"))
+        env = GymnasiumEnv(self._make(name, render_mode="rgb_array"))
         try:
-            game.reset(seed)
-            yield game.render()
+            env.reset(seed)
+            yield env.render()
             for action in actions:
-                game.step(action)
-                yield game.render()
+                env.step(action)
+                yield env.render()
         except gymnasium.error.DependencyNotInstalled as error:
             raise UserError(
                 f"{name} cannot be rendered: {' '.join(str(error).split())}\nFor classic control: {extras.install_command('video')}"
             ) from None
         finally:
-            game.close()
+            env.close()
 
     def render_fps(self, task_index: int) -> int:
         """See `Pack.render_fps`."""
@@ -111,8 +104,8 @@ class GymnasiumPack(Pack):
             raise UserError(f"env.tasks: {name} needs a package that is not installed\n{' '.join(str(error).split())}") from None
 
 
-class GymnasiumGame:
-    """One environment, a `mtrl_cli.envs.serial.Game`."""
+class GymnasiumEnv:
+    """One environment, a `mtrl_cli.envs.serial.Env`."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         self._env = env
@@ -120,11 +113,11 @@ class GymnasiumGame:
         self._convert = _converter(env.observation_space)
 
     def reset(self, seed: int | None) -> np.ndarray:
-        """See `Game.reset`."""
+        """See `Env.reset`."""
         return self._convert(self._env.reset(seed=seed)[0])
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """See `Game.step`."""
+        """See `Env.step`."""
         observation, reward, terminated, truncated, _ = self._env.step(action + self._first_action)
         return self._convert(observation), float(reward), bool(terminated), bool(truncated)
 
@@ -133,7 +126,7 @@ class GymnasiumGame:
         return np.asarray(self._env.render(), np.uint8)
 
     def close(self) -> None:
-        """See `Game.close`."""
+        """See `Env.close`."""
         self._env.close()
 
 
@@ -142,7 +135,7 @@ def _refuse_prefix(name: str) -> None:
     if colon:
         raise UserError(
             f"env.tasks: ids with a package prefix are not supported, got {name}; use {rest}\n"
-            f"If you trust the package {package} with running code, add trusted_packages=[{package}]"
+            f"If you trust the package {package} to run code, add trusted_packages=[{package}] to the command line"
         )
 
 

@@ -1,6 +1,6 @@
 """The five MinAtar games (Young and Tian 2019) from the optional package `minatar`.
 
-Observations are `[C, 10, 10]` of 0 and 1, where C is the number of object types in the game, 4 to 10. Some games need never end, so
+Observations are `[C, 10, 10]` of 0 and 1, where C is the number of object types in the game, 4 to 10. Some games may never end, so
 episodes are truncated after `max_episode_steps`; the published scores were measured without this limit.
 """
 
@@ -59,8 +59,7 @@ class MinAtarPack(Pack):
         symmetric: list[str] = [],  # noqa: B006 (a literal, because the schema reads the source)
     ) -> None:
         check_names(tasks, GAMES, "a MinAtar game")
-        if symmetric:
-            check_names(symmetric, GAMES, "a MinAtar game", "env.symmetric")
+        check_names(symmetric, GAMES, "a MinAtar game", "env.symmetric")
         self._symmetric = symmetric
         self._package = _import_minatar()
         self.sticky = sticky
@@ -71,33 +70,33 @@ class MinAtarPack(Pack):
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> VectorTask:
         """See `Pack.vector`."""
-        games = [self._game(self.tasks[task_index].name) for _ in range(num_envs)]
-        return SerialVectorTask(games, self.tasks[task_index].observation_shape, self.observation_dtype)
+        envs = [self._env(self.tasks[task_index].name) for _ in range(num_envs)]
+        return SerialVectorTask(envs, self.tasks[task_index].observation_shape, self.observation_dtype)
 
     def render(self, task_index: int, seed: int, actions: Sequence[int], training: bool = False) -> Iterator[np.ndarray]:
         """See `Pack.render`."""
-        game = self._game(self.tasks[task_index].name)
-        yield _draw(game.reset(seed))
+        env = self._env(self.tasks[task_index].name)
+        yield _draw(env.reset(seed))
         for action in actions:
-            yield _draw(game.step(action)[0])
+            yield _draw(env.step(action)[0])
 
     def render_fps(self, task_index: int) -> int:
         """See `Pack.render_fps`."""
         return FRAMES_PER_SECOND
 
     def _task(self, name: str) -> Task:
-        game = self._game(name)
-        meanings = tuple(ACTION_MEANINGS[action] for action in game.actions)
-        return Task(name, game.reset(0).shape, len(meanings), meanings, 1, *scores("minatar", name), name in self._symmetric)
+        env = self._env(name)
+        meanings = tuple(ACTION_MEANINGS[action] for action in env.actions)
+        return Task(name, env.reset(0).shape, len(meanings), meanings, 1, *scores("minatar", name), name in self._symmetric)
 
-    def _game(self, name: str) -> MinAtarGame:
+    def _env(self, name: str) -> MinAtarEnv:
         environment = self._package.Environment(name, sticky_action_prob=self.sticky, difficulty_ramping=self.difficulty_ramping)
         actions = environment.minimal_action_set() if self.minimal_actions else list(range(len(ACTION_MEANINGS)))
-        return MinAtarGame(environment, actions, self.max_episode_steps)
+        return MinAtarEnv(environment, actions, self.max_episode_steps)
 
 
-class MinAtarGame:
-    """One environment, a `mtrl_cli.envs.serial.Game`. `actions` maps the task's actions to MinAtar's."""
+class MinAtarEnv:
+    """One environment, a `mtrl_cli.envs.serial.Env`. `actions` maps the task's actions to MinAtar's."""
 
     def __init__(self, environment: Any, actions: Sequence[int], max_episode_steps: int) -> None:
         self._environment = environment
@@ -106,7 +105,7 @@ class MinAtarGame:
         self.actions = list(actions)
 
     def reset(self, seed: int | None) -> np.ndarray:
-        """See `Game.reset`."""
+        """See `Env.reset`."""
         if seed is not None:
             self._environment.seed(seed)
         self._environment.last_action = 0  # not cleared by MinAtar's reset; the first sticky action would repeat it
@@ -115,7 +114,7 @@ class MinAtarGame:
         return self._observation()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
-        """See `Game.step`."""
+        """See `Env.step`."""
         reward, terminated = self._environment.act(self.actions[action])
         self._steps += 1
         return self._observation(), reward, terminated, self._steps >= self._max_episode_steps and not terminated

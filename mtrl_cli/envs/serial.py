@@ -10,7 +10,7 @@ import numpy as np
 from mtrl_cli.envs.pack import UNSEEDED, Received
 
 
-class Game(Protocol):
+class Env(Protocol):
     """One environment. Observations have the task's unpadded shape."""
 
     def reset(self, seed: int | None) -> np.ndarray:
@@ -24,17 +24,17 @@ class Game(Protocol):
 
 
 class SerialVectorTask:
-    """A `VectorTask` of `games`. `send` only stores the actions, and `recv` runs the steps, as there is no background thread."""
+    """A `VectorTask` of `envs`. `send` only stores the actions, and `recv` runs the steps, as there is no background thread."""
 
-    def __init__(self, games: Sequence[Game], shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._games = games
-        self._observation = np.zeros((len(games), *shape), dtype)
+    def __init__(self, envs: Sequence[Env], shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._envs = envs
+        self._observation = np.zeros((len(envs), *shape), dtype)
         self._actions: list[int] = []
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """See `VectorTask.reset`."""
         for index, seed in zip(np.flatnonzero(mask).tolist(), seeds.tolist(), strict=True):
-            self._observation[index] = self._games[index].reset(None if seed == UNSEEDED else seed)
+            self._observation[index] = self._envs[index].reset(None if seed == UNSEEDED else seed)
         return self._observation
 
     def send(self, actions: np.ndarray) -> None:
@@ -43,13 +43,13 @@ class SerialVectorTask:
 
     def recv(self) -> Received:
         """See `VectorTask.recv`."""
-        reward = np.zeros(len(self._games), np.float32)
-        terminated, truncated = np.zeros((2, len(self._games)), bool)
-        for index, (game, action) in enumerate(zip(self._games, self._actions, strict=True)):
-            self._observation[index], reward[index], terminated[index], truncated[index] = game.step(action)
+        reward = np.zeros(len(self._envs), np.float32)
+        terminated, truncated = np.zeros((2, len(self._envs)), bool)
+        for index, (env, action) in enumerate(zip(self._envs, self._actions, strict=True)):
+            self._observation[index], reward[index], terminated[index], truncated[index] = env.step(action)
         return self._observation, reward, terminated, truncated, terminated | truncated
 
     def close(self) -> None:
         """See `VectorTask.close`."""
-        for game in self._games:
-            game.close()
+        for env in self._envs:
+            env.close()

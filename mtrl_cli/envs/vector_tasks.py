@@ -42,6 +42,7 @@ class Step(Generic[ArrayT]):
     done: ArrayT
 
 
+@dataclass(eq=False)
 class VectorTasks:
     """K tasks with `num_envs` environments each. `send` starts a step; `recv` waits for it and resets environments that are done.
 
@@ -56,33 +57,27 @@ class VectorTasks:
         episodes: int64 `[K, N]`, index of the current episode of each environment, from 0.
     """
 
-    def __init__(
-        self,
-        pack: Pack,
-        *,
-        num_envs: int,
-        seed: int,
-        num_threads: int,
-        training: bool,
-        stream: str,
-        first_env: int = 0,
-        buffers: Sequence[np.ndarray] | None = None,
-    ) -> None:
-        self.pack, self.tasks = pack, pack.tasks
-        self.num_envs, self.first_env = num_envs, first_env
-        self.seed, self.stream = seed, stream
-        shape = (len(self.tasks), num_envs)
+    pack: Pack
+    num_envs: int
+    seed: int
+    num_threads: int
+    training: bool
+    stream: str
+    first_env: int = 0
+    buffers: Sequence[np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        self.tasks = self.pack.tasks
+        shape = (len(self.tasks), self.num_envs)
         self.episodes = np.zeros(shape, np.int64)
         self._seeded_episodes = np.zeros(shape, np.int64)
         self._log = ActionLog(*shape)  # actions since the start of those episodes
         self._num_actions = np.array([[task.num_actions] for task in self.tasks])
         self._in_flight: np.ndarray | None = None
         # Two buffers alternate, so that the caller's observation stays valid while the next one is written.
-        self._buffers = list(buffers or [np.zeros((*shape, *pack.observation_shape), pack.observation_dtype) for _ in range(2)])
+        self._buffers = list(self.buffers or np.zeros((2, *shape, *self.pack.observation_shape), self.pack.observation_dtype))
         slices = [tuple(slice(size) for size in task.observation_shape) for task in self.tasks]
         self._unpadded = [[buffer[index][:, *part] for index, part in enumerate(slices)] for buffer in self._buffers]
-        self._num_threads = num_threads
-        self._training = training
         self._vectors: list[VectorTask] = []  # created by the first `reset` or `load_state_dict`
 
     def episode_seed(self, task: int, env: int, episode: int) -> int:
@@ -100,7 +95,7 @@ class VectorTasks:
         resets: list[Future[np.ndarray]] = []
         # ale-py loads a ROM on each creation, which blocks other threads, and on each reset, which does not. The first tasks are therefore
         # reset while the others are created.
-        with ThreadPoolExecutor(self._num_threads) as threads:
+        with ThreadPoolExecutor(self.num_threads) as threads:
             for task in range(len(self.tasks)):
                 resets.append(threads.submit(self._vector(task).reset, self._seeds(task, all_envs, all_envs), all_envs))
             return self._fill([reset.result() for reset in resets])
@@ -108,8 +103,8 @@ class VectorTasks:
     def _vector(self, task: int) -> VectorTask:
         """Return the environments of a task, created on the first call. Tasks must be requested in order."""
         if task == len(self._vectors):
-            threads = max(1, self._num_threads // len(self.tasks))
-            self._vectors.append(self.pack.vector(task, self.num_envs, threads, self._training))
+            threads = max(1, self.num_threads // len(self.tasks))
+            self._vectors.append(self.pack.vector(task, self.num_envs, threads, self.training))
         return self._vectors[task]
 
     def send(self, actions: np.ndarray, active: np.ndarray | None = None) -> None:
@@ -252,23 +247,23 @@ class VectorTasks:
         shapes_fit = episodes.shape == seeded.shape == lengths.shape == self.episodes.shape
         if not shapes_fit or lengths.min() < 0 or lengths.max() > actions.size or lengths.sum() != actions.size:
             raise UserError(
-                f"The saved environments do not fit: expected {self.episodes.shape[0]} tasks with {self.num_envs} environments each, got"
+                f"the saved environments do not fit: expected {self.episodes.shape[0]} tasks with {self.num_envs} environments each, got"
                 f" arrays of shape {episodes.shape} and {actions.size} of {int(lengths.sum())} actions"
             )
         if ((seeded < 0) | (seeded > episodes) | (episodes - seeded > lengths)).any():  # an episode has at least one step
-            raise UserError("The saved environments do not fit: the seeded episodes, episodes and action counts are inconsistent")
+            raise UserError("the saved environments do not fit: the seeded episodes, episodes and action counts are inconsistent")
         task_of = np.repeat(np.arange(len(self.tasks), dtype=np.int32), lengths.sum(axis=1))
         wrong = np.flatnonzero(actions >= self._num_actions.ravel()[task_of])
         if wrong.size:
             name, action = self.tasks[task_of[wrong[0]]].name, actions[wrong[0]]
-            raise UserError(f"The saved environments do not fit: {name} has no action {action}")
+            raise UserError(f"the saved environments do not fit: {name} has no action {action}")
 
     def _check_repeated(self, ended: np.ndarray) -> None:
         expected = self.episodes - self._seeded_episodes
         if (ended != expected).any():
             task, env = np.argwhere(ended != expected)[0]
             raise RunError(
-                f"Environment {env} of {self.tasks[task].name} is not reproducible: its {self._log.lengths[task, env]} saved actions"
-                f" ended {expected[task, env]} episodes before, {ended[task, env]} now"
-                f"\nResume with the package versions listed in run.json"
+                f"environment {env} of {self.tasks[task].name} is not reproducible: its {self._log.lengths[task, env]} saved actions"
+                f" ended {expected[task, env]} episodes before, {ended[task, env]} now: "
+                "resume with the package versions in run.json"
             )

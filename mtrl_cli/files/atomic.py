@@ -13,12 +13,16 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from mtrl_cli.errors import UserError
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 MAX_JSON_BYTES = 64 * 2**20
 TEMPORARY = ".writing-"
+Model = TypeVar("Model", bound="BaseModel")
 
 
 def sync_folder(folder: Path) -> None:
@@ -132,6 +136,18 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: expected a JSON object, got a {type(value).__name__}")
     return value
+
+
+def read_model(model: type[Model], path: Path, folder: Path) -> Model:
+    """Read a JSON file inside `folder` into a pydantic model. Raises UserError if the file is missing or does not fit the model."""
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate_json(read_bytes(path, folder, MAX_JSON_BYTES))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}") from None
 
 
 def to_json(value: Any) -> str:

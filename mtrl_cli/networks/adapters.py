@@ -8,28 +8,22 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.per_task import TaskVectors, append_per_task
-from mtrl_cli.networks.sharing import Sharing, apply_stem, blocks_of, has_parameters, make_stem, names_in_body, output_shapes
+from mtrl_cli.networks.sharing import HardSharing, Sharing, apply_stem, blocks_of, has_parameters, make_stem, names_in_body, output_shapes
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.types import PositiveInt
 
 
-class InputAdapters(Sharing):
+class InputAdapters(HardSharing, Sharing):
     """An input layer per task and a shared body (D'Eramo et al. 2020, "Sharing Knowledge in Multi-Task Deep Reinforcement Learning",
     section 4): f_t(h(w_t(x))), with the stem w_t, the body h and the head f_t.
 
     Unlike hard sharing, each task has a stem even if all tasks have one observation shape.
     """
 
-    def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
-        super().__init__(torso, shapes)
-        self.stem = make_stem(torso, shapes, own=True)
-        self.body = torso.body(shapes[0])
-
-    def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.by_task(self.body(apply_stem(self.stem, observation)))
+    own_stems = True
 
 
-class TaskEmbedding(Sharing):
+class TaskEmbedding(HardSharing, Sharing):
     """A learned vector per task, appended to the features of a shared torso. It replaces the one-hot task that multi-task SAC reads with
     its observations in Yu et al. 2020 ("Meta-World", section 5).
 
@@ -42,14 +36,11 @@ class TaskEmbedding(Sharing):
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]], *, size: PositiveInt = 50):
         super().__init__(torso, shapes)
-        self.stem = make_stem(torso, shapes)
-        self.body = torso.body(shapes[0])
         self.embedding = TaskVectors(torch.randn(len(shapes), size))
         self.joint = nn.Linear(torso.num_features + size, torso.num_features)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        features_KBF = self.by_task(self.body(apply_stem(self.stem, observation)))
-        return self.joint(append_per_task(features_KBF, self.embedding())).relu()
+        return self.joint(append_per_task(super().forward(observation), self.embedding())).relu()
 
 
 class _Modulation(nn.Module):

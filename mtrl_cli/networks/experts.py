@@ -153,7 +153,7 @@ class PLE(Sharing):
     in the upper level. Every sample passes all lower experts, so these have only the first half of the blocks. A gate reads the input of
     its level, averaged over the positions of an image.
 
-    The lower level needs a block that all tasks can read. If there is none to spare (different observation shapes and a body of one
+    The lower level needs a block that all tasks can read. If there is no such block (different observation shapes and a body of one
     block, for example `network.hidden=[256,256]`), the structure has only the upper level, which is the paper's CGC (section 4.1).
 
     Args:

@@ -115,7 +115,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Loaded:
     """Result of a warm start.
 
     Attributes:
@@ -137,7 +137,7 @@ class Taken:
 
 
 @torch.no_grad()
-def take(source: Source, network: MultiTaskNetwork, tasks: Sequence[str]) -> Taken:
+def load_matching(source: Source, network: MultiTaskNetwork, tasks: Sequence[str]) -> Loaded:
     """Copy the parts of a source into a network, where all tensors of a part have the same shapes.
 
     A task's own part is copied to the task of the same name. A shared part is copied to the shared part and to each task's own part of the
@@ -168,7 +168,7 @@ def take(source: Source, network: MultiTaskNetwork, tasks: Sequence[str]) -> Tak
     for (task, name), piece in theirs.items():
         if (task, name) not in used:
             outcomes.append(Outcome(task, piece.kind, piece.layer, "left", _count(source.network, [piece])))
-    return Taken(_rows(loaded, mine.values()), outcomes)
+    return Loaded(_rows(loaded, mine.values()), outcomes)
 
 
 def _match(

@@ -105,11 +105,17 @@ def output_shapes(layers: Sequence[nn.Module], shape: tuple[int, ...]) -> list[t
 
 
 class HardSharing(Sharing):
-    """One torso for all tasks (Caruana 1997). Tasks of different observation shapes have a stem each."""
+    """One torso for all tasks (Caruana 1997). Tasks of different observation shapes have a stem each.
+
+    Attributes:
+        own_stems: whether every task has a stem even if all tasks have one observation shape.
+    """
+
+    own_stems: ClassVar[bool] = False
 
     def __init__(self, torso: Torso, shapes: Sequence[tuple[int, ...]]):
         super().__init__(torso, shapes)
-        self.stem = make_stem(torso, shapes)
+        self.stem = make_stem(torso, shapes, own=self.own_stems)
         self.body = torso.body(shapes[0])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 All ranks call each exchanging method in the same order. Sums of floating-point numbers are bit-identical on all ranks, so networks with
 equal parameters stay equal.
 
-Objects and signals go over gloo on the CPU, which notices a lost rank at once. Tensors on a GPU go over NCCL, which would wait for a lost
-rank forever. Therefore the processes of one machine also watch each other.
+Objects and signals go over gloo on the CPU, where an exchange fails at once if a rank is lost. Tensors on a GPU go over NCCL, where it
+waits for a lost rank forever. Therefore the processes of one machine also watch each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtrl_cli.parallel.torchrun import Place
 NO_TIMEOUT = timedelta(days=365)  # the other ranks wait during an evaluation, which may take hours
 START_TIMEOUT = timedelta(minutes=10)
 GRACE_SECONDS = 15.0
-"""Time for a rank to notice a lost peer in an exchange, before the watching thread ends the process."""
+"""Time in which an exchange with a lost rank may fail, before the watching thread ends the process."""
 DIAGNOSIS_SECONDS = 3.0
 """Time to find out which rank was lost, and why."""
 _FAILURE = "mtrl/failure"
@@ -39,26 +39,18 @@ class Ranks:
     """The ranks of a run, seen from this process. This class is a single rank, for which every exchange is the identity.
 
     Attributes:
-        place: rank of this process and number of ranks.
+        place: position of this process among the ranks.
+        rank, size: of `place`.
+        is_first: whether this rank prints output and writes files.
         at_loss: called with the error line before the process is ended because of a lost rank; returns whether this rank prints the line.
     """
 
     def __init__(self, place: Place | None = None):
         self.place = place or Place()
+        self.rank = self.place.rank
+        self.size = self.place.size
+        self.is_first = self.place.is_first
         self.at_loss: Callable[[str], bool] = lambda line: self.is_first
-
-    @property
-    def rank(self) -> int:
-        return self.place.rank
-
-    @property
-    def size(self) -> int:
-        return self.place.size
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this rank prints output and writes files."""
-        return self.place.is_first
 
     def __enter__(self) -> Ranks:
         return self
@@ -175,12 +167,12 @@ class TorchRanks(Ranks):
     def use(self, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            with self._noticing():
+            with self._exchange():
                 self._tensors = dist.new_group(backend="nccl", timeout=NO_TIMEOUT)
 
     def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        with self._noticing():
+        with self._exchange():
             dist.all_reduce(flat, group=self._tensors)
         flat /= self.size
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -188,13 +180,13 @@ class TorchRanks(Ranks):
 
     def joined(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        with self._noticing():
+        with self._exchange():
             dist.all_gather(parts, tensor.contiguous(), group=self._tensors)
         return torch.cat(parts, dim)
 
     def agreed(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with self._noticing():
+        with self._exchange():
             dist.broadcast(tensor, 0, group=self._tensors)
         return tensor
 
@@ -202,30 +194,30 @@ class TorchRanks(Ranks):
 
     def total(self, array: Any) -> Any:
         summed = torch.as_tensor(array).clone()
-        with self._noticing():
+        with self._exchange():
             dist.all_reduce(summed)
         return summed.numpy()
 
     def largest(self, number: int) -> int:
         tensor = torch.tensor(int(number))  # gloo has no bool
-        with self._noticing():
+        with self._exchange():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def from_first(self, value: Any) -> Any:
         values = [value if self.is_first else None]
-        with self._noticing():
+        with self._exchange():
             dist.broadcast_object_list(values, 0)
         return values[0]
 
     def gather(self, data: bytes) -> list[bytes]:
         received: list[Any] | None = [None] * self.size if self.is_first else None
-        with self._noticing():
+        with self._exchange():
             dist.gather_object(data, received)
         return received[1:] if received else []
 
     @contextmanager
-    def _failing_together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         mine: UserError | RunError | None = None
         try:
             yield
@@ -240,24 +232,21 @@ class TorchRanks(Ranks):
         is_users, line = errors[first]
         raise (UserError if is_users else RunError)(line if first == 0 else f"rank {first}: {line}")
 
-    def together(self) -> AbstractContextManager[None]:
-        return self._failing_together()
-
     def wait(self) -> None:
-        with self._noticing():
+        with self._exchange():
             dist.barrier()
 
     def _of_all(self, value: Any) -> list[Any]:
         """Return the values of all ranks."""
         values: list[Any] = [None] * self.size
-        with self._noticing():
+        with self._exchange():
             dist.all_gather_object(values, value)
         return values
 
     # -- lost ranks -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _noticing(self) -> Iterator[None]:
+    def _exchange(self) -> Iterator[None]:
         """Raise RanksLost where an exchange fails because a rank is gone."""
         try:
             yield

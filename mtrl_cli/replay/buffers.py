@@ -60,8 +60,8 @@ class Replay(ABC):
         needed = spec.n_step + spec.stack + 1
         if self.capacity_rows < needed:
             raise ValueError(
-                f"replay.capacity={capacity} holds {self.capacity_rows} rows of env.num_envs={spec.num_envs}; "
-                f"n-step windows and frame stacks need at least {needed}: {needed * spec.num_envs}"
+                f"replay.capacity must be at least {needed * spec.num_envs} ({needed} rows of env.num_envs={spec.num_envs}) "
+                f"for n-step windows and frame stacks, got {capacity}"
             )
         K, T, N = spec.num_tasks, self.capacity_rows, spec.num_envs
         # The last frame stays zero: stacks use it before the start of an episode.
@@ -209,7 +209,7 @@ class Replay(ABC):
         return {name: tensor[:, slots].cpu() for name, tensor in self._stored().items()}
 
     def import_rows(self, start: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Restore rows of `export_rows(start, ...)`: the newest ones if there are more than the ring holds."""
+        """Restore rows of `export_rows(start, ...)`; of more rows than the capacity, only the newest."""
         rows = tensors["flags"].shape[1]
         newest = slice(max(0, rows - self.capacity_rows), rows)
         slots = torch.arange(start + newest.start, start + rows, device=self.spec.device) % self.capacity_rows

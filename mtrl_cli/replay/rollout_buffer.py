@@ -22,9 +22,6 @@ class Rollouts(Replay):
 
     Truncated steps have no return, and the first steps after a start without rows have no complete frame stack: both are samples of
     weight 0.
-
-    Raises:
-        ValueError: the agent does not learn from rollouts.
     """
 
     from_rollouts = True
@@ -32,7 +29,7 @@ class Rollouts(Replay):
 
     @classmethod
     def fixed_capacity(cls, spec: ReplaySpec) -> int:
-        """Capacity for the open rollout, the frame stacks of its first steps, and the rollout that is collected meanwhile."""
+        """Capacity for the open rollout, the frame stacks of its first steps, and the rollout that is being collected."""
         return (2 * spec.rollout_length + spec.stack + _SPARE_ROWS) * spec.num_envs
 
     @classmethod
@@ -45,8 +42,6 @@ class Rollouts(Replay):
         return super().nbytes + self._returns.nbytes + self._order.nbytes
 
     def __init__(self, spec: ReplaySpec):
-        if not spec.rollout_length:
-            raise ValueError("replay=rollouts requires an agent that learns from rollouts, such as agent=pqn")
         super().__init__(spec, self.fixed_capacity(spec))
         K, T, N = spec.num_tasks, spec.rollout_length, spec.num_envs
         self._values = torch.zeros((K, self.capacity_rows, N), device=spec.device)

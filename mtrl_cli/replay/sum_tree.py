@@ -9,7 +9,7 @@ class SumTree:
     """K complete binary trees in one tensor; each inner node is the sum of its two children.
 
     Node 1 is the root and node i has the children 2i and 2i + 1. Every inner node is always recomputed from its children, never
-    adjusted by a difference, so that the tree is a function of its leaves alone and rounding errors do not gather.
+    adjusted by a difference, so that the tree depends only on its leaves and rounding errors do not accumulate.
 
     Args:
         num_trees: K.

@@ -1,4 +1,4 @@
-"""`mtrl report`: a page with tables and pictures for any set of runs."""
+"""`mtrl report`: a page with tables and plots of any set of runs."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from pathlib import Path
 from mtrl_cli import __version__
 from mtrl_cli.errors import UserError, show, unknown
 from mtrl_cli.files import atomic
-from mtrl_cli.reports import grouping, html, hyperparameters, run_data
-from mtrl_cli.reports import scores as report_scores
-from mtrl_cli.reports import sharing as report_sharing
-from mtrl_cli.reports import transfer as report_transfer
+from mtrl_cli.reports import comparison, grouping, html, hyperparameters, run_data, scores, sharing, transfer
+from mtrl_cli.reports.comparison import Benchmark
 from mtrl_cli.reports.elements import Cell, Section, Table
 from mtrl_cli.reports.grouping import grouped
 from mtrl_cli.reports.run_data import RunData, RunGroup
-from mtrl_cli.reports.wording import FEW_SEEDS, counted, few_seeds, some
+from mtrl_cli.reports.wording import counted, some
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps.plan import without_password
 
 RECORD = "report.json"
-"""Lists the files of a report and the runs that it was made of."""
+"""Lists the files of a report and the runs that were read for it."""
 STATES = {
     "completed": "",
     "running": "still running, or killed",
@@ -36,7 +34,7 @@ STATES = {
     "unreadable": "cannot be read",
 }
 MAX_NAMED = 12
-MAX_SWEEPS = 20  # with a section on hyper-parameters
+MAX_SWEEPS = 20  # that have a section on hyper-parameters
 
 
 def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
@@ -62,7 +60,7 @@ def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None
         command: the command line, saved in the report.
 
     Raises:
-        UserError: a path is not a folder, matplotlib is missing, or `out` holds something else. Nothing was changed.
+        UserError: a path is not a folder, matplotlib is missing, or `out` holds other files. Nothing was changed.
     """
     html.require()
     paths = [Path(path).expanduser() for path in paths]
@@ -73,29 +71,32 @@ def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None
     if not runs:
         raise UserError(f"no run in {', '.join(map(str, paths[:3]))}: give folders that mtrl train, sweep or study made")
     groups = grouped(runs)
+    benchmarks = comparison.benchmarks(groups)
     shown_command = without_password(shlex.join(command))
-    title, lead = _title(paths, runs), _lead(runs, groups, shown_command)
-    sections = [*_compared(groups), *_searches(runs), _all_runs(runs, groups)]
-    made = html.render(title, lead, sections)
+    made = html.render(
+        _title(paths, runs),
+        _lead(runs, groups, benchmarks, shown_command),
+        [*_compared(groups, benchmarks), *_searches(runs), _all_runs(runs, groups)],
+    )
     record = {"format": 1, "command": shown_command, "runs": [str(run.path) for run in runs], "files": sorted(made)}
-    _write(folder, made, {RECORD: atomic.to_json(record).encode()}, earlier)
-    _print_summary(folder, runs, groups)
+    _write(folder, {RECORD: atomic.to_json(record).encode(), **made}, earlier)
+    _print_summary(folder, runs, groups, benchmarks)
 
 
-def _compared(groups: Sequence[RunGroup]) -> list[Section]:
-    """Return the sections on transfer, sharing and scores, in this order where structures were compared; else diagnostics come last."""
-    scores, sharing = report_scores.sections(groups), report_sharing.sections(groups)
-    has_structures = any(part.name == "sharing" for section in sharing for part in section.parts)
-    return [*report_transfer.sections(groups), *([*sharing, *scores] if has_structures else [*scores, *sharing])]
+def _compared(groups: Sequence[RunGroup], benchmarks: Sequence[Benchmark]) -> list[Section]:
+    """Return the sections on transfer, sharing and scores, in this order if structures were compared; else diagnostics come last."""
+    on_scores, on_sharing = scores.sections(benchmarks), sharing.sections(groups)
+    has_structures = any(part.name == "sharing" for section in on_sharing for part in section.parts)
+    return [*transfer.sections(groups), *([*on_sharing, *on_scores] if has_structures else [*on_scores, *on_sharing])]
 
 
 def _searches(runs: Sequence[RunData]) -> list[Section]:
     """Return a section on the hyper-parameters of each sweep."""
     sweeps = list(dict.fromkeys(run.path.parent.parent for run in runs if run.number is not None))
-    suffixes = [f"_{number}" if len(sweeps) > 1 else "" for number in range(1, len(sweeps) + 1)]
-    return [
-        section for sweep, suffix in zip(sweeps[:MAX_SWEEPS], suffixes, strict=False) for section in hyperparameters.sections(sweep, suffix)
-    ]
+    found: list[Section] = []
+    for number, sweep in enumerate(sweeps[:MAX_SWEEPS], 1):
+        found += hyperparameters.sections(sweep, f"_{number}" if len(sweeps) > 1 else "")
+    return found
 
 
 # -- summary and runs -----------------------------------------------------------------------------------------------------------
@@ -107,44 +108,29 @@ def _title(paths: Sequence[Path], runs: Sequence[RunData]) -> str:
     return f"Report: {', '.join(envs[:3]) or 'unknown'} ({where})"
 
 
-def _lead(runs: Sequence[RunData], groups: Sequence[RunGroup], command: str) -> list[str]:
-    """Summarise what is compared."""
+def _lead(runs: Sequence[RunData], groups: Sequence[RunGroup], benchmarks: Sequence[Benchmark], command: str) -> list[str]:
+    """Summarise the runs and their comparison."""
     made = f"Made on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by mtrl {__version__}: {command}"
     states = Counter(run.status for run in runs)
     lines = [f"{counted(len(runs), 'run')} ({_states(runs)}) of {counted(len(groups), 'configuration')}."]
     if not states["completed"]:
         lines.append("No run is completed yet, so nothing is compared.")
-    benchmarks = report_scores.benchmarks(groups)
     for benchmark in benchmarks:
-        seeds = [len(entry.runs) for entry in benchmark.entries]
+        seeds = [len(variant.runs) for variant in benchmark.compared]
         low, high = min(seeds, default=0), max(seeds, default=0)
         each = counted(high, "seed") if low == high else f"{low} to {high} seeds"
         compared = f"{counted(len(seeds), 'configuration')} with completed runs, {each} each" if seeds else "no completed run"
-        lines.append(f"{benchmark.name}: {compared}.{_caution(seeds)}")
+        lines.append(" ".join([f"{benchmark.name}: {compared}.", *benchmark.cautions()]))
     if len(benchmarks) > 1:
         lines.append("Runs with different packs, tasks or budgets cannot be compared; each combination has its own sections.")
-    lines += _differences(groups)
+    if keys := list(groups[0].values) if groups else []:
+        lines.append(f"The configurations differ in {', '.join(keys)}; all other differences follow from these.")
     if len({grouping.option("init_from", group.first) for group in groups}) == 1:  # else the report is about transfer
-        lines += report_sharing.summary(groups)
+        lines += sharing.summary(groups)
     bad = [run for run in runs if run.status in ("failed", "unreadable")]
     if bad:
         lines.append(f"Failed or unreadable (reasons in the last section): {some([run.name for run in bad], MAX_NAMED)}.")
     return [*lines, made]
-
-
-def _caution(seeds: Sequence[int]) -> str:
-    if not seeds or min(seeds) >= FEW_SEEDS:
-        return ""
-    if max(seeds) == 1:
-        return " With one seed each a difference may be chance alone."
-    return f" {few_seeds(min(count for count in seeds if count > 1))}"
-
-
-def _differences(groups: Sequence[RunGroup]) -> list[str]:
-    if len(groups) < 2:
-        return []
-    keys = list(groups[0].values)
-    return [f"The configurations differ in {', '.join(keys)}; all other differences follow from these."] if keys else []
 
 
 def _states(runs: Sequence[RunData]) -> str:
@@ -153,16 +139,13 @@ def _states(runs: Sequence[RunData]) -> str:
 
 
 def _all_runs(runs: Sequence[RunData], groups: Sequence[RunGroup]) -> Section:
-    """List every run with the command that repeats it, and why some are not compared."""
+    """List every run with the command that repeats it, and runs that are not compared with the reason."""
     labels = {run.path: group.label for group in groups for run in group.runs}
     rows = [_row(run, labels.get(run.path)) for run in runs]
-    lines = ["The command repeats the run. The score is the mean over tasks that have a reference."]
+    lines = ["The command repeats the run. The score is the mean over tasks that have reference scores."]
     others = [run for run in runs if run.status != "completed"]
-    parts = [
-        Table(
-            "runs", "All runs", ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "reason", "command"], rows
-        )
-    ]
+    header = ["run", "configuration", "status", "seed", "steps per task", "seconds", "score", "reason", "command"]
+    parts = [Table("runs", "All runs", header, rows)]
     if others:
         reasons = [[run.name, run.status, _reason(run), str(run.path)] for run in others]
         parts.insert(0, Table("not_compared", "Runs that are not compared", ["run", "status", "reason", "folder"], reasons))
@@ -170,11 +153,9 @@ def _all_runs(runs: Sequence[RunData], groups: Sequence[RunGroup]) -> Section:
 
 
 def _row(run: RunData, label: str | None) -> list[Cell]:
-    known = bool(run.config)
     score = sum(run.final_scores.values()) / len(run.final_scores) if run.final_scores else None
-    about = label or " ".join(run.overrides)
-    numbers: list[Cell] = [str(run.seed), run.step, round(run.seconds, 1), score] if known else ["", None, None, None]
-    return [run.name, about, run.status, *numbers, _reason(run), run.command]
+    numbers: list[Cell] = [str(run.seed), run.step, round(run.seconds, 1), score] if run.config else ["", None, None, None]
+    return [run.name, label or " ".join(run.overrides), run.status, *numbers, _reason(run), run.command]
 
 
 def _reason(run: RunData) -> str:
@@ -189,52 +170,43 @@ def _check(folder: Path, *, is_default: bool) -> list[str]:
 
     Args:
         folder: of the report.
-        is_default: whether the user did not name it.
+        is_default: whether the user has not given it.
 
     Raises:
-        UserError: the folder holds something else, or is not writable.
+        UserError: the folder holds other files, or is not writable.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
     if is_default and folder.is_symlink():
         raise UserError(f"{folder} is a link, and reports are not written through links: give its target, out=PATH")
+    made: list[str] = []
     if folder.is_dir() and os.listdir(folder):
         if not os.path.lexists(folder / RECORD):
             raise UserError(f"{folder} holds something other than a report: give another folder, out=PATH")
-        made = atomic.read_json(folder / RECORD, folder).get("files")
+        made = atomic.read_json(folder / RECORD, folder).get("files", [None])
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
             raise UserError(f"{folder / RECORD} is damaged: give another folder, out=PATH, or remove {show(str(folder))}")
-        _try_to_write(folder)
-        return made
-    above = folder
-    while not os.path.lexists(above):
-        above = above.absolute().parent
-    _try_to_write(above)
-    return []
-
-
-def _try_to_write(folder: Path) -> None:
-    """Raise UserError unless a folder can be created in the folder."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=folder))
+        os.rmdir(tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=existing))
     except OSError as error:
-        raise UserError(f"{folder} is not writable ({error.strerror}): give another folder, out=PATH") from None
+        raise UserError(f"{existing} is not writable ({error.strerror}): give another folder, out=PATH") from None
+    return made
 
 
-def _write(folder: Path, made: dict[str, bytes], last: dict[str, bytes], earlier: Sequence[str]) -> None:
-    """Write each file atomically, the page last, and remove files that only the earlier report had."""
+def _write(folder: Path, made: dict[str, bytes], earlier: Sequence[str]) -> None:
+    """Write each file atomically, and remove files that only the earlier report had."""
     folder.mkdir(parents=True, exist_ok=True)
-    page = {name: made[name] for name in made if name == "index.html"}
-    for name, content in ({name: made[name] for name in made if name not in page} | last | page).items():
+    for name, content in made.items():
         atomic.replace(folder / name, content)
-    for name in set(earlier) - set(made):
+    for name in set(earlier) - made.keys():
         if name == os.path.basename(name) and name not in ("", ".", "..") and name.isprintable():
             (folder / name).unlink(missing_ok=True)
 
 
-def _print_summary(folder: Path, runs: Sequence[RunData], groups: Sequence[RunGroup]) -> None:
+def _print_summary(folder: Path, runs: Sequence[RunData], groups: Sequence[RunGroup], benchmarks: Sequence[Benchmark]) -> None:
     print_line(f"{_states(runs)}; {counted(len(groups), 'configuration')}")
-    for benchmark in report_scores.benchmarks(groups):
-        for place, entry in enumerate(benchmark.entries[:5] if benchmark.scored else [], 1):
-            print_line(f"  {place}. {entry.label}: {entry.iqm:.3f} (IQM, {counted(len(entry.runs), 'seed')})")
+    for benchmark in benchmarks:
+        for place, variant in enumerate(benchmark.ranked[:5] if benchmark.scored else [], 1):
+            print_line(f"  {place}. {variant.name}: {variant.iqm:.3f} (IQM, {counted(len(variant.runs), 'seed')})")
     print_line(f"report       {run_data.short(folder / 'index.html')}")

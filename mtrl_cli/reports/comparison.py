@@ -1,115 +1,168 @@
-"""Ablations: groups of runs that differ in one factor, such as the sharing structure or the source of the network, and nothing else."""
+"""Variants that can be compared: configurations with the same tasks and budget. In an ablation they differ in one factor only."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mtrl_cli.metric_names import STEPS_PER_SECOND
 from mtrl_cli.reports import grouping
-from mtrl_cli.reports.run_data import RunData, RunGroup
+from mtrl_cli.reports.run_data import RunData, RunGroup, first_completed
+from mtrl_cli.reports.wording import counted, some, titled
+from mtrl_cli.stats import scores as score_stats
 from mtrl_cli.stats import sharing as sharing_stats
 from mtrl_cli.stats.bootstrap import Estimate, Floats
 
 FACTORS = {"network/sharing": ("network.sharing",), "task_weights": ("task_weights",), "init_from": ("init_from", "transfer")}
 """The sections of the configuration that belong to a factor. The width of the network belongs to the sharing structure as well."""
+MAX_ABLATIONS = 6
+"""Ablations (such as one per learning rate) of one factor on a page; all runs are in its tables of scores."""
+FEW_SEEDS = 5
+ONE_SEED = "One seed of each configuration: there are no intervals, and a difference may be chance alone. Run more seeds (seed=range(5))."
+NO_RESULTS, SUPERSEDED = "no results of all tasks", "superseded by another run"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The runs with one option of the factor.
+    """The completed runs of one configuration, one for each seed: R runs, K tasks.
 
     Attributes:
-        name: unique within the ablation: film, or `independent (30k)`.
-        option: film.
-        runs: the completed runs, in order of their seeds.
-        left_out: the other runs with the reason: `seed 2 (failed)`.
-        total, shared, own: parameter counts, `own` as the mean over tasks; None where unknown.
-        scores_SK: final results of `runs`, in each task's own unit.
-        is_tested: whether all final results are from the test.
+        name: unique within the benchmark: film, or `independent (30k)`.
+        option: of the factor of an ablation, such as film; else the name.
+        runs: in order of their seeds.
+        left_out: seeds of the other runs, each with the reason.
+        parameters: parameter counts "total", "shared" and by task; empty where unknown.
+        scores_RK: final scores in the tasks with reference scores.
+        results_RK: final results in all tasks, in each task's own unit.
     """
 
     name: str
     option: str
     runs: tuple[RunData, ...]
-    left_out: tuple[str, ...]
-    total: int | None
-    shared: int | None
-    own: float | None
-    scores_SK: Floats
-    is_tested: bool
+    left_out: tuple[tuple[int, str], ...]
+    parameters: Mapping[str, int]
+    scores_RK: Floats
+    results_RK: Floats
+
+    @property
+    def total(self) -> int | None:
+        """The parameter count."""
+        return self.parameters.get("total")
+
+    @cached_property
+    def aggregates(self) -> dict[str, Estimate]:
+        """Scores over all runs and tasks, by name: `stats.scores.AGGREGATES`; {} without scores."""
+        return score_stats.aggregates(self.scores_RK) if self.scores_RK.size else {}
+
+    @property
+    def iqm(self) -> float:
+        """The interquartile mean of scores; 0 without scores."""
+        return self.aggregates["iqm"].value if self.aggregates else 0.0
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """Variants with the same tasks, budget and values of every key outside the factor.
+class Benchmark:
+    """Variants with the same tasks and budget; in an ablation also with the same values of every key outside a factor.
 
     Attributes:
-        about: the values in which it differs from the report's other ablations; empty for the only one.
         env, steps: the pack and the budget in steps per task.
         tasks: in order.
-        scored: whether each task has normalised scores; the others are compared by their returns.
+        scored: the tasks that have reference scores; the others are compared by their returns.
         variants: in the order of their groups.
+        about: distinguishes it from other benchmarks in titles; empty for the only one.
+        suffix: of the names of its tables and plots; empty for the first or only one.
     """
 
-    about: str
     env: str
     steps: int
     tasks: tuple[str, ...]
-    scored: tuple[bool, ...]
+    scored: tuple[str, ...]
     variants: tuple[Variant, ...]
+    about: str
+    suffix: str = ""
 
     @property
-    def scored_tasks(self) -> list[str]:
-        """The tasks that have normalised scores."""
-        return [task for task, is_scored in zip(self.tasks, self.scored, strict=True) if is_scored]
+    def compared(self) -> list[Variant]:
+        """The variants that have completed runs."""
+        return [variant for variant in self.variants if variant.runs]
+
+    @cached_property
+    def ranked(self) -> list[Variant]:
+        """The variants that have completed runs, the best first."""
+        return sorted(self.compared, key=lambda variant: -variant.iqm)
+
+    @property
+    def name(self) -> str:
+        """A name such as `minatar_pack (5 tasks), 100,000 steps per task`."""
+        return f"{self.env} ({counted(len(self.tasks), 'task')}), {self.steps:,} steps per task"
+
+    @property
+    def anchor(self) -> str:
+        """The suffix in anchors of sections."""
+        return self.suffix.replace("_", "-")
+
+    def cautions(self) -> list[str]:
+        """Return lines about single seeds and few seeds."""
+        seeds = {variant.name: len(variant.runs) for variant in self.compared}
+        single = [name for name, count in seeds.items() if count == 1]
+        if single and len(single) == len(seeds):
+            return [ONE_SEED]
+        lines = [f"One seed, so no interval: {some(single)}."] if single else []
+        fewest = min((count for count in seeds.values() if count > 1), default=FEW_SEEDS)
+        few = f"Intervals over {fewest} seeds are too narrow. Run {FEW_SEEDS} or more."
+        return [*lines, few] if fewest < FEW_SEEDS else lines
+
+    def title(self, text: str) -> str:
+        """Add the text that distinguishes the benchmark to a section's title."""
+        return titled(text, self.about)
 
     def named(self, task: str) -> str:
-        """Name a task in a table, with its unit where that is no score."""
-        return task if task in self.scored_tasks else f"{task} (return)"
+        """Name a task in a table, with its unit if it has no scores."""
+        return task if task in self.scored else f"{task} (return)"
+
+    def split(self, option: str) -> tuple[list[Variant], list[Variant]]:
+        """Split the variants that have completed runs into those with a baseline option and the others."""
+        return [each for each in self.compared if each.option == option], [each for each in self.compared if each.option != option]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A variant compared with a baseline; differences are the variant's minus the baseline's.
-
-    Attributes:
-        mean, iqm: differences of scores over tasks; None where no task has scores.
-        tasks: differences of each task, in its own unit.
-        efficiency: times fewer steps to the baseline's final score; None where the curves have no steps in common.
-        time, cost: seconds of a training step, and of the whole budget, over the baseline's; None where unknown.
-    """
-
-    variant: Variant
-    baseline: Variant
-    mean: Estimate | None
-    iqm: Estimate | None
-    tasks: tuple[Estimate, ...]
-    efficiency: Estimate | None
-    time: float | None
-    cost: float | None
+# -- benchmarks and ablations ---------------------------------------------------------------------------------------------------
 
 
-# -- ablations ------------------------------------------------------------------------------------------------------------------
+def benchmarks(groups: Sequence[RunGroup]) -> list[Benchmark]:
+    """Put groups with the same tasks and budget together, ordered by the first group of each benchmark."""
+    together: dict[Any, list[RunGroup]] = {}
+    for group in groups:
+        together.setdefault((group.first.env, group.first.tasks, group.first.steps_per_task), []).append(group)
+    labels = [[group.label for group in own] for own in together.values()]
+    found = [_benchmark(own, names, names) for own, names in zip(together.values(), labels, strict=True)]
+    return found if len(found) == 1 else [replace(each, about=each.name, suffix=f"_{number}") for number, each in enumerate(found, 1)]
 
 
-def ablations(groups: Sequence[RunGroup], factor: str) -> list[Ablation]:
-    """Put groups together that differ in a factor only, in their order.
+def ablations(groups: Sequence[RunGroup], factor: str) -> list[Benchmark]:
+    """Put groups together that differ only in a factor, ordered by the first group of each ablation.
 
     Args:
         groups: all of the report.
         factor: one of `FACTORS`.
     """
-    counted = grouping.counting([run for group in groups for run in group.runs])
+    counts = grouping.counting([run for group in groups for run in group.runs])
     together: dict[tuple[tuple[str, str], ...], list[RunGroup]] = {}
     for group in groups:
-        others = {key: value for key, value in counted(group.first).items() if not _is_factor(key, factor, group.first)}
+        others = {key: value for key, value in counts(group.first).items() if not _is_factor(key, factor, group.first)}
         together.setdefault(tuple(sorted(others.items())), []).append(group)
     abouts = _abouts(list(together.values()), [dict(values) for values in together])
     return [_ablation(own, factor, about) for own, about in zip(together.values(), abouts, strict=True)]
+
+
+def numbered(found: Sequence[Benchmark]) -> list[Benchmark]:
+    """Return the first `MAX_ABLATIONS` ablations, with suffixes for all but the first."""
+    return [replace(each, suffix=f"_{number}" if number > 1 else "") for number, each in enumerate(found[:MAX_ABLATIONS], 1)]
 
 
 def _is_factor(key: str, factor: str, run: RunData) -> bool:
@@ -136,78 +189,69 @@ def _is_in(key: str, section: str) -> bool:
     return key == section or key.startswith(section + ".")
 
 
-def _ablation(groups: Sequence[RunGroup], factor: str, about: str) -> Ablation:
-    first = next((group.first for group in groups if group.first.status == "completed"), groups[0].first)
-    chosen = [grouping.chosen(group, first.tasks) for group in groups]
-    runs = [run for own in chosen for run in own.runs]
-    scored = tuple(bool(runs) and all(task in run.final_scores for run in runs) for task in first.tasks)
+def _ablation(groups: Sequence[RunGroup], factor: str, about: str) -> Benchmark:
     options = [grouping.option(factor, group.first) for group in groups]
-    sizes = [_size(group.runs) for group in groups]
-    with_size = grouping.sized(options, [size["total"] for size in sizes])
-    names = [name if with_size.count(name) == 1 else group.label for name, group in zip(with_size, groups, strict=True)]
+    names = grouping.sized(options, [_parameters(group).get("total") for group in groups])
+    unique = [name if names.count(name) == 1 else group.label for name, group in zip(names, groups, strict=True)]
+    return _benchmark(groups, unique, options, about)
+
+
+def _benchmark(groups: Sequence[RunGroup], names: Sequence[str], options: Sequence[str], about: str = "") -> Benchmark:
+    first = first_completed([group.first for group in groups])
+    chosen = [_choose(group, first.tasks) for group in groups]
+    compared = [run for runs, _ in chosen for run in runs]
+    scored = tuple(task for task in first.tasks if compared and all(task in run.final_scores for run in compared))
     variants = [
         Variant(
             name=name,
             option=option,
-            runs=own.runs,
-            left_out=_left_out(group, own),
-            **size,
-            scores_SK=_final(own.runs, first.tasks, scored),
-            is_tested=all(run.is_tested for run in own.runs),
+            runs=runs,
+            left_out=left_out,
+            parameters=_parameters(group),
+            scores_RK=_final(runs, scored, scored),
+            results_RK=_final(runs, first.tasks, scored),
         )
-        for group, own, name, option, size in zip(groups, chosen, names, options, sizes, strict=True)
+        for group, (runs, left_out), name, option in zip(groups, chosen, names, options, strict=True)
     ]
-    return Ablation(about, first.env, first.steps_per_task, first.tasks, scored, tuple(variants))
+    return Benchmark(first.env, first.steps_per_task, first.tasks, scored, tuple(variants), about)
 
 
-def _final(runs: Sequence[RunData], tasks: Sequence[str], scored: Sequence[bool]) -> Floats:
-    """Return the final results of S runs in each task's own unit, `[S, K]`."""
-    rows = [[(run.final_scores if known else run.final_returns)[task] for task, known in zip(tasks, scored, strict=True)] for run in runs]
+def _choose(group: RunGroup, tasks: Sequence[str]) -> tuple[tuple[RunData, ...], tuple[tuple[int, str], ...]]:
+    """Choose the completed runs of a group with results of all tasks, the last of each seed; and list the seeds of the other runs."""
+    found: dict[int, RunData] = {}
+    left_out = []
+    for run in group.runs:
+        if run.status != "completed":
+            left_out.append((run.seed, run.status))
+        elif not tasks or not run.final_returns.keys() >= set(tasks):
+            left_out.append((run.seed, NO_RESULTS))
+        else:
+            left_out += [(run.seed, SUPERSEDED)] if run.seed in found else []
+            found[run.seed] = run
+    return tuple(found.values()), tuple(left_out)
+
+
+def _final(runs: Sequence[RunData], tasks: Sequence[str], scored: Sequence[str]) -> Floats:
+    """Return the final results of R runs in some tasks, `[R, K]`: scores of scored tasks, else returns."""
+    rows = [[(run.final_scores if task in scored else run.final_returns)[task] for task in tasks] for run in runs]
     return np.array(rows, float).reshape(len(runs), len(tasks))
 
 
-def _left_out(group: RunGroup, chosen: grouping.Chosen) -> tuple[str, ...]:
-    others = [(run, run.status) for run in group.runs if run.status != "completed"]
-    others += [(run, "no results of all tasks") for run in chosen.incomplete] + [
-        (run, "superseded by another run") for run in chosen.superseded
-    ]
-    return tuple(f"seed {run.seed} ({why})" for run, why in sorted(others, key=lambda other: other[0].seed))
+def _parameters(group: RunGroup) -> Mapping[str, int]:
+    return next((run.parameters for run in group.runs if run.parameters.get("total")), {})
 
 
-def _size(runs: Sequence[RunData]) -> dict[str, Any]:
-    counts: Mapping[str, int] = next((run.parameters for run in runs if run.parameters.get("total")), {})
-    own = [value for name, value in counts.items() if name not in ("total", "shared")]
-    return {"total": counts.get("total"), "shared": counts.get("shared"), "own": sum(own) / len(own) if own else None}
+# -- curves and costs -----------------------------------------------------------------------------------------------------------
 
 
-# -- comparisons ----------------------------------------------------------------------------------------------------------------
+def efficiency(benchmark: Benchmark, variant: Variant, baseline: Variant) -> Estimate | None:
+    """Compute times fewer steps to the baseline's final score: over the scored tasks, or of a single task without scores.
 
-
-def compare(ablation: Ablation, variant: Variant, baseline: Variant) -> Comparison:
-    """Compare two variants, both with completed runs."""
-    scored = np.array(ablation.scored, bool)
-    over_tasks = sharing_stats.gain(variant.scores_SK[:, scored], baseline.scores_SK[:, scored]) if scored.any() else None
-    ours, theirs = mean_curves(ablation, variant), mean_curves(ablation, baseline)
-    return Comparison(
-        variant=variant,
-        baseline=baseline,
-        mean=None if over_tasks is None else over_tasks.mean,
-        iqm=None if over_tasks is None else over_tasks.iqm,
-        tasks=sharing_stats.gain(variant.scores_SK, baseline.scores_SK).tasks,
-        efficiency=None if ours is None or theirs is None else sharing_stats.data_efficiency(ours, theirs),
-        time=_ratio(step_seconds(variant), step_seconds(baseline)),
-        cost=_ratio(budget_seconds(variant), budget_seconds(baseline)),
-    )
-
-
-def _ratio(ours: float | None, theirs: float | None) -> float | None:
-    return ours / theirs if ours is not None and theirs else None
-
-
-def mean_curves(ablation: Ablation, variant: Variant) -> tuple[Floats, Floats] | None:
-    """Return the curves over the scored tasks, or of a single task without scores; None where there are none."""
-    tasks = ablation.scored_tasks or (list(ablation.tasks) if len(ablation.tasks) == 1 else [])
-    return curves(variant.runs, tasks, is_scored=bool(ablation.scored_tasks))
+    Returns None where there is no such task, or where the runs of a variant have no evaluation in common.
+    """
+    tasks = benchmark.scored or (benchmark.tasks if len(benchmark.tasks) == 1 else ())
+    ours, theirs = (curves(each.runs, tasks, is_scored=bool(benchmark.scored)) for each in (variant, baseline))
+    return None if ours is None or theirs is None else sharing_stats.data_efficiency(ours, theirs)
 
 
 def curves(runs: Sequence[RunData], tasks: Sequence[str], *, is_scored: bool) -> tuple[Floats, Floats] | None:
@@ -240,45 +284,33 @@ def budget_seconds(variant: Variant) -> float | None:
 # -- diagnostics ----------------------------------------------------------------------------------------------------------------
 
 
-def at_the_end(variant: Variant, name: str) -> float | None:
-    """Return a metric's last value: the mean over the runs that have it."""
-    found = [run.metrics[name][-1][1] for run in variant.runs if run.metrics.get(name)]
-    return float(np.mean(found)) if found else None
+def metric(variant: Variant, name: str, *, over_training: bool = False) -> float | None:
+    """Return a metric's last value, or its mean over training: the mean over the runs that have it."""
+    series = [[value for _, value in run.metrics[name]] for run in variant.runs if run.metrics.get(name)]
+    return float(np.mean([np.mean(own) if over_training else own[-1] for own in series])) if series else None
 
 
-def over_training(variant: Variant, name: str) -> float | None:
-    """Return a metric's mean over training: the mean over the runs that have it."""
-    found = [np.mean([value for _, value in run.metrics[name]]) for run in variant.runs if run.metrics.get(name)]
-    return float(np.mean(found)) if found else None
-
-
-def between_tasks(ablation: Ablation, variant: Variant, name: str) -> Floats | None:
+def between_tasks(benchmark: Benchmark, variant: Variant, name: str) -> Floats | None:
     """Return a pairwise metric of tasks at the end, `[K, K]`: 1 on the diagonal, NaN where missing; None where it is missing for all."""
-    tasks = ablation.tasks
-    table = np.full((len(tasks), len(tasks)), np.nan)
-    for a, one in enumerate(tasks):
-        for b, other in enumerate(tasks[a + 1 :], a + 1):
-            value = at_the_end(variant, f"{name}/{one}~{other}")
-            if value is not None:
-                table[a, b] = table[b, a] = value
+    table = np.full((len(benchmark.tasks), len(benchmark.tasks)), np.nan)
+    for (a, one), (b, other) in itertools.combinations(enumerate(benchmark.tasks), 2):
+        table[a, b] = table[b, a] = metric(variant, f"{name}/{one}~{other}")  # None becomes NaN
     if np.isnan(table).all():
         return None
     np.fill_diagonal(table, 1.0)
     return table
 
 
-def routings(ablation: Ablation, variant: Variant) -> dict[str, Floats]:
-    """Return how each gate routes each task at the end: by the gate's name, `[K, choices]`."""
-    found: dict[str, dict[tuple[int, int], float]] = {}
-    for name in dict.fromkeys(name for run in variant.runs for name in run.metrics if name.startswith("routing/")):
-        before, _, choice = name.removeprefix("routing/").rpartition("/")
-        row = next((k for k, task in enumerate(ablation.tasks) if before.endswith(f"/{task}")), None)
-        value = at_the_end(variant, name)
-        if row is not None and choice.isdecimal() and len(choice) < 4 and value is not None:
-            found.setdefault(before[: -len(ablation.tasks[row]) - 1], {})[row, int(choice)] = value
+def routings(benchmark: Benchmark, variant: Variant) -> dict[str, Floats]:
+    """Return the shares with which each gate routes each task at the end: by the gate's name, `[K, choices]`."""
+    pattern = re.compile(rf"routing/(.+)/({'|'.join(map(re.escape, benchmark.tasks))})/([0-9]{{1,3}})")
+    found: dict[str, dict[tuple[int, int], float | None]] = {}
+    for match in filter(None, map(pattern.fullmatch, dict.fromkeys(name for run in variant.runs for name in run.metrics))):
+        gate, task, choice = match.groups()
+        found.setdefault(gate, {})[benchmark.tasks.index(task), int(choice)] = metric(variant, match[0])
     tables = {}
-    for name, shares in found.items():
-        tables[name] = np.full((len(ablation.tasks), 1 + max(choice for _, choice in shares)), np.nan)
-        for place, value in shares.items():
-            tables[name][place] = value
+    for gate, shares in found.items():
+        tables[gate] = np.full((len(benchmark.tasks), 1 + max(choice for _, choice in shares)), np.nan)
+        for place, share in shares.items():
+            tables[gate][place] = share
     return tables

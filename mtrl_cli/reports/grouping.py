@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from typing import Any
 from mtrl_cli.config import introspection
 from mtrl_cli.config import options as catalogue
 from mtrl_cli.errors import UserError
-from mtrl_cli.reports import run_data
-from mtrl_cli.reports.run_data import RunData, RunGroup
+from mtrl_cli.reports.run_data import RunData, RunGroup, first_completed, short
+from mtrl_cli.reports.wording import clipped, word
 
 KEPT = ("run_dir", "trusted_packages", "checkpoint.", "log.")
 """Keys, and sections ending with a dot, that affect only how a run is saved and logged. They count where a sweep varies them."""
 MACHINES = ("device", "threads", "compile", "precision", "groups", "ranks")
 """Keys that affect only the speed of a run. They count where a sweep varies them."""
-SETTLED = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
+RESOLVED_BY_MACHINE = ("agent.batch_size", "agent.target_period", "agent.overlap", "replay.capacity")
 """Keys whose `auto` depends on the machine. They, and keys that are still `auto` in some run, count only where a user has set them."""
 FRACTION = re.compile(r"-?\d*\.\d{4,}(?:e[-+]?\d{1,3})?", re.IGNORECASE)
 ABSENT = "-"
@@ -41,11 +40,10 @@ def grouped(runs: Sequence[RunData]) -> list[RunGroup]:
         own = counted(run)
         together.setdefault(tuple(own.get(key, "") for key in keys), []).append(run)
     together = _merge_equal_networks(together, keys)
-    firsts = [RunGroup("", {}, tuple(own)).first for own in together.values()]
+    firsts = [first_completed(own) for own in together.values()]
     values = _distinguishing(firsts, [dict(zip(keys, of_group, strict=True)) for of_group in together])
-    labels = _labels(values, firsts)
-    groups = zip(labels, values, together.values(), strict=True)
-    return [RunGroup(label, told, tuple(sorted(own, key=lambda run: run.seed))) for label, told, own in groups]
+    groups = zip(_labels(values, firsts), values, together.values(), strict=True)
+    return [RunGroup(label, of_group, tuple(sorted(own, key=lambda run: run.seed))) for label, of_group, own in groups]
 
 
 def _merge_equal_networks(together: Mapping[tuple[str, ...], list[RunData]], keys: Sequence[str]) -> dict[tuple[str, ...], list[RunData]]:
@@ -53,11 +51,11 @@ def _merge_equal_networks(together: Mapping[tuple[str, ...], list[RunData]], key
     merged: dict[tuple[str, ...], list[RunData]] = {}
     seen: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for values, own in together.items():
-        first = RunGroup("", {}, tuple(own)).first
+        first = first_completed(own)
         total = first.parameters.get("total")  # known once the network is built and its widths are resolved
-        of_size = {SIZE, *widths(first)}
-        network = tuple(sorted((key, repr(first.config.get(key))) for key in of_size - {SIZE}))
-        same = (total, network, tuple(value for key, value in zip(keys, values, strict=True) if key not in of_size))
+        of_size = widths(first)
+        network = tuple((key, repr(first.config.get(key))) for key in sorted(of_size))
+        same = (total, network, tuple(value for key, value in zip(keys, values, strict=True) if key not in (SIZE, *of_size)))
         known_as = values if total is None else seen.setdefault(same, values)
         merged.setdefault(known_as, []).extend(own)
     return merged
@@ -68,7 +66,7 @@ def counting(runs: Sequence[RunData]) -> Callable[[RunData], dict[str, str]]:
     varied = {word.partition("=")[0].replace("/", ".") for run in runs for word in run.overrides}
     given = [word.partition("=") for command in {run.command for run in runs} for word in command.split()]
     set_by_user = varied | {key for key, _, value in given if value != "auto"}
-    settled = {*SETTLED, *(key for run in runs for key, value in run.config.items() if value == "auto")}
+    resolved = {*RESOLVED_BY_MACHINE, *(key for run in runs for key, value in run.config.items() if value == "auto")}
     sections = tuple(name for name in KEPT if name.endswith("."))
 
     def counts(run: RunData, key: str) -> bool:
@@ -76,52 +74,28 @@ def counting(runs: Sequence[RunData]) -> Callable[[RunData], dict[str, str]]:
             return key != "seed"
         if key in ("seed", *KEPT, *MACHINES) or key.startswith(sections):
             return False
-        if key in settled:
+        if key in resolved:
             return key in set_by_user
         return not (run.config.get(SIZE) is not None and key in widths(run))
 
     return lambda run: {key: repr(value) for key, value in run.config.items() if counts(run, key)}
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The runs of a group that are compared, and those that are not.
-
-    Attributes:
-        runs: completed runs with returns of all tasks, one for each seed, in the order of seeds.
-        incomplete: completed runs without.
-        superseded: completed runs with a later run of the same seed.
-    """
-
-    runs: tuple[RunData, ...]
-    incomplete: tuple[RunData, ...]
-    superseded: tuple[RunData, ...]
-
-
-def chosen(group: RunGroup, tasks: Sequence[str]) -> Chosen:
-    """Choose the runs of a group to compare; of several runs of one seed, the last."""
-    completed = [run for run in group.runs if run.status == "completed"]
-    is_whole = [bool(tasks) and set(tasks) <= set(run.final_returns) for run in completed]
-    last = {run.seed: index for index, run in enumerate(completed) if is_whole[index]}
-    return Chosen(
-        runs=tuple(completed[index] for index in last.values()),
-        incomplete=tuple(run for index, run in enumerate(completed) if not is_whole[index]),
-        superseded=tuple(run for index, run in enumerate(completed) if is_whole[index] and last[run.seed] != index),
-    )
-
-
 def widths(run: RunData) -> frozenset[str]:
-    """Return the keys that `network.parameters` determines. They differ between structures without being chosen."""
-    return _scaled("network", str(run.config.get("network._target_"))) | _scaled(
-        "network/sharing", str(run.config.get("network.sharing._target_"))
-    )
+    """Return the keys that `network.parameters` determines. They differ between structures without a choice of the user."""
+    return frozenset(name for group in ("network", "network/sharing") for name in _scaled(group, str(run.config.get(target_key(group)))))
+
+
+def target_key(group: str) -> str:
+    """Return the key of the class of a group: `network.sharing._target_`."""
+    return f"{group.replace('/', '.')}._target_"
 
 
 @cache
 def _scaled(group: str, target: str) -> frozenset[str]:
     try:
         names = introspection.read(group, target, introspection.KINDS[group], (), None).attributes.get("scaled_keys", ())
-    except UserError:  # a class of the user's package, which is not imported for this
+    except UserError:  # a class of the user's package, which reports do not import
         return frozenset()
     return frozenset(f"{group.replace('/', '.')}.{name}" for name in names)
 
@@ -130,46 +104,37 @@ def _scaled(group: str, target: str) -> frozenset[str]:
 
 
 def _distinguishing(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Return few keys that distinguish all groups, with each group's value: options first, and no key that follows from others."""
-    found: list[dict[str, str]] = [{} for _ in firsts]
-    seen: list[tuple[str, ...]] = [() for _ in firsts]
+    """Return few keys that distinguish all groups, with each group's value: options first, and no key that follows from other keys."""
+    found: dict[str, list[str]] = {}
+    distinct = 1
     for name, values in _candidates(firsts, own):
-        extended = [(*before, value) for before, value in zip(seen, values, strict=True)]
-        if len(set(extended)) == len(set(seen)):
-            continue  # it follows from the keys before it
-        seen = extended
-        for of_group, value in zip(found, values, strict=True):
-            of_group[name] = value
-        if len(set(seen)) == len(firsts):
+        more = len(set(zip(*found.values(), values, strict=True)))
+        if more > distinct:
+            found[name], distinct = values, more
+        if distinct == len(firsts):
             break
-    return found
+    return [{name: values[index] for name, values in found.items()} for index in range(len(firsts))]
 
 
 def _candidates(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Yield keys with each group's value as text, the most informative first: axes of a sweep, options, all others."""
-    words = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
-    for key in words[0]:
-        if key != "seed" and all(key in of_group for of_group in words):
-            yield (
-                key,
-                [
-                    option(key, run) if key == "init_from" else _rounded(_clipped(of_group[key]))
-                    for run, of_group in zip(firsts, words, strict=True)
-                ],
-            )
+    """Yield keys with each group's value as text, the most informative first: axes of a sweep, options, all other keys."""
+    overrides = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
+    for key in overrides[0]:
+        if key != "seed" and all(key in of_group for of_group in overrides):
+            given = [_rounded(_clipped(of_group[key])) for of_group in overrides]
+            yield key, [initialisation(run) for run in firsts] if key == "init_from" else given
     yield "env", [_clipped(run.env) for run in firsts]
     yield "init_from", [initialisation(run) for run in firsts]
     for group in introspection.KINDS:
-        key = f"{group.replace('/', '.')}._target_"
-        if group != "env" and any(key in of_group for of_group in own):
+        if group != "env" and any(target_key(group) in of_group for of_group in own):
             yield group, [option(group, run) for run in firsts]
     if any(key.startswith("augmentation.") for of_group in own for key in of_group):
         yield "augmentation", [_augmentation(run) for run in firsts]
     if any(SIZE in of_group for of_group in own):
         yield SIZE, [_word(run.config.get(SIZE)) for run in firsts]
     for key in dict.fromkeys(key for run in firsts for key in run.config):
-        settled = [key in widths(run) and run.config.get(SIZE) is not None for run in firsts]
-        values = [of_group.get(key) for of_group, follows in zip(own, settled, strict=True) if not follows]
+        follows = [key in widths(run) and run.config.get(SIZE) is not None for run in firsts]
+        values = [of_group.get(key) for of_group, is_resolved in zip(own, follows, strict=True) if not is_resolved]
         if any(key in of_group for of_group in own) and len(set(values)) > 1:
             yield key, [_word(run.config[key]) if key in run.config else ABSENT for run in firsts]
     for key in sorted({key for of_group in own for key in of_group}):  # where values are equal when shortened
@@ -177,17 +142,17 @@ def _candidates(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> 
 
 
 def option(group: str, run: RunData) -> str:
-    """Return the name of the option that a run has chosen; for `init_from`, the source of its network."""
+    """Return the name of a run's option of a group; for `init_from`, the source of its network."""
     if group == "init_from":
         return initialisation(run)
-    target = run.config.get(f"{group.replace('/', '.')}._target_")
+    target = run.config.get(target_key(group))
     return "none" if target is None else option_of(group, run.config) or _clipped(str(target).rpartition(".")[2])
 
 
 def option_of(group: str, config: Mapping[str, Any], folders: tuple[Path, ...] = ()) -> str | None:
-    """Return the name of the option of a group that a configuration has chosen, or None where no option has its class.
+    """Return the name of a configuration's option of a group, or None where no option has its class.
 
-    Of several options with that class it is the one that agrees with the configuration in most values.
+    Of several options with that class, the option that agrees with the configuration in most values is returned.
 
     Args:
         group: such as network/sharing.
@@ -195,9 +160,9 @@ def option_of(group: str, config: Mapping[str, Any], folders: tuple[Path, ...] =
         folders: of the user's configuration.
     """
     prefix = group.replace("/", ".")
-    options = _options(group, folders).get(str(config.get(f"{prefix}._target_")), {})
+    options = _options(group, folders).get(str(config.get(target_key(group))), {})
     alike = {name: sum(config.get(f"{prefix}.{key}") == value for key, value in own.items()) for name, own in options.items()}
-    return max(alike, key=lambda name: alike[name]) if alike else None
+    return max(alike, key=alike.__getitem__, default=None)
 
 
 def initialisation(run: RunData) -> str:
@@ -227,24 +192,16 @@ def _augmentation(run: RunData) -> str:
 
 
 def _word(value: Any) -> str:
-    """Format a value as it is written after `KEY=`, numbers with four digits."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return _clipped("[" + ",".join(map(str, value)) + "]")
-    return _clipped(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else _clipped(word(value))
 
 
-def _rounded(word: str) -> str:
+def _rounded(text: str) -> str:
     """Round text that is a decimal fraction to four significant digits."""
-    return f"{float(word):.4g}" if FRACTION.fullmatch(word) else word
+    return f"{float(text):.4g}" if FRACTION.fullmatch(text) else text
 
 
 def _clipped(text: str, most: int = MAX_LENGTH) -> str:
-    text = run_data.short(text)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return clipped(short(text), most)
 
 
 def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[RunData]) -> list[str]:
@@ -252,17 +209,15 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[RunData]) -> l
     if not values[0]:  # one group
         return [option("network/sharing", run) for run in firsts]
     choices = {*introspection.KINDS, "augmentation", "experiment", "init_from"}
-    used: dict[str, set[str]] = {}
-    for of_group in values:
-        for key, value in of_group.items():
-            used.setdefault(value, set()).add(key)
+    keys_with = Counter(value for _, value in {pair for of_group in values for pair in of_group.items()})
     usual = _usual(values) if len(values[0]) > 3 else {}
-    shown = [
-        {key: value for key, value in of_group.items() if key != SIZE and value not in (ABSENT, usual.get(key))} for of_group in values
-    ]
     own = [
-        ", ".join(value if key in choices and len(used[value]) == 1 else f"{_last(key)}={value}" for key, value in of_group.items())
-        for of_group in shown
+        ", ".join(
+            value if key in choices and keys_with[value] == 1 else f"{_last(key)}={value}"
+            for key, value in of_group.items()
+            if key != SIZE and value not in (ABSENT, usual.get(key))
+        )
+        for of_group in values
     ]
     if SIZE in values[0]:
         own = [label or option("network/sharing", run) for label, run in zip(own, firsts, strict=True)]
@@ -272,8 +227,8 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[RunData]) -> l
 
 def sized(names: Sequence[str], sizes: Sequence[Any]) -> list[str]:
     """Add the parameter count to names that occur several times: `independent (74k)`, or in full where that is ambiguous."""
-    for words in ([_in_thousands(size) for size in sizes], [f"{size:,}" if isinstance(size, int) else "" for size in sizes]):
-        found = [f"{name} ({word})" if names.count(name) > 1 and word else name for name, word in zip(names, words, strict=True)]
+    for texts in ([_in_thousands(size) for size in sizes], [f"{size:,}" if isinstance(size, int) else "" for size in sizes]):
+        found = [f"{name} ({text})" if names.count(name) > 1 and text else name for name, text in zip(names, texts, strict=True)]
         if len(set(found)) == len(found):
             break
     return found

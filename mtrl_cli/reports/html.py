@@ -81,9 +81,8 @@ def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("mtrl_cli", "reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell_text": cell_text, "bounds_text": _bounds_text, "number_columns": _number_columns}
-    environment.tests |= {"interval": lambda cell: isinstance(cell, Estimate), "bounded": _is_bounded}
-    environment.tests |= {"picture": lambda part: isinstance(part, Picture)}
+    environment.filters |= {"cell_text": cell_text, "number_columns": _number_columns}
+    environment.tests |= {"interval": lambda cell: isinstance(cell, Estimate), "picture": lambda part: isinstance(part, Picture)}
     return environment.get_template("page.html.jinja")
 
 
@@ -103,7 +102,7 @@ def _number_columns(table: Table) -> list[bool]:
 def cell_text(cell: Cell) -> str:
     """Format a cell for the page: numbers rounded, intervals in parentheses."""
     if isinstance(cell, Estimate):
-        return cell_text(cell.value) + (f" ({_bounds_text(cell)})" if _is_bounded(cell) else "")
+        return cell_text(cell.value) + ("" if cell.low is None else f" ({cell_text(cell.low)} to {cell_text(cell.high)})")
     if cell is None or isinstance(cell, str):
         return cell or ""
     if isinstance(cell, int):
@@ -117,32 +116,18 @@ def cell_text(cell: Cell) -> str:
     return text if text.strip("-0.") else text.lstrip("-")
 
 
-def _is_bounded(cell: Estimate) -> bool:
-    return cell.low is not None
-
-
-def _bounds_text(cell: Estimate) -> str:
-    return f"{cell_text(cell.low)} to {cell_text(cell.high)}"
-
-
 def as_csv(table: Table) -> str:
-    """Format a table as CSV with unrounded numbers. A column that holds an interval becomes three: value, low, high."""
-    wide = [any(isinstance(row[column], Estimate) for row in table.rows) for column in range(len(table.header))]
-    header = [
-        name for own, is_wide in zip(table.header, wide, strict=True) for name in ([own, f"{own} low", f"{own} high"] if is_wide else [own])
-    ]
+    """Format a table as CSV with unrounded numbers. A column with intervals becomes three columns: value, low, high."""
+    widths = [3 if any(isinstance(row[column], Estimate) for row in table.rows) else 1 for column in range(len(table.header))]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_escape_formula, header))
-    for row in table.rows:
-        cells: list[Cell] = []
-        for cell, is_wide in zip(row, wide, strict=True):
-            if isinstance(cell, Estimate):
-                cells += [cell.value, cell.low, cell.high]
-            else:
-                cells += [_escape_formula(cell), None, None] if is_wide else [_escape_formula(cell)]
-        writer.writerow(["" if cell is None else cell for cell in cells])
+    for row in [[(name, f"{name} low", f"{name} high") for name in table.header], *(map(_values, row) for row in table.rows)]:
+        writer.writerow([_escape_formula(value) for values, width in zip(row, widths, strict=True) for value in values[:width]])
     return out.getvalue()
+
+
+def _values(cell: Cell) -> tuple[Cell, Cell, Cell]:
+    return (cell.value, cell.low, cell.high) if isinstance(cell, Estimate) else (cell, None, None)
 
 
 def _escape_formula(cell: Cell) -> Cell:

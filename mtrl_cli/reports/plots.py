@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from mtrl_cli.reports.wording import clipped
 from mtrl_cli.stats.bootstrap import Estimate
 
 if TYPE_CHECKING:
@@ -37,13 +36,25 @@ class Curve:
 
 def short(label: str, most: int = LONGEST_LABEL) -> str:
     """Shorten a label. A leading `_` gets a space, because matplotlib omits such labels from legends."""
-    label = label if len(label) <= most else label[: most - 1] + "…"
+    label = clipped(label, most)
     return f" {label}" if label.startswith("_") else label
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
     """Return the colour of each group, the same in all plots."""
     return {label: COLOURS[index] if index < MOST_LINES else OTHERS for index, label in enumerate(labels)}
+
+
+def grid(count: int, most_columns: int, **options: Any) -> tuple[Figure, Any]:
+    """Create a figure with `count` panels in rows, and return it with the array of its axes; `options` are those of `subplots`."""
+    from matplotlib.figure import Figure
+
+    columns = min(most_columns, count)
+    figure = Figure(layout="constrained")
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, **options)
+    for panel in axes.flat[count:]:
+        panel.set_visible(False)
+    return figure, axes
 
 
 def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], line_at: float | None) -> Figure:
@@ -54,12 +65,10 @@ def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], li
         of: colours of the groups, in the order of the rows.
         line_at: position of a reference line on an axis of probabilities.
     """
-    from matplotlib.figure import Figure
-
     labels = list(of)[:MOST_ROWS]
-    figure = Figure(figsize=(WIDTH if len(panels) > 1 else 0.7 * WIDTH, 0.9 + 0.27 * len(labels)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (title, values) in zip(axes, panels.items(), strict=True):
+    figure, axes = grid(len(panels), len(panels), sharey=True)
+    figure.set_size_inches(WIDTH if len(panels) > 1 else 0.7 * WIDTH, 0.9 + 0.27 * len(labels))
+    for panel, (title, values) in zip(axes.flat, panels.items(), strict=True):
         for row, label in enumerate(labels):
             own = values[label]
             if own.low is not None and own.high is not None:
@@ -78,37 +87,28 @@ def dots(panels: Mapping[str, Mapping[str, Estimate]], of: Mapping[str, str], li
     return figure
 
 
-def lines(
-    panels: Mapping[str, Mapping[str, Curve]], of: Mapping[str, str], x: str, y: str | Mapping[str, str], time: bool = False
-) -> Figure:
+def lines(panels: Mapping[str, Mapping[str, Curve]], of: Mapping[str, str], x: str, y: str | Mapping[str, str]) -> Figure:
     """Draw one panel per title with a line and a band per group.
 
     Args:
         panels: by title, the curve of each group.
         of: colours of the groups; groups beyond `MOST_LINES` are drawn thin, below the others.
         x, y: labels of the axes; y may be given per panel.
-        time: x is in seconds.
     """
-    from matplotlib.figure import Figure
-
     one = len(panels) == 1
-    columns = min(COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
     shown = [label for label in of if any(label in own for own in panels.values())]
     named = shown[:MOST_LINES]
-    size = (0.85 * WIDTH, 4.2) if one else (WIDTH, 2.5 * rows + 0.3 * (1 + len(named) // 4))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel, (title, own) in zip(axes, panels.items(), strict=False):
+    figure, axes = grid(len(panels), COLUMNS)
+    figure.set_size_inches(*((0.85 * WIDTH, 4.2) if one else (WIDTH, 2.5 * len(axes) + 0.3 * (1 + len(named) // 4))))
+    for panel, (title, own) in zip(axes.flat, panels.items(), strict=False):
         for label in reversed([label for label in shown if label in own]):
             _line(panel, own[label], of[label], is_named=label in named)
         panel.set_title("" if one else short(title), fontsize=10)
+        panel.set_xlabel(x)
         panel.set_ylabel(y if isinstance(y, str) else y[title])
         panel.grid()
         panel.margins(x=0.01)
-        _x_axis(panel, x, time, max((float(np.max(curve.x)) for curve in own.values()), default=0.0))
-    for panel in axes[len(panels) :]:
-        panel.set_visible(False)
+        _few_ticks(panel)
     _legend(figure, named, of, len(shown) - len(named), one)
     return figure
 
@@ -137,27 +137,10 @@ def _legend(figure: Figure, named: Sequence[str], of: Mapping[str, str], others:
     )
 
 
-def _x_axis(panel: Axes, name: str, time: bool, largest: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _few_ticks(panel: Axes) -> None:
+    """Put few ticks on the x-axis, in thousands or millions where numbers are large."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    unit, size = "", 1.0
-    if time:
-        unit, size = next(((unit, size) for unit, size in (("hours", 3600.0), ("minutes", 60.0)) if largest >= 2 * size), ("seconds", 1.0))
-    else:
-        unit, size = next(((unit, size) for unit, size in (("M", 1e6), ("k", 1e3)) if largest >= size), ("", 1.0))
     panel.xaxis.set_major_locator(MaxNLocator(5))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / size:.4g}{'' if time or not value else unit}"))
-    if time:
-        panel.xaxis.set_major_locator(_ticks_of(size))
-    panel.set_xlabel(f"{name}, {unit}" if time else name)
-
-
-def _ticks_of(size: float) -> Any:
-    """Return a locator with ticks at round numbers of a unit of `size` seconds."""
-    from matplotlib.ticker import MaxNLocator
-
-    class Locator(MaxNLocator):
-        def tick_values(self, vmin: float, vmax: float) -> Any:
-            return size * np.asarray(super().tick_values(vmin / size, vmax / size))
-
-    return Locator(5)
+    if panel.get_xlim()[1] >= 1000:
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt
 
 from mtrl_cli.config import compose, safe_yaml
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
-from mtrl_cli.runs.run_dir import STATUSES
+from mtrl_cli.reports.wording import clipped
+from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.search_space import overrides_of
+from mtrl_cli.sweeps.trial_run import RECORD, TRIALS, parse_record, parse_row, trial_folder
 
 DEEPEST = 6
 """Depth of the search for runs below a folder."""
 MOST_FOLDERS, MOST_RUNS, MOST_TASKS = 50_000, 10_000, 500
 LARGEST_METRICS = 256 * 2**20
+LARGEST_NUMBER = 1e30
 MAX_LENGTH = 2000  # characters of text from a run folder
 POINTS = 10_000  # of all metrics of a run; longer series are thinned evenly
 OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
@@ -31,21 +36,49 @@ OF_ONE_RUN = re.compile(rb"^(?:seed|run_dir): .*\n", re.MULTILINE)
 NO_RUNS_IN = {"checkpoints", "eval", "tensorboard", "videos", "report"}
 SIGNS = ("config.yaml", "run.json", "metrics.jsonl")
 """A folder with one of these files is a run, though it may be unreadable."""
-TRIAL = "trial.json"
-"""Additional file of a sweep's trial."""
-PASSED_OVER = ("train/", TEST, EPSILON, "eval/", "parameters/")
+PARAMETERS = "parameters/"
+OTHER_METRICS = ("train/", TEST, EPSILON, "eval/", PARAMETERS)
 """Prefixes of metrics that reports do not use, or read elsewhere."""
+
+
+def short(value: Any) -> str:
+    """Put text from a run folder on one line of bounded length, without control characters."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * MAX_LENGTH].split()))
+    return clipped(text, MAX_LENGTH)
+
+
+Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER)]
+
+
+class TaskResult(BaseModel):
+    """The test of one task: mean return and score, the 95% bootstrap interval of the mean return, and the number of cut episodes."""
+
+    mean: Number
+    score: Number | None = None
+    ci: tuple[Number, Number] | None = None
+    cut: NonNegativeInt = 0
+
+
+class FinalTest(BaseModel):
+    """The test of the last network: its step, the number of episodes per task, and the results by task."""
+
+    step: NonNegativeInt
+    episodes: NonNegativeInt
+    tasks: dict[Annotated[str, AfterValidator(short)], TaskResult]
+
+
+class _TestFile(BaseModel):
+    last: FinalTest
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: `step` per task, `seconds` of work until then, mean return and normalised score by task, episodes that were cut."""
+    """One evaluation: `step` per task, `seconds` of work until then, mean return and normalised score by task."""
 
     step: int
     seconds: float
     returns: Mapping[str, float]
     scores: Mapping[str, float]
-    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,8 +87,8 @@ class RunData:
 
     Attributes:
         path: the folder.
-        name: short name, unique in a report.
         status: completed, running, stopped, failed, pruned, waiting, or unreadable (with the reason in `error`, and no other data).
+        name: short name, unique in a report.
         error: why the run failed or is unreadable; for a completed run, that its metrics end too early.
         command: the `mtrl train …` that repeats the run.
         config: configuration by dotted key (`compose.flat`); empty where unreadable.
@@ -64,18 +97,18 @@ class RunData:
         env, tasks, seed, steps_per_task: from the configuration.
         step, seconds: progress in steps per task and in time.
         evaluations: in order of their steps.
-        final_returns, final_scores: results by task: of the last network's test where `is_tested`, else of the last evaluation.
-        cut_episodes: test episodes that ended at eval.max_steps.
+        test: test of the last network; None if it is missing or older than the last evaluation.
+        final_returns, final_scores: results by task, of the test or else of the last evaluation.
         parameters: parameter counts "total", "shared" and by task; empty where unknown.
         metrics: all other metrics by name as (step, value) in order: grad/cosine/a~b, routing/…, features/…, perf/….
     """
 
     path: Path
-    name: str
     status: str
-    error: str | None
-    command: str
-    config: Mapping[str, Any]
+    name: str = ""
+    error: str | None = None
+    command: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     number: int | None = None
     env: str = ""
@@ -85,10 +118,9 @@ class RunData:
     step: int = 0
     seconds: float = 0.0
     evaluations: tuple[Evaluation, ...] = ()
+    test: FinalTest | None = None
     final_returns: Mapping[str, float] = field(default_factory=dict)
     final_scores: Mapping[str, float] = field(default_factory=dict)
-    is_tested: bool = False
-    cut_episodes: int = 0
     parameters: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
 
@@ -109,8 +141,13 @@ class RunGroup:
 
     @property
     def first(self) -> RunData:
-        """The first completed run, whose configuration has no open `auto`; where there is none, the first run."""
-        return next((run for run in self.runs if run.status == "completed"), self.runs[0])
+        """The first completed run, whose configuration has no open `auto`; without one, the first run."""
+        return first_completed(self.runs)
+
+
+def first_completed(runs: Sequence[RunData]) -> RunData:
+    """Return the first completed run; without one, the first run."""
+    return next((run for run in runs if run.status == "completed"), runs[0])
 
 
 def read(paths: Sequence[Path]) -> list[RunData]:
@@ -125,7 +162,7 @@ def read(paths: Sequence[Path]) -> list[RunData]:
     check_folders(paths)
     found: dict[str, RunData] = {}
     for path in paths:
-        for run in _read_below(path, [0]):
+        for run in _read_below(path):
             found.setdefault(os.path.realpath(run.path), run)
             if len(found) > MOST_RUNS:
                 raise UserError(f"more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
@@ -136,12 +173,7 @@ def check_folders(paths: Sequence[Path]) -> None:
     """Raise UserError unless all paths are folders."""
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder: give folders of runs or sweeps, or one that contains them")
-
-
-def trial_folder(sweep: Path, number: int) -> Path:
-    """Return the folder of a sweep's trial."""
-    return sweep / "trials" / f"{number:04d}"
+            raise UserError(f"{path} is not a folder: give folders of runs or sweeps, or a folder that contains them")
 
 
 def is_sweep(path: Path) -> bool:
@@ -149,30 +181,22 @@ def is_sweep(path: Path) -> bool:
     return os.path.lexists(path / sweep_plan.RECORD)
 
 
-def _read_below(path: Path, visited: list[int], depth: int = 0) -> Iterator[RunData]:
-    if is_sweep(path):
-        yield from _read_sweep(path)
-        return
-    if any(os.path.lexists(path / sign) for sign in SIGNS):
-        yield _read_run(path, {})
-        return
-    visited[0] += 1
-    if visited[0] > MOST_FOLDERS:
-        raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs: give the folders of the runs themselves")
-    if depth == DEEPEST:
-        return
-    for name in _folders(path):
-        if name not in NO_RUNS_IN and not name.startswith("."):
-            yield from _read_below(path / name, visited, depth + 1)
+def _read_below(path: Path) -> Iterator[RunData]:
+    for visited, (place, names, _) in enumerate(os.walk(path), 1):
+        if visited > MOST_FOLDERS:
+            raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs: give the folders of the runs themselves")
+        folder, inner = Path(place), []
+        if is_sweep(folder):
+            yield from _read_sweep(folder)
+        elif _has_any(folder, SIGNS):
+            yield _read_run(folder, {})
+        elif len(folder.parts) - len(path.parts) < DEEPEST:
+            inner = [name for name in sorted(names) if name not in NO_RUNS_IN and not name.startswith(".")]
+        names[:] = inner  # the folders that os.walk visits next
 
 
-def _folders(path: Path) -> list[str]:
-    """Return the sorted names of the folders in a folder, without links."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-    except OSError:
-        return []
+def _has_any(folder: Path, names: Sequence[str]) -> bool:
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 # -- a sweep --------------------------------------------------------------------------------------------------------------------
@@ -181,24 +205,16 @@ def _folders(path: Path) -> list[str]:
 def _read_sweep(path: Path) -> Iterator[RunData]:
     """Read a sweep's trials by number, including those that have not started and have no folder."""
     known: dict[bytes, dict[Any, Any]] = {}
-    folders = {int(name): path / "trials" / name for name in _folders(path / "trials") if name.isdecimal() and len(name) < 10}
+    _, names, _ = next(os.walk(path / TRIALS), ("", [], []))
+    started = {int(name) for name in names if re.fullmatch("[0-9]{4,9}", name) and not (path / TRIALS / name).is_symlink()}
     planned = _planned(path)
-    for number in sorted(folders.keys() | planned.keys()):
+    for number in sorted(started | planned.keys()):
+        folder = trial_folder(path, number)
         # An empty folder is a trial that starts at this moment.
-        if number in folders and (number not in planned or any(os.path.lexists(folders[number] / sign) for sign in (TRIAL, *SIGNS))):
-            yield _read_run(folders[number], known, number)
+        if number in started and (number not in planned or _has_any(folder, (RECORD, *SIGNS))):
+            yield _read_run(folder, known, number)
         else:
-            overrides = planned[number]
-            yield RunData(
-                path=trial_folder(path, number),
-                name="",
-                status="waiting",
-                error=None,
-                command="",
-                config={},
-                overrides=overrides,
-                number=number,
-            )
+            yield RunData(folder, "waiting", overrides=planned[number], number=number)
 
 
 def _planned(path: Path) -> dict[int, tuple[str, ...]]:
@@ -209,7 +225,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         return {}
     if plan.points is None:
         return dict.fromkeys(range(plan.trials), ())
-    return {number: tuple(short(word) for word in overrides_of(point)) for number, point in enumerate(plan.points)}
+    return {number: tuple(map(short, overrides_of(point))) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------
@@ -217,95 +233,70 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 
 def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> RunData:
     """Read one run; any fault of its folder makes it unreadable. `known` caches configurations that differ only in `OF_ONE_RUN`."""
-    partial = RunData(path=path, name="", status="unreadable", error=None, command="", config={}, number=number)
+    partial = RunData(path, "unreadable", number=number)
     try:
-        trial = atomic.read_json(path / TRIAL, path) if os.path.lexists(path / TRIAL) else {}
-        partial = replace(partial, **_of_trial(trial))
-        record = atomic.read_json(path / "run.json", path) if os.path.lexists(path / "run.json") else {}
-        if trial and not os.path.lexists(path / "config.yaml"):  # just started, or its overrides give no valid configuration
-            status, error = _status(trial, record)
-            return replace(partial, status=status, error=error)
-        config = _config(path / "config.yaml", known)
-        run = replace(partial, **_about(path, config, trial, record))
-        run = replace(run, **_measured(path, run))
-        if run.status == "completed" and not record.get("stopped_early") and run.step < run.steps_per_task:
+        trial = parse_record(path / RECORD, path)
+        if trial is not None:
+            partial = replace(partial, command=short(trial.command), overrides=tuple(map(short, trial.overrides)))
+        record = RunFolder(path).read_record()
+        status, reason = record.get("status", "running"), record.get("error")
+        if trial is not None:
+            status = status if trial.state == "running" else trial.state  # the sweep's record of a trial that has ended
+            reason = trial.why or reason
+        run = replace(partial, status=status, error=short(reason) if reason else None)
+        if trial is not None and not os.path.lexists(path / "config.yaml"):  # just started, or its overrides give no valid configuration
+            return run
+        run = replace(run, **_configured(path / "config.yaml", known))
+        run = replace(run, **_measured(run, record.get("seconds")))
+        if not run.command:
+            run = replace(run, command=short(record.get("command") or f"mtrl resume {shlex.quote(str(path))}"))
+        if status == "completed" and not record.get("stopped_early") and run.step < run.steps_per_task:
             run = replace(run, error=f"its metrics end at step {run.step:,} of {run.steps_per_task:,}")
         return run
     except UserError as error:
         return replace(partial, error=short(str(error)))
 
 
-def _of_trial(trial: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that a sweep records for a trial."""
-    overrides = trial.get("overrides")
-    return {
-        "command": short(trial.get("command") or ""),
-        "overrides": tuple(short(word) for word in overrides) if isinstance(overrides, list) else (),
-    }
-
-
-def _config(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
+def _configured(path: Path, known: dict[bytes, dict[Any, Any]]) -> dict[str, Any]:
+    """Return the fields from a run's configuration."""
     try:
         config = dict(compose.flat(safe_yaml.read_alike(path, OF_ONE_RUN, known)))
     except TypeError:
         raise UserError(f"{path}: keys must be text") from None
     if not all(map(str.isprintable, config)):
         raise UserError(f"{path}: keys must be printable")
-    return config
-
-
-def _about(path: Path, config: dict[str, Any], trial: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields from a run's configuration and records."""
+    for key in ("seed", "steps_per_task"):
+        if type(config.get(key)) is not int:
+            raise UserError(f"{path}: {key} must be an integer, got {show(config.get(key))}")
     tasks = config.get("env.tasks")
-    tasks = tasks if isinstance(tasks, list) and all(isinstance(task, str) for task in tasks) else []
-    numbers = {key: config.get(key) for key in ("seed", "steps_per_task")}
-    wrong = next((key for key, value in numbers.items() if type(value) is not int), None)
-    if wrong is not None:
-        raise UserError(f"{path / 'config.yaml'}: {wrong} must be a whole number, got {show(numbers[wrong])}")
-    status, error = _status(trial, record)
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        tasks = []
     return {
-        "status": status,
-        "error": error,
-        "command": short(trial.get("command") or record.get("command") or f"mtrl resume {shlex.quote(str(path))}"),
         "config": config,
         "env": short(config.get("env.name", "")),
-        "tasks": tuple(short(task) for task in tasks[:MOST_TASKS]),
-        **numbers,
-        "seconds": _number(record.get("seconds")) or 0.0,
+        "tasks": tuple(map(short, tasks[:MOST_TASKS])),
+        "seed": config["seed"],
+        "steps_per_task": config["steps_per_task"],
     }
 
 
-def _status(trial: dict[str, Any], record: dict[str, Any]) -> tuple[str, str | None]:
-    """Return a run's status and the reason. For trials that have ended, the sweep's record takes precedence."""
-    of_trial, of_run = trial.get("state"), record.get("status")
-    status = of_trial if of_trial in ("completed", "pruned", "failed") else of_run
-    if status not in (*STATUSES, "pruned"):
-        status = "running" if status is None else "unreadable"
-    why = trial.get("why") or record.get("error")
-    if status == "unreadable":
-        why = f"status is none of {', '.join(STATUSES)}"
-    return status, short(why) if why else None
-
-
-def _measured(path: Path, run: RunData) -> dict[str, Any]:
-    """Return the fields from a run's metrics."""
-    rows = _rows(path)
-    evaluations = [_evaluation(row) for row in rows if any(name.startswith(EVAL_RETURN) for name in row)]
-    counts = {
-        name.removeprefix("parameters/"): int(value) for row in rows[:3] for name, value in row.items() if name.startswith("parameters/")
-    }
+def _measured(run: RunData, seconds: Any) -> dict[str, Any]:
+    """Return the fields from a run's metrics and its test. `seconds` is the time in run.json."""
+    rows = _rows(run.path)
+    end = rows[-1] if rows else {"step": 0}
+    evaluations = tuple(_evaluation(row) for row in rows if any(name.startswith(EVAL_RETURN) for name in row))
     last = evaluations[-1] if evaluations else Evaluation(0, 0.0, {}, {})
-    test = _test(path, last.step)
+    test = _test(run.path, last.step)
     seen = dict.fromkeys(name for each in evaluations for name in each.returns)
+    counts = {name.removeprefix(PARAMETERS): int(value) for row in rows[:3] for name, value in row.items() if name.startswith(PARAMETERS)}
     return {
         "tasks": run.tasks if not seen or set(run.tasks) & set(seen) else tuple(seen)[:MOST_TASKS],
-        "step": int(rows[-1]["step"]) if rows else 0,
-        "seconds": max(run.seconds, rows[-1].get("seconds", 0.0) if rows else 0.0),
-        "evaluations": tuple(evaluations),
-        "final_returns": last.returns if test is None else test.returns,
-        "final_scores": last.scores if test is None else test.scores,
-        "is_tested": test is not None,
-        "cut_episodes": 0 if test is None else test.cut,
+        "step": int(end["step"]),
+        "seconds": max(float(seconds) if _is_number(seconds) else 0.0, end.get("seconds", 0.0)),
+        "evaluations": evaluations,
+        "test": test,
+        "final_returns": last.returns if test is None else {task: own.mean for task, own in test.tasks.items()},
+        "final_scores": last.scores if test is None else {task: own.score for task, own in test.tasks.items() if own.score is not None},
         "parameters": counts,
         "metrics": _metrics(rows),
     }
@@ -315,17 +306,17 @@ def _rows(path: Path) -> list[dict[str, float]]:
     """Read the rows of metrics.jsonl with their finite numbers. Invalid lines, such as one that is being written, are skipped."""
     if not os.path.lexists(path / "metrics.jsonl"):
         return []
-    rows = []
-    for line in atomic.read_bytes(path / "metrics.jsonl", path, LARGEST_METRICS).splitlines():
-        try:
-            row = json.loads(line)
-            step = row["step"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(step) is int:
-            numbers = ((name, value) for name, value in row.items() if type(value) in (float, int) and abs(value) < 1e30)
-            rows.append({name: value for name, value in numbers if name.isprintable()})
+    lines = atomic.read_bytes(path / "metrics.jsonl", path, LARGEST_METRICS).splitlines()
+    rows = [
+        {name: value for name, value in row.items() if _is_number(value) and name.isprintable()}
+        for row in map(parse_row, lines)
+        if row is not None
+    ]
     return [row for row in rows if "step" in row]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (float, int) and abs(value) < LARGEST_NUMBER
 
 
 def _evaluation(row: Mapping[str, float]) -> Evaluation:
@@ -334,19 +325,13 @@ def _evaluation(row: Mapping[str, float]) -> Evaluation:
     return Evaluation(int(row["step"]), row.get("seconds", 0.0), returns, scores)
 
 
-def _test(path: Path, step: int) -> Evaluation | None:
-    """Read the test of the last network; None where it is missing, or older than the last evaluation."""
-    if not os.path.lexists(path / "eval" / "test.json"):
+def _test(path: Path, step: int) -> FinalTest | None:
+    """Read the test of the last network; None if it is missing, or older than the last evaluation at `step`."""
+    file = path / "eval" / "test.json"
+    if not os.path.lexists(file):
         return None
-    last = atomic.read_json(path / "eval" / "test.json", path).get("last")
-    tasks = last.get("tasks") if isinstance(last, dict) else None
-    if not isinstance(last, dict) or not isinstance(tasks, dict) or (_number(last.get("step")) or 0) < step:
-        return None
-    own = {short(task): of_task for task, of_task in tasks.items() if isinstance(of_task, dict)}
-    metrics = {name: {task: _number(of_task.get(name)) for task, of_task in own.items()} for name in ("mean", "score")}
-    known = {name: {task: value for task, value in of_name.items() if value is not None} for name, of_name in metrics.items()}
-    cut = sum(_number(of_task.get("cut")) or 0 for of_task in own.values())
-    return Evaluation(int(last["step"]), 0.0, known["mean"], known["score"], int(cut))
+    test = atomic.read_model(_TestFile, file, path).last
+    return test if test.step >= step else None
 
 
 def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, float], ...]]:
@@ -355,7 +340,7 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, 
     for row in rows:
         step = int(row["step"])
         for name, value in row.items():
-            if "/" in name and not name.startswith(PASSED_OVER):
+            if "/" in name and not name.startswith(OTHER_METRICS):
                 found.setdefault(name, []).append((step, value))
     most = max(8, POINTS // max(1, len(found)))
     return {name: tuple(_thinned(points, math.ceil(len(points) / most))) for name, points in found.items()}
@@ -365,29 +350,10 @@ def _thinned(points: list[tuple[int, float]], stride: int) -> list[tuple[int, fl
     return points[(len(points) - 1) % stride :: stride]
 
 
-# -- text and numbers ---------------------------------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e30 else None
-
-
-def short(value: Any) -> str:
-    """Put text from a run folder on one line of bounded length, without control characters."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(value)[: 10 * MAX_LENGTH].split()))
-    return text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + "…"
-
-
 def _named(runs: list[RunData]) -> list[RunData]:
     """Name runs: each by the shortest unique end of its path, in printable characters."""
     parts = [Path(os.path.abspath(run.path)).parts for run in runs]
-    lengths = [1] * len(runs)
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        ends: dict[tuple[str, ...], list[int]] = {}
-        for index, own in enumerate(parts):
-            if lengths[index] == length:
-                ends.setdefault(own[-length:], []).append(index)
-        for same in ends.values():
-            for index in same if len(same) > 1 else []:
-                lengths[index] = length + 1
-    return [replace(run, name=short("/".join(own[-length:]))) for run, own, length in zip(runs, parts, lengths, strict=True)]
+    lengths = range(1, max(map(len, parts), default=0) + 1)
+    ends = [Counter(own[-length:] for own in parts) for length in lengths]
+    unique = [next(own[-length:] for length, count in zip(lengths, ends, strict=True) if count[own[-length:]] == 1) for own in parts]
+    return [replace(run, name=short("/".join(own))) for run, own in zip(runs, unique, strict=True)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtrl_cli.reports import comparison, plots, sharing
-from mtrl_cli.reports.comparison import Ablation, Variant
+from mtrl_cli.reports.comparison import Benchmark, Variant
 from mtrl_cli.reports.elements import Cell, Picture, Section, Table
 from mtrl_cli.reports.grouping import FROM_SCRATCH
 from mtrl_cli.reports.plots import Curve
@@ -19,11 +19,13 @@ from mtrl_cli.reports.run_data import RunData, RunGroup
 from mtrl_cli.reports.wording import some, titled
 from mtrl_cli.stats import bootstrap
 from mtrl_cli.stats import transfer as transfer_stats
-from mtrl_cli.stats.bootstrap import Estimate, Floats, Indices
+from mtrl_cli.stats.bootstrap import Estimate, Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Pair = tuple[RunData, RunData]
+"""The run from scratch and the fine-tuned run of a seed."""
 HEADINGS = {
     "zero_shot": "zero-shot",
     "jump_start": "jump-start",
@@ -50,36 +52,34 @@ class Line:
 
     Attributes:
         unit: score or return.
-        curves: validation from scratch and fine-tuned, as steps `[P]` and results `[S, P]`.
-        finals_S: final test results from scratch and fine-tuned.
+        steps_P: steps of the evaluations.
+        scratch_SP, tuned_SP: validation from scratch and fine-tuned.
+        scratch_S, tuned_S: final test results from scratch and fine-tuned.
     """
 
     name: str
     unit: str
-    curves: tuple[tuple[Floats, Floats], tuple[Floats, Floats]]
-    finals_S: tuple[Floats, Floats]
+    steps_P: Floats
+    scratch_SP: Floats
+    tuned_SP: Floats
+    scratch_S: Floats
+    tuned_S: Floats
 
     def metrics(self) -> dict[str, Estimate]:
         """Compute the metrics of `stats.transfer`."""
-        (steps_P, scratch_SP), (_, tuned_SP) = self.curves
-        # Without reference scores an untrained network's result stands for random play.
-        random = 0.0 if self.unit == "score" else float(scratch_SP[:, 0].mean())
-        return transfer_stats.compare(steps_P, tuned_SP, scratch_SP, self.finals_S[1], self.finals_S[0], random)
+        # Without reference scores an untrained network's result replaces that of random play.
+        random = 0.0 if self.unit == "score" else float(self.scratch_SP[:, 0].mean())
+        return transfer_stats.compare(self.steps_P, self.tuned_SP, self.scratch_SP, self.tuned_S, self.scratch_S, random)
 
 
 def sections(groups: Sequence[RunGroup]) -> list[Section]:
     """Return a section for each ablation that has runs from scratch and fine-tuned ones."""
-    found: list[Section] = []
-    for ablation in comparison.ablations(groups, "init_from"):
-        variants = [variant for variant in ablation.variants if variant.runs]
-        scratch = next((variant for variant in variants if variant.option == FROM_SCRATCH), None)
-        tuned = [variant for variant in variants if variant.option != FROM_SCRATCH]
-        if scratch is not None and tuned and len(found) < sharing.MAX_ABLATIONS:
-            found.append(_section(ablation, scratch, tuned, f"_{len(found) + 1}" if found else ""))
-    return found
+    found = [ablation for ablation in comparison.ablations(groups, "init_from") if all(ablation.split(FROM_SCRATCH))]
+    return [_section(ablation) for ablation in comparison.numbered(found)]
 
 
-def _section(ablation: Ablation, scratch: Variant, variants: Sequence[Variant], suffix: str) -> Section:
+def _section(ablation: Benchmark) -> Section:
+    (scratch, *_), variants = ablation.split(FROM_SCRATCH)
     lines = sharing.introduction(ablation)
     lines += [f"{variant.name}: {variant.runs[0].config['init_from']}" for variant in variants]
     parts: list[Table | Picture] = []
@@ -89,52 +89,53 @@ def _section(ablation: Ablation, scratch: Variant, variants: Sequence[Variant], 
         if not rows:
             lines.append(f"{variant.name}: no completed run has a seed and evaluations in common with one from scratch.")
             continue
-        name = f"transfer{suffix}" + (f"_{number + 1}" if number else "")
+        name = f"transfer{ablation.suffix}" + (f"_{number + 1}" if number else "")
         title = titled("Fine-tuned compared with from scratch", variant.name if len(variants) > 1 else "")
         parts += [_picture(rows, variant.name, name, title), _table(ablation, rows, pairs, name, title)]
-    return Section(f"transfer{suffix}".replace("_", "-"), titled("Transfer", ablation.about), lines, parts)
+    return Section(f"transfer{ablation.anchor}", ablation.title("Transfer"), lines, parts)
 
 
-def _pairs(scratch: Variant, variant: Variant) -> list[tuple[RunData, RunData]]:
+def _pairs(scratch: Variant, variant: Variant) -> list[Pair]:
     """Return the runs from scratch and the fine-tuned runs of the same seeds."""
     tuned = {run.seed: run for run in variant.runs}
     return [(run, tuned[run.seed]) for run in scratch.runs if run.seed in tuned]
 
 
-def _lines(ablation: Ablation, pairs: Sequence[tuple[RunData, RunData]]) -> list[Line]:
+def _lines(ablation: Benchmark, pairs: Sequence[Pair]) -> list[Line]:
     """Return the rows of the table: each task, and the mean over those with scores."""
-    scored = ablation.scored_tasks
+    scored = ablation.scored
     rows = [_line(task, [task], pairs, is_scored=task in scored) for task in ablation.tasks]
-    if len(scored) > 1 or (scored and len(ablation.tasks) > 1):
+    if scored and len(ablation.tasks) > 1:
         rows.append(_line(OVER_TASKS, scored, pairs, is_scored=True))
     return [row for row in rows if row is not None]
 
 
-def _line(name: str, tasks: Sequence[str], pairs: Sequence[tuple[RunData, RunData]], *, is_scored: bool) -> Line | None:
+def _line(name: str, tasks: Sequence[str], pairs: Sequence[Pair], *, is_scored: bool) -> Line | None:
     found = comparison.curves([run for pair in pairs for run in pair], tasks, is_scored=is_scored)
     if found is None or len(found[0]) < 2:
         return None
     steps_P, curves = found
-    finals = np.array([[[(run.final_scores if is_scored else run.final_returns)[t] for t in tasks] for run in pair] for pair in pairs])
-    scratch, tuned = ((steps_P, curves[side::2]) for side in (0, 1))
-    return Line(name, "score" if is_scored else "return", (scratch, tuned), tuple(finals.mean(axis=2).T))  # type: ignore[arg-type]
+    results = [[[(run.final_scores if is_scored else run.final_returns)[task] for task in tasks] for run in pair] for pair in pairs]
+    scratch_S, tuned_S = np.array(results, float).mean(axis=2).T
+    return Line(name, "score" if is_scored else "return", steps_P, curves[::2], curves[1::2], scratch_S, tuned_S)
 
 
 # -- the table and the picture --------------------------------------------------------------------------------------------------
 
 
-def _table(ablation: Ablation, rows: Sequence[Line], pairs: Sequence[tuple[RunData, RunData]], name: str, title: str) -> Table:
+def _table(ablation: Benchmark, rows: Sequence[Line], pairs: Sequence[Pair], name: str, title: str) -> Table:
     cells: list[list[Cell]] = []
-    starts = all(line.curves[0][0][0] == 0 for line in rows)
+    starts = all(line.steps_P[0] == 0 for line in rows)
     for line in rows:
         metrics = line.metrics()
         own = [None if math.isnan(metrics[key].value) or (key in AT_START and not starts) else metrics[key] for key in HEADINGS]
         cells.append([line.name if line.name == OVER_TASKS else ablation.named(line.name), *own])
-    header = ["task", *HEADINGS.values()]
-    return Table(name, title, header, cells, _notes(rows, cells, pairs, starts=starts))
+    column = 1 + list(HEADINGS).index("area_ratio")
+    no_ratio = [line.name for line, row in zip(rows, cells, strict=True) if row[column] is None]
+    return Table(name, title, ["task", *HEADINGS.values()], cells, _notes(rows, pairs, no_ratio, starts=starts))
 
 
-def _notes(rows: Sequence[Line], cells: Sequence[Sequence[Cell]], pairs: Sequence[tuple[RunData, RunData]], *, starts: bool) -> list[str]:
+def _notes(rows: Sequence[Line], pairs: Sequence[Pair], no_ratio: Sequence[str], *, starts: bool) -> list[str]:
     """Return the explanations below the table."""
     config = pairs[0][0].config
     episodes = config.get("eval.episodes"), config.get("eval.test_episodes") or config.get("eval.episodes")
@@ -147,13 +148,12 @@ def _notes(rows: Sequence[Line], cells: Sequence[Sequence[Cell]], pairs: Sequenc
     notes += NOTES
     if not starts:
         notes.append("Zero-shot and jump-start need an evaluation before the first step (eval.at_start=true).")
-    cut = sum(run.cut_episodes for pair in pairs for run in pair)
+    tests = [run.test for pair in pairs for run in pair if run.test is not None]
+    cut = sum(result.cut for test in tests for result in test.tasks.values())
     if cut:
-        notes.append(f"{cut:,} test episodes were cut at eval.max_steps; their results up to there count.")
-    column = 1 + list(HEADINGS).index("area_ratio")
-    missing = [line.name for line, row in zip(rows, cells, strict=True) if row[column] is None]
-    if missing:
-        notes.append(f"No area ratio where training from scratch is no better than random play on average: {some(missing)}.")
+        notes.append(f"{cut:,} test episodes were cut at eval.max_steps; their results up to this limit count.")
+    if no_ratio:
+        notes.append(f"No area ratio where training from scratch is no better than random play on average: {some(no_ratio)}.")
     if len(pairs) > 1:
         notes.append("In brackets: 95% bootstrap intervals over seeds; the two runs of a seed are resampled as a pair.")
     return notes
@@ -170,22 +170,19 @@ def _picture(rows: Sequence[Line], variant: str, name: str, title: str) -> Pictu
 
 
 def _draw(rows: Sequence[Line], variant: str) -> Figure:
-    labels = (FROM_SCRATCH, variant)
     panels = {
         line.name: {
-            label: _curve(*curve, float(final_S.mean())) for label, curve, final_S in zip(labels, line.curves, line.finals_S, strict=True)
+            FROM_SCRATCH: _curve(line.steps_P, line.scratch_SP, line.scratch_S),
+            variant: _curve(line.steps_P, line.tuned_SP, line.tuned_S),
         }
         for line in sorted(rows, key=lambda line: line.name != OVER_TASKS)
     }
-    return plots.lines(panels, plots.colours(labels[::-1]), "steps per task", {line.name: line.unit for line in rows})
+    return plots.lines(panels, plots.colours([variant, FROM_SCRATCH]), "steps per task", {line.name: line.unit for line in rows})
 
 
-def _curve(steps_P: Floats, results_SP: Floats, final: float) -> Curve:
+def _curve(steps_P: Floats, results_SP: Floats, final_S: Floats) -> Curve:
     """Return the mean over seeds, with its interval where there are several."""
-
-    def mean(rows_BS: Indices) -> Floats:
-        return results_SP[rows_BS].mean(axis=1)
-
     seeds = len(results_SP)
-    low_P, high_P = bootstrap.interval(mean, bootstrap.draw((seeds,))) if seeds > 1 else (None, None)
-    return Curve(steps_P, results_SP.mean(axis=0), low_P, high_P, final)
+    draws = bootstrap.draw((seeds,))
+    low_P, high_P = bootstrap.interval(lambda rows_BS: results_SP[rows_BS].mean(axis=1), draws) if seeds > 1 else (None, None)
+    return Curve(steps_P, results_SP.mean(axis=0), low_P, high_P, float(final_S.mean()))

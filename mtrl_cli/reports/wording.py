@@ -1,10 +1,10 @@
-"""Phrases that several report sections use."""
+"""Phrases and formats that several report sections use."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-
-FEW_SEEDS = 5
+from typing import Any
 
 
 def some(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
@@ -17,11 +17,18 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else noun + 's'}"
 
 
-def few_seeds(seeds: int) -> str:
-    """Caution about intervals over fewer than `FEW_SEEDS` seeds."""
-    return f"Intervals over {seeds} seeds are too narrow: take them as a hint, and run {FEW_SEEDS} or more."
-
-
 def titled(title: str, about: str) -> str:
-    """Add to a section's title what it is about, if anything: `Transfer: optimizer.lr=0.001`."""
+    """Add a section's subject, if there is one, to its title: `Transfer: optimizer.lr=0.001`."""
     return f"{title}: {about}" if about else title
+
+
+def clipped(text: str, most: int) -> str:
+    """Shorten text to at most `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def word(value: Any) -> str:
+    """Format a configuration value as after `KEY=`."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

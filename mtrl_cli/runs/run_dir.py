@@ -247,10 +247,10 @@ class ReadOnlyRunFolder(RunFolder):
             return True
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of mtrl, Python and the installed packages that affect the result of a run."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of mtrl, Python and the installed packages; by default the packages that affect the result of a run."""
     found = {"mtrl_cli": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

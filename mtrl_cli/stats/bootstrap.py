@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mtrl_cli.metric_names import AGGREGATES
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Draws = Iterable[tuple[Indices, ...]]
+Method = Literal["linear", "nearest"]
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 CHUNK = 100  # resamples at a time, which bounds memory at 57 tasks of 100 episodes to a few MB
@@ -53,34 +54,31 @@ def draw(*shapes: tuple[int, ...], resamples: int = RESAMPLES, seed: int = 0, ch
         yield tuple(random.integers(0, shape[0], (count, *shape)) for shape in shapes)
 
 
-def interval(
-    statistic: Callable[..., Floats], draws: Draws, confidence: float = CONFIDENCE, method: Literal["linear", "nearest"] = "linear"
-) -> tuple[Floats, Floats]:
+def interval(statistic: Callable[..., Floats], draws: Draws, method: Method = "linear") -> tuple[Floats, Floats]:
     """Compute the percentile bootstrap interval of a statistic.
 
     Args:
-        statistic: takes the indices of B resamples, returns `[B, ...]`.
+        statistic: maps the indices of B resamples to its values, `[B, ...]`.
         draws: the resamples, from `draw`.
-        confidence: the share of resampled statistics inside the interval.
         method: `nearest` for statistics that may be infinite, which cannot be interpolated.
 
     Returns:
         Low and high ends, `[...]`; NaN where the statistic of a resample is NaN.
     """
     values = np.concatenate([statistic(*indices) for indices in draws])
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0, method=method)
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0, method=method)
     return low, high
 
 
 def estimates(
-    statistic: Callable[..., Floats], *shapes: tuple[int, ...], draws: Draws | None = None, method: Literal["linear", "nearest"] = "linear"
+    statistic: Callable[..., Floats], *shapes: tuple[int, ...], draws: Draws | None = None, method: Method = "linear"
 ) -> list[Estimate]:
     """Compute V statistics of some samples with their intervals.
 
     There is no interval where a sample has a single value, or where the statistic of a resample does not exist (NaN).
 
     Args:
-        statistic: takes the indices of B resamples, one array `[B, *shape]` per sample, returns `[B, V]`.
+        statistic: maps the indices of B resamples, one array `[B, *shape]` per sample, to its values `[B, V]`.
         shapes: one per sample, see `draw`.
         draws: the resamples; None: `draw(*shapes)`.
         method: see `interval`.
@@ -89,26 +87,18 @@ def estimates(
     values_V = statistic(*every)[0]
     if min(shape[0] for shape in shapes) < 2:
         return [Estimate(float(value)) for value in values_V]
-    low_V, high_V = interval(statistic, draw(*shapes) if draws is None else draws, method=method)
+    low_V, high_V = interval(statistic, draw(*shapes) if draws is None else draws, method)
     return [
         Estimate(float(value)) if np.isnan([value, low, high]).any() else Estimate(float(value), float(low), float(high))
         for value, low, high in zip(values_V, low_V, high_V, strict=True)
     ]
 
 
-def iqm(values: ArrayLike) -> float:
-    """Compute the interquartile mean: the mean without the lowest and the highest 25 % of values (rounded down).
-
-    Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice", section 4.3. Raises ValueError for an empty array.
-    """
-    flat = np.asarray(values, dtype=np.float64).ravel()
-    if flat.size == 0:
-        raise ValueError("the interquartile mean of no values does not exist")
-    return float(trimmed_means(flat[None])[0])
-
-
 def trimmed_means(values_RV: Floats) -> Floats:
-    """Compute row-wise interquartile means: [R, V, ...] -> [R, ...]."""
+    """Compute row-wise interquartile means, [R, V, ...] -> [R, ...]: without the lowest and the highest quarter of values (rounded down).
+
+    Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice", section 4.3.
+    """
     count = values_RV.shape[1]
     cut = count // 4
     return np.sort(values_RV, axis=1)[:, cut : count - cut].mean(axis=1)
@@ -117,45 +107,39 @@ def trimmed_means(values_RV: Floats) -> Floats:
 # -- episodes of one network ----------------------------------------------------------------------------------------------------
 
 
-def bootstrap_mean_ci(returns: ArrayLike, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean_ci(returns: Sequence[float]) -> tuple[float, float]:
     """Compute the interval (low, high) of the mean of `returns`, episodes drawn with replacement.
 
-    One episode gives an interval without width: show it only for several episodes. Raises ValueError for an empty array.
+    One episode gives an interval without width: show the interval only for several episodes.
     """
-    values = np.asarray(returns, dtype=np.float64).ravel()
-    if values.size == 0:
-        raise ValueError("the mean of no episodes has no interval")
-    low, high = interval(lambda rows: values[rows].mean(axis=1), draw(values.shape, resamples=resamples, seed=seed), confidence)
+    values = np.asarray(returns, dtype=np.float64)
+    low, high = interval(lambda rows: values[rows].mean(axis=1), draw(values.shape))
     return float(low), float(high)
 
 
-def over_tasks(
-    scores: Mapping[str, Sequence[float]], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, Any]:
+def over_tasks(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Aggregate one network's normalised scores over its tasks, from the scores of each task's evaluation episodes.
 
-    Returns {"mean", "median", "iqm", "min", "ci": {each of these: [low, high]}}, and {} where no task has a score. Mean, median and
-    min are taken over the tasks' means; iqm over all episodes of all tasks together, as Agarwal et al. 2021 take it over all
-    runs and tasks (so a task with more episodes weighs more there).
+    Mean, median and min are over the tasks' means. The interquartile mean is over all episodes of all tasks together, like that of
+    Agarwal et al. 2021 over all runs and tasks, so a task with more episodes has more weight in it.
 
     The bootstrap is stratified: each resample draws episodes separately for every task, as many as the task has. Tasks and
     network are fixed: the interval reflects the randomness of episodes, not of training. For that, compare runs of several seeds.
+
+    Returns:
+        {"mean", "median", "iqm", "min", "ci": {each aggregate: [low, high]}}; {} where no task has a score.
     """
     if not scores:
         return {}
-    strata = [np.asarray(values, dtype=np.float64).ravel() for values in scores.values()]
-    for name, stratum in zip(scores, strata, strict=True):
-        if stratum.size == 0:
-            raise ValueError(f"task {name!r} has no episodes")
+    strata = [np.asarray(values, dtype=np.float64) for values in scores.values()]
 
     def aggregate(*rows: Indices) -> Floats:
         return _aggregates([stratum[of_stratum] for stratum, of_stratum in zip(strata, rows, strict=True)])
 
     values = _aggregates([stratum[None] for stratum in strata])[0]
-    low, high = interval(aggregate, draw(*(stratum.shape for stratum in strata), resamples=resamples, seed=seed), confidence)
-    result: dict[str, Any] = {name: float(value) for name, value in zip(AGGREGATES, values, strict=True)}
-    result["ci"] = {name: [float(low[index]), float(high[index])] for index, name in enumerate(AGGREGATES)}
-    return result
+    low, high = interval(aggregate, draw(*(stratum.shape for stratum in strata)))
+    ends = np.column_stack([low, high])
+    return {**dict(zip(AGGREGATES, values.tolist(), strict=True)), "ci": dict(zip(AGGREGATES, ends.tolist(), strict=True))}
 
 
 def _aggregates(strata: list[Floats]) -> Floats:

@@ -13,15 +13,15 @@ import numpy as np
 from mtrl_cli.stats.bootstrap import Draws, Estimate, Floats, Indices, draw, estimates, interval, trimmed_means
 
 AGGREGATES = ("iqm", "mean", "median", "optimality_gap")
-RESAMPLES_OF_BANDS = 500  # a picture needs fewer
+RESAMPLES_OF_BANDS = 500  # fewer are enough for plots
 Band = tuple[Floats, Floats]
 
 
 def aggregates(scores_RK: Floats, draws: Draws | None = None) -> dict[str, Estimate]:
     """Aggregate over all runs and tasks: `AGGREGATES` (section 4.3), with stratified bootstrap intervals (4.1).
 
-    Mean and median are over the tasks' means, the interquartile mean over all scores. The optimality gap is the mean distance of scores
-    below 1 (scores above count as 1; less is better).
+    Mean and median are over the tasks' means, the interquartile mean is over all scores. The optimality gap is the mean distance of scores
+    below 1 (scores above 1 count as 1; less is better).
 
     Args:
         scores_RK: final scores.
@@ -44,10 +44,10 @@ def task_means(scores_RK: Floats, draws: Draws | None = None) -> list[Estimate]:
 
 
 def probability_of_improvement(x_RK: Floats, y_SK: Floats, draws: Draws | None = None) -> Estimate:
-    """Estimate how likely a run of X scores higher than one of Y, on average over tasks; ties count half.
+    """Estimate the probability that a run of X scores higher than a run of Y, on average over tasks; ties count half.
 
-    It is the Mann-Whitney statistic over its largest value (section 4.3, "probability of improvement"). X has R runs, Y has S; their runs
-    are drawn independently (section 4.1).
+    The estimate is the Mann-Whitney statistic over its largest value (section 4.3, "probability of improvement"). X has R runs, Y has S;
+    the runs of X and Y are drawn independently (section 4.1).
     """
     x, y = x_RK[:, None], y_SK[None]
     wins_KRS = ((x > y) + 0.5 * (x == y)).transpose(2, 0, 1)
@@ -63,7 +63,7 @@ def probability_of_improvement(x_RK: Floats, y_SK: Floats, draws: Draws | None =
 
 
 def _counts(rows_BRK: Indices, runs: int) -> Floats:
-    """Count how often each run is drawn for each task and resample, [K, B, R]."""
+    """Count the draws of each run for each task and resample, [K, B, R]."""
     resamples, _, tasks = rows_BRK.shape
     place = np.arange(resamples)[:, None, None] * tasks + np.arange(tasks)
     counts = np.bincount((place * runs + rows_BRK).ravel(), minlength=resamples * tasks * runs)
@@ -102,5 +102,5 @@ def curve_band(values_RKP: Floats, draws: Draws | None = None) -> Band | None:
 
 
 def _resampled(scores_RK: Floats, rows_BRK: Indices) -> Floats:
-    """Take the drawn runs of each task: [R, K, ...] -> [B, R, K, ...]."""
+    """Return the drawn runs of each task: [R, K, ...] -> [B, R, K, ...]."""
     return scores_RK[rows_BRK, np.arange(scores_RK.shape[1])]

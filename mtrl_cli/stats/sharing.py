@@ -15,8 +15,7 @@ import numpy as np
 from mtrl_cli.stats.bootstrap import Estimate, Floats, Indices, draw, estimates, trimmed_means
 from mtrl_cli.stats.transfer import steps_to_threshold
 
-CHUNK = 10_000
-"""Runs drawn at a time, which bounds memory."""
+CHUNK = 10_000  # runs drawn at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _estimates(statistic: Callable[..., Floats], ours: int, baseline: int) -> li
 
 
 def nearest_size(total: int, others: Sequence[float], within: float = 0.05) -> int | None:
-    """Return the index of the parameter count nearest to `total`, or None where none lies within that share of it."""
+    """Return the index of the parameter count nearest to `total`; None if its difference is more than the share `within` of `total`."""
     distances = [abs(other - total) / total for other in others]
     best = min(range(len(others)), key=distances.__getitem__, default=None)
     return best if best is not None and distances[best] <= within else None

@@ -1,4 +1,4 @@
-"""Transfer metrics of two learning curves: fine-tuning a trained network against training from scratch. Numpy only.
+"""Transfer metrics of two learning curves: fine-tuning of a trained network, and training from scratch. Numpy only.
 
 The metrics are those of Taylor and Stone 2009, "Transfer Learning for Reinforcement Learning Domains: A Survey", section 2.1: jump-start,
 time to threshold (here: the final score of training from scratch), transfer ratio (of the areas under the curves), asymptotic performance
@@ -15,7 +15,7 @@ METRICS = ("zero_shot", "jump_start", "steps_to_scratch", "area_ratio", "final_f
 
 
 def steps_to_threshold(steps_P: Floats, values_BP: Floats, thresholds_B: Floats) -> Floats:
-    """Find the step at which each of B curves first reaches its threshold, `[B]`; linear between evaluations, infinity for never."""
+    """Find the step at which each of B curves first reaches its threshold, `[B]`; linear between evaluations, infinity if it never does."""
     reached_BP = values_BP >= thresholds_B[:, None]
     first_B = reached_BP.argmax(axis=1)
     before_B, rows_B = np.maximum(first_B - 1, 0), np.arange(len(values_BP))
@@ -34,7 +34,7 @@ def area(steps_P: Floats, values_BP: Floats) -> Floats:
 def area_ratio(steps_P: Floats, fine_tuned_BP: Floats, scratch_BP: Floats) -> Floats:
     """Compute the ratio of the areas under two curves, in units in which 0 is random play.
 
-    NaN where the mean height of the curve from scratch is not above random play: a ratio to it has no meaning.
+    NaN where the mean height of the curve from scratch is not above random play, because the ratio has no meaning then.
     """
     below = area(steps_P, scratch_BP)
     return area(steps_P, fine_tuned_BP) / np.where(below > 0, below, np.nan)
@@ -43,9 +43,9 @@ def area_ratio(steps_P: Floats, fine_tuned_BP: Floats, scratch_BP: Floats) -> Fl
 def compare(
     steps_P: Floats, fine_tuned_SP: Floats, scratch_SP: Floats, fine_tuned_final_S: Floats, scratch_final_S: Floats, random: float = 0.0
 ) -> dict[str, Estimate]:
-    """Compute `METRICS` of the mean curves over seeds, with intervals; the two runs of a seed are drawn together.
+    """Compute `METRICS` of the mean curves over seeds, with intervals; the two runs of a seed are resampled as a pair.
 
-    A value or an end of `steps_to_scratch` is infinite where the threshold is never reached; a value that does not exist is NaN.
+    A value or an end of `steps_to_scratch` is infinite where the threshold is never reached; an undefined value is NaN.
 
     Args:
         steps_P: steps of the evaluations, the first before any training.

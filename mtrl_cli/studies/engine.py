@@ -1,4 +1,4 @@
-"""The study engine: a sweep of chosen trials, then its report. Studies differ only in the trials that they choose."""
+"""The study engine: a sweep of chosen trials, then its report. Studies differ only in their trials."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 
 from mtrl_cli.errors import RunError, Stopped, UserError, show
 from mtrl_cli.reports import command as report
+from mtrl_cli.reports import html
+from mtrl_cli.reports.wording import counted
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import dry_run
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points
-from mtrl_cli.sweeps.search_space import SplitOverrides, key_of
+from mtrl_cli.sweeps.search_space import SplitOverrides, key_of, split_overrides
 
 DEFAULT_SEEDS, MAX_SEEDS = 3, 1000
 EVALUATIONS = 10
-"""Evaluations and diagnostics over the budget, at least, unless the user sets their intervals."""
+"""Minimum number of evaluations and diagnostics over the budget, unless the user sets their intervals."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     """Train the trials that are not completed yet, then write the report into the study's folder.
 
     Raises:
-        UserError: the folder holds something else.
-        RunError: a trial failed for good; the report, which names it, is written first.
+        UserError: the folder holds other files.
+        RunError: a trial failed after all retries; the report, which lists it, is written first.
         Stopped: by a signal, after saving; the same command resumes.
     """
     for line in study.lines:
@@ -75,19 +77,37 @@ def plan(overrides: Sequence[str], points: Points, folder: str) -> Plan:
 # -- overrides ------------------------------------------------------------------------------------------------------------------
 
 
+def parse(overrides: Sequence[str]) -> tuple[list[str], SplitOverrides, list[str]]:
+    """Split the overrides of a study.
+
+    Returns:
+        The overrides except the seeds, the same overrides split, and the axis of seeds (see `split_seeds`).
+
+    Raises:
+        UserError: matplotlib, which the report needs, is missing; an override is wrong; or a key has an interval of values.
+    """
+    html.require()
+    words, seeds = split_seeds(overrides)
+    split = split_overrides(words)
+    for key, axis in split.axes.items():
+        if not isinstance(axis, Choices):
+            raise UserError(f"{key}: a study needs a list of values, got an interval. Give values, or use mtrl sweep")
+    return words, split, seeds
+
+
 def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split `seeds=N` and `seed=FIRST` off the overrides and return the other overrides and the seed axis: N seeds from FIRST on.
 
-    A list of seeds (`seed=1,5`) stays as it is; it takes no `seeds`.
+    A list of seeds (`seed=1,5`) stays as it is; `seeds` cannot be given with it.
     """
     words = [word for word in overrides if key_of(word) != "seeds"]
     counts = [word.partition("=")[2] for word in overrides if key_of(word) == "seeds"]
     first = next((word.partition("=")[2] for word in words if key_of(word) == "seed"), "0")
     if len(counts) > 1 or (counts and not (counts[0].isdecimal() and 0 < int(counts[0]) <= MAX_SEEDS)):
-        raise UserError(f"seeds must be a whole number from 1 to {MAX_SEEDS}, given once; got {show(counts[-1])}")
+        raise UserError(f"seeds must be one integer from 1 to {MAX_SEEDS}, got {show(','.join(counts))}")
     if not re.fullmatch(r"\d{1,15}", first):
         if counts:
-            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds: give one of them")
+            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds: give only one of them")
         return words, []
     number = int(counts[0]) if counts else DEFAULT_SEEDS
     values = ",".join(str(int(first) + index) for index in range(number))
@@ -101,21 +121,20 @@ def first_trial(words: SplitOverrides, without: Sequence[str] = ()) -> list[str]
     return [*(word for word in [*words.shared, *axes] if key_of(word) not in without), *trusted]
 
 
-def refuse_intervals(words: SplitOverrides) -> None:
-    """Raise UserError where a key is to be drawn from an interval."""
-    for key, axis in words.axes.items():
-        if not isinstance(axis, Choices):
-            raise UserError(f"{key}: a study trains the same values in each of its configurations: give values; mtrl sweep takes intervals")
+def values_of(words: SplitOverrides, key: str) -> list[str]:
+    """Return the values that the overrides give to a key: one, several, or none."""
+    axis = words.axes.get(key)
+    return list(axis.values) if isinstance(axis, Choices) else [word.partition("=")[2] for word in words.shared if key_of(word) == key]
 
 
 def refuse_early_stopping(config: Mapping[str, Any]) -> None:
     """Raise UserError where runs may end before their budget."""
     if config["early_stopping"]["metric"] is not None:
-        raise UserError("early_stopping.metric: a study compares runs of the same budget; leave early stopping out")
+        raise UserError("early_stopping.metric: a study compares runs of the same budget; omit early_stopping.metric")
 
 
 def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Sequence[str]) -> list[str]:
-    """Return overrides that make intervals short enough for curves, for those of `keys` that the user has not given."""
+    """Return overrides of interval keys that the user has not given, if their intervals are too long for curves."""
     longest = max(1, config["steps_per_task"] // EVALUATIONS)
     intervals = {key: config[key.partition(".")[0]][key.partition(".")[2]] for key in keys if key not in given}
     return [f"{key}={longest}" for key, every in intervals.items() if not 0 < every <= longest]
@@ -125,7 +144,7 @@ def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Seque
 
 
 def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the combinations of all axes but some, seeds changing last."""
+    """Yield the combinations of all axes except some; seeds change last."""
     others = {key: axis.values for key, axis in axes.items() if key not in without and isinstance(axis, Choices)}
     keys = sorted(others, key=lambda key: key != "seed")
     for values in itertools.product(*(others[key] for key in keys)):
@@ -133,7 +152,7 @@ def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]
 
 
 def extent(plan: Plan) -> str:
-    """Describe how much a study trains: `12 runs of 40,000 steps per task, 3 seeds`."""
+    """Describe the size of a study: `12 runs of 40,000 steps per task, 3 seeds`."""
     seeds = plan.axes.get("seed")
     number = len(seeds.values) if isinstance(seeds, Choices) else 1
-    return f"{plan.trials} runs of {plan.steps_per_task:,} steps per task, {number} {'seed' if number == 1 else 'seeds'}"
+    return f"{plan.trials} runs of {plan.steps_per_task:,} steps per task, {counted(number, 'seed')}"

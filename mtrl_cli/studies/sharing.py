@@ -8,33 +8,29 @@ from typing import Any
 
 from mtrl_cli.config import compose, options
 from mtrl_cli.errors import UserError, show, unknown
-from mtrl_cli.reports import html
 from mtrl_cli.studies import engine, sharing_sizes
 from mtrl_cli.studies.engine import Study
 from mtrl_cli.studies.sharing_sizes import BASELINE
-from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides, key_of, split_overrides
+from mtrl_cli.sweeps.plan import Axes, Plan, Value
+from mtrl_cli.sweeps.search_space import SplitOverrides, key_of
 
 SHARING, SIZE = "network/sharing", "network.parameters"
 
 
 def make(overrides: Sequence[str]) -> Study:
-    """Plan the study that the overrides of `mtrl study sharing` ask for.
+    """Plan the study of `mtrl study sharing` from its overrides.
 
-    Every structure is trained with the parameter count of hard sharing at the given widths (or `network.parameters`). In addition,
-    independent networks are trained at those widths themselves: one full network per task.
+    Every structure is trained with the parameter count of hard sharing at the given widths, or with `network.parameters`. In addition,
+    independent networks are trained at the given widths: one full network per task.
 
     Raises:
         UserError: an override is wrong, or there is nothing to compare.
     """
-    html.require()
-    words, seeds = engine.split_seeds(overrides)
-    split = split_overrides(words)
-    engine.refuse_intervals(split)
+    words, split, seeds = engine.parse(overrides)
     structures = _structures(split)
-    parameters = _values(split, SIZE)
+    parameters = engine.values_of(split, SIZE)
     if "null" in parameters:
-        raise UserError(f"{SIZE}=null: independent networks of full width are always trained; give a number, or leave {SIZE} out")
+        raise UserError(f"{SIZE}=null: independent networks of full width are always trained; give a number, or omit {SIZE}")
     base = engine.first_trial(split, without=(SHARING, SIZE))
     config = compose.compose_training(base)
     _check(config)
@@ -50,28 +46,20 @@ def make(overrides: Sequence[str]) -> Study:
     return Study(plan, (_description(config, feasible, sizes, plan), *lines))
 
 
-def _values(words: SplitOverrides, key: str) -> list[str]:
-    """Return the values given to a key: one, several, or none."""
-    axis = words.axes.get(key)
-    if isinstance(axis, Choices):
-        return list(axis.values)
-    return [word.partition("=")[2] for word in words.shared if key_of(word) == key]
-
-
 def _structures(words: SplitOverrides) -> list[str]:
     """Return the structures to compare, all by default; the baseline comes first."""
     known = list(options.options(SHARING, compose.search_path(words.sweep)))
-    given = _values(words, SHARING)
+    given = engine.values_of(words, SHARING)
     for name in given:
         if name not in known:
             raise UserError(unknown("option", name, known, prefix=f"{SHARING}="))
-    if given == [BASELINE]:
-        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison: give other structures, or leave it out for all")
+    if set(given) == {BASELINE}:
+        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison: give other structures, or omit {SHARING} for all")
     return list(dict.fromkeys([BASELINE, *(given or known)]))
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Refuse a study of incomparable runs, or of a single task."""
+    """Raise UserError for incomparable runs, or for a single task."""
     tasks = config["env"].get("tasks")
     if isinstance(tasks, list) and len(tasks) < 2:
         raise UserError(f"env.tasks must name at least two tasks for a study of sharing, got {show(tasks[0] if tasks else '')}")
@@ -79,7 +67,7 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _feasible(structures: Sequence[str], sizes: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return each structure with the sizes that it can have, and a line for each of the others.
+    """Return each structure with its possible sizes, and a line for each impossible size.
 
     Raises:
         UserError: no structure is left to compare.
@@ -92,14 +80,14 @@ def _feasible(structures: Sequence[str], sizes: Mapping[str, Any]) -> tuple[list
         else:
             lines.append(f"left out: {name} with {SIZE}={size}: {count}")
     if not any(name != BASELINE for name, _ in found):
-        raise UserError("no structure can be trained at that size: " + (lines[-1].partition(": ")[2] if lines else "none is given"))
+        raise UserError("no structure can be trained at that size: " + lines[-1].partition(": ")[2])
     return found, lines
 
 
 def _points(feasible: Sequence[tuple[str, str]], axes: Axes) -> list[dict[str, Value]]:
     """Return the trials: each structure at its sizes and the full independent networks, for each combination of the other values.
 
-    Seeds change last, so that a study that is stopped early has compared everything with the first seeds.
+    Seeds change last, so that a study that is stopped early has a full comparison with the first seeds.
     """
     points: list[dict[str, Value]] = []
     for rest in engine.combinations(axes, without=(SHARING, SIZE)):

@@ -1,4 +1,4 @@
-"""Parameter counts of a study's networks. They need torch, so they are computed in a process of their own and the study's stays light.
+"""Parameter counts of a study's networks. They need torch, so they are computed in a separate process, and the study's process stays small.
 
 `python -m mtrl_cli.studies.sharing_sizes` reads the arguments of `measure` as JSON from standard input and writes its result, or {"error"}.
 """
@@ -22,11 +22,11 @@ def measure(words: Sequence[str], structures: Sequence[str], parameters: Sequenc
     Args:
         words: overrides of a run, without sharing structure and parameter count.
         structures: options of network/sharing.
-        parameters: parameter counts, as `network.parameters` takes them; empty: the count of hard sharing.
+        parameters: parameter counts, in the format of `network.parameters`; empty: the count of hard sharing.
 
     Returns:
-        "parameters": the parameter counts as text; "sizes": by structure and parameter count, the resulting count, or why it cannot be
-        reached; "full": the count of independent networks at the widths of the overrides.
+        "parameters": the parameter counts as text; "sizes": by structure and parameter count, the resulting count, or the reason why it is
+        impossible; "full": the count of independent networks at the widths of the overrides.
 
     Raises:
         UserError: the overrides give no network.
@@ -43,7 +43,7 @@ def measure(words: Sequence[str], structures: Sequence[str], parameters: Sequenc
 
 
 def main() -> None:
-    """Answer the request on standard input."""
+    """Read the arguments of `measure` from standard input and print its result."""
     request = json.load(sys.stdin)
     try:
         result = _count(**request)

@@ -15,23 +15,23 @@ from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.commands import warm_start
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.reports import grouping, html
+from mtrl_cli.reports import grouping
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.studies import engine
 from mtrl_cli.studies.engine import Study
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides, as_text, key_of, split_overrides
+from mtrl_cli.sweeps.search_space import SplitOverrides, as_text, key_of
 
 SOURCE = "init_from"
 PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}
 
 
 def make(run_path: Path, overrides: Sequence[str]) -> Study:
-    """Plan the study that the arguments of `mtrl transfer` ask for.
+    """Plan the study of `mtrl transfer` from its arguments.
 
-    Each seed has one run that starts from the source's network (one for each combination of the given `transfer.*`), and one from scratch.
+    Each seed has one run from scratch, and one fine-tuned run for each combination of the given `transfer.*`.
 
     Args:
         run_path: the source, or one of its checkpoints.
@@ -40,11 +40,8 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
     Raises:
         UserError: an override or the source is wrong.
     """
-    html.require()
+    words, split, seeds = engine.parse(overrides)
     source, which = RunFolder.open(run_path)
-    words, seeds = engine.split_seeds(overrides)
-    split = split_overrides(words)
-    engine.refuse_intervals(split)
     given = {key_of(word) for word in words}
     _check_given(given)
     trained = compose.load(source.config, trusted=compose.trusted_packages(split.sweep))
@@ -59,7 +56,7 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
     if tuned["network"].get("parameters") is None:
         warm_start.check_torso(tuned, trained, f"{SOURCE}={path}")
 
-    values = {key: _values(split, key) for key in sorted(given) if _is_transfer(key)}
+    values = {key: engine.values_of(split, key) for key in sorted(given) if _is_transfer(key)}
     defaults = {key: as_text(scratch["transfer"].get(key.partition(".")[2])) for key in values}
     as_choice = path if re.fullmatch(r"[\w./+-]+", path) else as_text(path)
     axes = [f"{SOURCE}=choice({as_choice},null)"]
@@ -78,20 +75,20 @@ def _check_given(given: set[str]) -> None:
     if "env" not in given:
         raise UserError("env is missing: name the tasks to transfer to, such as env=minatar_pack (mtrl ls env)")
     if SOURCE in given:
-        raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN; leave {SOURCE} out")
+        raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN; omit {SOURCE}")
 
 
 def _check(config: Mapping[str, Any], trained: dict[str, Any], given: set[str]) -> None:
-    """Refuse runs that cannot be compared, and a source whose torso cannot read the new tasks' observations."""
+    """Raise UserError for runs that cannot be compared, and for a source whose torso cannot read the new tasks' observations."""
     engine.refuse_early_stopping(config)
     if config["eval"]["test_episodes"] == 0:
-        raise UserError("eval.test_episodes=0: final scores come from test episodes; give another number, or leave it out")
+        raise UserError("eval.test_episodes=0: final scores need test episodes; give another number, or omit eval.test_episodes")
     if "eval.at_start" in given and not config["eval"]["at_start"]:
-        raise UserError("eval.at_start=false: zero-shot scores need an evaluation before the first step; leave it out")
+        raise UserError("eval.at_start=false: zero-shot scores need an evaluation before the first step; omit eval.at_start")
     torso, pack = class_of(trained, "network")[0], build_run.make_pack(dict(config))
     reads, shown = getattr(torso, "observation_kind", None), pack.observation_kind
     if reads != shown and "network" not in given:
-        raise UserError(f"the source's network reads {reads}s, but env={config['env']['name']} shows {shown}s: nothing can be transferred")
+        raise UserError(f"the source's network reads {reads}s, but env={config['env']['name']} has {shown}s: nothing can be transferred")
 
 
 def _is_transfer(key: str) -> bool:
@@ -102,7 +99,7 @@ def _is_transfer(key: str) -> bool:
 
 
 def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, folder: str) -> str:
-    """Return the path of the source's checkpoint. A study that is resumed keeps its own, even if the source was trained further."""
+    """Return the path of the source's checkpoint. A resumed study keeps its checkpoint, even if the source was trained further."""
     checkpoints = Path(os.path.abspath(source.checkpoints))
     given = next((word.partition("=")[2] for word in split.sweep if key_of(word) == "run_dir"), f"runs/studies/{folder}")
     study = Path(given).expanduser()
@@ -116,14 +113,14 @@ def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, fold
 
 
 def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], split: SplitOverrides) -> tuple[list[str], str]:
-    """Return overrides with the source's torso, sharing structure and head, except for what the user gave, and a line on them."""
+    """Return overrides with the source's torso, sharing structure and head except those that the user gave, and a line about them."""
     kept = [group for group in PARTS if group not in given]
     config = dict(compose.flat(trained))
     folders = tuple(compose.search_path(split.sweep)[1:])
     names = {group: grouping.option_of(group, config, folders) for group in kept}
     if None in names.values():
         group = next(group for group, name in names.items() if name is None)
-        target = config[f"{group.replace('/', '.')}._target_"]
+        target = config[grouping.target_key(group)]
         raise UserError(f"{group}: no option has the source's class {show(target)}; give hydra.searchpath as for the source")
     words = [f"{group}={name}" for group, name in names.items()]
     composed = dict(compose.flat(compose.compose_training([*base, *words])))
@@ -140,13 +137,8 @@ def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], s
 # -- trials ---------------------------------------------------------------------------------------------------------------------
 
 
-def _values(split: SplitOverrides, key: str) -> list[str]:
-    axis = split.axes.get(key)
-    return list(axis.values) if isinstance(axis, Choices) else [word.partition("=")[2] for word in split.shared if key_of(word) == key]
-
-
 def _points(axes: Axes, values: Mapping[str, Sequence[str]], defaults: Mapping[str, str]) -> list[dict[str, Value]]:
-    """Return the trials: fine-tuned runs with each combination of `transfer.*`, and one from scratch, for each seed and other value."""
+    """Return the trials: for each seed and other value, fine-tuned runs with all combinations of `transfer.*`, and one from scratch."""
     source = axes[SOURCE]
     assert isinstance(source, Choices)
     points: list[dict[str, Value]] = []

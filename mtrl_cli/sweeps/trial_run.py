@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
@@ -86,17 +86,15 @@ def trial_folder(sweep: Path, number: int) -> Path:
 def read_record(sweep: Path, number: int) -> TrialRecord | None:
     """Read a trial's trial.json; None if there is none. Raises UserError if it is damaged."""
     path = trial_folder(sweep, number) / RECORD
-    if not os.path.lexists(path):
-        return None
-    try:
-        record = TrialRecord.model_validate_json(atomic.read_bytes(path, sweep, atomic.MAX_JSON_BYTES))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}") from None
-    if record.number != number:
+    record = parse_record(path, sweep)
+    if record is not None and record.number != number:
         raise UserError(f"{path} is damaged: number must be {number}, got {record.number}")
     return record
+
+
+def parse_record(path: Path, folder: Path) -> TrialRecord | None:
+    """Read a trial.json inside `folder`; None if there is none. Raises UserError if it is damaged."""
+    return atomic.read_model(TrialRecord, path, folder) if os.path.lexists(path) else None
 
 
 class TrialRun:
@@ -217,11 +215,8 @@ class TrialRun:
 
     def _new_evaluation(self, line: bytes) -> list[tuple[int, float]]:
         """Read the progress from a line of metrics.jsonl, and return the line's evaluation, if there is a new one."""
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return []
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        row = parse_row(line)
+        if row is None:
             return []
         self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
         value = self._value(row)
@@ -246,3 +241,12 @@ class TrialRun:
     def score(self) -> float | None:
         """The metric of the last evaluation; None before the first."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl; None if it is invalid or incomplete."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from mtrl_cli.machine import rng
+from mtrl_cli.machine.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,6 @@ class TaskGradients(ABC):
     def agreed(self, weight_K: torch.Tensor) -> torch.Tensor:
         """Weights, or another result of a solver, that are equal on all ranks."""
         return weight_K
-
-
-class Saved:
-    """Object with a state of named attributes: tensors, generators, numbers, None and other objects with a state.
-
-    Attributes:
-        saved: names of the attributes. The keys of the state are the same names without a leading underscore.
-    """
-
-    saved: ClassVar[tuple[str, ...]] = ()
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {name.lstrip("_"): getattr(self, name) for name in self.saved}
-        return {key: _state_of(value) for key, value in state.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of `state_dict`. Tensors are copied in place."""
-        for name in self.saved:
-            mine, value = getattr(self, name), state[name.lstrip("_")]
-            if isinstance(mine, torch.Generator):
-                rng.restore(mine, value)
-            elif isinstance(mine, Saved):
-                mine.load_state_dict(value)
-            elif isinstance(mine, torch.Tensor):
-                mine.copy_(value)
-            else:
-                setattr(self, name, value)
-
-
-def _state_of(value: Any) -> Any:
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    return value.state_dict() if isinstance(value, Saved) else value
 
 
 class TaskWeights(Saved, ABC):

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from mtrl_cli.machine import cuda_graphs
-from mtrl_cli.task_weights.base import Saved, TaskGradients
+from mtrl_cli.machine.saved import Saved
+from mtrl_cli.task_weights.base import TaskGradients
 
 WeightsOfGram = Callable[[torch.Tensor], torch.Tensor]
 """Gram matrix `[K, K]` to weights `[K]`."""

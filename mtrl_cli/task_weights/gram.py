@@ -90,8 +90,8 @@ class IMTLG(TaskWeights):
     """IMTL-G (Liu et al. 2021, "Towards Impartial Multi-task Learning", equation 6): the weighted mean with the same projection onto the
     direction of every task. Weights come from TorchJD, which also handles linearly dependent gradients (Quinton and Rey 2024).
 
-    Weights may be negative. Where the gradients cancel, no such mean exists; where they almost cancel, the weights grow without bound. So
-    weights are uniform if the projections are not equal after all, or the absolute weights sum to more than 10.
+    Weights may be negative. If the gradients cancel, no such mean exists. If the gradients almost cancel, the weights grow without bound.
+    So weights are uniform if the projections are not equal after all, or the absolute weights sum to more than 10.
     """
 
     needs = "gram"

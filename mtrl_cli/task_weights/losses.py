@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mtrl_cli.errors import unknown
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.common import LearnedVector, finite_or_uniform
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -38,7 +39,7 @@ class Static(TaskWeights):
         super().__init__(tasks)
         for name in weights:
             if name not in tasks.names:
-                raise ValueError(f"task_weights.weights: unknown task {name}; env.tasks has {', '.join(tasks.names)}")
+                raise ValueError(unknown("task", name, tasks.names, where=" in task_weights.weights"))
         chosen = [float(weights.get(name, 1.0)) for name in tasks.names]
         if not sum(chosen) > 0:
             raise ValueError("task_weights.weights must be above 0 for at least one task, got 0 for all")

@@ -74,8 +74,8 @@ class NashMTL(TaskWeights):
     """Nash-MTL (Navon et al. 2022, "Multi-Task Learning as a Bargaining Game", Algorithm 1), by TorchJD and ecos.
 
     The paper's weights grow as gradients shrink. Here they are divided by their sum, so that the result is a weighted mean. The solver
-    takes tens of milliseconds. As in the paper, it runs only once in a while, and the weights are kept in between (table 5: every 50 or 100
-    updates in reinforcement learning). Weights are uniform if a task has no gradient.
+    takes tens of milliseconds. As in the paper, it runs only at intervals, and the weights stay constant in between (table 5: every 50 or
+    100 updates in reinforcement learning). Weights are uniform if a task has no gradient.
 
     Args:
         every: updates between solutions.

@@ -20,8 +20,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 class Tape:
     """Inputs of shared layers in a forward pass of all tasks, and gradients of the losses in the outputs of the layers.
 
-    Zeros that require gradients ("taps") are added to the output of each layer. Their gradients are the gradients in the output. The
-    parameters of the layers require no gradients meanwhile, so the backward pass skips work that is done per task afterwards.
+    Zeros that require gradients ("taps") are added to the output of each layer. Their gradients are the gradients in the output. During
+    the recording, the parameters of the layers require no gradients, so the backward pass skips work that is done per task afterwards.
 
     Args:
         shared: shared layers. A forward pass calls each once, with the samples of all tasks in order.
@@ -67,7 +67,7 @@ class Tape:
                 parameter.requires_grad_(True)
 
     def make_taps(self, network: nn.Module, observation: torch.Tensor) -> list[torch.Tensor]:
-        """Make zeros in the shape of each layer's output for `observation` (`[K, B, ...]`). They take no memory."""
+        """Make zeros in the shape of each layer's output for `observation` (`[K, B, ...]`). The zeros need no memory."""
         outputs = [output for _, output in _calls(network, self.shared, observation)]
         return [output.new_zeros(()).expand(output.shape).requires_grad_() for output in outputs]
 

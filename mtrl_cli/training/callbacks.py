@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from mtrl_cli.machine import rng
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.networks.per_task import Stacked
 from mtrl_cli.networks.regularised import SpectralLinear
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mtrl_cli.training.learner import Learner
 
 
-class Callback:
+class Callback(Saved):
     """Extends the updates of a learner. All methods do nothing by default.
 
     The learner calls `before_update` outside of the CUDA graph of an update. The graph records `before_losses`, `before_step` and
@@ -49,12 +49,6 @@ class Callback:
         """Return current metrics by name."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state of `state_dict`."""
-
 
 class SpectralNorm(Callback):
     """Power iteration of layers with spectral normalisation, one step per update.
@@ -81,12 +75,7 @@ class DropoutState(Callback):
     """
 
     name = "dropout"
+    saved = ("_generator",)
 
     def __init__(self, generator: torch.Generator):
         self._generator = generator
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        rng.restore(self._generator, state["generator"])

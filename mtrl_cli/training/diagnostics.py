@@ -42,12 +42,12 @@ class Report:
 
 
 class Diagnostics:
-    """Measures how the gradients of tasks agree, and properties of features, on samples that no update has used.
+    """Measures the agreement of task gradients and properties of features, on samples that no update has used.
 
-    Gradients are those of the mean loss of each task over the shared parameters, before any task weight; a run without shared parameters
-    has none. A sample without a successor (a truncated step) has a loss of 0 in the mean. Features are the inputs of heads. The rank is at
-    most the number of samples. Similarities (CKA) compare the features that the paths of two tasks compute of the same observations, some
-    of each task; if observation shapes differ, each path reads its own part of the padded observation.
+    Gradients are those of the mean loss of each task over the shared parameters, before any task weight. A run without shared parameters
+    has no metrics of gradients. A sample without a successor (a truncated step) has a loss of 0 in the mean. Features are the inputs of
+    heads. The rank is at most the number of samples. Similarities (CKA) compare the features that the paths of two tasks compute of the
+    same observations, some of each task; if observation shapes differ, each path reads its own part of the padded observation.
 
     Diagnostics have no state: samples depend on the seed, the step and the contents of the replay. A resumed run writes the same metrics,
     and training is not affected.

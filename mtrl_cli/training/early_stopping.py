@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+
+from mtrl_cli.machine.saved import Saved
 
 
-class EarlyStopping:
+@dataclass
+class EarlyStopping(Saved):
     """Stops a run whose evaluations no longer improve; higher metrics are better.
 
     A value is an improvement if it exceeds the best value by more than `min_delta`; the first value is one. Small gains add up, because the
@@ -17,17 +19,20 @@ class EarlyStopping:
         metric: name of the metric; None: never stop.
         patience: consecutive evaluations without an improvement before the run stops.
         min_delta: smallest improvement.
+
+    Attributes:
+        best, best_at: best value, and its step.
+        without: consecutive evaluations without an improvement so far.
     """
 
-    def __init__(self, *, metric: str | None, patience: int, min_delta: float):
-        assert patience > 0, patience
-        assert min_delta >= 0, min_delta
-        self.metric = metric
-        self.patience = patience
-        self.min_delta = min_delta
-        self.best: float | None = None
-        self.best_at: int | None = None
-        self.without = 0
+    saved = ("best", "best_at", "without")
+
+    metric: str | None
+    patience: int
+    min_delta: float
+    best: float | None = None
+    best_at: int | None = None
+    without: int = 0
 
     @property
     def stopped(self) -> bool:
@@ -54,17 +59,3 @@ class EarlyStopping:
     def reset_patience(self) -> None:
         """Reset the patience and keep the best value, for a run with an extended budget."""
         self.without = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the patience used."""
-        return {"best": self.best, "best_at": self.best_at, "without": self.without}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state of `state_dict`.
-
-        Raises:
-            KeyError, TypeError, ValueError: the state is invalid.
-        """
-        self.best = None if state["best"] is None else float(state["best"])
-        self.best_at = None if state["best_at"] is None else int(state["best_at"])
-        self.without = int(state["without"])

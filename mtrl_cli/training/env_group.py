@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -27,16 +27,7 @@ def make_group(
     """Make a group of `num_envs` training environments of each task, the first of which has the number `first_env`."""
     K, on_gpu = len(pack.tasks), device.type == "cuda"
     transfer = Pinned(K, num_envs, pack.observation_shape, pack.observation_dtype, device) if on_gpu else SharedMemory()
-    envs = VectorTasks(
-        pack,
-        num_envs=num_envs,
-        seed=seed,
-        num_threads=num_threads,
-        training=True,
-        stream="train",
-        first_env=first_env,
-        buffers=transfer.buffers,
-    )
+    envs = VectorTasks(pack, num_envs, seed, num_threads, training=True, stream="train", first_env=first_env, buffers=transfer.buffers)
     dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
     frames = FrameStack(K, num_envs, pack.stack, pack.observation_shape, dtype, device)
     recorder = (lambda: cuda_graphs.CudaGraphs(device, cuda_graphs.generators_of(actor))) if on_gpu else None
@@ -50,6 +41,7 @@ def concatenated(transitions: Sequence[Transition]) -> Transition:
     return Transition(*(torch.cat([getattr(each, field.name) for each in transitions], 1) for field in fields(Transition)))
 
 
+@dataclass(eq=False)
 class EnvGroup:
     """n environments of each task that step together.
 
@@ -62,26 +54,20 @@ class EnvGroup:
         recorder: makes a recorder of CUDA graphs; None: the choice of actions is not recorded.
     """
 
-    def __init__(
-        self,
-        envs: VectorTasks,
-        actor: EpsilonGreedy,
-        frames: FrameStack,
-        value_to_store: Callable[[torch.Tensor], torch.Tensor | None],
-        transfer: Pinned | SharedMemory,
-        recorder: Callable[[], cuda_graphs.Recorder] | None = None,
-    ):
-        self.envs = envs
-        self.frames = frames
-        self._actor = actor
-        self._value_to_store = value_to_store
-        self._transfer = transfer
-        device = frames.observation.device
-        shape = (len(envs.tasks), envs.num_envs)
+    envs: VectorTasks
+    actor: EpsilonGreedy
+    frames: FrameStack
+    value_to_store: Callable[[torch.Tensor], torch.Tensor | None]
+    transfer: Pinned | SharedMemory
+    recorder: Callable[[], cuda_graphs.Recorder] | None = None
+
+    def __post_init__(self) -> None:
+        device = self.frames.observation.device
+        shape = (len(self.envs.tasks), self.envs.num_envs)
         self._epsilon_K = torch.zeros(shape[0], device=device)
         self._action = torch.zeros(shape, dtype=torch.int64, device=device)
         self._value = torch.zeros(shape, device=device)
-        self._run_act = cuda_graphs.Captured(self._act, recorder) if recorder else self._act
+        self._run_act = cuda_graphs.Captured(self._act, self.recorder) if self.recorder else self._act
 
     def reset(self, epsilon_K: NDArray[np.float32]) -> None:
         """Start the first episode of every environment."""
@@ -91,7 +77,7 @@ class EnvGroup:
         """Set observations that have no earlier frames."""
         shape = (len(self.envs.tasks), self.envs.num_envs)
         ended = np.ones(shape, bool)
-        self._push(*self._transfer.to_device(Step(observation, np.zeros(shape, np.float32), ended, ended, ended), epsilon_K))
+        self._push(*self.transfer.to_device(Step(observation, np.zeros(shape, np.float32), ended, ended, ended), epsilon_K))
 
     def _push(self, step: Step[torch.Tensor], epsilon_K: torch.Tensor) -> None:
         self._epsilon_K.copy_(epsilon_K)
@@ -100,31 +86,27 @@ class EnvGroup:
     def choose(self) -> None:
         """Choose actions for the current observations, and start to copy them to the host."""
         self._run_act()
-        self._transfer.start_fetch(self._action)
+        self.transfer.start_fetch(self._action)
 
     def _act(self) -> None:
-        action, value = self._actor.choose(self.frames.observation, self._epsilon_K)
+        action, value = self.actor.choose(self.frames.observation, self._epsilon_K)
         self._action.copy_(action)
-        stored_value = self._value_to_store(value)  # now, because every update may change the value scale
+        stored_value = self.value_to_store(value)  # now, because every update may change the value scale
         if stored_value is not None:
             self._value.copy_(stored_value)
 
-    def actions(self) -> NDArray[np.int64]:
-        """Wait for the chosen actions, `[K, n]`."""
-        return self._transfer.fetch()
-
     def send(self) -> None:
         """Send the chosen actions to the environments."""
-        self.envs.send(self.actions())
+        self.envs.send(self.transfer.fetch())
 
     def transition(self, step: Step[np.ndarray], epsilon_K: NDArray[np.float32]) -> Transition:
-        """Return the transition that ended with a step, and move on to the next observation.
+        """Return the transition that ended with a step, and set the next observation.
 
         Args:
             step: of `VectorTasks.recv`.
             epsilon_K: for the next actions.
         """
-        after, epsilon = self._transfer.to_device(step, epsilon_K)
+        after, epsilon = self.transfer.to_device(step, epsilon_K)
         transition = Transition(
             frame=self.frames.newest.clone(),
             start=self.frames.start.clone(),
@@ -154,13 +136,13 @@ class EnvGroup:
             epsilon_K: for the next actions.
 
         Raises:
-            RunError: the replayed environments show other frames than before.
+            RunError: the replayed environments return other frames than before.
         """
         observation = self.envs.load_state_dict(state["envs"])
         self._start_from(observation, epsilon_K)
         self.frames.load_state_dict(state["frames"])
         if not np.array_equal(observation, self.frames.newest.cpu().numpy()):
-            raise RunError("the environments did not repeat their episodes: resume with the package versions in run.json")
+            raise RunError("the environments are not reproducible: resume with the package versions in run.json")
         self._action.copy_(state["action"])
         self._value.copy_(state["value"])
-        self._transfer.start_fetch(self._action)
+        self.transfer.start_fetch(self._action)

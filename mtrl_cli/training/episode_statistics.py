@@ -1,24 +1,27 @@
-"""Returns and lengths of training episodes. Uses numpy only."""
+"""Returns and lengths of training episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.metric_names import TRAIN_LENGTH, TRAIN_RETURN
 
 Total = Callable[[NDArray[Any]], NDArray[Any]]
 
 
-class EpisodeStatistics:
+class EpisodeStatistics(Saved):
     """Returns and lengths of training episodes of K tasks with N environments each.
 
     `row()` returns means over the episodes that ended since the last call, `recent()` means over the last `window` episodes of each task.
     With several processes, `total` sums an array over the processes, and the means are over the episodes of all.
     """
+
+    saved = ("_returns", "_lengths", "_ended_return", "_ended_length", "_ended", "_recent", "_recent_count")
 
     def __init__(self, tasks: Sequence[str], num_envs: int, window: int = 100):
         self.tasks = tuple(tasks)
@@ -68,32 +71,3 @@ class EpisodeStatistics:
         returns = [self._recent[index, :count].sum() for index, count in enumerate(held)]
         returns, held = total(np.stack([returns, held]))
         return {task: float(returns[index] / held[index]) for index, task in enumerate(self.tasks) if held[index]}
-
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Copies of every array."""
-        return {name: array.copy() for name, array in self._arrays().items()}
-
-    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Restore a state of `state_dict`.
-
-        Raises:
-            ValueError: the state is of other tasks, environments or another window.
-        """
-        arrays = self._arrays()
-        if state.keys() != arrays.keys():
-            raise ValueError(f"episode statistics hold {sorted(arrays)}, the state holds {sorted(state)}")
-        for name, array in arrays.items():
-            if np.shape(state[name]) != array.shape:
-                raise ValueError(f"episode statistics: {name} has shape {array.shape}, the state's has {np.shape(state[name])}")
-            array[:] = state[name]
-
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        return {
-            "returns": self._returns,
-            "lengths": self._lengths,
-            "ended_return": self._ended_return,
-            "ended_length": self._ended_length,
-            "ended": self._ended,
-            "recent": self._recent,
-            "recent_count": self._recent_count,
-        }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mtrl_cli.machine.saved import Saved
 
-class FrameStack:
+
+class FrameStack(Saved):
     """The newest S frames of K x N environments, zeros before the start of an episode.
 
     Args:
@@ -18,6 +20,8 @@ class FrameStack:
         observation: `[K, N, S, *frame]`, newest frame last. Changed in place.
         start: bool `[K, N]`, whether the newest frame is the first of its episode. Changed in place.
     """
+
+    saved = ("observation", "start")
 
     def __init__(self, num_tasks: int, num_envs: int, stack: int, frame_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         self.observation = torch.zeros((num_tasks, num_envs, stack, *frame_shape), dtype=dtype, device=device)
@@ -33,17 +37,3 @@ class FrameStack:
         older = self.observation[:, :, 1:] * (~start).view(*start.shape, *(1,) * (self.observation.dim() - 2))
         self.observation.copy_(torch.cat([older, frame[:, :, None]], 2))
         self.start.copy_(start)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"observation": self.observation.clone(), "start": self.start.clone()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore a state of `state_dict`.
-
-        Raises:
-            ValueError: the state has other shapes.
-        """
-        for name, mine in (("observation", self.observation), ("start", self.start)):
-            if state[name].shape != mine.shape or state[name].dtype != mine.dtype:
-                raise ValueError(f"frames: {name} is {tuple(state[name].shape)}, expected {tuple(mine.shape)}")
-            mine.copy_(state[name])

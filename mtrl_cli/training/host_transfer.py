@@ -14,14 +14,13 @@ FloatArray = NDArray[np.float32]
 
 
 class SharedMemory:
-    """Emulators and learner on the CPU: nothing is copied. `buffers` is None, because emulators use their own."""
+    """Emulators and learner on the CPU: nothing is copied. `buffers` is None: `VectorTasks` allocates its buffers."""
 
     buffers: tuple[NDArray[np.generic], ...] | None = None
 
     def to_device(self, step: Step[np.ndarray], epsilon_K: FloatArray) -> tuple[Step[torch.Tensor], torch.Tensor]:
         """See `Pinned.to_device`."""
-        arrays = (step.observation, step.reward, step.terminated, step.truncated, step.done)
-        return Step(*map(torch.from_numpy, arrays)), torch.from_numpy(epsilon_K)
+        return Step(*map(torch.from_numpy, vars(step).values())), torch.from_numpy(epsilon_K)
 
     def start_fetch(self, action: torch.Tensor) -> None:
         """See `Pinned.start_fetch`."""
@@ -96,9 +95,5 @@ class Pinned:
 
 def _split(block: torch.Tensor, parts: list[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
     """Split a block of bytes into consecutive views."""
-    views, start = [], 0
-    for shape, dtype in parts:
-        stop = start + prod(shape) * dtype.itemsize
-        views.append(block[start:stop].view(dtype).view(shape))
-        start = stop
-    return views
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in parts]
+    return [view.view(dtype).view(shape) for view, (shape, dtype) in zip(block.split(sizes), parts, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.errors import RunError
 from mtrl_cli.machine import cuda_graphs
+from mtrl_cli.machine.saved import Saved
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 from mtrl_cli.replay.buffers import Replay, Samples
 from mtrl_cli.task_weights.base import TaskGradients, TaskWeights
@@ -23,7 +25,8 @@ from mtrl_cli.training.rank_gradients import RankGradients
 from mtrl_cli.training.update_metrics import UpdateMetrics
 
 
-class Learner:
+@dataclass(eq=False)
+class Learner(Saved):
     """Trains the network of an agent.
 
     Args:
@@ -40,40 +43,31 @@ class Learner:
         metrics: of the updates.
     """
 
-    def __init__(
-        self,
-        agent: Agent,
-        replay: Replay,
-        augmentation: Pipeline,
-        task_weights: TaskWeights,
-        optimizer: Optimizer,
-        task_names: list[str],
-        *,
-        callbacks: Sequence[Callback] = (),
-        make_tape: Callable[[], Tape | None] = lambda: None,
-        recorder: Callable[[], cuda_graphs.Recorder] | None = None,
-        ranks: Ranks = ALONE,
-    ):
-        self.agent = agent
-        self.replay = replay
-        self.augmentation = augmentation
-        self.task_weights = task_weights
-        self.optimizer = optimizer
-        self.callbacks = list(callbacks)
+    saved = ("updates", "_learns_from", "_updates_before", "_learning_starts", "metrics", "task_weights", "augmentation")
+
+    agent: Agent
+    replay: Replay
+    augmentation: Pipeline
+    task_weights: TaskWeights
+    optimizer: Optimizer
+    task_names: list[str]
+    callbacks: Sequence[Callback] = ()
+    make_tape: Callable[[], Tape | None] = lambda: None
+    recorder: Callable[[], cuda_graphs.Recorder] | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
         for callback in self.callbacks:
             callback.learner = self
         self.updates = 0
-        self.metrics = UpdateMetrics(task_names, replay.spec.device, ranks)
-        self._task_names = task_names
-        self._ranks = ranks
-        self._batch_size = ranks.share(agent.batch_key, agent.batch_size)
+        self.metrics = UpdateMetrics(self.task_names, self.replay.spec.device, self.ranks)
+        self._batch_size = self.ranks.share(self.agent.batch_key, self.agent.batch_size)
         self._are_weights_checked = False
         # Updates are due from `_learns_from` on, in addition to `_updates_before`. `_learning_starts` is the step of the first update.
-        self._learns_from = self._learning_starts = agent.learning_starts
+        self._learns_from = self._learning_starts = self.agent.learning_starts
         self._updates_before = 0
-        capturable = all(part.capturable for part in (agent, replay, augmentation, task_weights, optimizer))
-        self._recorder = recorder if capturable else None
-        self._make_tape = make_tape
+        parts = (self.agent, self.replay, self.augmentation, self.task_weights, self.optimizer)
+        self._is_capturable = all(part.capturable for part in parts)
         self._tape: Tape | None = None
         self.rebuild()
 
@@ -81,14 +75,15 @@ class Learner:
         """Recompute everything that depends on which parameters are trained. Call it after parameters were frozen or unfrozen."""
         if self._tape is not None:
             self._tape.close()
-        self._tape = self._make_tape()
+        self._tape = self.make_tape()
         self._taps: list[torch.Tensor] | None = None
         self._shared = self.agent.network.shared_parameters()
         self._own = self.agent.network.own_parameters()
         self._row_masks: dict[int, torch.Tensor] = {}
         for callback in self.callbacks:
             self._row_masks |= callback.row_masks(self._shared)
-        self._run_train_step = cuda_graphs.Captured(self.train_step, self._recorder) if self._recorder else self.train_step
+        recorder = self.recorder if self._is_capturable else None
+        self._run_train_step = cuda_graphs.Captured(self.train_step, recorder) if recorder else self.train_step
 
     # -- updates ------------------------------------------------------------------------------------------------------------
 
@@ -117,8 +112,8 @@ class Learner:
             self.agent.initialise_value_scale(batch)
 
         losses, gradients = self._losses_and_gradients(batch)
-        if self._ranks.size > 1:
-            gradients = RankGradients(gradients, self._shared, self._own, self._ranks)
+        if self.ranks.size > 1:
+            gradients = RankGradients(gradients, self._shared, self._own, self.ranks)
         weight_K = self._active_task_weights.backward(gradients)
         self._check_weights(weight_K)
         for callback in self.callbacks:
@@ -167,7 +162,7 @@ class Learner:
         """
         if self._are_weights_checked:
             return
-        name, K = type(self.task_weights).__name__, len(self._task_names)
+        name, K = type(self.task_weights).__name__, len(self.task_names)
         if not isinstance(weight_K, torch.Tensor) or weight_K.shape != (K,):
             raise RunError(f"task_weights: {name}.backward returned no weights: expected a tensor of shape [{K}]")
         if all(parameter.grad is None for parameter in self.optimizer.parameters):
@@ -178,13 +173,13 @@ class Learner:
     def _update_task_weights(self, batch: Samples) -> None:
         """Update the task weights with the losses of the same batch after the step."""
         loss_K = self.agent.losses(batch).loss_KB.mean(1)
-        self._ranks.mean_([loss_K])
+        self.ranks.mean_([loss_K])
         self.task_weights.after_step(loss_K)
 
     def warm_up(self) -> None:
         """Compile the update on meaningless samples, without any effect on training."""
         device = self.replay.spec.device
-        shape = (len(self._task_names), self._batch_size)
+        shape = (len(self.task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
         augmentation_state = self.augmentation.state_dict()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -237,30 +232,15 @@ class Learner:
         metrics = self.metrics.read()
         if metrics:
             for metric, value_K in self.agent.metrics().items():
-                metrics |= {f"{metric}/{name}": value for name, value in zip(self._task_names, value_K.tolist(), strict=True)}
+                metrics |= {f"{metric}/{name}": value for name, value in zip(self.task_names, value_K.tolist(), strict=True)}
         for callback in self.callbacks:
             metrics |= callback.metrics()
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "updates": self.updates,
-            "learns_from": self._learns_from,
-            "updates_before": self._updates_before,
-            "learning_starts": self._learning_starts,
-            "metrics": self.metrics.state_dict(),
-            "task_weights": self.task_weights.state_dict(),
-            "augmentation": self.augmentation.state_dict(),
-            "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
-        }
+        return super().state_dict() | {"callbacks": {callback.name: callback.state_dict() for callback in self.callbacks}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = int(state["updates"])
-        self._learns_from = int(state["learns_from"])
-        self._updates_before = int(state["updates_before"])
-        self._learning_starts = int(state["learning_starts"])
-        self.metrics.load_state_dict(state["metrics"])
-        self.task_weights.load_state_dict(state["task_weights"])
-        self.augmentation.load_state_dict(state["augmentation"])
+        super().load_state_dict(state)
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"][callback.name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,12 @@ class Clock:
         return seconds
 
 
+@dataclass(eq=False)
 class Loop:
-    """Steps K x N environments and trains on their transitions. Each of several ranks has N environments, and all ranks keep in step.
+    """Steps K x N environments and trains on their transitions.
 
-    With several groups of environments, actions of one group are chosen while the emulators of the others run.
+    Each of several ranks has N environments, and all ranks run the same number of steps. With several groups of environments, actions of
+    one group are chosen while the emulators of the others run.
 
     Args:
         groups: of environments, of equal size.
@@ -55,26 +58,18 @@ class Loop:
         clock: seconds by part.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[EnvGroup],
-        actor: EpsilonGreedy,
-        replay: Replay,
-        learner: Learner,
-        statistics: EpisodeStatistics,
-        overlapped: bool = False,
-        ranks: Ranks = ALONE,
-    ):
-        self.groups = list(groups)
-        self.actor = actor
-        self.replay = replay
-        self.learner = learner
-        self.statistics = statistics
-        self.ranks = ranks
-        self.num_envs = sum(group.envs.num_envs for group in groups)
+    groups: Sequence[EnvGroup]
+    actor: EpsilonGreedy
+    replay: Replay
+    learner: Learner
+    statistics: EpisodeStatistics
+    overlapped: bool = False
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self.num_envs = sum(group.envs.num_envs for group in self.groups)
         self.step = 0
         self.clock = Clock()
-        self._overlapped = overlapped
 
     def reset(self) -> None:
         """Start the first episode of every environment."""
@@ -83,13 +78,13 @@ class Loop:
         self.groups[0].choose()
 
     def ticks(self) -> Iterator[int]:
-        """Step every environment once per iteration, without end; yields the steps per task so far."""
+        """Step every environment once per iteration, forever. Yields the steps per task so far."""
         while True:
             self._send()
-            if self._overlapped:
+            if self.overlapped:
                 self._learn()
             steps, transitions = self._receive()
-            if not self._overlapped:
+            if not self.overlapped:
                 self._learn()
             self._update_statistics(steps)
             with self.clock.time("act"):
@@ -162,7 +157,7 @@ class Loop:
         """Restore a state. The environments replay the actions of their current episodes.
 
         Raises:
-            RunError: the replayed environments show other frames than before.
+            RunError: the replayed environments return other frames than before.
             ValueError: the state has another number of groups.
         """
         self.step = int(state["step"])

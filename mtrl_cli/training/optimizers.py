@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,11 +31,11 @@ def lr_factor(schedule: Schedule, final: float, progress: float) -> float:
     return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class Optimizer(ABC):
+class Optimizer:
     """A torch optimizer with gradient clipping, a learning-rate schedule, and learning-rate factors of parts of the network.
 
-    The keyword-only parameters are keys of every subclass whose constructor passes on further keywords (`**common`). `parameters` and
-    `kinds` are passed by position.
+    The keyword-only parameters are keys of every optimizer whose constructor passes further keywords (`**common`) to this one.
+    `parameters` and `kinds` are passed by position.
 
     Args:
         parameters: trained parameters, in the order of the network. A parameter without a gradient neither moves nor decays.
@@ -46,9 +45,13 @@ class Optimizer(ABC):
         schedule: of the learning rate (`lr_factor`).
         warm_up: steps per task, from the first update, over which the learning rate grows linearly from 0.
         factors: of the learning rates of single parts: "torso", "sharing" (parameters that a sharing structure adds), "heads".
+        weight_decay: L2 penalty, added to the gradient; with AdamW the decay of the parameters, multiplied by the learning rate.
         max_grad_norm: largest global gradient norm; 0: no clipping.
+        options: further options of the torch optimizer.
 
     Attributes:
+        kind: class of the torch optimizer.
+        implementation: option of the torch optimizer that selects its fastest implementation.
         capturable: whether a CUDA graph can record a step (`machine/cuda_graphs.py`).
 
     Raises:
@@ -56,7 +59,8 @@ class Optimizer(ABC):
     """
 
     capturable: ClassVar[bool] = True
-    _options: dict[str, Any]
+    kind: ClassVar[Callable[..., torch.optim.Optimizer]]
+    implementation: ClassVar[str] = "fused"
 
     def __init__(
         self,
@@ -68,7 +72,9 @@ class Optimizer(ABC):
         schedule: Literal["constant", "linear", "cosine"] = "linear",
         warm_up: NonNegativeInt = 0,
         factors: dict[Literal["torso", "sharing", "heads"], PositiveFloat] = {},  # noqa: B006 (a literal, so that the schema can read it)
+        weight_decay: NonNegativeFloat = 0.0,
         max_grad_norm: NonNegativeFloat,
+        **options: Any,
     ):
         if schedule == "cosine" and lr_final == 1:
             raise ValueError(
@@ -87,7 +93,9 @@ class Optimizer(ABC):
         self._factors = [group.pop("factor") for group in groups]
         for group, factor in zip(groups, self._factors, strict=True):
             group["lr"] = self._on_device(lr * factor)
-        self._optimizer = self.make(groups, self._on_device(lr), self._on_gpu)
+        if self._on_gpu and self.kind is not torch.optim.SGD:  # fused steps of SGD can always be recorded
+            options["capturable"] = True
+        self._optimizer = self.kind(groups, self._on_device(lr), weight_decay=weight_decay, **options, **{self.implementation: True})
 
     def _on_device(self, lr: float) -> float | torch.Tensor:
         return torch.tensor(lr, device=self.parameters[0].device) if self._on_gpu else lr
@@ -107,10 +115,6 @@ class Optimizer(ABC):
                 group["lr"].fill_(lr * factor)
             else:
                 group["lr"] = lr * factor
-
-    @abstractmethod
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        """Make the torch optimizer of parameter groups with learning rates, with steps that a CUDA graph can record if `capturable`."""
 
     def clip_gradients(self) -> torch.Tensor:
         """Clip the gradients. Returns their global norm before clipping (scalar, on the device)."""
@@ -165,15 +169,13 @@ class Adam(Optimizer):
 
     Args:
         eps: added to the denominator.
-        weight_decay: L2 penalty, added to the gradient.
+        common: see `Optimizer`.
     """
 
-    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
-        self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(*network, **common)
+    kind = torch.optim.Adam
 
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.Adam(groups, lr, **self._options, fused=True, capturable=capturable)
+    def __init__(self, *network: Any, eps: PositiveFloat, **common: Any):
+        super().__init__(*network, eps=eps, **common)
 
 
 class AdamW(Optimizer):
@@ -181,15 +183,13 @@ class AdamW(Optimizer):
 
     Args:
         eps: added to the denominator.
-        weight_decay: decay, multiplied by the learning rate.
+        common: see `Optimizer`.
     """
 
-    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
-        self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(*network, **common)
+    kind = torch.optim.AdamW
 
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr, **self._options, fused=True, capturable=capturable)
+    def __init__(self, *network: Any, eps: PositiveFloat, **common: Any):
+        super().__init__(*network, eps=eps, **common)
 
 
 class RAdam(Optimizer):
@@ -197,15 +197,14 @@ class RAdam(Optimizer):
 
     Args:
         eps: added to the denominator.
-        weight_decay: L2 penalty, added to the gradient.
+        common: see `Optimizer`.
     """
 
-    def __init__(self, *network: Any, eps: PositiveFloat, weight_decay: NonNegativeFloat, **common: Any):
-        self._options = {"eps": eps, "weight_decay": weight_decay}
-        super().__init__(*network, **common)
+    kind = torch.optim.RAdam
+    implementation = "foreach"
 
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.RAdam(groups, lr, **self._options, foreach=True, capturable=capturable)
+    def __init__(self, *network: Any, eps: PositiveFloat, **common: Any):
+        super().__init__(*network, eps=eps, **common)
 
 
 class RMSprop(Optimizer):
@@ -216,30 +215,14 @@ class RMSprop(Optimizer):
         eps: added to the denominator, after the square root.
         momentum: of the steps.
         centred: divide by the estimated standard deviation of the gradient instead of its root mean square.
-        weight_decay: L2 penalty, added to the gradient.
+        common: see `Optimizer`.
     """
 
-    def __init__(
-        self,
-        *network: Any,
-        alpha: Fraction,
-        eps: PositiveFloat,
-        momentum: Fraction,
-        centred: bool,
-        weight_decay: NonNegativeFloat,
-        **common: Any,
-    ):
-        self._options = {
-            "alpha": alpha,
-            "eps": eps,
-            "momentum": momentum,
-            "centered": centred,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(*network, **common)
+    kind = torch.optim.RMSprop
+    implementation = "foreach"
 
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.RMSprop(groups, lr, **self._options, foreach=True, capturable=capturable)
+    def __init__(self, *network: Any, alpha: Fraction, eps: PositiveFloat, momentum: Fraction, centred: bool, **common: Any):
+        super().__init__(*network, alpha=alpha, eps=eps, momentum=momentum, centered=centred, **common)
 
 
 class SGD(Optimizer):
@@ -248,30 +231,21 @@ class SGD(Optimizer):
     Args:
         momentum: share of the previous step in the next; 0: none.
         nesterov: use Nesterov momentum.
-        weight_decay: L2 penalty, added to the gradient.
+        common: see `Optimizer`.
 
     Raises:
         ValueError: nesterov without momentum.
     """
 
-    def __init__(
-        self,
-        *network: Any,
-        momentum: Fraction,
-        nesterov: bool,
-        weight_decay: NonNegativeFloat,
-        **common: Any,
-    ):
+    kind = torch.optim.SGD
+
+    def __init__(self, *network: Any, momentum: Fraction, nesterov: bool, **common: Any):
         if nesterov and not momentum:
             raise ValueError("optimizer.nesterov=true requires optimizer.momentum above 0, for example 0.9")
-        self._options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(*network, **common)
-
-    def make(self, groups: Groups, lr: float | torch.Tensor, capturable: bool) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr, **self._options, fused=True)  # fused steps read lr on the device: always capturable
+        super().__init__(*network, momentum=momentum, nesterov=nesterov, **common)
 
     def step(self) -> None:
-        if self._options["momentum"]:
+        if self._optimizer.defaults["momentum"]:
             # torch initialises the buffers of a group together; zeros for parameters that join later are equivalent.
             for parameter in self.parameters:
                 if parameter.grad is not None and not self._optimizer.state[parameter]:

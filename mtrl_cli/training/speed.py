@@ -16,13 +16,6 @@ class Speed:
     updates: float
 
 
-@dataclass(frozen=True)
-class _Mark:
-    seconds: float
-    step: int
-    updates: int
-
-
 class SpeedMeter:
     """Measures the speed of a run between ticks or, with updates in bursts, between the ends of bursts.
 
@@ -44,8 +37,8 @@ class SpeedMeter:
         self._from = self._to = self._mark(step, updates)
         self._speed: Speed | None = None
 
-    def _mark(self, step: int, updates: int) -> _Mark:
-        return _Mark(self._now() - self._paused, step, updates)
+    def _mark(self, step: int, updates: int) -> tuple[float, int, int]:
+        return self._now() - self._paused, step, updates
 
     def tick(self, step: int, updates: int) -> bool:
         """Record the state of the run after a tick. Returns whether the speed can be measured up to this tick."""
@@ -60,9 +53,9 @@ class SpeedMeter:
 
     def read(self) -> Speed:
         """Return the speed since the last call, or the result of the last call if no rollout was completed since."""
-        if self._to.step > self._from.step or self._speed is None:
-            seconds = max(1e-9, self._to.seconds - self._from.seconds)
-            self._speed = Speed((self._to.step - self._from.step) / seconds, (self._to.updates - self._from.updates) / seconds)
+        seconds, steps, updates = (to - start for to, start in zip(self._to, self._from, strict=True))
+        if steps > 0 or self._speed is None:
+            self._speed = Speed(steps / max(1e-9, seconds), updates / max(1e-9, seconds))
             self._from = self._to
         return self._speed
 

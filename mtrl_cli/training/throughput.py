@@ -1,4 +1,4 @@
-"""Throughput of the parts of a run, each measured alone, and the resulting limit of the whole run.
+"""Throughput of the parts of a run, each measured separately, and the resulting limit of the whole run.
 
 Rates are in environment steps per second over all tasks. The rate of learning is the rate of steps for which updates are due
 (`agent.samples_per_step`), including sampling and transfers.
@@ -92,7 +92,7 @@ class Measured:
 
 
 class Meter:
-    """Measures the parts of a loop in turns, each alone. The weights of the loop are meaningless afterwards.
+    """Measures the parts of a loop in turns, each separately. The weights of the loop are meaningless afterwards.
 
     Args:
         loop: after `reset`, with an agent whose `learning_starts` is 0.
@@ -149,7 +149,7 @@ class Meter:
     def _act(self) -> None:
         for group in self._loop.groups:
             group.choose()
-            group.actions()
+            group.transfer.fetch()
         self._loop.store(self._transitions())
 
     def _learn(self) -> None:

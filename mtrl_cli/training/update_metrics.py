@@ -41,7 +41,7 @@ class UpdateMetrics:
 
     def add(self, loss_K: torch.Tensor, q_K: torch.Tensor, weight_K: torch.Tensor, norm: torch.Tensor) -> None:
         """Add the metrics of an update: float32 `[K]` each, and the scalar gradient norm."""
-        # A loss that is not finite ruins the shared parameters, and then the next loss of every task: only the first is recorded.
+        # A loss that is not finite corrupts the shared parameters, and then the next loss of every task: only the first is recorded.
         # If all losses are finite and the gradient is not, the task with the largest loss is recorded.
         bad_K = ~torch.isfinite(loss_K)
         bad_K = torch.where(bad_K.any() | torch.isfinite(norm), bad_K, loss_K == loss_K.max())

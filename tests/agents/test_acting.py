@@ -1,4 +1,4 @@
-"""Epsilon-greedy action selection."""
+"""Epsilon-greedy actions, and the schedule of epsilon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.agents.acting import EpsilonGreedy, EpsilonSchedule
 from mtrl_cli.networks.network import MultiTaskNetwork
 
 ACTIONS = [3, 1, 5]
@@ -88,3 +88,24 @@ def test_acting_computes_no_gradient() -> None:
     greedy: MultiTaskNetwork = linear  # type: ignore[assignment]
     EpsilonGreedy(greedy, [2], torch.device("cpu"), 0).act(torch.ones(1, 3, 1, 4), np.zeros(1, np.float32))
     assert linear.weight.grad is None
+
+
+# -- schedule ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, [1.0, 1.0]), (25, [0.775, 0.875]), (50, [0.55, 0.75]), (100, [0.1, 0.5]), (10**9, [0.1, 0.5])]
+)
+def test_epsilon_decreases_linearly_to_each_tasks_final_value(step: int, expected: list[float]) -> None:
+    epsilon = EpsilonSchedule(1.0, [0.1, 0.5], 100)(step)
+    assert epsilon.dtype == np.float32
+    assert epsilon == pytest.approx(expected, rel=1e-6)
+
+
+def test_schedule_of_zero_steps_starts_at_the_final_values() -> None:
+    assert EpsilonSchedule(1.0, [0.0, 0.25], 0)(0).tolist() == [0.0, 0.25]
+
+
+@pytest.mark.parametrize("end", [0.0, 0.001, 0.01, 0.05, 0.1, 1.0])
+def test_final_value_is_reached_exactly(end: float) -> None:
+    assert EpsilonSchedule(1.0, [end], 10)(10)[0] == np.float32(end)

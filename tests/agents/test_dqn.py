@@ -18,25 +18,11 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import Batch
+from tests.helpers import learners
 from tests.helpers.fake_tasks import stream_of
 from tests.helpers.value_tables import ONLINE, STATES, Table, one_hot
 
-SETTINGS: dict[str, Any] = {
-    "batch_size": 3,
-    "samples_per_step": 1.0,
-    "learning_starts": 0,
-    "gamma": 0.5,
-    "n_step": 3,
-    "double": False,
-    "huber": 1.0,
-    "target_period": 1,
-    "target_tau": 0.0,
-    "epsilon_start": 1.0,
-    "epsilon_end": 0.1,
-    "epsilon_steps": 100,
-    "epsilon_tasks": {},
-    "reward_factors": {},
-}
+SETTINGS = {**learners.SETTINGS, "batch_size": 3, "samples_per_step": 1.0, "gamma": 0.5, "double": False, "target_period": 1}
 
 # One task of three states and two actions.
 TARGET = [[[0.0, 0.0], [8.0, 2.0], [6.0, 4.0]]]
@@ -243,11 +229,6 @@ def test_reward_factors_apply_before_the_value_scale() -> None:
     assert seen[0][1] is done
 
 
-def test_reward_factors_of_unknown_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
-        agent(ONLINE, TARGET, reward_factors={"pnog": 2.0})
-
-
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
 def test_losses_compile_to_one_graph_without_recompilation(head: type[Head]) -> None:
     """No graph break, no synchronisation with the device, and no recompilation when statistics change."""
@@ -323,18 +304,6 @@ def test_epsilon_of_single_tasks_is_set_by_name() -> None:
     made = agent(two, two, names=("pong", "qbert"), epsilon_tasks={"qbert": 0.5})
     assert made.epsilon(0).tolist() == [1.0, 1.0]
     assert made.epsilon(100) == pytest.approx(np.array([0.1, 0.5]))
-
-
-def test_epsilon_of_an_unknown_task_is_refused() -> None:
-    with pytest.raises(ValueError) as refused:
-        agent(ONLINE, TARGET, epsilon_tasks={"pnog": 0.5})
-    assert "pnog" in str(refused.value)
-    assert "pong" in str(refused.value)
-
-
-def test_target_network_that_is_never_updated_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"agent\.target_tau"):
-        agent(ONLINE, TARGET, target_period=0, target_tau=0.0)
 
 
 def test_popart_is_initialised_with_the_first_targets() -> None:

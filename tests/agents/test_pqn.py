@@ -229,16 +229,6 @@ def test_values_converge_to_the_optimal_values() -> None:
     assert torch.allclose(network.values, best, atol=0.1)  # type: ignore[arg-type]
 
 
-def test_invalid_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"agent\.minibatches=3 .*rollout_length=4 times env\.num_envs=2 is 8"):
-        agent(minibatches=3)
-    with pytest.raises(ValueError, match=r"agent\.epsilon_tasks names \['pnog'\]"):
-        agent(epsilon_tasks={"pnog": 0.5})
-    with pytest.raises(ValueError, match=r"agent\.reward_factors names \['pnog'\]"):
-        agent(reward_factors={"pnog": 0.5})
-    assert agent(names=("pong", "qbert"), epsilon_tasks={"qbert": 0.5}).epsilon(100).tolist() == pytest.approx([0.1, 0.5])
-
-
 # -- whole runs ---------------------------------------------------------------------------------------------------------------
 
 SMALL = [
@@ -308,8 +298,8 @@ def test_resume_without_saved_rollouts_starts_a_new_rollout(here: MtrlHere) -> N
     [
         (["agent.minibatches=5"], "agent.minibatches must divide agent.rollout_length * env.num_envs = 8 * "),
         (["agent.rollout_length=60"], "steps_per_task must be at least (agent.rollout_length + 1) * env.num_envs = 244, got 240"),
-        (["replay=uniform"], "agent's PQN requires rollouts, and replay's UniformReplay keeps none"),
-        (["replay=prioritized"], "replay's PrioritizedReplay keeps none"),
+        (["replay=uniform"], "agent=PQN requires replay=rollouts, got UniformReplay"),
+        (["replay=prioritized"], "agent=PQN requires replay=rollouts, got PrioritizedReplay"),
         (["agent.n_step=3"], "unknown key 'agent.n_step' in PQN"),
         (["replay.capacity=100"], "unknown key 'replay.capacity' in Rollouts"),
         (["agent.overlap=maybe"], "agent.overlap must be true or false or auto, got 'maybe'"),

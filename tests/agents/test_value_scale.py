@@ -5,27 +5,20 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mtrl_cli.agents.value_scale import PopArt, ReturnNorm, ValueScale
-from mtrl_cli.checkpoints.state_tree import flatten, unflatten
+from mtrl_cli.agents.value_scale import PopArt, ReturnNorm
 from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead, QuantileHead
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import stream_of
+from tests.helpers.learners import round_trip
 
 NAMES = ["pong", "qbert", "enduro"]
 ACTIONS = [3, 1, 4]
 ALL_SAMPLES = torch.ones(3, 16, dtype=torch.bool)
-
-
-def state_round_trip(scale: ValueScale) -> dict[str, Any]:
-    tensors: dict[str, torch.Tensor] = {}
-    tree = json.loads(json.dumps(flatten(scale.state_dict(), tensors)))
-    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 # -- popart -----------------------------------------------------------------------------------------------------------------------
@@ -108,7 +101,7 @@ def test_restored_popart_continues_identically() -> None:
     scale, head = PopArt(stream_of(NAMES)), PlainHead(7, ACTIONS)
     scale.update(100 * torch.randn(3, 16) + 3, ALL_SAMPLES, (head,))
     other = PopArt(stream_of(NAMES))
-    other.load_state_dict(state_round_trip(scale))
+    other.load_state_dict(round_trip(scale.state_dict()))
     more_KB = torch.randn(3, 16)
     for each in (scale, other):
         each.update(more_KB, ALL_SAMPLES, (copy.deepcopy(head),))
@@ -154,7 +147,7 @@ def test_scaled_returns_never_exceed_the_limit() -> None:
 def test_restored_return_norm_continues_identically() -> None:
     scale, other = (ReturnNorm(stream_of(NAMES, num_envs=4)) for _ in range(2))
     observe_random(scale, 37, seed=0)
-    other.load_state_dict(state_round_trip(scale))
+    other.load_state_dict(round_trip(scale.state_dict()))
     for each in (scale, other):
         observe_random(each, 20, seed=1)
     rewards = torch.randn(3, 5, 2)

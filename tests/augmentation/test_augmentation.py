@@ -343,6 +343,11 @@ def test_flip_agrees_with_kornia() -> None:
     assert torch.equal(flipped.next_observation, kornia.geometry.transform.hflip(given.next_observation))
 
 
+def test_flip_refuses_a_task_without_a_mirrored_action() -> None:
+    with pytest.raises(ValueError, match="seaquest has the action UPLEFT but no UPRIGHT"):
+        Flip(spec(actions=(("NOOP",), ("NOOP", "UPLEFT"))), probability=0.5)
+
+
 # -- pipelines ------------------------------------------------------------------------------------------------------------------
 
 

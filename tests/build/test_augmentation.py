@@ -168,9 +168,9 @@ def test_auto_pad_depends_on_the_images_of_the_pack() -> None:
     for task, env, pad in (("pong", "atari_pack", 4), ("asterix", "minatar_pack", 1)):
         words = [f"env={env}", f"env.tasks=[{task}]", "device=cpu", "compile=false", "replay.capacity=500"]
         composed = compose_training([*words, "augmentation=[intensity,shift]"])
-        settled = resolve_auto.resolve(composed, build_run.make_pack(composed), print)
-        assert settled["augmentation"]["shift"]["pad"] == pad
-        assert list(settled["augmentation"]) == ["intensity", "shift"]
+        resolved = resolve_auto.resolve(composed, build_run.make_pack(composed), print)
+        assert resolved["augmentation"]["shift"]["pad"] == pad
+        assert list(resolved["augmentation"]) == ["intensity", "shift"]
 
 
 # -- mirrors ------------------------------------------------------------------------------------------------------------------
@@ -179,12 +179,10 @@ def test_auto_pad_depends_on_the_images_of_the_pack() -> None:
 def test_mirrored_action_names() -> None:
     assert [mirrored_name(name) for name in ("NOOP", "LEFT", "UPRIGHTFIRE", "DOWNLEFT")] == ["NOOP", "RIGHT", "UPLEFTFIRE", "DOWNRIGHT"]
     assert mirrored_actions(["NOOP", "RIGHT", "LEFT", "UPLEFT", "UPRIGHT"]) == [0, 2, 1, 4, 3]
-    with pytest.raises(ValueError, match="has the action UPLEFT but no UPRIGHT"):
-        mirrored_actions(["NOOP", "UPLEFT"])
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_actions_of_every_game_are_closed_under_mirroring_an_involution(full: bool) -> None:
+def test_mirrored_actions_of_every_game_exist_and_mirroring_twice_changes_nothing(full: bool) -> None:
     games = yaml.safe_load((options.conf_folder() / "env" / "atari_57.yaml").read_text())["env"]["tasks"]
     for task in AtariPack(name="all", tasks=games, full_action_space=full).tasks:
         mirrored = mirrored_actions(task.action_meanings)

@@ -31,7 +31,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 
 
 def pack_of(torso: str) -> Any:
-    """A minimal pack for building a network: three tasks with observations for `torso`."""
+    """Return a minimal pack for building a network: three tasks with observations for `torso`."""
     shaped = zip("xyz", SHAPES[torso], (2, 6, 3), strict=True)
     tasks = [Task(name, shape, actions, tuple("abcdef"[:actions]), 1, None, None) for name, shape, actions in shaped]
     return types.SimpleNamespace(observation_kind="vector" if torso == "mlp" else "image", stack=1, tasks=tasks, observation_scale=1.0)
@@ -232,7 +232,8 @@ def test_budget_for_a_torso_of_one_width_is_refused(here: MtrlHere, monkeypatch:
 
 RUN = [
     "env=classic_pack", "network/sharing=independent", "network.parameters=9k", "agent.learning_starts=50", "agent.batch_size=8",
-    "steps_per_task=160", "eval.episodes=1", "eval.max_steps=5", "checkpoint.every=80", "device=cpu", "replay.capacity=200",
+    "agent.samples_per_step=2", "steps_per_task=160", "eval.episodes=1", "eval.max_steps=5", "checkpoint.every=80", "device=cpu",
+    "replay.capacity=200",
 ]  # fmt: skip
 
 
@@ -250,4 +251,4 @@ def test_resumed_run_keeps_its_widths(here: MtrlHere) -> None:
         after = yaml.safe_load((here.folder / "run" / "config.yaml").read_text())
         assert after["network"] == saved["network"]
     assert (here.folder / "run" / "checkpoints" / "latest").read_text().strip() == "320"
-    here("eval", "run", "eval.episodes=1")
+    assert "Validation at step 320" in here("eval", "run", "eval.episodes=1").stdout

@@ -90,9 +90,8 @@ main()
         (["ls", "env"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["ls", "task_weights"], ["torch", "hydra", "gymnasium", "ale_py", "numpy"]),
         (["train", "--dry-run", "network.parameters=1.7M"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
-        (["train", "--dry-run"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
-        (["train", "--dry-run", "env=classic_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
-        (["train", "--dry-run", "env=minatar_pack"], ["torch", "gymnasium", "ale_py", "numpy", "minatar"]),
+        (["train", "--dry-run", "env=classic_pack"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "minatar"]),
+        (["train", "--dry-run", "env=minatar_pack"], ["torch", "hydra", "omegaconf", "gymnasium", "ale_py", "numpy", "minatar"]),
     ],
 )
 def test_slow_imports_are_avoided(words: list[str], forbidden: list[str]) -> None:
@@ -194,10 +193,10 @@ def test_sweep_passes_a_plan(mtrl: Callable[..., Outcome], monkeypatch: pytest.M
     Path("s").mkdir()
     Path("s/sweep.json").write_text("{}")
     assert mtrl("resume", "s", "launcher.jobs=2")[0] == 0
-    (plan, command), go_on = calls
+    (plan, command), resumed = calls
     assert plan == sweep_plan.make(["env=classic_pack", "seed=1,2", "run_dir=s"])
     assert command == ["mtrl", "sweep", "env=classic_pack", "seed=1,2", "run_dir=s"]
-    assert go_on == (Path("s"), ["launcher.jobs=2"], ["mtrl", "resume", "s", "launcher.jobs=2"])
+    assert resumed == (Path("s"), ["launcher.jobs=2"], ["mtrl", "resume", "s", "launcher.jobs=2"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ TINY = [
     "network.features=16",
     "agent.learning_starts=40",
     "agent.batch_size=4",
+    "agent.samples_per_step=2",
     "steps_per_task=120",
     "eval.every=60",
     "eval.episodes=2",
@@ -106,11 +107,11 @@ def test_broken_pipe_loses_no_scores(run: Path, mtrl: Mtrl) -> None:
     assert (run / "eval" / "120.json").is_file()
 
 
-def test_checkpoint_option(run: Path, here: MtrlHere) -> None:
+def test_checkpoint_is_chosen_by_option_or_path(run: Path, here: MtrlHere) -> None:
     few = ["eval.episodes=1", "eval.max_steps=5"]
-    here("eval", "run", "checkpoint=60", *few)
-    here("eval", "run/checkpoints/60", *few)
-    here("eval", "run", "checkpoint=best", *few)
+    best = (run / "checkpoints" / "best").read_text().strip()
+    for words, step in ((["run", "checkpoint=60"], 60), (["run/checkpoints/60"], 60), (["run", "checkpoint=best"], best)):
+        assert f"/eval/{step}.json" in here("eval", *words, *few).stdout
     assert "12345" in here("eval", "run", "checkpoint=12345", code=2).stderr
 
 

@@ -162,7 +162,8 @@ def test_test_seed_must_differ_from_the_validation_seed(here: MtrlHere) -> None:
     refused = here("train", *TINY, "eval.test_seed=1000003", "run_dir=bad", code=2)
     assert "eval.test_seed must differ from eval.seed, got 1000003 for both" in refused.stderr
     assert list(here.folder.iterdir()) == []
-    here("train", *TINY, "eval.test_seed=1000003", "eval.test_episodes=0", "--dry-run")
+    without_test = here("train", *TINY, "eval.test_seed=1000003", "eval.test_episodes=0", "--dry-run").stdout
+    assert "test_episodes: 0" in without_test
 
 
 def test_test_interrupted_by_a_signal_is_repeated_with_the_same_results(mtrl: Mtrl) -> None:

@@ -51,8 +51,8 @@ def test_rows_have_all_metrics(trained: tuple[Path, str]) -> None:
     run, _ = trained
     last = [row for row in rows(run) if "perf/steps_per_second" in row][-1]
     assert last["step"] == last["frames"] == 600
-    # 500 learning steps with 8 samples per step, 16 samples per update. The updates of the last step are due at the next step.
-    assert last["updates"] == (600 - 8 - 100) * 8 // 16
+    # 500 learning steps with 2 samples per step, 16 samples per update. The updates of the last step are due at the next step.
+    assert last["updates"] == (600 - 8 - 100) * 2 // 16
     for task in TASKS:
         for name in (f"loss/{task}", f"q/mean/{task}", f"weight/{task}", f"epsilon/{task}"):
             assert name in last
@@ -176,18 +176,17 @@ def test_second_process_on_a_run_is_refused(mtrl: Mtrl) -> None:
 def test_evaluation_interrupted_by_a_signal_is_repeated_on_resume(mtrl: Mtrl) -> None:
     long = [
         "eval.every=200",
-        "eval.episodes=200",
+        "eval.episodes=64",
         "eval.max_steps=500",
         "eval.epsilon=0.0",
-        "eval.test_episodes=1",
-        "steps_per_task=208",
+        "eval.test_episodes=0",
+        "steps_per_task=200",
         "run_dir=run",
     ]
     process = mtrl.start("train", *TINY, *long)
     assert process.stdout is not None
     while "evaluating" not in process.stdout.readline():
         assert process.poll() is None
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130

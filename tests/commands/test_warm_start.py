@@ -338,7 +338,7 @@ def test_low_rank_adapters_train_resume_evaluate_and_can_be_a_source(here: MtrlH
     shutil.rmtree(run / "checkpoints" / "240")
     here("resume", "run")
     assert bytes_of(run) == before
-    here("eval", "run", "eval.episodes=1")
+    assert "Validation at step 240" in here("eval", "run", "eval.episodes=1").stdout
     words = [f"init_from={run}", "transfer.freeze=torso", "transfer.adapters=lora"]
     here("train", *SMALL, *NEVER, TWO, *words, "run_dir=again")
     assert all(torch.equal(value, found[name]) for name, value in model(here.folder / "again").items())

@@ -220,7 +220,7 @@ def test_hostile_text_is_shown_escaped(opened: Any) -> None:
     text = opened.inner_text("main")
     assert "<script>document.title='owned'</script>" in text
     assert opened.locator("img").count() == 0
-    assert "status is none of" in text
+    assert "status must be one of" in text
 
 
 @every(cases=("sweep",))

@@ -26,11 +26,12 @@ ATARI = [
     "network.features=16",
     "agent.learning_starts=40",
     "agent.batch_size=4",
-    "agent.samples_per_step=2",
+    "agent.samples_per_step=1",
     "steps_per_task=240",
     "eval.every=0",
     "eval.episodes=1",
     "eval.max_steps=10",
+    "eval.test_episodes=0",
     "checkpoint.every=60",
     "log.every=40",
     "log.diagnostics=100",
@@ -38,7 +39,8 @@ ATARI = [
     "compile=false",
     "replay.capacity=150",
 ]
-PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "env.num_envs=8", "agent.rollout_length=11"]
+PQN = [*[word for word in CLASSIC if not word.startswith(("agent.", "replay."))], "agent=pqn", "agent.rollout_length=11"]
+PQN += ["agent.epochs=2", "env.num_envs=8"]
 CRASHES = [
     Crash("mtrl_cli.envs.vector_tasks:VectorTasks.recv", call=30),
     Crash("os:fsync", call=4),
@@ -82,18 +84,18 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, ove
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "crashes"),
     [
-        PQN,
-        [*PQN, "agent.overlap=true"],
-        [*CLASSIC, "replay=prioritized", "network/sharing=independent"],
-        [*ATARI, "env.protocol=nature"],
+        (PQN, CRASHES),
+        ([*PQN, "agent.overlap=true"], CRASHES),
+        ([*CLASSIC, "replay=prioritized", "network/sharing=independent"], CRASHES),
+        ([*ATARI, "env.protocol=nature"], CRASHES[:2]),
     ],
     ids=["pqn", "pqn-overlap", "prioritized", "atari-nature"],
 )
-def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str]) -> None:
+def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], crashes: list[Crash]) -> None:
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
-    for crash in CRASHES:
+    for crash in crashes:
         process = start(mtrl, overrides, crash)
         output, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, output + errors

@@ -11,7 +11,8 @@ import pytest
 
 from mtrl_cli.machine.hardware import missing_for_compile
 from tests.helpers.command import ROOT, Mtrl, MtrlHere
-from tests.helpers.short_runs import SMALL, TASKS
+from tests.helpers.short_runs import SMALL
+from tests.helpers.tiny_runs import TASKS
 
 STRUCTURES = sorted(path.stem for path in (ROOT / "conf" / "network" / "sharing").glob("*.yaml"))
 WEIGHTS = ["uniform", "pcgrad", "graddrop", "famo"]

@@ -119,8 +119,8 @@ def test_run_is_one_and_counts_all_ranks(uninterrupted: Path) -> None:
     rows = learning_rows(uninterrupted)
     logged = [row for row in rows if "q/mean/CartPole-v1" in row]
     assert [row["step"] for row in logged] == list(range(200, 1601, 200))
-    # Over all ranks, one update per batch_size / samples_per_step = 2 steps per task, made before the steps of its tick are counted.
-    assert [row["updates"] for row in logged] == [(step - 4 - 100) // 2 for step in range(200, 1601, 200)]
+    # Over all ranks, one update per batch_size / samples_per_step = 8 steps per task, made before the steps of its tick are counted.
+    assert [row["updates"] for row in logged] == [(step - 4 - 100) // 8 for step in range(200, 1601, 200)]
     whole = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     speeds = [(row["step"], row["seconds"], row["perf/steps_per_second"]) for row in whole if "perf/steps_per_second" in row]
     (before, begun, _), (step, ended, speed) = speeds[1], speeds[2]

@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import ALL_WEIGHTS
-from tests.helpers.short_runs import SMALL, TASKS
+from tests.helpers.short_runs import SMALL
+from tests.helpers.tiny_runs import TASKS
 
 KEYS = {
     "static": ["task_weights.weights={CartPole-v1: 2, MountainCar-v0: 0.5}"],

@@ -9,27 +9,12 @@ from mtrl_cli.envs import atari
 from mtrl_cli.envs.atari import AtariPack
 from mtrl_cli.envs.vector_tasks import Step, VectorTasks
 from mtrl_cli.errors import UserError
+from tests.helpers.played import assert_restores, play
 
 
 def make(*games: str, num_envs: int = 1, training: bool = True, num_threads: int = 1, **options: object) -> VectorTasks:
     pack = AtariPack(name="test", tasks=list(games), num_envs=num_envs, **options)  # type: ignore[arg-type]
     return VectorTasks(pack, num_envs=num_envs, seed=1, num_threads=num_threads, training=training, stream="test")
-
-
-def play(played: VectorTasks, steps: int, seed: int) -> list[Step]:
-    generator = np.random.default_rng(seed)
-    num_actions = np.array([[each.num_actions] for each in played.tasks])
-    taken = []
-    for _ in range(steps):
-        played.send(generator.integers(0, num_actions, played.episodes.shape))
-        step = played.recv()
-        step.observation = step.observation.copy()
-        taken.append(step)
-    return taken
-
-
-def same(one: Step, other: Step) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
 def play_episode(played: VectorTasks, action: int) -> list[Step]:
@@ -49,10 +34,10 @@ def test_state_restores_every_pixel_after_several_episodes(
     if steps_between_seeds:
         monkeypatch.setattr(AtariPack, "steps_between_seeds", steps_between_seeds)
     games = ["breakout", "road_runner"]  # about 200 and 100 steps per episode
-    left_alone = make(*games, num_envs=2, protocol=protocol)
-    left_alone.reset()
-    before = play(left_alone, 250, seed=0)
-    state = left_alone.state_dict()
+    uninterrupted = make(*games, num_envs=2, protocol=protocol)
+    uninterrupted.reset()
+    last = play(uninterrupted, 250, seed=0)[-1].observation
+    state = uninterrupted.state_dict()
     assert state["episode"].max() > state["episode"].min() > 0
     if steps_between_seeds:
         assert (state["episode"] > state["seeded_episode"]).any()
@@ -61,10 +46,7 @@ def test_state_restores_every_pixel_after_several_episodes(
     else:
         assert not state["seeded_episode"].any(), "seeded only every few thousand steps"
         assert (state["lengths"] == 250).all()
-    resumed = make(*games, num_envs=2, num_threads=4, protocol=protocol)
-    assert np.array_equal(resumed.load_state_dict(state), before[-1].observation)
-    after = zip(play(left_alone, 60, seed=9), play(resumed, 60, seed=9), strict=True)
-    assert all(same(one, other) for one, other in after)
+    assert_restores(uninterrupted, make(*games, num_envs=2, num_threads=4, protocol=protocol), last)
 
 
 def test_unseeded_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +54,10 @@ def test_unseeded_episodes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     played = make("breakout")
     played.reset()
     actions = np.random.default_rng(0).integers(0, 4, 50)
-    games = [tuple(play_one(played, action).observation.tobytes() for action in actions) for _ in range(3)]
+    episodes = [tuple(play_one(played, action).observation.tobytes() for action in actions) for _ in range(3)]
     assert played.episodes.item() == 3
     assert played.state_dict()["seeded_episode"].item() == 0
-    assert len(set(games)) == 3
+    assert len(set(episodes)) == 3
 
 
 def test_machado_episodes_start_identically_and_diverge_by_sticky_actions() -> None:
@@ -157,6 +139,7 @@ def test_every_action_of_both_sets_is_accepted() -> None:
         played.reset()
         for action in range(played.tasks[0].num_actions):
             play_one(played, action)
+        assert played.state_dict()["lengths"].item() == played.tasks[0].num_actions
 
 
 def test_task_attributes() -> None:

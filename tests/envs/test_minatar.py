@@ -13,6 +13,7 @@ from mtrl_cli.envs.minatar import GAMES, MinAtarPack
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import extras
+from tests.helpers.played import assert_restores, play
 
 pytest.importorskip("minatar", reason="an extra")
 
@@ -25,36 +26,22 @@ def start(pack: MinAtarPack, seed: int = 0) -> VectorTasks:
     return VectorTasks(pack, num_envs=2, seed=seed, num_threads=1, training=True, stream="test")
 
 
-def play(played: VectorTasks, steps: int, seed: int) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    num_actions = np.array([[each.num_actions] for each in played.tasks])
-    taken = []
-    for _ in range(steps):
-        played.send(generator.integers(0, num_actions, played.episodes.shape))
-        step = played.recv()
-        taken += [step.observation.copy(), step.reward, step.terminated, step.truncated, step.done]
-    return taken
-
-
 @pytest.mark.parametrize("steps_between_seeds", [0, 100])
 @pytest.mark.parametrize("steps", [1, 40, 333])
 def test_state_restores_every_environment(steps: int, steps_between_seeds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MinAtarPack, "steps_between_seeds", steps_between_seeds)
-    left_alone, resumed = start(make()), start(make())
-    left_alone.reset()
-    before = play(left_alone, steps, seed=1)
-    assert np.array_equal(resumed.load_state_dict(left_alone.state_dict()), before[-5])
-    ours, theirs = play(left_alone, 100, seed=2), play(resumed, 100, seed=2)
-    assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    uninterrupted, resumed = start(make()), start(make())
+    uninterrupted.reset()
+    assert_restores(uninterrupted, resumed, play(uninterrupted, steps, seed=1)[-1].observation)
 
 
 def test_reset_clears_the_last_action() -> None:
     """MinAtar's own reset keeps it, and the first sticky action would repeat it."""
-    games = [make("breakout", sticky=1.0)._game("breakout") for _ in range(2)]
-    games[0].reset(5)
-    games[0].step(1)
-    first = [game.reset(7) for game in games]
-    second = [game.step(0)[0] for game in games]
+    envs = [make("breakout", sticky=1.0)._env("breakout") for _ in range(2)]
+    envs[0].reset(5)
+    envs[0].step(1)
+    first = [env.reset(7) for env in envs]
+    second = [env.step(0)[0] for env in envs]
     assert np.array_equal(*first)
     assert np.array_equal(*second)
 
@@ -89,11 +76,10 @@ def test_max_episode_steps_truncates_without_terminating() -> None:
     played = start(make("freeway", max_episode_steps=20))
     played.reset()
     steps = play(played, 20, seed=0)
-    truncated, done, terminated = steps[-2], steps[-1], steps[-3]
-    assert truncated.all()
-    assert done.all()
-    assert not terminated.any()
-    assert not np.any(steps[4:-5:5])
+    assert steps[-1].truncated.all()
+    assert steps[-1].done.all()
+    assert not steps[-1].terminated.any()
+    assert not any(step.done.any() for step in steps[:-1])
 
 
 def test_all_games_have_random_and_reference_scores() -> None:

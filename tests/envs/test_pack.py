@@ -12,6 +12,7 @@ from mtrl_cli.envs.pack import Pack, Task, padded_shape
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import RunError, UserError
+from tests.helpers.played import assert_restores, play, random_actions
 
 
 def task(name: str, shape: tuple[int, ...] = (3,), num_actions: int = 2) -> Task:
@@ -19,10 +20,11 @@ def task(name: str, shape: tuple[int, ...] = (3,), num_actions: int = 2) -> Task
 
 
 class Dice:
-    """A game whose every number hangs on its last seed and all actions since; it ends by a throw of the dice.
+    """Environment whose numbers depend on the last seed and all actions since. It ends at random.
 
     Attributes:
-        steps: since that seed. seeds: all that it was given.
+        steps: steps since the last seed.
+        seeds: all seeds so far.
     """
 
     def __init__(self, shape: tuple[int, ...], ends: float) -> None:
@@ -59,12 +61,12 @@ class DicePack(Pack):
     def __init__(self, tasks: list[Task], ends: float = 0.05, steps_between_seeds: int = 0) -> None:
         super().__init__(name="dice", tasks=tasks, num_envs=3, observation_dtype=np.float32)
         self.ends, self.steps_between_seeds = ends, steps_between_seeds
-        self.games: dict[str, list[Dice]] = {}
+        self.envs: dict[str, list[Dice]] = {}
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> SerialVectorTask:
         shape = self.tasks[task_index].observation_shape
-        games = self.games[self.tasks[task_index].name] = [Dice(shape, self.ends) for _ in range(num_envs)]
-        return SerialVectorTask(games, shape, self.observation_dtype)
+        envs = self.envs[self.tasks[task_index].name] = [Dice(shape, self.ends) for _ in range(num_envs)]
+        return SerialVectorTask(envs, shape, self.observation_dtype)
 
 
 TASKS = [task("a", (3,), 2), task("b", (5,), 4), task("c", (1,), 3)]
@@ -75,43 +77,21 @@ def make(tasks: list[Task] = TASKS, ends: float = 0.05, steps_between_seeds: int
     return VectorTasks(DicePack(tasks, ends, steps_between_seeds), **options)
 
 
-def random_actions(played: VectorTasks, generator: np.random.Generator) -> np.ndarray:
-    num_actions = np.array([[each.num_actions] for each in played.tasks])
-    return generator.integers(0, num_actions, played.episodes.shape)
-
-
-def play(played: VectorTasks, steps: int, seed: int, with_active: bool = False) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    taken = []
-    for _ in range(steps):
-        active = generator.random(len(played.tasks)) < 0.7 if with_active else None
-        played.send(random_actions(played, generator), active)
-        step = played.recv()
-        taken += [step.observation.copy(), step.reward, step.terminated, step.truncated, step.done]
-    return taken
-
-
-def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> bool:
-    return all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
 @pytest.mark.parametrize("steps_between_seeds", [0, 20, 1000])
 @pytest.mark.parametrize("trial", range(12))
 def test_state_taken_at_any_step_restores_everything(trial: int, steps_between_seeds: int) -> None:
     options = {"ends": [0.3, 0.05, 0.004][trial % 3], "seed": trial, "steps_between_seeds": steps_between_seeds}
-    left_alone = make(**options)
-    left_alone.reset()
-    before = play(left_alone, steps=trial * 7, seed=trial, with_active=trial % 2 == 0)
-    state = left_alone.state_dict()
+    uninterrupted = make(**options)
+    last = uninterrupted.reset()
+    if steps := play(uninterrupted, steps=trial * 7, seed=trial, with_inactive_tasks=trial % 2 == 0):
+        last = steps[-1].observation
+    state = uninterrupted.state_dict()
     resumed = make(**options)
     observation = resumed.load_state_dict(state)
-    if before and trial % 2:
-        assert np.array_equal(observation, before[-5])
-    for name in resumed.pack.games:  # type: ignore[attr-defined]
+    for name in resumed.pack.envs:  # type: ignore[attr-defined]
         lengths = state["lengths"][[each.name for each in TASKS].index(name)]
-        assert [game.steps for game in resumed.pack.games[name]] == lengths.tolist()  # type: ignore[attr-defined]
-    assert same(play(left_alone, 60, seed=99), play(resumed, 60, seed=99))
-    assert all(np.array_equal(left_alone.state_dict()[key], resumed.state_dict()[key]) for key in state)
+        assert [env.steps for env in resumed.pack.envs[name]] == lengths.tolist()  # type: ignore[attr-defined]
+    assert_restores(uninterrupted, resumed, last if trial % 2 else observation)  # inactive tasks return zeros
 
 
 @pytest.mark.parametrize("ends", [0.0, 0.05])
@@ -122,22 +102,22 @@ def test_state_holds_all_actions_since_the_seed(ends: float) -> None:
     state = played.state_dict()
     assert state["lengths"].tolist() == [[1500] * 3] * 3
     assert state["seeded_episode"].tolist() == [[0] * 3] * 3
-    assert state["episode"].tolist() == np.sum(steps[4::5], axis=0).tolist()
-    game = Dice((5,), ends)
-    game.reset(played.episode_seed(1, 2, 0))
+    assert state["episode"].tolist() == np.sum([step.done for step in steps], axis=0).tolist()
+    env = Dice((5,), ends)
+    env.reset(played.episode_seed(1, 2, 0))
     actions = state["actions"].reshape(3, 3, 1500)[1, 2]
-    for action, observation, done in zip(actions.tolist(), steps[0::5], steps[4::5], strict=True):
-        seen = game.step(action)[0]
-        if done[1, 2]:
-            seen = game.reset(None)
-        assert np.array_equal(seen.astype(np.float32), observation[1, 2])
+    for action, step in zip(actions.tolist(), steps, strict=True):
+        seen = env.step(action)[0]
+        if step.done[1, 2]:
+            seen = env.reset(None)
+        assert np.array_equal(seen.astype(np.float32), step.observation[1, 2])
 
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 1, 30, 90])
 def test_episode_is_seeded_after_steps_between_seeds(steps_between_seeds: int) -> None:
     played = make(ends=0.1, steps_between_seeds=steps_between_seeds)
     played.reset()
-    done = np.array(play(played, steps=400, seed=0)[4::5])
+    done = np.array([step.done for step in play(played, steps=400, seed=0)])
     for k, n in np.ndindex(3, 3):
         seeds, last, ended = [played.episode_seed(k, n, 0)], 0, 0
         for step in np.flatnonzero(done[:, k, n]) + 1:
@@ -145,7 +125,7 @@ def test_episode_is_seeded_after_steps_between_seeds(steps_between_seeds: int) -
             if step - last >= steps_between_seeds:
                 seeds.append(played.episode_seed(k, n, ended))
                 last = step
-        assert played.pack.games[TASKS[k].name][n].seeds == seeds  # type: ignore[attr-defined]
+        assert played.pack.envs[TASKS[k].name][n].seeds == seeds  # type: ignore[attr-defined]
         assert played.episodes[k, n] == ended
         assert 2 < len(seeds) <= 1 + ended
         assert (len(seeds) == 1 + ended) == (steps_between_seeds <= 1)
@@ -195,10 +175,10 @@ def test_reset_restarts_at_the_first_episodes() -> None:
 def test_vectors_are_padded_with_zeros() -> None:
     played = make()
     assert played.reset().shape == (3, 3, 5)
-    for observation in play(played, 30, seed=1)[0::5]:
-        assert not observation[0, :, 3:].any()
-        assert not observation[2, :, 1:].any()
-        assert observation[1].all()
+    for step in play(played, 30, seed=1):
+        assert not step.observation[0, :, 3:].any()
+        assert not step.observation[2, :, 1:].any()
+        assert step.observation[1].all()
 
 
 def test_observation_stays_valid_until_the_next_recv() -> None:
@@ -222,7 +202,7 @@ def test_inactive_tasks_are_not_stepped_and_return_zeros() -> None:
     assert not step.observation[1].any()
     assert not step.reward[1].any()
     assert (step.reward[[0, 2]] == 2.5).all()
-    assert [game.steps for game in played.pack.games["b"]] == [4, 4, 4]  # type: ignore[attr-defined]
+    assert [env.steps for env in played.pack.envs["b"]] == [4, 4, 4]  # type: ignore[attr-defined]
     assert played.state_dict()["lengths"].tolist() == [[5] * 3, [4] * 3, [5] * 3]
 
 
@@ -235,7 +215,7 @@ def test_invalid_action_reaches_no_environment(place: tuple[int, int], action: i
     with pytest.raises(ValueError, match=f"{TASKS[place[0]].name}: action must be from 0 to .* got {action}"):
         played.send(actions)
     assert not played.state_dict()["lengths"].any()
-    assert sum(game.steps for games in played.pack.games.values() for game in games) == 0  # type: ignore[attr-defined]
+    assert sum(env.steps for envs in played.pack.envs.values() for env in envs) == 0  # type: ignore[attr-defined]
     inactive = np.arange(3) != place[0]
     played.send(actions, inactive)
     played.recv()
@@ -246,7 +226,7 @@ def test_environment_that_is_not_reproducible_is_detected(then: float, now: floa
     played = make(ends=then, steps_between_seeds=1000)
     played.reset()
     play(played, 40, seed=0)
-    with pytest.raises(RunError, match="Environment 0 of a is not reproducible: its 40 saved actions ended"):
+    with pytest.raises(RunError, match="environment 0 of a is not reproducible: its 40 saved actions ended"):
         make(ends=now, steps_between_seeds=1000).load_state_dict(played.state_dict())
 
 
@@ -305,8 +285,6 @@ def test_tasks_that_cannot_share_a_pack_are_refused(tasks: list[Task], words: st
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], r"env.tasks must name at least one task \(a game\), for example env.tasks=\[breakout\]"),
-        (["pong", "breakout", "pong"], "env.tasks must name each task once, got pong 2 times"),
         (["Brekout"], r"unknown task 'Brekout' in env\.tasks: not a game\. Did you mean 'breakout'\?"),
         (["zzz"], r"unknown task 'zzz' in env\.tasks: not a game\. Expected one of: breakout, pong"),
     ],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mtrl_cli.networks.per_task import PerTask, Stacked
+from mtrl_cli.networks.per_task import Stacked
 from mtrl_cli.networks.sharing import Sharing
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, Shapes
+from tests.helpers.structures import IMAGES, VECTORS, Shapes, stem_of_task
 
 SAME, SAME_IMAGES = [(4,)] * 3, [(4, 10, 10)] * 3
 CASES = [
@@ -34,6 +34,4 @@ def row(stacked: Stacked, index: int, module: nn.Module) -> nn.Module:
 
 def read_by_experts(sharing: Sharing, torso: Torso, shapes: Shapes, task: int, x: torch.Tensor) -> torch.Tensor:
     """Pass one sample `[1, ...]` through its task's stem, unless the stem is part of the experts."""
-    stem = sharing.stem
-    x = x[:, : shapes[task][0]]
-    return row(stem, task, torso.stem(shapes[task]))(x) if isinstance(stem, PerTask) else stem(x)
+    return stem_of_task(sharing, torso, shapes, task)(x[:, : shapes[task][0]])

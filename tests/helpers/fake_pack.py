@@ -15,7 +15,7 @@ from mtrl_cli.envs.serial import SerialVectorTask
 TASKS = {"short": (3, 2, 6), "middle": (5, 4, 12), "long": (2, 3, 40)}
 
 
-class FakeGame:
+class FakeEnv:
     """Environment with noise as observations, which terminates or is truncated after a random number of steps.
 
     The reward is the action's number, plus 0.1 with probability 0.5.
@@ -54,13 +54,13 @@ class FakeGame:
 class FakeVectorTask(SerialVectorTask):
     """In training, a lost life terminates the return but does not end the episode."""
 
-    def __init__(self, games: Sequence[FakeGame], task: Task, training: bool):
-        super().__init__(games, task.observation_shape, np.dtype(np.float32))
-        self._fakes, self._training = games, training
+    def __init__(self, envs: Sequence[FakeEnv], task: Task, training: bool):
+        super().__init__(envs, task.observation_shape, np.dtype(np.float32))
+        self._fakes, self._training = envs, training
 
     def recv(self) -> Received:
         observation, reward, terminated, truncated, done = super().recv()
-        lost = np.array([game.lost_life for game in self._fakes])
+        lost = np.array([env.lost_life for env in self._fakes])
         return observation, reward, terminated | (lost & self._training), truncated, done
 
 
@@ -68,7 +68,7 @@ class FakePack(Pack):
     """Pack of some of the fake environments.
 
     Attributes:
-        games: all environments created so far.
+        envs: all environments created so far.
         training: for each started task, whether it was started for training.
     """
 
@@ -78,14 +78,14 @@ class FakePack(Pack):
         known = (0.0, 10.0) if scores else (None, None)
         made = [Task(name, TASKS[name][:1], TASKS[name][1], tuple("abcd")[: TASKS[name][1]], 1, *known) for name in tasks]
         super().__init__(name="fake", tasks=made, num_envs=num_envs, observation_dtype=np.float32, stack=stack)
-        self.games: list[FakeGame] = []
+        self.envs: list[FakeEnv] = []
         self.training: list[bool] = []
 
     def vector(self, task_index: int, num_envs: int, num_threads: int, training: bool) -> FakeVectorTask:
-        games = [FakeGame(self.tasks[task_index]) for _ in range(num_envs)]
-        self.games += games
+        envs = [FakeEnv(self.tasks[task_index]) for _ in range(num_envs)]
+        self.envs += envs
         self.training.append(training)
-        return FakeVectorTask(games, self.tasks[task_index], training)
+        return FakeVectorTask(envs, self.tasks[task_index], training)
 
 
 class PrefersLastAction(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from typing import Any
 
@@ -85,26 +86,33 @@ def parameters(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.agent.network.state_dict().items()}
 
 
-def saved(learner: Learner) -> dict[str, Any]:
-    """Return the states of a learner's parts after a round trip through the saved form."""
-    state = {
-        "model": learner.agent.network.state_dict(),
-        "agent": learner.agent.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-        "learner": learner.state_dict(),
-        "replay": learner.replay.state_dict(),
-    }
+def round_trip(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert a state to the form of a checkpoint and back."""
     tensors: dict[str, torch.Tensor] = {}
-    tree = flatten(state, tensors)
+    tree = json.loads(json.dumps(flatten(state, tensors)))
     return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
-def restored(learner: Learner, state: dict[str, Any], rows_of: Replay) -> Learner:
-    oldest = max(0, rows_of.rows - rows_of.capacity_rows)
-    learner.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
+def saved(learner: Learner, /, **more: Any) -> dict[str, Any]:
+    """Return the states of the network, the agent, the optimizer and `more` after a round trip through the saved form."""
+    parts = {"model": learner.agent.network, "agent": learner.agent, "optimizer": learner.optimizer, **more}
+    return round_trip({name: part.state_dict() for name, part in parts.items()})
+
+
+def restore(learner: Learner, state: dict[str, Any], rows_of: Replay | None) -> None:
+    """Restore the network, the agent and the optimizer from a state of `saved`, and the rows from another replay."""
+    if rows_of is not None:
+        oldest = max(0, rows_of.rows - rows_of.capacity_rows)
+        learner.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
     learner.agent.network.load_state_dict(state["model"])
     learner.agent.load_state_dict(state["agent"])
     learner.optimizer.load_state_dict(state["optimizer"])
-    learner.load_state_dict(state["learner"])
-    learner.replay.load_state_dict(state["replay"], rows_restored=True)
-    return learner
+
+
+def resumed_from(learner: Learner, fresh: Learner) -> Learner:
+    """Restore a fresh learner and its replay from the state of another learner."""
+    state = saved(learner, learner=learner, replay=learner.replay)
+    restore(fresh, state, learner.replay)
+    fresh.load_state_dict(state["learner"])
+    fresh.replay.load_state_dict(state["replay"], rows_restored=True)
+    return fresh

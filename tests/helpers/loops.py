@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mtrl_cli.agents.acting import EpsilonGreedy
+from mtrl_cli.agents.agent import Agent
 from mtrl_cli.agents.dqn import DQN
 from mtrl_cli.agents.value_scale import NoValueScale
 from mtrl_cli.augmentation.base import Pipeline
@@ -24,9 +25,10 @@ from mtrl_cli.training.frame_stack import FrameStack
 from mtrl_cli.training.host_transfer import Pinned, SharedMemory
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.loop import Loop
-from mtrl_cli.training.optimizers import Adam
+from mtrl_cli.training.optimizers import Adam, Optimizer
 from tests.helpers.fake_pack import TASKS, FakePack
 from tests.helpers.fake_tasks import stream_of, tasks_of
+from tests.helpers.learners import SETTINGS
 
 CPU = torch.device("cpu")
 NAMES = list(TASKS)
@@ -47,45 +49,27 @@ def loop_of(
     torso = MLP(hidden=[8, 6])
     sharing = HardSharing(torso, [task.observation_shape for task in pack.tasks])
     network = MultiTaskNetwork(sharing, DuelingHead(6, [task.num_actions for task in pack.tasks]), observation_scale=1.0)
-    options: dict[str, Any] = {
-        "batch_size": 4,
-        "samples_per_step": 1.0,
-        "learning_starts": 8,
-        "gamma": 0.9,
-        "n_step": 2,
-        "double": True,
-        "huber": 1.0,
-        "target_period": 5,
-        "target_tau": 0.0,
-        "epsilon_start": 1.0,
-        "epsilon_end": 0.1,
-        "epsilon_steps": 50,
-        "epsilon_tasks": {},
-        "reward_factors": {},
-    }
-    agent = DQN(network, NoValueScale(stream_of(NAMES)), NAMES, lambda function: function, **(options | settings))
+    options = {"samples_per_step": 1.0, "learning_starts": 8, "n_step": 2, "target_period": 5, "epsilon_steps": 50}
+    agent = DQN(network, NoValueScale(stream_of(NAMES)), NAMES, lambda function: function, **(SETTINGS | options | settings))
     spec = ReplaySpec(3, 2, pack.observation_shape, torch.float32, stack=1, n_step=2, device=CPU, seed=1, total_steps=200)
     replay: Replay = replay_kind(spec, capacity=capacity)  # type: ignore[call-arg]
     optimizer = Adam(list(network.parameters()), lr=0.01, eps=1e-4, weight_decay=0.0, max_grad_norm=1.0)
+    return assemble(pack, agent, replay, optimizer, groups, overlapped, pinned)
+
+
+def assemble(
+    pack: FakePack, agent: Agent, replay: Replay, optimizer: Optimizer, groups: int = 1, overlapped: bool = False, pinned: bool = False
+) -> Loop:
+    """Make a loop over all fake tasks."""
     learner = Learner(agent, replay, Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
-    actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
-    size = 2 // groups
-    made = []
-    for number in range(groups):
+    actor = EpsilonGreedy(agent.network, [task.num_actions for task in pack.tasks], CPU, seed=2)
+    size, made = pack.num_envs // groups, []
+    for first in range(0, pack.num_envs, size):
         transfer = Pinned(3, size, pack.observation_shape, pack.observation_dtype, CPU) if pinned else SharedMemory()
-        played = VectorTasks(
-            pack,
-            num_envs=size,
-            seed=3,
-            num_threads=1,
-            training=True,
-            stream="train",
-            first_env=number * size,
-            buffers=transfer.buffers,
-        )
+        envs = VectorTasks(pack, size, seed=3, num_threads=1, training=True, stream="train", first_env=first, buffers=transfer.buffers)
         frames = FrameStack(3, size, 1, pack.observation_shape, torch.float32, CPU)
-        made.append(EnvGroup(played, actor, frames, agent.value_to_store, transfer))
-    return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, 2), overlapped)
+        made.append(EnvGroup(envs, actor, frames, agent.value_to_store, transfer))
+    return Loop(made, actor, replay, learner, EpisodeStatistics(NAMES, pack.num_envs), overlapped)
 
 
 def run(loop: Loop, ticks: int) -> list[int]:

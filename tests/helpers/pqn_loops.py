@@ -6,30 +6,20 @@ from typing import Any
 
 import torch
 
-from mtrl_cli.agents.acting import EpsilonGreedy
 from mtrl_cli.agents.pqn import PQN
 from mtrl_cli.agents.value_scale import NoValueScale, ValueScale
-from mtrl_cli.augmentation.base import Pipeline
-from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.networks.heads import Head, PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing
 from mtrl_cli.networks.torsos import MLP
 from mtrl_cli.replay.buffers import ReplaySpec
 from mtrl_cli.replay.rollout_buffer import Rollouts
-from mtrl_cli.task_weights.losses import Uniform
-from mtrl_cli.training.env_group import EnvGroup
-from mtrl_cli.training.episode_statistics import EpisodeStatistics
-from mtrl_cli.training.frame_stack import FrameStack
-from mtrl_cli.training.host_transfer import SharedMemory
-from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.loop import Loop
 from mtrl_cli.training.optimizers import RAdam
-from tests.helpers.fake_pack import TASKS, FakePack
-from tests.helpers.fake_tasks import stream_of, tasks_of
+from tests.helpers.fake_pack import FakePack
+from tests.helpers.fake_tasks import stream_of
+from tests.helpers.loops import CPU, NAMES, assemble
 
-CPU = torch.device("cpu")
-NAMES = list(TASKS)
 SETTINGS: dict[str, Any] = {
     "rollout_length": 4,
     "epochs": 2,
@@ -58,11 +48,6 @@ def loop_of(
     made = PQN(network, scale(stream_of(NAMES, num_envs=num_envs)), NAMES, lambda function: function, **chosen)
     spec = ReplaySpec(3, num_envs, pack.observation_shape, torch.float32, 1, 1, CPU, 1, 10_000, rollout_length=chosen["rollout_length"])
     optimizer = RAdam(list(network.parameters()), lr=lr, lr_final=1.0, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
-    learner = Learner(made, Rollouts(spec), Pipeline(), Uniform(tasks_of(NAMES)), optimizer, NAMES)
-    actor = EpsilonGreedy(network, [task.num_actions for task in pack.tasks], CPU, seed=2)
-    envs = VectorTasks(pack, num_envs=num_envs, seed=3, num_threads=1, training=True, stream="train")
-    frames = FrameStack(3, num_envs, 1, pack.observation_shape, torch.float32, CPU)
-    group = EnvGroup(envs, actor, frames, made.value_to_store, SharedMemory())
-    loop = Loop([group], actor, learner.replay, learner, EpisodeStatistics(NAMES, num_envs))
+    loop = assemble(pack, made, Rollouts(spec), optimizer)
     loop.reset()
     return loop

@@ -18,6 +18,7 @@ SMALL = [
     "env.num_envs=4",
     "agent.learning_starts=100",
     "agent.batch_size=16",
+    "agent.samples_per_step=2",
     "agent/value_scale=popart",
     "task_weights=pcgrad",
     "network.hidden=[16,16]",

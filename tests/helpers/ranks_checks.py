@@ -40,26 +40,13 @@ from mtrl_cli.task_weights.tape import Tape, tape_for
 from mtrl_cli.training.episode_statistics import EpisodeStatistics
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
+from tests.helpers import learners
 from tests.helpers.fake_tasks import stream_of, tasks_of, weights_of
 from tests.helpers.replay_reference import spec
 
 NAMES = ["t0", "t1", "t2"]
 SPEC = spec(frame_shape=(5,), stack=1, num_tasks=3)
-SETTINGS: dict[str, Any] = {
-    "batch_size": 8,
-    "samples_per_step": 2.0,
-    "learning_starts": 0,
-    "gamma": 0.9,
-    "n_step": 3,
-    "double": True,
-    "huber": 1.0,
-    "target_period": 3,
-    "target_tau": 0.0,
-    "epsilon_start": 1.0,
-    "epsilon_end": 0.1,
-    "epsilon_steps": 100,
-    "epsilon_tasks": {},
-}
+SETTINGS = {**learners.SETTINGS, "batch_size": 8}
 WEIGHTINGS = ["uniform", "pcgrad", "stch", "famo", "gradnorm", "gradvac", "mgda", "imtl_g", "graddrop", "db_mtl", "random", "dwa"]
 
 
@@ -122,7 +109,7 @@ def check_updates(ranks: Ranks, found: dict[str, Any]) -> None:
     for weighting in WEIGHTINGS:
         for taped in (False, True):
             (mine, seen, scale), (single, whole, one) = learner_of(weighting, ranks, taped), learner_of(weighting, ALONE, taped)
-            assert (mine._ranks.size, mine._batch_size) == (2, single._batch_size // 2)
+            assert (mine.ranks.size, mine._batch_size) == (2, single._batch_size // 2)
             gradients, moments = [], []
             for update in range(3):
                 mine.update(update)
@@ -200,7 +187,7 @@ def stuck(folder: Path, place: torchrun.Place) -> None:
 
 def write_digest_at_end(folder: Path, rank: int) -> None:
     """Make training write a digest of the rank's parameters, and the seeds and frames of its environments."""
-    part = trainer.Trainer._part
+    part = trainer.Trainer._wait_for_ranks
 
     def write_digest(self: trainer.Trainer) -> None:
         vector = torch.nn.utils.parameters_to_vector(self.run.agent.network.parameters()).detach()
@@ -210,7 +197,7 @@ def write_digest_at_end(folder: Path, rank: int) -> None:
         (folder / f"{rank}.json").write_text(json.dumps({"digest": digest, "seeds": seeds, "frames": rewards}))
         part(self)
 
-    trainer.Trainer._part = write_digest  # type: ignore[method-assign]
+    trainer.Trainer._wait_for_ranks = write_digest  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -18,4 +18,3 @@ SMALL = [
     "log.every=80",
     "device=cpu",
 ]
-TASKS = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]

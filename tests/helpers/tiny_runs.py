@@ -10,6 +10,7 @@ TINY = [
     "steps_per_task=600",
     "agent.learning_starts=100",
     "agent.batch_size=16",
+    "agent.samples_per_step=2",
     "network.hidden=[16,16]",
     "eval.every=300",
     "eval.episodes=2",
@@ -32,6 +33,7 @@ CLASSIC = [
     "env=classic_pack",
     "agent.learning_starts=100",
     "agent.batch_size=16",
+    "agent.samples_per_step=2",
     "network.hidden=[16,16]",
     "steps_per_task=1600",
     "eval.every=800",
@@ -52,5 +54,4 @@ def model(run: Path) -> bytes:
 
 def learning_rows(run: Path) -> list[dict[str, float]]:
     """Return the rows of metrics without values that depend on time."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("perf/", "seconds"))} for row in rows(run)]

@@ -124,7 +124,7 @@ def test_recorded_update_with_every_replay_scale_and_target_equals_the_eager_upd
     replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
 ) -> None:
     def change(learner: Any) -> None:
-        learner.agent.reward_transform.scale = scale(stream_of(NAMES, num_envs=3))
+        learner.agent.value_scale = scale(stream_of(NAMES, num_envs=3))
 
     compare(change, replay_kind=replay_kind, **target)
 

@@ -28,7 +28,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-# -- what all of them promise ---------------------------------------------------------------------------------------------------
+# -- properties of all structures ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "case"), OF_EVERY_KIND)
@@ -131,7 +131,7 @@ def gate(linear: nn.Module, task: int, x: torch.Tensor) -> list[float]:
     return torch.softmax(read @ linear.weight[task] + linear.bias[task, 0], 0).tolist()
 
 
-def agree(sharing: Sharing, shapes: Shapes, one: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+def assert_agrees(sharing: Sharing, shapes: Shapes, one: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
     """Assert that features equal `one(task, sample)` for samples `[1, ...]` of each task."""
     observation = observations(shapes)
     features = sharing(observation)
@@ -153,7 +153,7 @@ def test_mmoe_equals_gated_sum_of_experts(torso: Torso, shapes: Shapes) -> None:
         x = read_by_experts(sharing, torso, shapes, task, sample)
         return weighted(gate(sharing.gate.linear, task, x), [expert(x) for expert in experts])
 
-    agree(sharing, shapes, one)
+    assert_agrees(sharing, shapes, one)
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
@@ -178,7 +178,7 @@ def test_ple_equals_loop_over_levels_and_experts(torso: Torso, shapes: Shapes, s
         outputs = [uppers[task, each](of_task) for each in range(own)] + [expert(of_all) for expert in shareds]
         return weighted(gate(sharing.gate.linear, task, of_task), outputs)
 
-    agree(sharing, shapes, one)
+    assert_agrees(sharing, shapes, one)
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
@@ -195,7 +195,7 @@ def test_moore_equals_mixture_of_qr_factors(torso: Torso, shapes: Shapes) -> Non
         q, r = torch.linalg.qr(torch.stack([expert(x)[0] for expert in experts], 1))
         return torch.tanh(q * r.diagonal().sign() @ sharing.task_weights.vectors[task])
 
-    agree(sharing, shapes, one)
+    assert_agrees(sharing, shapes, one)
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
@@ -216,7 +216,7 @@ def test_care_equals_attention_from_task_context(torso: Torso, shapes: Shapes) -
             logits = linear(sharing.attention[index], logits if index == 0 else logits.relu())
         return torch.cat([weighted(logits.softmax(0).tolist(), [encoder(x)[0] for encoder in encoders]), context])
 
-    agree(sharing, shapes, one)
+    assert_agrees(sharing, shapes, one)
 
 
 @pytest.mark.parametrize(("torso", "shapes"), [*CASES, (ImpalaCNN(features=6), [(2, 20, 20)] * 2)])
@@ -245,7 +245,7 @@ def test_soft_moe_equals_loop_over_slots_and_tokens(torso: Torso, shapes: Shapes
             made.append(experts[slot // per_expert](mixed[None])[0])
         return torch.stack([weighted((logits / logits.sum()).tolist(), made) for logits in logit_TS])
 
-    agree(sharing, shapes, one)
+    assert_agrees(sharing, shapes, one)
 
 
 # -- gates and orthogonality ----------------------------------------------------------------------------------------------------

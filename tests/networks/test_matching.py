@@ -9,19 +9,19 @@ import torch
 
 from mtrl_cli.networks.heads import DuelingHead, PlainHead
 from mtrl_cli.networks.lora import add_adapters
-from mtrl_cli.networks.matching import Source, Taken, pieces_of, take
+from mtrl_cli.networks.matching import Loaded, Source, load_matching, pieces_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.torsos import MLP, Torso
 from tests.helpers.structures import ACTIONS, CNN, IMAGE, MLP_TORSO, STRUCTURES, VECTOR, network_of, observations, structure
 
 
-def taken(source: MultiTaskNetwork, theirs: str, network: MultiTaskNetwork, mine: str, heads: Sequence[str] | None = None) -> Taken:
+def taken(source: MultiTaskNetwork, theirs: str, network: MultiTaskNetwork, mine: str, heads: Sequence[str] | None = None) -> Loaded:
     known = [task for task in mine if task in theirs]
-    return take(Source(source, list(theirs), known, known if heads is None else heads), network, list(mine))
+    return load_matching(Source(source, list(theirs), known, known if heads is None else heads), network, list(mine))
 
 
-def statuses(found: Taken) -> dict[tuple[str | None, str, int | None], str]:
+def statuses(found: Loaded) -> dict[tuple[str | None, str, int | None], str]:
     return {(each.task, each.kind, each.layer): each.status for each in found.outcomes}
 
 

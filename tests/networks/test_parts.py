@@ -26,11 +26,11 @@ CASES: list[tuple[Torso, Shapes]] = [
     (UngroupedTorso(), [(4,), (6,)]),
 ]
 OWN = {"mtan": ("sharing.bridges.",), "soft_moe": ("sharing.experts.",)}
-"""What is made like a layer of the torso and is none, or stands in its place and is newly initialised."""
+"""Modules that copy a layer of the torso, or replace it and are newly initialised."""
 
 
 class LabelledTorso(Torso):
-    """Torso whose parameters all hold 1000 plus the number of their layer."""
+    """Torso whose parameters all equal 1000 plus the number of their layer."""
 
     observation_kind = "vector"
 

@@ -310,26 +310,6 @@ def test_nature_parameter_counts(kind: type[Sharing]) -> None:
     assert (shared, own) == ((1_684_128, [0, 0]) if kind is HardSharing else (0, [1_684_128] * 2))
 
 
-@pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_independent_loss_has_gradients_in_its_own_torso_only(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
-    for task in range(3):
-        sharing = IndependentSharing(torso, shapes)
-        sharing(observations(shapes))[task].square().sum().backward()
-        grads = [parameter.grad for parameter in sharing.parameters()]
-        moved = torch.stack([grad.flatten(1).any(1) for grad in grads if grad is not None]).any(0)
-        assert moved.tolist() == [each == task for each in range(3)]
-
-
-def test_hard_sharing_loss_has_gradients_in_own_stem_and_body() -> None:
-    for task in range(3):
-        sharing = HardSharing(MLP(hidden=[8, 5]), VECTORS)
-        sharing(observations(VECTORS))[task].square().sum().backward()
-        for parameter in sharing.stem.parameters():
-            assert parameter.grad is not None
-            assert parameter.grad.flatten(1).any(1).tolist() == [each == task for each in range(3)]
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in sharing.body.parameters())
-
-
 def test_independent_torsos_are_initialised_differently() -> None:
     sharing = IndependentSharing(MLP(hidden=[8, 5]), [(4,)] * 2)
     same = torch.randn(1, 6, 4).expand(2, -1, -1)

@@ -1,4 +1,4 @@
-"""The replay: index arithmetic against whole episodes in lists, what is drawn and how often, and its state."""
+"""Replay: index arithmetic against whole episodes in lists, frequencies of draws, and exact resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.replay_reference import SlowReplay, assert_every_start, asser
 
 
 def random_spec(seed: int) -> tuple[ReplaySpec, int]:
-    """A spec and a number of rows for the ring, both drawn at random."""
+    """A random spec and a random number of rows of the ring."""
     draw = random.Random(seed)
     stack, n_step = draw.randint(1, 4), draw.randint(1, 5)
     chosen = spec(
@@ -31,7 +31,7 @@ def random_spec(seed: int) -> tuple[ReplaySpec, int]:
 
 
 def filled(chosen: ReplaySpec, capacity_rows: int, rows: int, seed: int = 0, **ends: float) -> tuple[UniformReplay, SlowReplay]:
-    """A replay and its slow twin after some random rows."""
+    """A replay and its reference after random rows."""
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed, **ends), rows):
         replay.add(transition(row))
@@ -44,13 +44,13 @@ def assert_same(batch: Batch, other: Batch) -> None:
         assert torch.equal(value, getattr(other, name)), name
 
 
-# -- what a sample is ---------------------------------------------------------------------------------------------------------
+# -- samples --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_window_by_hand() -> None:
+def test_windows_by_hand() -> None:
     """One environment, stacks of 2 frames, windows of 3 steps.
 
-    Frames by episode: 1, 2, 3 and truncated; 4, 5 where a life is lost, 6, 7 and over; 8 and then nines.
+    Frames by episode: 1, 2, 3 (truncated); 4, 5 (a life is lost), 6, 7 (terminated and truncated); 8, 9, 9, 9.
     """
     chosen = spec(num_tasks=1, num_envs=1, frame_shape=(1,))
     replay = UniformReplay(chosen, capacity=20)
@@ -70,12 +70,12 @@ def test_a_window_by_hand() -> None:
     stacks = batch.observation[0, :, :, 0].int().tolist()
     assert stacks == [[0, 1], [1, 2], [2, 3], [0, 4], [4, 5], [5, 6], [6, 7], [0, 8]]
     assert batch.rewards[0].int().tolist() == [
-        [10, 20, 0],  # the truncated step at 3 is left out: what came after it was never seen
+        [10, 20, 0],  # the window ends before the truncated step at 3, whose successor is unknown
         [20, 0, 0],
-        [0, 0, 0],  # nothing is known of what followed: weight 0
-        [40, 50, 0],  # a lost life ends the return
+        [0, 0, 0],  # the successor is unknown: weight 0
+        [40, 50, 0],  # a lost life terminates the window
         [50, 0, 0],
-        [60, 70, 0],  # truncated and terminated at once: terminated
+        [60, 70, 0],  # truncated and terminated counts as terminated
         [70, 0, 0],
         [80, 90, 90],
     ]
@@ -87,7 +87,7 @@ def test_a_window_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_every_sample_is_what_whole_episodes_say(seed: int) -> None:
+def test_every_sample_agrees_with_whole_episodes(seed: int) -> None:
     chosen, capacity_rows = random_spec(seed)
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed), 3 * capacity_rows):
@@ -102,13 +102,14 @@ def test_every_sample_is_what_whole_episodes_say(seed: int) -> None:
 @pytest.mark.parametrize(
     "ends", [{"terminated": 0.0, "truncated": 0.0, "both": 0.0, "life_lost": 0.0}, {"terminated": 0.5, "truncated": 0.4}]
 )
-def test_samples_without_any_end_and_with_little_else(ends: dict[str, float]) -> None:
+def test_samples_agree_with_whole_episodes_without_ends_and_with_frequent_ends(ends: dict[str, float]) -> None:
     replay, slow = filled(spec(stack=4, n_step=5), 12, 31, **ends)
+    assert replay.ready
     assert_every_start(replay, slow)
 
 
-def test_a_sample_shows_what_was_acted_on() -> None:
-    """The stack that the network saw when it chose an action, and the one that the learner gathers, are the same."""
+def test_sampled_observation_is_the_observation_that_was_acted_on() -> None:
+    """The frame stack at the time of acting equals the gathered stack."""
     chosen = spec(stack=4)
     frames = FrameStack(chosen.num_tasks, chosen.num_envs, 4, chosen.frame_shape, chosen.dtype, chosen.device)
     replay = UniformReplay(chosen, capacity=60)
@@ -124,11 +125,11 @@ def test_a_sample_shows_what_was_acted_on() -> None:
             assert torch.equal(replay.gather(*place, torch.ones(2, 1)).observation[:, 0], seen[row][:, env])
 
 
-# -- what is drawn ------------------------------------------------------------------------------------------------------------
+# -- draws -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_drawn_lies_where_it_may(seed: int) -> None:
+def test_draws_are_eligible(seed: int) -> None:
     chosen, capacity_rows = random_spec(100 + seed)
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * chosen.num_envs), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed), 3 * capacity_rows):
@@ -139,7 +140,7 @@ def test_what_is_drawn_lies_where_it_may(seed: int) -> None:
             assert_legal(replay.sample(16, step=0), replay, slow)
 
 
-def test_every_start_is_drawn_equally_often_and_a_truncated_one_hardly_ever() -> None:
+def test_valid_starts_are_drawn_equally_often_and_truncated_starts_rarely() -> None:
     replay, slow = filled(spec(), capacity_rows=15, rows=40, truncated=0.15)
     first, stop = replay.eligible_rows
     useful = [[(row, env) for row in range(first, stop) for env in range(3) if not slow.truncated(task, env, row)] for task in range(2)]
@@ -159,11 +160,11 @@ def test_every_start_is_drawn_equally_often_and_a_truncated_one_hardly_ever() ->
         chi_square = sum((n - expected) ** 2 / expected for n in count.values())
         freedom = len(count) - 1
         assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
-    assert any(len(places) < (stop - first) * 3 for places in useful), "the test holds no truncated start"
+    assert any(len(places) < (stop - first) * 3 for places in useful), "the test contains no truncated start"
     assert wasted < 0.01 * drawn
 
 
-def test_where_everything_is_truncated_nothing_counts() -> None:
+def test_samples_have_no_weight_if_every_step_is_truncated() -> None:
     replay, _ = filled(spec(), 10, 10, terminated=0.0, truncated=1.0, both=0.0, life_lost=0.0)
     batch = replay.sample(8, step=0)
     assert not batch.weight.any()
@@ -176,7 +177,7 @@ def test_tasks_are_drawn_independently() -> None:
     assert not torch.equal(index[0], index[1])
 
 
-def test_the_seed_decides_what_is_drawn() -> None:
+def test_draws_depend_only_on_the_seed() -> None:
     (one, _), (two, _), (three, _) = (filled(spec(seed=seed), 15, 15) for seed in (1, 1, 2))
     first = one.sample(32, step=0)
     assert_same(first, two.sample(32, step=0))
@@ -186,13 +187,13 @@ def test_the_seed_decides_what_is_drawn() -> None:
 # -- size -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_atari_transition_takes_its_frame_and_six_bytes() -> None:
+def test_atari_transition_needs_its_frame_and_six_bytes() -> None:
     assert UniformReplay.bytes_per_transition(spec(frame_shape=(1, 84, 84), dtype=torch.uint8)) == 84 * 84 + 6
 
 
 def test_transitions_are_counted_to_the_capacity() -> None:
     chosen = spec()
-    replay = UniformReplay(chosen, capacity=32)  # 10 rows of 3, and 2 transitions that make no row
+    replay = UniformReplay(chosen, capacity=32)  # 10 rows of 3; the remainder of 2 is unused
     counts = []
     for row in islice(random_rows(chosen, 0), 12):
         replay.add(transition(row))
@@ -200,15 +201,13 @@ def test_transitions_are_counted_to_the_capacity() -> None:
     assert counts == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 30, 30]
 
 
-def test_a_capacity_without_room_for_one_window_is_refused() -> None:
+def test_capacity_below_one_window_is_refused() -> None:
     UniformReplay(spec(stack=4, n_step=3, num_envs=3), capacity=24)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=r"replay.capacity must be at least 24 \(8 rows of env.num_envs=3\) .*, got 23"):
         UniformReplay(spec(stack=4, n_step=3, num_envs=3), capacity=23)
-    assert "replay.capacity=23" in str(refused.value)
-    assert "24" in str(refused.value)
 
 
-def test_the_smallest_ring_can_be_drawn_from_for_ever() -> None:
+def test_smallest_ring_can_always_be_sampled() -> None:
     chosen = spec(stack=3, n_step=2)
     replay, slow = UniformReplay(chosen, capacity=6 * 3), SlowReplay(chosen)
     for row in islice(random_rows(chosen, 5), 40):
@@ -223,7 +222,7 @@ def test_the_smallest_ring_can_be_drawn_from_for_ever() -> None:
 
 
 @pytest.mark.parametrize(("rows", "pieces"), [(0, 1), (2, 1), (8, 3), (13, 2), (50, 1), (51, 5)])
-def test_a_replay_goes_on_identically_from_its_state_and_its_rows(rows: int, pieces: int) -> None:
+def test_restored_replay_continues_identically(rows: int, pieces: int) -> None:
     chosen, capacity_rows = spec(stack=3), 13
     replay, slow = UniformReplay(chosen, capacity=capacity_rows * 3), SlowReplay(chosen)
     stream = random_rows(chosen, 11)
@@ -249,8 +248,8 @@ def test_a_replay_goes_on_identically_from_its_state_and_its_rows(rows: int, pie
     assert_every_start(twin, slow)
 
 
-def test_of_more_rows_than_the_ring_holds_the_newest_stay() -> None:
-    """Old segments may reach further back than the ring: rows 0 to 7, then 8 to 19 as one piece, into a ring of 9."""
+def test_import_of_more_rows_than_the_capacity_keeps_the_newest() -> None:
+    """Old segments may start before the oldest row of the ring: rows 0 to 7, then 8 to 19 at once, into a ring of 9."""
     big, slow = filled(spec(), capacity_rows=30, rows=20)
     small = UniformReplay(spec(), capacity=9 * 3)
     small.import_rows(0, big.export_rows(0, 8))
@@ -262,19 +261,19 @@ def test_of_more_rows_than_the_ring_holds_the_newest_stay() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 5, 40])
-def test_without_its_rows_a_replay_starts_empty_and_never_looks_back(rows: int) -> None:
+def test_replay_restored_without_rows_starts_empty(rows: int) -> None:
     chosen = spec(stack=3)
     replay, slow = filled(chosen, 13, rows)
     fresh = UniformReplay(chosen, capacity=13 * 3)
     fresh.load_state_dict(replay.state_dict(), rows_restored=False)
     assert not fresh.ready
     assert fresh.transitions == 0
-    for row in islice(random_rows(chosen, 0), rows, rows + 30):  # the same stream goes on
+    for row in islice(random_rows(chosen, 0), rows, rows + 30):  # the stream continues
         fresh.add(transition(row))
         slow.add(row)
         first, stop = fresh.eligible_rows
         if rows:
-            assert first >= rows + chosen.stack - 1, "a stack would hold a frame that is lost"
+            assert first >= rows + chosen.stack - 1, "a stack would contain a missing frame"
         assert fresh.ready == (stop > first)
         assert_every_start(fresh, slow)
         if fresh.ready:
@@ -282,13 +281,13 @@ def test_without_its_rows_a_replay_starts_empty_and_never_looks_back(rows: int) 
     assert fresh.ready
 
 
-def test_rows_are_exported_as_they_were_added() -> None:
+def test_exported_rows_equal_the_added_rows() -> None:
     chosen = spec()
     replay = UniformReplay(chosen, capacity=30)
     rows = list(islice(random_rows(chosen, 2), 14))
     for row in rows:
         replay.add(transition(row))
-    out = replay.export_rows(9, 14)  # across the ring's seam
+    out = replay.export_rows(9, 14)  # across the end of the ring
     assert out["frames"].shape == (2, 5, 3, *chosen.frame_shape)
     for place, row in enumerate(rows[9:]):
         assert torch.equal(out["frames"][:, place], row["frame"])
@@ -296,9 +295,7 @@ def test_rows_are_exported_as_they_were_added() -> None:
         assert torch.equal(out["rewards"][:, place], row["reward"])
 
 
-def test_a_state_of_another_capacity_is_refused() -> None:
+def test_state_of_another_capacity_is_refused() -> None:
     replay, _ = filled(spec(), 10, 3)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match="10 rows, this one 11"):
         UniformReplay(spec(), capacity=33).load_state_dict(replay.state_dict(), rows_restored=True)
-    assert "10" in str(refused.value)
-    assert "11" in str(refused.value)

@@ -1,4 +1,4 @@
-"""A replay that goes on where another run's ended: no sample crosses the seam, and priorities come along."""
+"""A replay continued from another run: no sample contains steps of both runs, and priorities are kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def continued(kind: type[Replay], source: Replay, chosen: ReplaySpec, capacity_r
 
 
 def fresh_rows(chosen: ReplaySpec, count: int) -> list[Row]:
-    """The rows of another run, which begins with new episodes."""
+    """Rows of another run, which starts with new episodes."""
     rows = list(islice(random_rows(chosen, 2), count))
     for row in rows:
         row["frame"] = row["frame"] + 100_000
@@ -43,8 +43,8 @@ def fresh_rows(chosen: ReplaySpec, count: int) -> list[Row]:
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("n_step", [1, 4])
 @pytest.mark.parametrize(("there", "here"), [(12, 12), (12, 9), (12, 20), (30, 15)])
-def test_no_window_and_no_stack_crosses_the_seam(stack: int, n_step: int, there: int, here: int) -> None:
-    """Against episodes in lists, of which the last of the source were cut off, with little after them and with much."""
+def test_no_window_and_no_stack_contains_steps_of_both_runs(stack: int, n_step: int, there: int, here: int) -> None:
+    """Against episodes in lists. The last episodes of the source count as truncated. Few or many rows follow them."""
     chosen = spec(stack=stack, n_step=n_step)
     source, old = filled(UniformReplay, chosen, there, 25)
     replay, slow = continued(UniformReplay, source, chosen, here), SlowReplay(chosen)
@@ -62,8 +62,8 @@ def test_no_window_and_no_stack_crosses_the_seam(stack: int, n_step: int, there:
 
 @pytest.mark.parametrize(("there", "here"), [(3, 3), (4, 1), (1, 4)])
 @pytest.mark.parametrize(("rows_there", "rows_here"), [(12, 12), (12, 17), (17, 12)])
-def test_priorities_come_along_and_what_has_none_is_as_what_is_new(there: int, here: int, rows_there: int, rows_here: int) -> None:
-    """Other windows than in the source: with shorter ones more rows may be drawn, with longer ones fewer."""
+def test_known_priorities_are_kept_and_other_rows_count_as_new(there: int, here: int, rows_there: int, rows_here: int) -> None:
+    """With windows shorter than in the source more rows are eligible, with longer windows fewer."""
     chosen = spec(n_step=here)
     source, _ = filled(PrioritizedReplay, spec(n_step=there), rows_there, 30)
     assert isinstance(source, PrioritizedReplay)
@@ -82,7 +82,7 @@ def test_priorities_come_along_and_what_has_none_is_as_what_is_new(there: int, h
     assert torch.equal(replay.state_dict()["largest"], source.state_dict()["largest"])
 
 
-def test_the_seam_is_never_drawn_from() -> None:
+def test_last_row_of_the_source_is_drawn_only_where_it_terminated() -> None:
     chosen = spec(n_step=2)
     source, _ = filled(UniformReplay, chosen, 12, 25)
     replay = continued(PrioritizedReplay, source, chosen, 20)
@@ -93,8 +93,8 @@ def test_the_seam_is_never_drawn_from() -> None:
     assert torch.equal(seam > 0, terminated)
 
 
-def test_a_rank_that_saved_nothing_has_nothing_to_go_on_with() -> None:
-    """An empty replay stays one: its next row is its first."""
+def test_replay_continued_from_an_empty_replay_is_empty() -> None:
+    """A rank may have saved no rows."""
     chosen = spec()
     replay = continued(UniformReplay, UniformReplay(chosen, capacity=36), chosen, 12)
     assert (replay.rows, replay.ready) == (0, False)

@@ -1,4 +1,4 @@
-"""Prioritised replay: which priorities there are, how often what is drawn, and what it weighs (Schaul et al. 2016)."""
+"""Prioritised replay: priorities, frequencies of draws and importance weights (Schaul et al. 2016)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def leaves(replay: PrioritizedReplay) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_priorities_belong_to_what_may_be_drawn_and_vanish_with_it(seed: int) -> None:
-    """Against a dictionary of priorities, through random rows, random errors and two turns of the ring."""
+def test_only_eligible_rows_have_priorities(seed: int) -> None:
+    """Against a dictionary of priorities, with random rows and random errors, over two rounds of the ring."""
     chosen = spec(stack=1 + seed % 3, n_step=1 + seed % 4)
     replay = PrioritizedReplay(chosen, capacity=12 * 3, alpha=0.5, beta=0.4)
     slow = SlowReplay(chosen)
@@ -48,7 +48,7 @@ def test_priorities_belong_to_what_may_be_drawn_and_vanish_with_it(seed: int) ->
         slow.add(row)
         first, stop = replay.eligible_rows
         kept = {place: value for place, value in kept.items() if place[1] >= first}
-        if stop > first:  # one more row has a successor: it gets the largest priority there has been
+        if stop > first:  # one more row has a successor: it gets the largest priority so far
             for task in range(2):
                 kept |= {(task, stop - 1, env): largest[task] for env in range(3) if not slow.truncated(task, env, stop - 1)}
         expected = torch.zeros(2, 12, 3, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_priorities_belong_to_what_may_be_drawn_and_vanish_with_it(seed: int) ->
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_what_is_drawn_lies_where_it_may_and_is_of_use(seed: int) -> None:
+def test_draws_are_eligible_and_valid(seed: int) -> None:
     chosen = spec(stack=1 + seed % 4, n_step=1 + seed % 3)
     replay, slow = PrioritizedReplay(chosen, capacity=12 * 3), SlowReplay(chosen)
     for row in islice(random_rows(chosen, seed, truncated=0.3), 40):
@@ -82,8 +82,8 @@ def test_what_is_drawn_lies_where_it_may_and_is_of_use(seed: int) -> None:
             replay.update_priorities(batch, torch.rand(2, 8))
 
 
-def test_draws_follow_the_priorities() -> None:
-    """Errors 0, 1, 2, ... at the ten starts of each environment; alpha 0.5, so in proportion to their square roots."""
+def test_share_of_draws_is_proportional_to_the_priority() -> None:
+    """Errors 0, 1, 2, ... at the ten starts of each environment; with alpha 0.5 priorities are the square roots of the errors."""
     replay = prioritized(spec(num_envs=1, stack=1, n_step=1), 11, 11, alpha=0.5, **ENDLESS)
     error = torch.arange(10.0).expand(2, -1)
     replay.update_priorities(at(replay, [(row, 0) for row in range(10)]), error)
@@ -94,15 +94,16 @@ def test_draws_follow_the_priorities() -> None:
             counts[task] += torch.bincount(index[task], minlength=10)
     share = (error + 1e-6).sqrt() / (error + 1e-6).sqrt().sum(1, keepdim=True)
     chi_square = ((counts - 20_000 * share) ** 2 / (20_000 * share)).sum(1)
-    # Stratified draws scatter less than independent ones, never more.
+    # Stratified draws have a smaller variance than independent draws.
     assert (chi_square < 9 + 5 * math.sqrt(18)).all()
 
 
 @pytest.mark.parametrize(("step", "exponent"), [(0, 0.4), (500, 0.7), (1000, 1.0), (2000, 1.0)])
 def test_importance_weights_by_hand(step: int, exponent: float) -> None:
-    """w = (N P)^-beta over its largest in the batch; with P in proportion to p, that is (p_min / p)^beta. beta: 0.4 to 1 over 1000 steps.
+    """w = (N P)^-beta, divided by the largest in the batch. As P is proportional to p, w = (p_min / p)^beta.
 
-    alpha 1 and errors 1, 3, 3, 9 give priorities 1, 3, 3, 9. A batch of 160 has each of 16 equal parts of the mass ten times, so all four.
+    beta rises from 0.4 to 1 in 1000 steps.
+    alpha 1 and errors 1, 3, 3, 9 give priorities 1, 3, 3, 9. The sum is 16, so a batch of 160 has 10 samples per unit.
     """
     replay = prioritized(spec(num_tasks=1, num_envs=1, stack=1, n_step=1), 5, 5, alpha=1.0, **ENDLESS)
     replay.update_priorities(at(replay, [(row, 0) for row in range(4)]), torch.tensor([[1.0, 3.0, 3.0, 9.0]]))
@@ -114,7 +115,7 @@ def test_importance_weights_by_hand(step: int, exponent: float) -> None:
 
 
 def test_weighted_draws_estimate_the_uniform_mean() -> None:
-    """With beta 1 the weights undo the bias of the drawing (Schaul et al. 2016, section 3.4)."""
+    """With beta 1 the weights correct the bias of the draws (Schaul et al. 2016, section 3.4)."""
     replay = prioritized(spec(num_tasks=1, num_envs=1, stack=1, n_step=1), 9, 9, alpha=1.0, beta=1.0, **ENDLESS)
     replay.update_priorities(at(replay, [(row, 0) for row in range(8)]), torch.arange(1.0, 9.0)[None])
     value = torch.tensor([5.0, 0.0, 2.0, 7.0, 1.0, 1.0, 3.0, 9.0])
@@ -131,7 +132,7 @@ def test_alpha_zero_is_uniform() -> None:
     assert torch.equal(batch.weight, torch.ones(1, 800))
 
 
-def test_tasks_have_priorities_of_their_own() -> None:
+def test_each_task_has_separate_priorities() -> None:
     replay = prioritized(spec(num_envs=1, stack=1, n_step=1), 6, 6, **ENDLESS)
     before = leaves(replay)
     batch = at(replay, [(2, 0)])
@@ -141,7 +142,7 @@ def test_tasks_have_priorities_of_their_own() -> None:
     assert after[1, 2, 0] == pytest.approx(50**0.6)
 
 
-def test_a_truncated_start_never_gets_a_priority() -> None:
+def test_truncated_start_never_gets_a_priority() -> None:
     chosen = spec(num_tasks=1, num_envs=1, stack=1, n_step=1)
     replay = prioritized(chosen, 8, 6, terminated=0.0, truncated=1.0, both=0.0, life_lost=0.0)
     batch = replay.sample(4, step=0)
@@ -150,7 +151,7 @@ def test_a_truncated_start_never_gets_a_priority() -> None:
     assert not leaves(replay).any()
 
 
-def test_it_goes_on_identically_from_its_state_and_its_rows() -> None:
+def test_restored_replay_continues_identically() -> None:
     chosen = spec()
     replay, stream = PrioritizedReplay(chosen, capacity=12 * 3), random_rows(chosen, 4)
 
@@ -174,7 +175,7 @@ def test_it_goes_on_identically_from_its_state_and_its_rows() -> None:
     assert torch.equal(leaves(replay), leaves(twin))
 
 
-def test_without_its_rows_no_priority_is_left() -> None:
+def test_replay_restored_without_rows_has_no_priorities() -> None:
     chosen = spec(stack=3)
     replay, slow, stream = PrioritizedReplay(chosen, capacity=12 * 3), SlowReplay(chosen), random_rows(chosen, 4)
     for row in islice(stream, 20):
@@ -193,9 +194,9 @@ def test_without_its_rows_no_priority_is_left() -> None:
             assert_legal(fresh.sample(4, step=0), fresh, slow)
 
 
-def test_what_its_tensors_take_is_what_a_transition_was_said_to_take() -> None:
+def test_memory_of_all_tensors_equals_bytes_per_transition() -> None:
     some = spec(frame_shape=(50,), stack=1)
-    replay = PrioritizedReplay(some, capacity=256 * some.num_envs)  # a tree of a power of two wastes nothing
+    replay = PrioritizedReplay(some, capacity=256 * some.num_envs)  # no unused leaves
     held = replay.capacity_rows * some.num_envs * some.num_tasks
     tree_per_transition = 2 * 8 * 2 ** math.ceil(math.log2(256 * some.num_envs)) / (256 * some.num_envs)
     expected = PrioritizedReplay.bytes_per_transition(some) - 32 + tree_per_transition

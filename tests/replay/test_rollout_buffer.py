@@ -1,4 +1,4 @@
-"""Rollouts: what is drawn and how often against whole episodes in lists, round the ring, and their state."""
+"""Rollouts: samples against whole episodes in lists, over several rounds of the ring, and exact resume."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.helpers.replay_reference import Row, SlowReplay, random_rows, spec, t
 
 GAMMA, TRACE_DECAY = 0.9, 0.6
 Place = tuple[int, int, int]
-"""Of a sample: task, row, environment."""
+"""Task, row and environment of a sample."""
 
 
 def rows_of(chosen: ReplaySpec, seed: int = 0) -> list[Row]:
-    """Rows with values, enough for some rounds of the ring."""
+    """Rows with values, enough for several rounds of the ring."""
     values = torch.Generator().manual_seed(seed)
     count = 6 * chosen.rollout_length + 8
     return [
@@ -40,7 +40,7 @@ def place_of(batch: RolloutBatch, rollouts: Rollouts, task: int, b: int) -> Plac
 
 
 def slow_returns(rows: list[Row], first: int, length: int, task: int, env: int) -> list[float]:
-    """Returns of the steps of a rollout, by the recursion itself, from the last to the first."""
+    """Returns of the steps of a rollout by the recursion, from the last step to the first."""
 
     def at(name: str, row: int) -> float:
         return float(rows[row][name][task, env])
@@ -58,7 +58,7 @@ def slow_returns(rows: list[Row], first: int, length: int, task: int, env: int) 
 
 
 def assert_epoch(rollouts: Rollouts, slow: SlowReplay, rows: list[Row], batches: list[RolloutBatch]) -> None:
-    """The batches hold every step of the open rollout once, and each as it was."""
+    """Assert that the batches contain every step of the open rollout once, unchanged."""
     (first, stop), chosen = rollouts.eligible_rows, rollouts.spec
     drawn: list[Place] = []
     for batch in batches:
@@ -76,10 +76,10 @@ def assert_epoch(rollouts: Rollouts, slow: SlowReplay, rows: list[Row], batches:
     assert sorted(drawn) == everything
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["at once", "while the next is played"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["at once", "during the next rollout"])
 @pytest.mark.parametrize(("num_tasks", "num_envs", "stack", "length"), [(1, 1, 1, 1), (2, 3, 2, 4), (1, 2, 4, 3), (3, 2, 3, 8)])
-def test_every_step_is_drawn_once_an_epoch_as_it_was(num_tasks: int, num_envs: int, stack: int, length: int, ahead: bool) -> None:
-    """Either each rollout's epochs are drawn when it is complete, or when the last row has come before the next one is."""
+def test_every_step_is_drawn_once_per_epoch_unchanged(num_tasks: int, num_envs: int, stack: int, length: int, ahead: bool) -> None:
+    """The epochs of a rollout are drawn when it is complete, or at the last row before the next rollout is complete."""
     chosen = spec(num_tasks=num_tasks, num_envs=num_envs, stack=stack, rollout_length=length)
     rollouts, slow, rows = Rollouts(chosen), SlowReplay(chosen), rows_of(chosen)
     orders, opened = [], 0
@@ -96,13 +96,13 @@ def test_every_step_is_drawn_once_an_epoch_as_it_was(num_tasks: int, num_envs: i
                 assert_epoch(rollouts, slow, rows, batches)
                 orders.append([batch.index.tolist() for batch in batches])
     assert opened >= 4
-    assert rollouts.rows > 2 * rollouts.capacity_rows, "the test goes round the ring"
+    assert rollouts.rows > 2 * rollouts.capacity_rows, "the ring was overwritten at least twice"
     if length * num_envs > 6:
-        assert all(order != orders[0] for order in orders[1:]), "every epoch has an order of its own"
-        assert orders[0][0][0] != orders[0][0][-1] or num_tasks == 1, "and every task"
+        assert all(order != orders[0] for order in orders[1:]), "every epoch has another order"
+        assert orders[0][0][0] != orders[0][0][-1] or num_tasks == 1, "every task has another order"
 
 
-def test_before_a_rollout_is_complete_there_is_nothing_to_draw() -> None:
+def test_nothing_can_be_drawn_before_a_rollout_is_complete() -> None:
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:4]:
@@ -120,7 +120,7 @@ def test_before_a_rollout_is_complete_there_is_nothing_to_draw() -> None:
     assert rollouts.eligible_rows == (0, 4)
 
 
-def test_what_was_overwritten_is_not_drawn_unawares() -> None:
+def test_draw_from_an_overwritten_rollout_is_refused() -> None:
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:5]:
@@ -133,7 +133,7 @@ def test_what_was_overwritten_is_not_drawn_unawares() -> None:
 
 
 def twin_of(rollouts: Rollouts, with_rows: bool = True) -> Rollouts:
-    """Another one, brought to the same state by rows and state."""
+    """A copy, restored from rows and state."""
     twin = Rollouts(rollouts.spec)
     if with_rows:
         oldest = max(0, rollouts.rows - rollouts.capacity_rows)
@@ -144,7 +144,7 @@ def twin_of(rollouts: Rollouts, with_rows: bool = True) -> Rollouts:
 
 @pytest.mark.parametrize("drawn", [0, 1, 5, 8])
 @pytest.mark.parametrize("more", [0, 1, 3])
-def test_it_goes_on_identically_from_its_state_at_any_draw(drawn: int, more: int) -> None:
+def test_restored_rollouts_continue_identically_from_any_draw(drawn: int, more: int) -> None:
     chosen = spec(rollout_length=4)
     rollouts, rows = Rollouts(chosen), rows_of(chosen)
     for row in rows[:13]:
@@ -168,7 +168,7 @@ def test_it_goes_on_identically_from_its_state_at_any_draw(drawn: int, more: int
     assert torch.equal(rollouts.sample(3, 0).returns, twin.sample(3, 0).returns)
 
 
-def test_without_its_rows_a_new_rollout_begins_whose_first_steps_have_no_whole_stack() -> None:
+def test_rollout_after_a_restore_without_rows_excludes_steps_with_an_incomplete_stack() -> None:
     chosen = spec(rollout_length=4, stack=3)
     rollouts, slow, rows = Rollouts(chosen), SlowReplay(chosen), rows_of(chosen)
     for row in rows[:7]:
@@ -186,20 +186,15 @@ def test_without_its_rows_a_new_rollout_begins_whose_first_steps_have_no_whole_s
     for task in range(2):
         for b in range(12):
             _, row_b, env = place_of(batch, again, task, b)
-            useful = row_b >= 9 and not slow.truncated(task, env, row_b)
-            assert batch.weight[task, b] == float(useful)
-            if useful:
+            is_valid = row_b >= 9 and not slow.truncated(task, env, row_b)
+            assert batch.weight[task, b] == float(is_valid)
+            if is_valid:
                 assert torch.equal(batch.observation[task, b], slow.sample(task, env, row_b).observation)
 
 
-def test_it_takes_the_memory_that_it_says() -> None:
+def test_memory_of_all_tensors_equals_bytes_per_transition() -> None:
     chosen = spec(rollout_length=4, dtype=torch.uint8)
-    rollouts, room = Rollouts(chosen), Rollouts.fixed_capacity(chosen) * chosen.num_tasks
-    in_order = 12 * chosen.rollout_length * chosen.num_envs * chosen.num_tasks  # a return and a place for each step of one rollout
-    assert rollouts.nbytes == (Rollouts.bytes_per_transition(chosen) - 12) * room + in_order
-    assert rollouts.nbytes <= Rollouts.bytes_per_transition(chosen) * room
-
-
-def test_an_agent_without_rollouts_is_refused() -> None:
-    with pytest.raises(ValueError, match="agent=pqn"):
-        Rollouts(spec())
+    rollouts, capacity = Rollouts(chosen), Rollouts.fixed_capacity(chosen) * chosen.num_tasks
+    in_order = 12 * chosen.rollout_length * chosen.num_envs * chosen.num_tasks  # a return and a position for each step of one rollout
+    assert rollouts.nbytes == (Rollouts.bytes_per_transition(chosen) - 12) * capacity + in_order
+    assert rollouts.nbytes <= Rollouts.bytes_per_transition(chosen) * capacity

@@ -1,4 +1,4 @@
-"""The sum tree: it draws in proportion, and is a function of its leaves alone."""
+"""Sum tree: draws in proportion to priorities, and sums that depend only on the leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def just_below_one() -> float:
 
 
 def test_draws_by_hand() -> None:
-    """Priorities 1, 0, 3 lie at [0, 1), nowhere, [1, 4) of a sum of 4; 0, 2, 2 at nowhere, [0, 2), [2, 4)."""
+    """Priorities 1, 0, 3 are the ranges [0, 1), none, [1, 4) of a sum of 4; 0, 2, 2 are none, [0, 2), [2, 4)."""
     tree = tree_of([[1, 0, 3], [0, 2, 2]])
     uniform = torch.tensor([[0.0, 0.24, 0.25, 0.99], [0.0, 0.49, 0.5, 0.99]], dtype=torch.float64)
     index, probability = tree.draw(uniform)
@@ -36,7 +36,7 @@ def test_draws_by_hand() -> None:
     leaves=some.lists(some.one_of(some.just(0.0), some.floats(1e-6, 1e6)), min_size=1, max_size=40),
     uniform=some.lists(some.one_of(some.floats(0, 1, exclude_max=True), some.just(just_below_one())), min_size=1, max_size=10),
 )
-def test_a_draw_is_where_the_running_sum_passes_and_never_on_a_zero(leaves: list[float], uniform: list[float]) -> None:
+def test_draw_is_the_leaf_where_the_running_sum_passes_and_never_a_leaf_of_zero(leaves: list[float], uniform: list[float]) -> None:
     index, probability = tree_of([leaves]).draw(torch.tensor([uniform], dtype=torch.float64))
     total, sums = sum(leaves), np.cumsum(leaves)
     for u, i, p in zip(uniform, index[0].tolist(), probability[0].tolist(), strict=True):
@@ -53,7 +53,7 @@ def test_a_draw_is_where_the_running_sum_passes_and_never_on_a_zero(leaves: list
     size=some.integers(1, 20),
     writes=some.lists(some.lists(some.tuples(some.integers(0, 19), some.floats(0, 10)), min_size=1, max_size=6), max_size=8),
 )
-def test_any_order_of_writes_gives_the_tree_of_its_leaves(size: int, writes: list[list[tuple[int, float]]]) -> None:
+def test_sums_depend_only_on_the_leaves_for_any_order_of_writes(size: int, writes: list[list[tuple[int, float]]]) -> None:
     tree, leaves = SumTree(2, size, CPU), [0.0] * size
     for write in writes:
         places, values = [place % size for place, _ in write], [value for _, value in write]
@@ -66,26 +66,26 @@ def test_any_order_of_writes_gives_the_tree_of_its_leaves(size: int, writes: lis
         assert torch.equal(drawn, loaded)
 
 
-def test_each_tree_is_written_alone() -> None:
+def test_write_to_one_tree_does_not_change_another() -> None:
     tree = tree_of([[1, 2, 3], [4, 5, 6]])
     tree.set(torch.tensor([[0], [2]]), torch.tensor([[9.0], [0.0]], dtype=torch.float64))
     assert tree.leaves.tolist() == [[9, 2, 3], [4, 5, 0]]
 
 
-def test_an_empty_tree_says_that_nothing_was_drawn() -> None:
+def test_draws_from_an_empty_tree_have_probability_zero() -> None:
     index, probability = tree_of([[0.0] * 5]).draw(torch.tensor([[0.0, 0.5, just_below_one()]], dtype=torch.float64))
     assert probability.tolist() == [[0, 0, 0]]
     assert int(index.max()) < 5
 
 
-def test_rounding_up_to_one_stays_within_what_has_a_priority() -> None:
-    """(B - 1 + u) / B is 1 for u just below 1: the last of B strata may be asked for what is past the end."""
+def test_draw_rounded_up_to_one_is_a_leaf_with_a_priority() -> None:
+    """(B - 1 + u) / B is 1 for u just below 1: a draw of the last of B strata may be past the end."""
     index, probability = tree_of([[1.0, 2.0, 0.0, 0.0, 0.0]]).draw(torch.ones((1, 1), dtype=torch.float64))
     assert index.tolist() == [[1]]
     assert probability.item() == pytest.approx(2 / 3)
 
 
-def test_draws_follow_the_priorities() -> None:
+def test_share_of_draws_is_proportional_to_the_priority() -> None:
     priorities = torch.tensor([1.0, 2.0, 0.0, 4.0, 8.0], dtype=torch.float64)
     tree = SumTree(1, 5, CPU)
     tree.load(priorities[None])

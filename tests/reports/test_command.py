@@ -1,4 +1,4 @@
-"""`mtrl report` from the command line: files, summary and refusals."""
+"""`mtrl report`: files, summary and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUICK = {"evaluations": 2, "rows": 6}
 
 
 def report(*words: object) -> None:
-    """What the command does, in this process."""
+    """Run the command in this process."""
     report_command.run(*report_command.parse([str(word) for word in words]), ["mtrl", "report", *map(str, words)])
 
 
@@ -89,16 +89,14 @@ def test_no_file_contains_the_password_of_the_storage(tmp_path: Path) -> None:
 
 
 def test_surrogates_in_names_are_replaced(tmp_path: Path) -> None:
-    half = "\ud800"  # half of a letter: what JSON can hold and no file can
+    half = "\ud800"  # half of a letter, which JSON can contain and UTF-8 cannot
     sweep = make_sweep(tmp_path / "S", {"network/sharing": ["hard", "film"], "agent.n_step": [1, 3], "seed": [0, 1]}, **QUICK)
     record = (sweep / "sweep.json").read_text()
     (sweep / "sweep.json").write_text(record.replace('"hard"', '"hard\\ud800"'))
-    for folder in (sweep / "trials").iterdir():
+    for folder in sorted((sweep / "trials").iterdir())[:4]:
         trial = json.loads((folder / "trial.json").read_text())
-        values = {key: value.replace("hard", f"hard{half}") for key, value in trial["values"].items()}
-        odd = {"values": values, "overrides": [f"{key}={value}" for key, value in values.items()]}
-        (folder / "trial.json").write_text(json.dumps(trial | odd | {"command": half, "metric": half}))
-    with open(sweep / "trials" / "0000" / "metrics.jsonl", "a") as rows:
+        (folder / "trial.json").write_text(json.dumps(trial | {"command": half, "metric": half}))
+    with open(sweep / "trials" / "0004" / "metrics.jsonl", "a") as rows:
         rows.write(json.dumps({"step": 100_000, f"eval/return/{half}": 1.0}) + "\n")
     odd_folder = tmp_path / os.fsdecode(b"odd\xff")
     make_run(odd_folder, **QUICK)
@@ -165,16 +163,6 @@ def test_report_of_several_folders_is_in_the_working_directory(tmp_path: Path, m
     assert len(json.loads((tmp_path / "report" / "report.json").read_text())["runs"]) == 2
 
 
-def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no runs given"):
-        report("out=here")
-    with pytest.raises(UserError, match="one folder"):
-        report(tmp_path, "out=")
-    with pytest.raises(UserError, match="is not a folder"):
-        report(tmp_path / "nowhere")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_missing_matplotlib_is_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape(extras.install_command("plots"))):
@@ -182,20 +170,23 @@ def test_missing_matplotlib_is_reported_before_any_work(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["no_run", "a_file", "a_typo", "unwritable", "no_file_system"])
+@pytest.mark.parametrize("kind", ["no_path", "empty_out", "no_folder", "no_run", "a_file", "a_typo", "unwritable", "no_file_system"])
 def test_mistakes_are_refused_before_any_work(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     run = make_run(tmp_path / "run", **QUICK)
     before = sorted(tmp_path.rglob("*"))
     words, message = {
+        "no_path": (["out=here"], "no runs given"),
+        "empty_out": ([run, "out="], "out must be one folder"),
+        "no_folder": ([tmp_path / "nowhere"], "nowhere is not a folder"),
         "no_run": ([tmp_path / "empty"], "no run in"),
         "a_file": ([tmp_path / "file"], "file is not a folder"),
         "a_typo": ([run, "otu=x"], "unknown key 'otu'. Did you mean 'out'?"),
         "unwritable": ([run], "is not writable"),
         "no_file_system": ([run, "out=/proc/x"], "is not writable"),
     }[kind]
-    if kind == "unwritable":  # which permissions alone do not show to everybody
+    if kind == "unwritable":  # permissions do not apply to root
 
         def refuse(**_: object) -> str:
             raise PermissionError(13, "Permission denied")

@@ -1,4 +1,4 @@
-"""Two runs side by side."""
+"""`mtrl compare`: two runs side by side."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WORDS = ["env=minatar_pack", "network.parameters=300k"]
 
 
 def lines(text: str) -> dict[str, list[str]]:
-    """A table's lines by their first cell, as lists of the others."""
+    """Return a table's lines by their first cell, as lists of the other cells."""
     cells = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
     return {first: others for first, *others in cells}
 
 
-def test_two_runs_of_one_pack(here: MtrlHere) -> None:
+def test_table_shows_configuration_scores_speed_and_parameters(here: MtrlHere) -> None:
     make_run(here.folder / "a", [*WORDS, "network/sharing=hard"], reaches=0.5, spread=0, seconds=600, parameters=300_000)
     make_run(
         here.folder / "b", [*WORDS, "network/sharing=film", "optimizer.lr=0.01"], reaches=0.75, spread=0, seconds=900, parameters=330_000
@@ -50,10 +50,10 @@ def test_intervals_over_episodes_are_in_units_of_scores(here: MtrlHere) -> None:
     random, reference = scores("minatar", "asterix")
     assert random is not None
     assert reference is not None
-    # A mean return of 0.6 in scores, and an interval from 0.5 to 0.8.
+    # Scores: a mean of 0.6 and an interval from 0.5 to 0.8.
     returns = [random + share * (reference - random) for share in (0.6, 0.5, 0.8)]
-    own = {"mean": returns[0], "returns": [returns[1], returns[2]], "ci": returns[1:], "score": 0.6}
-    test["last"]["tasks"]["asterix"] = own
+    test["last"]["tasks"]["asterix"] = {"mean": returns[0], "ci": returns[1:], "score": 0.6}
+    test["last"]["episodes"] = 2
     path.write_text(json.dumps(test))
     printed = here("compare", "a", "b").stdout
     assert lines(printed)["asterix"] == ["0.500", "0.600 (0.500 to 0.800)", "+0.100"]
@@ -74,10 +74,10 @@ def test_different_tasks_budgets_and_endings_are_noted(here: MtrlHere) -> None:
     found = lines(printed)
     assert "breakout" in found
     assert "asterix" not in found
-    assert "mean over tasks" not in found  # of one task
+    assert "mean over tasks" not in found, "one task has no mean over tasks"
 
 
-def test_nothing_in_common(here: MtrlHere) -> None:
+def test_runs_without_common_tasks_have_no_scores(here: MtrlHere) -> None:
     make_run(here.folder / "a", WORDS)
     make_run(here.folder / "b", ["env=classic_pack"])
     printed = here("compare", "a", "b").stdout

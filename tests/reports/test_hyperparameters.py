@@ -1,4 +1,4 @@
-"""What a search tells: trials whose metric depends on their values in a known way."""
+"""Report sections on searches, from trials whose metric is a known function of their values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_search(
     axes: Mapping[str, Choices | NumberRange] = AXES,
     states: Mapping[int, str] | None = None,
 ) -> Path:
-    """A sweep's folder without runs: what the section reads of it."""
+    """Create the folder of a sweep with trial.json files, but without runs."""
     search = {"sampler": "tpe", "trials": trials, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
     launcher = {"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 1}
     plan = Plan(("env=minatar_pack",), axes, None, search, launcher, (), "minatar_pack", 1000, folder)
@@ -55,12 +55,13 @@ def make_search(
 def write_trial(folder: Path, number: int, values: Mapping[str, Any], value: float | None, state: str = "completed") -> None:
     trial = folder / "trials" / f"{number:04d}"
     trial.mkdir(parents=True)
-    told = {"format": 1, "number": number, "values": values, "command": f"mtrl train seed={number}", "state": state}
-    (trial / "trial.json").write_text(json.dumps(told | {"value": value, "metric": "eval/score/mean"}))
+    texts = {key: str(each) for key, each in values.items()}
+    record = {"format": 1, "number": number, "overrides": [], "values": texts, "command": f"mtrl train seed={number}", "state": state}
+    (trial / "trial.json").write_text(json.dumps(record | {"value": value, "metric": "eval/score/mean"}))
 
 
 def by_lr(values: Mapping[str, Any]) -> float:
-    """The best step size is 3e-4; nothing else matters."""
+    """Return a metric that depends only on the learning rate and is highest at 3e-4."""
     return 1 - (math.log10(values["optimizer.lr"]) + 3.5) ** 2
 
 
@@ -68,7 +69,7 @@ def table(section: Section, name: str) -> Table:
     return next(part for part in section.parts if isinstance(part, Table) and part.name == name)
 
 
-def test_the_key_that_decides_is_of_importance(tmp_path: Path) -> None:
+def test_only_the_key_that_determines_the_metric_is_important(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 60, by_lr))
     assert section.lines == ["60 completed trials of 60, judged by eval/score/mean."]
     found = table(section, "importance")
@@ -79,7 +80,7 @@ def test_the_key_that_decides_is_of_importance(tmp_path: Path) -> None:
     assert {row[0] for row in found.rows} == set(AXES)
 
 
-def test_the_best_trials_with_their_commands(tmp_path: Path) -> None:
+def test_best_trials_are_listed_with_their_commands(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 30, by_lr))
     best = table(section, "best_trials")
     assert list(best.header) == ["trial", "eval/score/mean", *AXES, "command"]
@@ -109,34 +110,36 @@ def test_few_trials_have_no_importance(tmp_path: Path) -> None:
     assert [part.name for part in section.parts] == ["slices", "best_trials"]
 
 
-def test_pruned_failed_and_damaged_trials_are_told_or_passed_over(tmp_path: Path) -> None:
+def test_pruned_and_failed_trials_are_counted_and_damaged_ones_skipped(tmp_path: Path) -> None:
     folder = make_search(tmp_path / "S", 20, by_lr, states={0: "pruned", 1: "pruned", 2: "failed", 3: "running"})
     (folder / "trials" / "0004" / "trial.json").write_text("{")
-    (folder / "trials" / "0005" / "trial.json").write_text('{"state": "completed", "value": 3, "values": {"optimizer.lr": 99}}')
+    off_axis = folder / "trials" / "0005" / "trial.json"
+    record = json.loads(off_axis.read_text())
+    off_axis.write_text(json.dumps(record | {"values": record["values"] | {"optimizer.lr": "99"}}))
     (folder / "trials" / "0006" / "trial.json").write_text('{"state": "completed", "value": NaN, "values": []}')
     (section,) = hyperparameters.sections(folder)
     assert section.lines[0] == "13 completed trials of 20, judged by eval/score/mean; 2 pruned and 1 failed."
 
 
-def test_trials_without_a_metric(tmp_path: Path) -> None:
+def test_trials_without_a_metric_have_only_a_line(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 3, lambda _: None))
-    assert "None of them has a metric" in section.lines[-1]
+    assert "No completed trial has a metric" in section.lines[-1]
     assert section.parts == ()
 
 
-def test_all_trials_alike(tmp_path: Path) -> None:
+def test_equal_metrics_have_no_importance(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 12, lambda _: 0.5))
     assert any("so no key matters" in line for line in section.lines)
 
 
-def test_a_key_without_variation_is_left_out(tmp_path: Path) -> None:
+def test_key_with_one_value_is_left_out(tmp_path: Path) -> None:
     axes = {**AXES, "agent.double": Choices(("true",))}
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 15, by_lr, axes))
     assert any("left out: agent.double" in line for line in section.lines)
     assert {row[0] for row in table(section, "importance").rows} == set(AXES)
 
 
-def test_seeds_structures_and_weights_are_no_search(tmp_path: Path) -> None:
+def test_sweep_of_seeds_structures_and_weights_has_no_section(tmp_path: Path) -> None:
     axes = {"network/sharing": Choices(("hard", "film")), "task_weights": Choices(("uniform", "pcgrad")), "seed": Choices(("0", "1"))}
     assert hyperparameters.sections(make_search(tmp_path / "S", 8, lambda _: 0.5, axes)) == []
 
@@ -148,13 +151,13 @@ def test_damaged_plan_is_reported(tmp_path: Path) -> None:
     assert "is damaged" in section.lines[0]
 
 
-def test_several_sweeps_have_names_of_their_own(tmp_path: Path) -> None:
+def test_suffix_distinguishes_the_files_of_several_sweeps(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 12, by_lr), "_2")
     assert {part.name for part in section.parts} == {"importance_2", "slices_2", "best_trials_2"}
     assert section.title.endswith("S")
 
 
-def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tmp_path: Path) -> None:
+def test_given_numbers_have_four_digits_on_the_page_and_all_digits_in_csv(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 30, by_lr))
     best = table(section, "best_trials")
     lr = best.rows[0][2]
@@ -169,13 +172,13 @@ def test_numbers_that_were_chosen_have_four_digits_on_the_page_and_all_in_csv(tm
     ("low", "high", "ticks"),
     [(1e-5, 1e-2, {"1e-5", "1e-4", "1e-3", "0.01"}), (1e-9, 1.0, {"1e-9", "1e-6", "1e-3", "1"}), (2e-4, 3e-4, None)],
 )
-def test_logarithmic_axes_have_few_plain_ticks_within(low: float, high: float, ticks: set[str] | None, tmp_path: Path) -> None:
+def test_logarithmic_axes_have_few_plain_ticks_within_their_limits(low: float, high: float, ticks: set[str] | None, tmp_path: Path) -> None:
     axes = {"optimizer.lr": NumberRange(low, high, log=True), "agent.gamma": NumberRange(0.9, 0.999)}
     make_search(tmp_path / "S", 12, lambda values: 1.0 + values["agent.gamma"], axes)
     for number, value in ((0, low), (1, high)):
         path = tmp_path / "S" / "trials" / f"{number:04d}" / "trial.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps(told | {"values": told["values"] | {"optimizer.lr": value}}))
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"values": record["values"] | {"optimizer.lr": str(value)}}))
     (section,) = hyperparameters.sections(tmp_path / "S")
     made = html.render("", [], [section])["slices.svg"].decode()
     assert "mathdefault" not in made

@@ -1,4 +1,4 @@
-"""Reading runs for a report: whatever lies in a folder is read, or named with the reason; and putting them together by configuration."""
+"""Reading and grouping of runs for reports. Unreadable runs are listed with the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_run_is_read(tmp_path: Path) -> None:
     )
     (run,) = run_data.read([tmp_path / "mine"])
     assert (run.name, run.status, run.error, run.env, run.tasks, run.seed) == ("mine", "completed", None, "minatar_pack", TASKS, 3)
-    assert (run.step, run.steps_per_task, run.is_tested) == (100_000, 100_000, True)
+    assert (run.step, run.steps_per_task) == (100_000, 100_000)
+    assert run.test is not None
+    assert (run.test.step, run.test.episodes) == (100_000, 1)
     assert run.command.startswith("mtrl train env=minatar_pack network/sharing=film seed=3")
     assert run.final_scores == pytest.approx(dict(zip(TASKS, [0.1, 0.2, 0.3, 0.4, 0.5], strict=True)))
     assert [each.step for each in run.evaluations] == [25_000, 50_000, 75_000, 100_000]
@@ -34,20 +36,16 @@ def test_run_is_read(tmp_path: Path) -> None:
     assert not any(name.startswith(("eval/", "test/", "parameters/")) for name in run.metrics)
 
 
-def test_last_evaluation_replaces_a_missing_test(tmp_path: Path) -> None:
-    make_run(tmp_path / "mine", tested=False)
+@pytest.mark.parametrize("is_older", [False, True])
+def test_last_evaluation_replaces_a_missing_or_older_test(is_older: bool, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "mine", tested=is_older) / "eval" / "test.json"
+    if is_older:
+        test = json.loads(path.read_text())
+        test["last"]["step"] = 50_000
+        path.write_text(json.dumps(test))
     (run,) = run_data.read([tmp_path])
-    assert not run.is_tested
+    assert run.test is None
     assert run.final_scores == run.evaluations[-1].scores
-
-
-def test_test_from_before_more_training_is_ignored(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "mine")
-    test = json.loads((folder / "eval" / "test.json").read_text())
-    test["last"]["step"] = 50_000
-    (folder / "eval" / "test.json").write_text(json.dumps(test))
-    (run,) = run_data.read([folder])
-    assert not run.is_tested
 
 
 def test_all_trials_of_a_sweep_are_read_including_waiting_ones(tmp_path: Path) -> None:
@@ -64,7 +62,7 @@ def test_all_trials_of_a_sweep_are_read_including_waiting_ones(tmp_path: Path) -
 def test_trial_without_a_configuration_keeps_state_reason_and_command(tmp_path: Path) -> None:
     axes = {"network/sharing": ["hard", "film"], "seed": [0, 1]}
     sweep = make_sweep(tmp_path / "S", axes, states={1: "uncomposed", 3: "queued"}, whys={1: "optimizer.lr=-1: too small"})
-    (sweep / "trials" / "0003" / "config.yaml").unlink()  # its folder was made this moment
+    (sweep / "trials" / "0003" / "config.yaml").unlink()  # as if the trial's folder was just created
     (sweep / "trials" / "0002" / "config.yaml").write_text("{")
     runs = run_data.read([sweep])
     assert [run.status for run in runs] == ["completed", "failed", "unreadable", "running"]
@@ -98,12 +96,12 @@ DAMAGES = {
     "an_interpolation": ("config.yaml", b"seed: ${oc.env:HOME}", "interpolation"),
     "anchors": ("config.yaml", b"a: &a [1]\nb: *a\n", "anchor"),
     "deep": ("config.yaml", b"a: " + b"[" * 5000, "nested deeper"),
-    "keys_that_are_no_words": ("config.yaml", b"1: {2: 3}\n", "keys must be text"),
-    "no_seed": ("config.yaml", b"env: {name: x}\n", "seed must be a whole number, got null"),
+    "keys_that_are_not_text": ("config.yaml", b"1: {2: 3}\n", "keys must be text"),
+    "no_seed": ("config.yaml", b"env: {name: x}\n", "seed must be an integer, got null"),
     "a_list": ("config.yaml", b"[1, 2]", "keys and values"),
     "broken_record": ("run.json", b"{", "valid JSON"),
     "a_list_for_a_record": ("run.json", b"[]", "expected a JSON object"),
-    "another_status": ("run.json", b'{"status": "<script>"}', "status is none of"),
+    "another_status": ("run.json", b'{"status": "<script>"}', "status must be one of"),
     "broken_test": ("eval/test.json", b"nonsense", "valid JSON"),
     "broken_trial": ("trial.json", b"\xff\xfe", "valid JSON"),
 }
@@ -166,7 +164,7 @@ def test_metrics_of_many_rows_are_thinned(tmp_path: Path) -> None:
 
 
 def labels(*folders: Path) -> dict[str, list[int]]:
-    """The groups' labels, each with its seeds."""
+    """Return the seeds of each group by label."""
     return {group.label: [run.seed for run in group.runs] for group in grouped(run_data.read(folders))}
 
 
@@ -180,7 +178,7 @@ def test_single_runs_are_labelled_by_their_options(tmp_path: Path) -> None:
     for name, own in words.items():
         for seed in (0, 1):
             make_run(tmp_path / f"{name}_{seed}", ["env=minatar_pack", *own], seed=seed)
-    # mmoe has keys of its own (experts), which say nothing beside its name.
+    # The keys of mmoe (experts) follow from its name, so they are not in the label.
     assert labels(tmp_path) == {"film, uniform": [0, 1], "mmoe, pcgrad": [0, 1], "mmoe, uniform": [0, 1]}
 
 
@@ -190,7 +188,7 @@ def test_value_is_labelled_with_its_key(tmp_path: Path) -> None:
     assert labels(tmp_path) == {"lr=0.001": [0], "lr=0.0005": [0]}
 
 
-def test_values_that_depend_on_the_machine_make_no_group(tmp_path: Path) -> None:
+def test_values_that_depend_on_the_machine_do_not_separate_groups(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab"))
     text = (second / "config.yaml").read_text()
     for old, new in {"device: cpu": "device: cuda", "precision: fp32": "precision: bf16", "capacity: 100000": "capacity: 5000"}.items():
@@ -200,7 +198,7 @@ def test_values_that_depend_on_the_machine_make_no_group(tmp_path: Path) -> None
     assert list(labels(first, second).values()) == [[0, 1]]
 
 
-def test_values_set_by_the_user_make_a_group(tmp_path: Path) -> None:
+def test_values_set_by_the_user_separate_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", ["env=minatar_pack", "replay.capacity=5000"])
     assert labels(tmp_path) == {"capacity=100000": [0], "capacity=5000": [0]}
@@ -211,19 +209,19 @@ def test_values_set_by_the_user_make_a_group(tmp_path: Path) -> None:
     assert labels(tmp_path / "S") == {"precision=fp32": [0], "precision=bf16": [0]}
 
 
-def test_widths_that_follow_from_a_parameter_count_make_no_group(tmp_path: Path) -> None:
+def test_widths_that_follow_from_a_parameter_count_do_not_separate_groups(tmp_path: Path) -> None:
     first, second = (make_run(tmp_path / str(seed), ["env=minatar_pack", "network.parameters=300k"], seed=seed) for seed in (0, 1))
     config = (second / "config.yaml").read_text()
     assert "\n  features: 128\n" in config
     (second / "config.yaml").write_text(config.replace("\n  features: 128\n", "\n  features: 99\n"))
     assert list(labels(first, second).values()) == [[0, 1]]
-    for folder in (first, second):  # without a budget the width is the user's
+    for folder in (first, second):  # without a parameter count the user chooses the width
         text = (folder / "config.yaml").read_text()
         (folder / "config.yaml").write_text(text.replace("parameters: 300k", "parameters: null"))
     assert list(labels(first, second).values()) == [[0], [1]]
 
 
-def test_packs_and_budgets_make_groups(tmp_path: Path) -> None:
+def test_packs_and_budgets_separate_groups(tmp_path: Path) -> None:
     make_run(tmp_path / "a", ["env=minatar_pack"])
     make_run(tmp_path / "b", ["env=classic_pack"])
     make_run(tmp_path / "c", ["env=classic_pack", "steps_per_task=200000"])
@@ -244,11 +242,9 @@ def test_equal_networks_of_a_parameter_count_and_of_widths_are_one_group(tmp_pat
     axes = {"network/sharing": ["hard", "independent"], "network.parameters": ["74149", "null"], "seed": [0]}
     make_sweep(tmp_path / "S", axes, parameters=size)
     assert labels(tmp_path / "S") == {"hard": [0, 0], "independent (74k)": [0], "independent (206k)": [0]}
-    # Where the size came to other widths they are two networks, and the widths are in no name.
-    config = tmp_path / "S" / "trials" / "0000" / "config.yaml"
-    config.write_text(config.read_text().replace("\n  features: 128\n", "\n  features: 99\n"))
-    (tmp_path / "S" / "trials" / "0002" / "config.yaml").write_text(
-        (tmp_path / "S" / "trials" / "0002" / "config.yaml").read_text().replace("\n  features: 128\n", "\n  features: 99\n")
-    )
+    # With other widths they are two networks, and no label contains the widths.
+    for number in ("0000", "0002"):
+        config = tmp_path / "S" / "trials" / number / "config.yaml"
+        config.write_text(config.read_text().replace("\n  features: 128\n", "\n  features: 99\n"))
     assert not [label for label in labels(tmp_path / "S") if "features" in label]
     assert len(labels(tmp_path / "S")) == 4

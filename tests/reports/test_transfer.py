@@ -1,4 +1,4 @@
-"""Report sections on transfer, from runs whose results are known."""
+"""Report sections on transfer, from constructed runs."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import pytest
 from mtrl_cli.reports import transfer
 from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.reports.grouping import grouped
-from mtrl_cli.reports.run_data import Evaluation, RunData
+from mtrl_cli.reports.run_data import Evaluation, FinalTest, RunData, TaskResult
 
 CONFIG = {"eval.episodes": 4, "eval.test_episodes": 5, "network.sharing._target_": "mtrl_cli.networks.sharing.HardSharing"}
 
 
-def run(source: str | None, values: Sequence[float], final: float, *, seed: int = 0, scored: bool = True, **more: Any) -> RunData:
-    """A completed run on one task, evaluated at steps 0, 100, …, with returns that are ten times its scores."""
+def run(source: str | None, values: Sequence[float], final: float, *, seed: int = 0, scored: bool = True, cut: int = 0) -> RunData:
+    """Return a completed run on one task with evaluations at steps 0, 100, … and returns that are ten times its scores."""
     evaluations = tuple(
         Evaluation(100 * index, float(index), {"a": value}, {"a": value / 10} if scored else {}) for index, value in enumerate(values)
     )
-    known: dict[str, Any] = {"status": "completed", "env": "pack", "tasks": ("a",), "steps_per_task": 200, "step": 200, "is_tested": True}
     return RunData(
         path=Path(f"/runs/{source is None}/{seed}"),
-        name=str(seed),
-        error=None,
-        command="mtrl train",
+        status="completed",
         config={"seed": seed, "init_from": source, **CONFIG},
+        env="pack",
+        tasks=("a",),
         seed=seed,
+        steps_per_task=200,
+        step=200,
         evaluations=evaluations,
+        test=FinalTest(step=200, episodes=5, tasks={"a": TaskResult(mean=final, cut=cut)}),
         final_returns={"a": final},
         final_scores={"a": final / 10} if scored else {},
-        **(known | more),
     )
 
 
@@ -55,14 +56,14 @@ def values(found: Section) -> list[Any]:
 SOURCE = "/runs/source/checkpoints/7"
 
 
-def test_table_by_hand() -> None:
+def test_table_calculated_by_hand() -> None:
     found = section(run(SOURCE, [4.0, 6.0, 9.0], 8.0), run(None, [0.0, 4.0, 8.0], 6.0))
-    # Areas 6.25 and 4; 8 lies two thirds of the way from 6 to 9.
+    # Areas 6.25 and 4; 8 is reached two thirds of the way from 6 to 9.
     assert values(found) == ["a", 0.4, 0.4, 500 / 3, 6.25 / 4, 0.8, 0.6, 0.2]
     assert len(table(found).rows) == 1, "no mean over a single task"
     assert "4 validation episodes per task and evaluation, 5 test episodes." in table(found).notes
     assert any("fine-tuned from source: /runs/source/checkpoints/7" in line for line in found.lines)
-    assert any("one seed" in line for line in found.lines)
+    assert any("One seed" in line for line in found.lines)
 
 
 def test_intervals_are_over_seeds_that_have_both_runs() -> None:
@@ -89,21 +90,21 @@ def test_tasks_without_reference_are_compared_by_returns() -> None:
     assert not any("0 is random play" in note for note in table(found).notes)
 
 
-def test_scratch_that_learns_nothing_leaves_no_area_to_compare_with() -> None:
+def test_scratch_that_learns_nothing_has_no_area_ratio() -> None:
     found = section(run(SOURCE, [1.0, 2.0, 3.0], 3.0), run(None, [-1.0, -1.0, -1.0], -1.0))
     assert values(found)[1:5] == [pytest.approx(0.1), pytest.approx(0.2), 0.0, None]
     assert any("No area ratio" in note and note.endswith(": a.") for note in table(found).notes)
 
 
-def test_runs_that_were_not_evaluated_at_the_start_have_no_zero_shot_score() -> None:
+def test_runs_without_an_evaluation_at_the_start_have_no_zero_shot_score() -> None:
     runs = [run(SOURCE, [4.0, 6.0, 9.0], 8.0), run(None, [0.0, 4.0, 8.0], 6.0)]
     found = section(*(replace(each, evaluations=each.evaluations[1:]) for each in runs))
     assert values(found)[1:3] == [None, None]
     assert any("eval.at_start=true" in note for note in table(found).notes)
 
 
-def test_episodes_that_were_cut_are_counted() -> None:
-    found = section(run(SOURCE, [4.0, 6.0, 9.0], 8.0, cut_episodes=3), run(None, [0.0, 4.0, 8.0], 6.0))
+def test_cut_episodes_are_counted() -> None:
+    found = section(run(SOURCE, [4.0, 6.0, 9.0], 8.0, cut=3), run(None, [0.0, 4.0, 8.0], 6.0))
     assert any(note.startswith("3 test episodes were cut") for note in table(found).notes)
 
 

@@ -1,4 +1,4 @@
-"""Aggregates over runs and tasks: known answers, and those of rliable, its intervals from the very same resamples."""
+"""Aggregates over runs and tasks: known answers, and agreement with rliable, with intervals from the same resamples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def matrices() -> list[np.ndarray]:
 
 
 def rows_of_rliable(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray]:
-    """The indices that rliable draws with numpy's global generator, resample by resample, for one score matrix or several."""
+    """Return the indices that rliable draws with numpy's global generator, resample by resample, for one score matrix or several."""
     np.random.seed(seed)
     drawn = [[np.random.choice(shape[0], shape, replace=True) for shape in shapes] for _ in range(RESAMPLES)]
     return [np.stack(of_matrix) for of_matrix in zip(*drawn, strict=True)]
@@ -39,12 +39,12 @@ def test_known_probabilities_of_improvement() -> None:
     assert score_stats.probability_of_improvement(high, low).value == 1
     assert score_stats.probability_of_improvement(low, high).value == 0
     assert score_stats.probability_of_improvement(low, low).value == 0.5
-    # Task by task 1 and 0.5, in which one of four pairs is won, one lost, two tie.
+    # 1 in the first task; 0.5 in the second: of four pairs one is won, one is lost, two are ties.
     x, y = np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[0.0, 0.0], [0.0, 1.0]])
     assert score_stats.probability_of_improvement(x, y).value == 0.75
 
 
-def test_a_known_profile() -> None:
+def test_known_profile() -> None:
     scores = np.array([[0.0, 0.5], [1.0, 1.0]])
     assert score_stats.profile(scores, np.array([-1.0, 0.0, 0.5, 0.75, 1.0])).tolist() == [1, 0.75, 0.5, 0.5, 0]
 
@@ -59,7 +59,7 @@ def test_one_run_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize("scores", matrices())
-def test_aggregates_and_their_intervals_are_those_of_rliable(scores: np.ndarray) -> None:
+def test_aggregates_and_intervals_agree_with_rliable(scores: np.ndarray) -> None:
     metrics, library = pytest.importorskip("rliable.metrics"), pytest.importorskip("rliable.library")
     (rows,) = rows_of_rliable([scores.shape], seed=3)
     own = score_stats.aggregates(scores, [(rows,)])
@@ -72,7 +72,7 @@ def test_aggregates_and_their_intervals_are_those_of_rliable(scores: np.ndarray)
 
 
 @pytest.mark.parametrize("x", matrices())
-def test_probabilities_of_improvement_are_those_of_rliable(x: np.ndarray) -> None:
+def test_probabilities_of_improvement_agree_with_rliable(x: np.ndarray) -> None:
     metrics, library = pytest.importorskip("rliable.metrics"), pytest.importorskip("rliable.library")
     random = np.random.default_rng(1)
     y = x[random.integers(0, len(x), len(x) + 2)] + random.choice([-0.1, 0.0, 0.1], (len(x) + 2, x.shape[1]))
@@ -86,7 +86,7 @@ def test_probabilities_of_improvement_are_those_of_rliable(x: np.ndarray) -> Non
 
 
 @pytest.mark.parametrize("scores", matrices())
-def test_profiles_are_those_of_rliable(scores: np.ndarray) -> None:
+def test_profiles_agree_with_rliable(scores: np.ndarray) -> None:
     library = pytest.importorskip("rliable.library")
     taus = np.linspace(-0.5, 2, 26)
     (rows,) = rows_of_rliable([scores.shape], seed=7)
@@ -96,7 +96,7 @@ def test_profiles_are_those_of_rliable(scores: np.ndarray) -> None:
     np.testing.assert_allclose(score_stats.profile_band(scores, taus, [(rows,)]), bands["x"], atol=1e-6)
 
 
-def test_intervals_hold_the_value_and_narrow_with_more_runs() -> None:
+def test_intervals_contain_the_value_and_narrow_with_more_runs() -> None:
     random = np.random.default_rng(2)
     widths = []
     for runs in (4, 40):
@@ -107,7 +107,7 @@ def test_intervals_hold_the_value_and_narrow_with_more_runs() -> None:
     assert widths[1] < 0.5 * widths[0]
 
 
-def test_a_curve_is_the_aggregate_at_each_point() -> None:
+def test_curve_is_the_aggregate_at_each_point() -> None:
     values = np.random.default_rng(4).normal(size=(4, 3, 6))
     draws = list(draw((4, 3), resamples=50))
     low, high = score_stats.curve_band(values, draws)

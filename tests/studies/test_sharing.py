@@ -1,4 +1,4 @@
-"""`mtrl study sharing`: its trials, resuming, its report and what it refuses."""
+"""`mtrl study sharing`: trials, resume, report and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def counted_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trials(listing: str) -> list[dict[str, str]]:
-    """The trials that a dry run lists: values by key."""
+    """Return the values of the trials that a dry run lists, by key."""
     rows = [line.split() for line in listing.splitlines() if re.match(r"\d+ +network/sharing=", line)]
     assert [int(number) for number, *_ in rows] == list(range(len(rows)))
     return [dict(word.split("=", 1) for word in words) for _, *words in rows]
@@ -51,7 +51,7 @@ def test_every_structure_has_the_parameter_count_of_hard_sharing(here: MtrlHere)
     assert f"{int(size):,}" in next(line for line in sizes.splitlines() if line.startswith("* hard"))
     full = next(line for line in sizes.splitlines() if "independent" in line).split()[1]
     assert f"independent, hard, film with {int(size):,} parameters each, and independent with {full}" in listing
-    # Evaluated and looked into ten times at least.
+    # At least ten evaluations and diagnostics.
     assert f"eval.every={STEPS} log.diagnostics={STEPS}" in listing
     assert not (here.folder / "runs").exists()
 
@@ -68,7 +68,7 @@ def test_other_axes_sizes_and_seeds(here: MtrlHere) -> None:
     assert "log.diagnostics=5" in listing
 
 
-def test_structure_that_cannot_be_so_small_is_left_out_with_its_reason(here: MtrlHere) -> None:
+def test_structure_with_a_larger_minimum_size_is_left_out_with_the_reason(here: MtrlHere) -> None:
     listing = here("study", "sharing", *WORDS, "network/sharing=care,hard", "network.parameters=2k", "seeds=1", "--dry-run").stdout
     assert "left out: care with network.parameters=2k: network.parameters must be at least " in listing
     assert {each["network/sharing"] for each in trials(listing)} == {"independent", "hard"}
@@ -79,10 +79,10 @@ def test_structure_that_cannot_be_so_small_is_left_out_with_its_reason(here: Mtr
     [
         (["network/sharing=independent"], "is the baseline of the comparison"),
         (["network/sharing=hard,fim"], "Did you mean 'network/sharing=film'?"),
-        (["seeds=0"], "a whole number from 1"),
+        (["seeds=0"], "one integer from 1"),
         (["seeds=2", "seed=1,2"], "both choose the seeds"),
         (["network.parameters=null"], "of full width are always trained"),
-        (["optimizer.lr=interval(0.001,0.01)"], "mtrl sweep takes intervals"),
+        (["optimizer.lr=interval(0.001,0.01)"], "Give values, or use mtrl sweep"),
         (["env.tasks=[CartPole-v1]"], "at least two tasks"),
         (["early_stopping.metric=eval/score/mean"], "of the same budget"),
         (["network/sharing=care", "network.parameters=1k"], "no structure can be trained at that size"),
@@ -155,11 +155,11 @@ def test_damaged_points_are_refused(tmp_path: Path, points: Any) -> None:
         sweep_plan.load(tmp_path)
 
 
-# -- as a whole -----------------------------------------------------------------------------------------------------------------
+# -- whole studies -----------------------------------------------------------------------------------------------------------------
 
 
 def run_study(mtrl: Mtrl, *words: str, code: int = 0, **environment: str) -> tuple[str, str]:
-    """Run `mtrl study sharing` in a process of its own."""
+    """Run `mtrl study sharing` in a separate process."""
     given = ["study", "sharing", *SMALL, *FAKE, "seeds=2", "launcher.jobs=2", *words]
     done = mtrl(*given, code=code, PYTHONPATH=str(ROOT), **environment)
     return done.stdout, done.stderr
@@ -170,9 +170,9 @@ def steps_taken(study: Path) -> dict[str, int]:
 
 
 def test_study_ends_with_its_report_and_the_same_command_resumes(mtrl: Mtrl, tmp_path: Path) -> None:
-    # One seed's runs fail: that is said at the end, after a report that names them.
-    told, error = run_study(mtrl, code=1, FAKE_WORKER=json.dumps({"1": "fail"}))
-    assert "8 runs" in told
+    # The runs of one seed fail. The report lists them, and the error is printed after it.
+    printed, error = run_study(mtrl, code=1, FAKE_WORKER=json.dumps({"1": "fail"}))
+    assert "8 runs" in printed
     assert "4 of 8 trials failed" in error
     study = tmp_path / "runs" / "studies" / "sharing_classic_pack"
     page = study / "report" / "index.html"
@@ -180,8 +180,8 @@ def test_study_ends_with_its_report_and_the_same_command_resumes(mtrl: Mtrl, tmp
     first = steps_taken(study)
     assert list(first.values()) == [STEPS] * 4
     page.unlink()
-    told, _ = run_study(mtrl, code=1)  # the same command: nothing is done twice
-    assert "resuming the sweep in" in told
+    printed, _ = run_study(mtrl, code=1)  # the same command trains nothing again
+    assert "resuming the sweep in" in printed
     assert steps_taken(study) == first
     assert page.exists()
     record = json.loads((study / "sweep.json").read_text())

@@ -1,4 +1,4 @@
-"""`mtrl transfer`: its trials, its runs and report, resuming, and what it refuses."""
+"""`mtrl transfer`: trials, runs, report, resume and errors."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ SMALL = [
     "env=classic_pack",
     "agent.learning_starts=100",
     "agent.batch_size=16",
+    "agent.samples_per_step=2",
     "eval.episodes=2",
     "eval.max_steps=40",
-    "eval.epsilon=0.0",  # else the same network plays otherwise where a task has another place
+    "eval.epsilon=0.0",  # random actions depend on the position of a task
     "eval.test_episodes=3",
     "log.every=200",
     "log.diagnostics=0",
@@ -42,7 +43,7 @@ STUDY = [*SMALL, "env.tasks=[MountainCar-v0,CartPole-v1]", "steps_per_task=240",
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trained run on two tasks."""
+    """Return a tiny trained run on two tasks."""
     folder = tmp_path_factory.mktemp("source")
     MtrlHere(folder)("train", *SOURCE, "run_dir=run")
     return folder / "run"
@@ -50,19 +51,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def study(source: Path) -> tuple[Path, str]:
-    """A study with that run, and its output."""
+    """Return a study of that run, and its output."""
     done = MtrlHere(source.parent)("transfer", source, *STUDY, "seeds=2", "launcher.jobs=2", "run_dir=study")
     return source.parent / "study", done.stdout
 
 
 def trials(listing: str) -> list[dict[str, str]]:
-    """The trials that a dry run lists: values by key."""
+    """Return the values of the trials that a dry run lists, by key."""
     rows = [line.split() for line in listing.splitlines() if re.match(r"\d+ +(waiting +- +- +)?init_from=", line)]
     return [dict(word.split("=", 1) for word in words if "=" in word) for words in rows]
 
 
 def evaluations(run: Path, name: str) -> list[tuple[int, float]]:
-    """A metric of a run's validation by step."""
+    """Return a metric of a run's evaluations, by step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row[name]) for row in rows if name in row]
 
@@ -119,7 +120,7 @@ def test_resumed_study_keeps_its_checkpoint_though_the_source_was_trained_furthe
 # -- runs and report ------------------------------------------------------------------------------------------------------------
 
 
-def test_runs_are_ordinary_ones_with_the_sources_network_and_the_same_budget(study: tuple[Path, str], source: Path) -> None:
+def test_runs_have_the_network_of_the_source_and_the_same_budget(study: tuple[Path, str], source: Path) -> None:
     folder, _ = study
     runs = sorted(folder.glob("trials/*"))
     assert len(runs) == 4
@@ -135,8 +136,8 @@ def test_runs_are_ordinary_ones_with_the_sources_network_and_the_same_budget(stu
         assert (steps[0], steps[-1], len(steps)) == (0, 240, 11)
 
 
-def test_fine_tuned_run_begins_as_the_source_ended(study: tuple[Path, str], source: Path) -> None:
-    """CartPole is a task of both: its zero-shot evaluation is the source's last one, episode by episode."""
+def test_fine_tuned_run_starts_with_the_final_network_of_the_source(study: tuple[Path, str], source: Path) -> None:
+    """CartPole is a task of both runs: its zero-shot evaluation equals the source's last evaluation, episode by episode."""
     runs = {"source": (source, 160), "tuned": (study[0] / "trials" / "0002", 0), "scratch": (study[0] / "trials" / "0003", 0)}
     returns = {name: read(run / "eval" / f"{step}.json")["tasks"]["CartPole-v1"]["returns"] for name, (run, step) in runs.items()}
     assert returns["tuned"] == returns["source"]
@@ -179,7 +180,7 @@ def test_same_command_repeats_nothing_and_report_shows_transfer(study: tuple[Pat
     assert (folder / "report" / "transfer.csv").read_bytes() == (study[0] / "report" / "transfer.csv").read_bytes()
 
 
-def test_interrupted_study_resumes_and_ends_the_same(study: tuple[Path, str], source: Path, mtrl: Mtrl) -> None:
+def test_interrupted_study_resumes_with_the_same_results(study: tuple[Path, str], source: Path, mtrl: Mtrl) -> None:
     words = [source, *STUDY, "seeds=1", "run_dir=study", "checkpoint.every=40"]
     process = mtrl.start("transfer", *words)
     while not (mtrl.folder / "study" / "trials" / "0000" / "checkpoints" / "latest").exists():
@@ -196,7 +197,7 @@ def test_interrupted_study_resumes_and_ends_the_same(study: tuple[Path, str], so
     assert "One seed" in (mtrl.folder / "study" / "report" / "index.html").read_text()
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_another_source_for_an_existing_study_is_refused(study: tuple[Path, str]
         (["SOURCE", "env=classic_pack", "eval.test_episodes=0"], "eval.test_episodes=0"),
         (["SOURCE", "env=classic_pack", "eval.at_start=false"], "eval.at_start"),
         (["SOURCE", "env=classic_pack", "early_stopping.metric=eval/score/mean"], "early_stopping"),
-        (["SOURCE", "env=classic_pack", "optimizer.lr=interval(0.001,0.1)"], "mtrl sweep takes intervals"),
+        (["SOURCE", "env=classic_pack", "optimizer.lr=interval(0.001,0.1)"], "Give values, or use mtrl sweep"),
         (["SOURCE", "env=classic_pack", "sweep.trials=3"], "a study chooses its own trials"),
         (["SOURCE/checkpoints/5", "env=classic_pack"], "no checkpoint 5"),
         (["SOURCE", "env=classic_pack", "transfer.freez=torso"], "transfer.freeze"),

@@ -35,7 +35,8 @@ REAL = [
     "eval.every=100",
     "eval.episodes=1",
 ]
-REAL += ["eval.max_steps=20", "agent.learning_starts=50", "log.diagnostics=0", "device=cpu", "eval.test_episodes=0"]
+REAL += ["eval.max_steps=20", "agent.learning_starts=50", "agent.samples_per_step=2", "log.diagnostics=0"]
+REAL += ["eval.test_episodes=0", "device=cpu"]
 
 
 class Commands:

@@ -115,7 +115,7 @@ def test_source_of_init_from_becomes_an_absolute_path(tmp_path: Path, monkeypatc
         (["seed=range(-3,9)"], "seed must be a non-negative integer, got -3"),
         (["seed=range(0,5,0.5)"], "seed must be a non-negative integer, got 0.5"),
         (["network/sharing=hard,flm"], "unknown option 'network/sharing=flm'. Did you mean 'network/sharing=film'?"),
-        (["network/head=dueling,c51"], "with network/head=c51: network/head's C51Head requires bounded returns"),
+        (["network/head=dueling,c51"], "with network/head=c51: network/head=C51Head requires bounded returns"),
         (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr must be a positive number, got -1"),
         (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma must be a number from 0 to 1, got 1.5"),
         (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step must be a positive integer, got 0.5"),

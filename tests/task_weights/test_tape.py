@@ -80,7 +80,7 @@ def test_tape_equals_a_backward_pass_per_task(torso: Torso, shapes: Shapes, batc
     assert torch.allclose(quick.loss_K, slow.loss_K)
     assert_close(quick.rows(), slow.rows())
     assert_close(quick.gram(), slow.gram())
-    assert not quick.gram().requires_grad  # solvers on the host take it as it is
+    assert not quick.gram().requires_grad  # solvers on the host require a tensor without a graph
     weight_K, gradient_P = torch.tensor([0.2, 0.7, -0.1]), torch.randn(slow.rows().shape[1])
     for method, argument in (("weigh", weight_K), ("combine", weight_K), ("replace", gradient_P)):
         slow, quick, _ = both(network, observations(shapes, batch=max(batch, 2))[:, :batch])

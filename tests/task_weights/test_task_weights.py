@@ -10,13 +10,13 @@ import torch
 from cvxpy.error import SolverError
 from qpsolvers.exceptions import QPError
 
-from mtrl_cli.checkpoints.state_tree import flatten, unflatten
+from mtrl_cli.checkpoints.state_tree import flatten
 from mtrl_cli.machine import extras
 from mtrl_cli.task_weights.base import Tasks, TaskWeights
 from mtrl_cli.task_weights.scores import ScoreGap
 from tests.helpers.command import MtrlHere
 from tests.helpers.fake_tasks import ALL_WEIGHTS, GivenGradients, tasks_of, weights_of
-from tests.helpers.learners import NAMES, fill, learner_of, parameters, restored, rows, saved
+from tests.helpers.learners import NAMES, fill, learner_of, parameters, resumed_from, round_trip, rows
 from tests.helpers.loops import NAMES as GAMES
 from tests.helpers.loops import loop_of, run
 from tests.helpers.replay_reference import transition
@@ -111,7 +111,7 @@ DEGENERATE = {
     "one": [[1.0, 2.0]],
     "one zero": [[0.0, 0.0]],
     "tiny": [[1e-9, 2e-9], [2e-9, -3e-9]],
-    "tiny beside large": [[1e-7, 0.0], [1e3, 1e3]],
+    "tiny and large": [[1e-7, 0.0], [1e3, 1e3]],
 }
 
 
@@ -138,7 +138,7 @@ def test_non_finite_gradient_is_visible_and_not_kept_in_state(name: str) -> None
     weights = weights_of(name)
     gradients = GivenGradients(torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [3.0, -1.0]]))
     weights.backward(gradients)
-    assert not torch.isfinite(gradients.result_P).all(), "the learner tells of it"
+    assert not torch.isfinite(gradients.result_P).all(), "the learner reports it"
     tensors: dict[str, torch.Tensor] = {}
     flatten(weights.state_dict(), tensors)
     assert all(torch.isfinite(tensor.double()).all() for tensor in tensors.values())
@@ -191,9 +191,7 @@ def test_draws_are_separate_from_torchs_default_generator(name: str) -> None:
 def test_restored_weighting_continues_bit_for_bit(name: str, before: int) -> None:
     uninterrupted, fresh = weights_of(name, **QUICK.get(name, {})), weights_of(name, seed=9, **QUICK.get(name, {}))
     updates(uninterrupted, range(before))
-    tensors: dict[str, torch.Tensor] = {}
-    tree = flatten(uninterrupted.state_dict(), tensors)
-    fresh.load_state_dict(unflatten(tree, {key: tensor.clone() for key, tensor in tensors.items()}))
+    fresh.load_state_dict(round_trip(uninterrupted.state_dict()))
     for mine, theirs in zip(updates(uninterrupted, range(before, before + 8)), updates(fresh, range(before, before + 8)), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -210,7 +208,7 @@ def test_training_with_restored_weighting_continues_bit_for_bit(name: str) -> No
     uninterrupted = fill(learner(0))
     for step in range(5):
         uninterrupted.update(step)
-    resumed = restored(learner(1), saved(uninterrupted), uninterrupted.replay)
+    resumed = resumed_from(uninterrupted, learner(1))
     for each in (uninterrupted, resumed):
         for step, row in enumerate(rows(4, start=20)):
             each.replay.add(transition(row))

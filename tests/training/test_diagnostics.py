@@ -171,18 +171,10 @@ class Quadratic(Agent):
         self.network, self.goal_KF = network, goal_KF
         self.batch_size, self.samples_per_step, self.learning_starts, self.n_step = 4, 1.0, 0, 1
 
-    def epsilon(self, step: int) -> np.ndarray:
-        return np.zeros(len(self.goal_KF), np.float32)
-
     def losses(self, batch: Batch) -> Losses:
         features_KBF = self.network.features(batch.observation.flatten(2, 3))
         loss_KB = 0.5 * (features_KBF - self.goal_KF[:, None]).square().sum(2)
         return Losses(loss_KB, loss_KB.detach(), loss_KB.detach().mean(1), torch.zeros_like(loss_KB))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Vector(Sharing):
@@ -380,9 +372,7 @@ def test_report_on_compiled_losses_does_not_recompile() -> None:
     learner = fill(learner_of())
     eager = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)
     agent: Any = learner.agent
-    agent._compiled_losses = torch.compile(
-        agent._losses, dynamic=False, backend="aot_eager"
-    )  # fast backend; it frees buffers like a compiler
+    agent.losses = torch.compile(agent.losses, dynamic=False, backend="aot_eager")  # fast backend; it frees buffers like a compiler
     learner.warm_up()
     compiled = counters["stats"]["unique_graphs"]
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)

@@ -53,7 +53,6 @@ def test_restored_statistics_continue_from_their_state():
         first.add(rewards[index], dones[index])
     second = EpisodeStatistics(["a"], 2, window=3)
     second.load_state_dict(first.state_dict())
-    first.add(rewards[0], dones[0])  # the state is a copy
     for index in range(10, 20):
         straight.add(rewards[index], dones[index])
         second.add(rewards[index], dones[index])

@@ -11,7 +11,7 @@ import torch
 from mtrl_cli.errors import Stopped
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.training.evaluator import Episodes, Evaluator, metrics, ranking, summarise
-from tests.helpers.fake_pack import FakeGame, FakePack, PrefersLastAction
+from tests.helpers.fake_pack import FakeEnv, FakePack, PrefersLastAction
 
 CPU = torch.device("cpu")
 
@@ -26,15 +26,15 @@ def play(pack: FakePack, **changes: Any) -> Episodes:
     return evaluator(pack, **changes).run(network, lambda: None)
 
 
-def replayed_return(pack: FakePack, task: int, games: Episodes) -> float:
+def replayed_return(pack: FakePack, task: int, played: Episodes) -> float:
     """Replay a task's first episode from its seed and actions, and return its return."""
-    seed, actions = games.first[pack.tasks[task].name]
-    game = FakeGame(pack.tasks[task])
-    game.reset(seed)
+    seed, actions = played.first[pack.tasks[task].name]
+    env = FakeEnv(pack.tasks[task])
+    env.reset(seed)
     total, over = 0.0, False
     for action in actions:
         assert not over
-        _, reward, terminated, truncated = game.step(action)
+        _, reward, terminated, truncated = env.step(action)
         total, over = total + reward, terminated or truncated
     assert over
     return total
@@ -43,11 +43,11 @@ def replayed_return(pack: FakePack, task: int, games: Episodes) -> float:
 def test_every_task_plays_its_episodes_to_the_end() -> None:
     """A greedy episode of L steps returns L times the last action's number, plus up to 0.1 per step."""
     pack = FakePack()
-    games = play(pack, episodes=20)
-    assert games.cut == {"short": 0, "middle": 0, "long": 0}
+    played = play(pack, episodes=20)
+    assert played.cut == {"short": 0, "middle": 0, "long": 0}
     assert pack.training == [False] * 3
     for task in pack.tasks:
-        returns = games.returns[task.name]
+        returns = played.returns[task.name]
         assert len(returns) == 20
         assert len(set(returns)) > 4
         best, longest = task.num_actions - 1, {"short": 6, "middle": 12, "long": 40}[task.name]
@@ -57,9 +57,9 @@ def test_every_task_plays_its_episodes_to_the_end() -> None:
 
 def test_first_episode_can_be_replayed() -> None:
     pack = FakePack()
-    games = play(pack, epsilon=0.5)
+    played = play(pack, epsilon=0.5)
     for task in range(3):
-        assert replayed_return(pack, task, games) == pytest.approx(games.returns[pack.tasks[task].name][0], rel=1e-5)
+        assert replayed_return(pack, task, played) == pytest.approx(played.returns[pack.tasks[task].name][0], rel=1e-5)
 
 
 def test_returns_are_reproducible_and_depend_on_the_seed() -> None:
@@ -80,14 +80,14 @@ def test_episodes_depend_neither_on_the_number_of_tasks_nor_on_their_order() -> 
 @pytest.mark.parametrize(("episodes", "waves"), [(1, [1]), (32, [32]), (33, [32, 1]), (70, [32, 32, 6])])
 def test_more_than_32_episodes_are_played_in_waves(episodes: int, waves: list[int]) -> None:
     pack = FakePack()
-    games = play(pack, episodes=episodes)
-    assert [len(games.returns[task.name]) for task in pack.tasks] == [episodes] * 3
-    assert len(pack.games) == 3 * sum(waves)
+    played = play(pack, episodes=episodes)
+    assert [len(played.returns[task.name]) for task in pack.tasks] == [episodes] * 3
+    assert len(pack.envs) == 3 * sum(waves)
     if episodes == 70:  # episodes differ between waves
-        returns = games.returns["long"]
+        returns = played.returns["long"]
         assert len({tuple(returns[:6]), tuple(returns[32:38]), tuple(returns[64:])}) == 3
         assert returns[:32] == play(FakePack(), episodes=32).returns["long"]
-    assert all(game.closed for game in pack.games)
+    assert all(env.closed for env in pack.envs)
 
 
 def test_episode_that_is_too_long_is_cut_and_counts_with_its_return_so_far() -> None:
@@ -121,11 +121,11 @@ def test_stopped_evaluation_closes_its_environments() -> None:
     with pytest.raises(Stopped):
         evaluator(pack).run(network, stop)
     assert len(steps) == 4
-    assert all(game.closed for game in pack.games)
+    assert all(env.closed for env in pack.envs)
 
 
 def test_epsilon_is_the_share_of_random_actions() -> None:
-    """In the long game, the best of three actions gives 2 per step, random actions 1 on average."""
+    """In the task `long`, the best of three actions gives 2 per step, random actions 1 on average."""
     one = play(FakePack(["long"]), episodes=64, epsilon=0.0)
     half = play(FakePack(["long"]), episodes=64, epsilon=0.5)
     assert np.sum(half.returns["long"]) / np.sum(one.returns["long"]) == pytest.approx(0.75, abs=0.06)
@@ -168,5 +168,5 @@ def test_summary_without_reference_scores_has_only_returns() -> None:
 
 
 def test_single_task_without_reference_scores_is_ranked_by_its_return() -> None:
-    games = Episodes({"short": [1.0, 2.0]}, {"short": 0})
-    assert ranking(summarise(games, FakePack(["short"], scores=False), step=1, checkpoint="1")) == 1.5
+    played = Episodes({"short": [1.0, 2.0]}, {"short": 0})
+    assert ranking(summarise(played, FakePack(["short"], scores=False), step=1, checkpoint="1")) == 1.5

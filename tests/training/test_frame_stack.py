@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from mtrl_cli.training.frame_stack import FrameStack
@@ -34,14 +36,13 @@ def test_stack_of_size_one_is_the_frame() -> None:
     assert frames.start.tolist() == [[False, True]]
 
 
-def test_observation_is_one_tensor_updated_in_place_and_the_state_is_a_copy() -> None:
+def test_observation_is_one_tensor_updated_in_place() -> None:
     frames = stack_of()
     push(frames, [1, 2], [True, True])
-    seen, state = frames.observation, frames.state_dict()
+    seen, state = frames.observation, copy.deepcopy(frames.state_dict())
     push(frames, [3, 4], [False, False])
     assert seen is frames.observation
     assert seen[0, :, :, 0].tolist() == [[0, 1, 3], [0, 2, 4]]
-    assert state["observation"][0, :, :, 0].tolist() == [[0, 0, 1], [0, 0, 2]]
     frames.load_state_dict(state)
     assert seen[0, :, :, 0].tolist() == [[0, 0, 1], [0, 0, 2]]
 

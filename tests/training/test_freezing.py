@@ -13,7 +13,7 @@ from mtrl_cli.agents.value_scale import NoValueScale
 from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.networks.heads import PlainHead
 from mtrl_cli.networks.lora import add_adapters
-from mtrl_cli.networks.matching import Source, pieces_of, take
+from mtrl_cli.networks.matching import Source, load_matching, pieces_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import tagged
 from mtrl_cli.networks.per_task import spectral_layers
@@ -103,7 +103,7 @@ def test_parameters_of_the_sharing_structure_are_frozen_only_by_all_but_heads() 
 def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
     """Two tasks to three: the new task's stem and head are trained, although they are rows of partly frozen tensors."""
     source, network = network_of(sharing, "ab", seed=1), network_of(sharing, "abc", seed=2)
-    found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
+    found = load_matching(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
     freezing = Freezing(network, freeze="all_but_heads")
     freezing.freeze(found.rows)
     optimizer = OPTIMIZERS[name](list(network.parameters()))
@@ -119,7 +119,7 @@ def test_fresh_parameters_are_never_frozen(sharing: str, name: str) -> None:
 def test_frozen_rows_of_shared_parameters_have_zero_task_gradients() -> None:
     """PLE stores task experts and shared experts in one tensor; a source with another task provides some of its rows."""
     source, network = network_of("ple", "ab", seed=1), network_of("ple", "bc", seed=2)
-    found = take(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
+    found = load_matching(Source(source, list("ab"), ["b"], ["b"]), network, list("bc"))
     freezing = Freezing(network, freeze="torso")
     freezing.freeze(found.rows)
     shared, own = network.shared_parameters(), network.own_parameters()
@@ -277,7 +277,7 @@ def test_singular_vectors_of_frozen_layers_are_kept(sharing: str) -> None:
     """Includes stacked layers with some rows frozen. Outputs for loaded tasks stay the same."""
     torso = MLP(hidden=[8, 7, 5], spectral_norm=True)
     source, network = network_of(sharing, "ab", torso, seed=1), network_of(sharing, "abc", torso, seed=2)
-    found = take(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
+    found = load_matching(Source(source, list("ab"), list("ab"), list("ab")), network, list("abc"))
     seen = observations([VECTORS[0], VECTORS[1], VECTORS[2]])
     assert torch.allclose(network(seen)[:2, :, :2], source(seen[:2])[:, :, :2], atol=1e-6)
     freezing = Freezing(network, freeze="torso")

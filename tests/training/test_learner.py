@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent, Losses
+from mtrl_cli.agents.value_scale import NoValueScale
 from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.errors import RunError
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
@@ -20,8 +21,8 @@ from mtrl_cli.task_weights.tape import TapedGradients, tape_for
 from mtrl_cli.training.callbacks import Callback
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.optimizers import Adam
-from tests.helpers.fake_tasks import tasks_of, weights_of
-from tests.helpers.learners import NAMES, SPEC, fill, learner_of, parameters, restored, rows, saved
+from tests.helpers.fake_tasks import stream_of, tasks_of, weights_of
+from tests.helpers.learners import NAMES, SPEC, fill, learner_of, parameters, resumed_from, rows
 from tests.helpers.replay_reference import transition
 
 # -- when updates are due -------------------------------------------------------------------------------------------------------
@@ -91,14 +92,12 @@ class FakeAgent(Agent):
     def __init__(self, losses: list[list[float]], slopes: list[float]):
         self.network = FakeNetwork(len(slopes))  # type: ignore[assignment]
         self.parameter = self.network.values
+        self.value_scale = NoValueScale(stream_of(NAMES))
         self.batch_size, self.samples_per_step, self.learning_starts, self.n_step = 2, 2.0, 0, 3
         self._losses, self._slopes = losses, torch.tensor(slopes)
         self.seen: list[Batch] = []
         self.stepped: list[Batch] = []
         self.synced_after: list[int] = []
-
-    def epsilon(self, step: int) -> Any:
-        raise NotImplementedError
 
     def losses(self, batch: Batch) -> Losses:
         self.seen.append(batch)
@@ -113,12 +112,6 @@ class FakeAgent(Agent):
 
     def sync_target(self, names: Any = None) -> None:
         self.synced_after.append(len(self.stepped))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def fake_learner(losses: list[list[float]], slopes: tuple[float, float] = (6.0, 8.0)) -> tuple[Learner, FakeAgent]:
@@ -313,7 +306,7 @@ def test_training_resumes_bit_for_bit_from_its_state(replay_kind: type[Replay], 
     for step in range(before):
         uninterrupted.update(step)
     fresh = learner_of(replay_kind, sharing, weights_seed=1, target_period=0, target_tau=0.1)
-    resumed = restored(fresh, saved(uninterrupted), uninterrupted.replay)
+    resumed = resumed_from(uninterrupted, fresh)
     for learner in (uninterrupted, resumed):
         for step, row in enumerate(rows(10, start=20)):
             learner.replay.add(transition(row))
@@ -328,7 +321,7 @@ def test_due_updates_are_part_of_the_state() -> None:
     uninterrupted = fill(learner_of(learning_starts=10))
     uninterrupted.run_due_updates(20)
     uninterrupted.refill_from(30)
-    resumed = restored(learner_of(learning_starts=10), saved(uninterrupted), uninterrupted.replay)
+    resumed = resumed_from(uninterrupted, learner_of(learning_starts=10))
     assert [resumed.updates_due(step) for step in range(20, 80)] == [uninterrupted.updates_due(step) for step in range(20, 80)]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_cli.checkpoints.state_tree import flatten, unflatten
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.replay.buffers import PrioritizedReplay, Replay, UniformReplay
 from mtrl_cli.training.loop import Clock, Loop
 from tests.helpers.fake_pack import FakePack
+from tests.helpers.learners import restore, saved
 from tests.helpers.loops import NAMES, loop_of, run
 
 
@@ -155,29 +155,12 @@ def test_statistics_are_unscaled_episode_returns_and_lengths() -> None:
     assert loop.statistics.row() == pytest.approx({name: np.mean(values) for name, values in ended.items()})
 
 
-def saved(loop: Loop) -> dict[str, Any]:
-    """Return the loop's state after a round trip through the saved form."""
-    learner = loop.learner
-    state = {
-        "model": learner.agent.network.state_dict(),
-        "agent": learner.agent.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-        "loop": loop.state_dict(),
-    }
-    tensors: dict[str, torch.Tensor] = {}
-    tree = flatten(state, tensors)
-    return unflatten(tree, {name: tensor.clone() for name, tensor in tensors.items()})
-
-
-def restored(loop: Loop, state: dict[str, Any], rows_of: Replay | None) -> Loop:
-    if rows_of is not None:
-        oldest = max(0, rows_of.rows - rows_of.capacity_rows)
-        loop.replay.import_rows(oldest, rows_of.export_rows(oldest, rows_of.rows))
-    loop.learner.agent.network.load_state_dict(state["model"])
-    loop.learner.agent.load_state_dict(state["agent"])
-    loop.learner.optimizer.load_state_dict(state["optimizer"])
-    loop.load_state_dict(state["loop"], rows_restored=rows_of is not None)
-    return loop
+def resumed_from(loop: Loop, fresh: Loop, with_rows: bool = True) -> Loop:
+    """Restore a fresh loop from the saved state of another loop."""
+    state = saved(loop.learner, loop=loop)
+    restore(fresh.learner, state, loop.replay if with_rows else None)
+    fresh.load_state_dict(state["loop"], rows_restored=with_rows)
+    return fresh
 
 
 @pytest.mark.parametrize("stops", [[0], [1], [33], [3, 4, 5, 30, 50]])
@@ -201,7 +184,7 @@ def test_run_resumed_several_times_is_bit_identical_to_an_uninterrupted_run(
     for stop in stops:
         run(resumed, stop - played)
         played = stop
-        resumed = restored(loop_of(replay_kind, weights_seed=9, **turns), saved(resumed), resumed.replay)
+        resumed = resumed_from(resumed, loop_of(replay_kind, weights_seed=9, **turns))
     run(resumed, 70 - played)
     assert resumed.step == uninterrupted.step == 140
     assert resumed.learner.updates == uninterrupted.learner.updates > 20
@@ -217,7 +200,7 @@ def test_run_resumed_without_its_replay_refills_it_before_learning() -> None:
     run(loop, 30)
     made = loop.learner.updates
     assert made > 0
-    resumed = restored(loop_of(learning_starts=20), saved(loop), None)
+    resumed = resumed_from(loop, loop_of(learning_starts=20), with_rows=False)
     assert resumed.step == 60
     run(resumed, 11)  # the last of these ticks starts at step 80
     assert resumed.learner.updates == made
@@ -255,4 +238,4 @@ def test_state_with_another_number_of_groups_is_refused() -> None:
     loop = loop_of()
     loop.reset()
     with pytest.raises(ValueError, match="1 groups of environments, this one 2"):
-        restored(loop_of(groups=2), saved(loop), loop.replay)
+        resumed_from(loop, loop_of(groups=2))

@@ -140,7 +140,7 @@ def test_complete_reset_replaces_all_parameters_of_every_structure(name: str) ->
 
 def test_learning_continues_after_resets_with_popart() -> None:
     learner = learned()
-    learner.agent.reward_transform.scale = PopArt(stream_of(NAMES, num_envs=3))
+    learner.agent.value_scale = PopArt(stream_of(NAMES, num_envs=3))
     attached(resets_of(shrink=0.0), learner)
     for step in range(5, 40):
         learner.update(step)
