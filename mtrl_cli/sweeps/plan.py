@@ -16,12 +16,11 @@ from mtrl_cli.config import validation
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, NumberRange, Value, key_of, overrides_of, split_overrides, trust
+from mtrl_cli.sweeps.search_space import MOST_CHOICES, Axes, Choices, NumberRange, Value, key_of, overrides_of, split_overrides, trusting
 from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, resolve_search
 
 __all__ = ["Axes", "Choices", "NumberRange", "Plan", "Points", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
-Axes = Mapping[str, Choices | NumberRange]
 Points = Callable[[Axes], Sequence[Mapping[str, Value]]]
 """A function that chooses the trials of a study from the axes."""
 
@@ -51,7 +50,7 @@ class Plan:
     """
 
     shared: tuple[str, ...]
-    axes: Mapping[str, Choices | NumberRange]
+    axes: Axes
     points: tuple[Mapping[str, Value], ...] | None
     search: Mapping[str, Any]
     launcher: Mapping[str, Any]
@@ -86,7 +85,7 @@ class Plan:
 
     def command(self, values: Mapping[str, Value]) -> str:
         """Return the command that trains a trial without the sweep."""
-        return shlex.join(["mtrl", "train", *self.shared, *overrides_of(values), *trust(self.trusted_packages)])
+        return shlex.join(["mtrl", "train", *self.shared, *overrides_of(values), *trusting(self.trusted_packages)])
 
 
 def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
@@ -321,7 +320,7 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     )
 
 
-def _points(points: Any, axes: Mapping[str, Choices | NumberRange], trials: int) -> tuple[dict[str, Value], ...]:
+def _points(points: Any, axes: Axes, trials: int) -> tuple[dict[str, Value], ...]:
     """Return the points of a grid, after checking that each is a combination of values on the axes."""
     texts = {key: axis.values for key, axis in axes.items() if isinstance(axis, Choices)}
     for point in points:

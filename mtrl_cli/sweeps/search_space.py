@@ -58,6 +58,10 @@ class NumberRange:
     is_integer: bool = False
 
 
+Axes = Mapping[str, Choices | NumberRange]
+"""The values of the keys that differ between runs, in the given order."""
+
+
 @dataclass(frozen=True)
 class SplitOverrides:
     """The overrides of `mtrl sweep`, split into three parts.
@@ -70,7 +74,7 @@ class SplitOverrides:
 
     sweep: tuple[str, ...]
     shared: tuple[str, ...]
-    axes: Mapping[str, Choices | NumberRange]
+    axes: Axes
 
 
 def key_of(override: str) -> str:
@@ -83,7 +87,7 @@ def overrides_of(values: Mapping[str, Value]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def trust(packages: Sequence[str]) -> list[str]:
+def trusting(packages: Sequence[str]) -> list[str]:
     """Return the override `trusted_packages=[…]`, or no override without packages."""
     return [f"trusted_packages=[{','.join(packages)}]"] if packages else []
 

@@ -16,7 +16,7 @@ from mtrl_cli.config.overrides import parse
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.machine import extras
-from mtrl_cli.sweeps.search_space import Choices, NumberRange, Value, first_value, near_miss, overrides_of, trust
+from mtrl_cli.sweeps.search_space import Axes, Choices, NumberRange, Value, first_value, near_miss, overrides_of, trusting
 
 MOST_TRIALS = 100_000
 NEEDED = {"cmaes": "cmaes", "gp": "scipy"}
@@ -26,12 +26,8 @@ _EVALUATIONS = 10  # the number of evaluations that an error suggests
 
 
 def check_runs(
-    words: Sequence[str],
-    axes: Mapping[str, Choices | NumberRange],
-    trusted: Sequence[str],
-    search: Mapping[str, Any],
-    points: Sequence[Mapping[str, Value]] | None = None,
-) -> tuple[Mapping[str, Choices | NumberRange], list[dict[str, Any]]]:
+    words: Sequence[str], axes: Axes, trusted: Sequence[str], search: Mapping[str, Any], points: Sequence[Mapping[str, Value]] | None
+) -> tuple[Axes, list[dict[str, Any]]]:
     """Compose and check a selection of the runs of a sweep.
 
     Without `points`, the selection is the first value of all axes, and every other value of one axis with the first values of the other
@@ -54,9 +50,7 @@ def check_runs(
     return axes, configs
 
 
-def _compose_axes(
-    words: Sequence[str], axes: Mapping[str, Choices | NumberRange], trusted: Sequence[str]
-) -> tuple[dict[str, Choices | NumberRange], list[dict[str, Any]]]:
+def _compose_axes(words: Sequence[str], axes: Axes, trusted: Sequence[str]) -> tuple[Axes, list[dict[str, Any]]]:
     first = {key: first_value(axis) for key, axis in axes.items()}
     integers = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
     composed = compose(words, first | integers, trusted)  # an integer is valid for float keys, too
@@ -78,7 +72,7 @@ def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence
     """Compose the configuration of a run. Raises UserError if it is not valid."""
     overrides = [*words, *overrides_of(values)]
     try:
-        return configuration.compose_training([*overrides, *trust(trusted)])
+        return configuration.compose_training([*overrides, *trusting(trusted)])
     except UserError as error:
         raise UserError(near_miss(overrides) or str(error)) from None
 
@@ -147,7 +141,7 @@ def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
 # -- sampler ---------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:
+def resolve_search(search: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
     """Resolve the sampler of the section `sweep`, and check it against the axes.
 
     Raises:
@@ -184,7 +178,7 @@ def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Numbe
     return {**search, "sampler": sampler}
 
 
-def points_of(axes: Mapping[str, Choices | NumberRange], trials: int | None) -> tuple[dict[str, Value], ...]:
+def points_of(axes: Axes, trials: int | None) -> tuple[dict[str, Value], ...]:
     """Return the first `trials` points of a grid (None: all). The last key varies fastest."""
     words: Iterable[tuple[str, ...]] = itertools.product(*(axis.values for axis in axes.values() if isinstance(axis, Choices)))
     return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(words, trials))
