@@ -69,13 +69,13 @@ def finished(count: int) -> dict[str, float]:
         folder.mkdir()
         plan = sweep_plan.make([*RUN, f"seed=range({count})", f"run_dir={folder}"])
         sweep_plan.save(plan, folder, ["mtrl", "sweep"])
-        book = TrialStorage(folder, plan, first=1)
-        while (taken := book.take()) is not None:
-            run = TrialRun(folder, plan, taken)
+        storage = TrialStorage(folder, plan, first=1)
+        while (taken := storage.take()) is not None:
+            run = TrialRun(folder, plan, taken.number, taken.values)
             run.path.mkdir(parents=True)
             run.write(state="completed", value=float(taken.number % 7), step=400, seconds=1.0)
             atomic.replace(run.path / "run.json", atomic.to_json({"status": "completed", "seconds": 1.0}).encode())
-            book.finish(taken.number, "completed", run.record.value)
+            storage.finish(taken.number, "completed", run.record.value)
         return {f"resume_of_{count}_finished": seconds(["resume", str(folder)], Path(name))}
 
 

@@ -1,6 +1,6 @@
 """The files of one checkpoint: three files of tensors, `state.json`, and `COMPLETE`, which is written last.
 
-COMPLETE holds the SHA-256 of every other file, so that damage is detected on reading. Nothing is unpickled.
+COMPLETE contains the SHA-256 of every other file, so that damage is detected on reading. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -109,14 +109,14 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 
 
 def _parse_header(data: bytes, path: Path) -> tuple[Header, dict[str, Any]]:
-    """Return the header and the state tree that state.json holds."""
+    """Return the header and the state tree in state.json."""
     described = atomic.parse_json(data, path)
     version = described.get("format")
     if type(version) is not int or version != FORMAT:
-        raise UnsupportedFormat(f"{path} has checkpoint format {str(version)[:20]}; this version of mtrl reads only format {FORMAT}.")
+        raise UnsupportedFormat(f"{path} has checkpoint format {str(version)[:20]}; this version of mtrl reads only format {FORMAT}")
     tree = described.pop("state", None)
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is damaged: it holds no state")
+        raise UserError(f"{path} is damaged: state must be a JSON object")
     try:
         return Header.model_validate(described), tree
     except ValidationError as error:
@@ -128,7 +128,7 @@ def _read_files(folder: Path, root: Path) -> tuple[Header, dict[str, Any], dict[
     """Return the header, the state tree and the bytes of each file after verifying them against COMPLETE. Raises UserError."""
     complete, described = folder / "COMPLETE", folder / "state.json"
     if not complete.exists():
-        raise UserError(f"{folder} is unfinished: it has no COMPLETE")
+        raise UserError(f"{folder} is unfinished: COMPLETE is missing")
     contents = {"state.json": atomic.read_bytes(described, root, atomic.MAX_JSON_BYTES)}
     header, tree = _parse_header(contents["state.json"], described)
     sums = atomic.read_json(complete, root)
@@ -147,7 +147,7 @@ def _serialize(tensors: Tensors) -> bytes:
     for name in sorted(tensors):
         tensor = with_own_storage(tensors[name])
         if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()  # tied parameters: safetensors refuses two names for one storage
+            tensor = tensor.clone()  # tied parameters: safetensors requires one storage per name
         storages.add(tensor.untyped_storage().data_ptr())
         owned[name] = tensor
     return safetensors.torch.save(owned)

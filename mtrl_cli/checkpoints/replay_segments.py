@@ -1,4 +1,4 @@
-"""The replay on disk, in immutable segments of rows: each checkpoint writes only the rows added since the one before."""
+"""The replay on disk, in immutable segments of rows: each checkpoint writes only the rows added since the previous checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class ReplayRows(Protocol):
-    """A replay that can be saved. Rows are numbered from the start of the run; the ring buffer holds the newest `capacity_rows`.
+    """A replay that can be saved. Rows are numbered from the start of the run; the ring buffer contains the newest `capacity_rows`.
 
-    `import_rows` is called in ascending order of rows. The first rows may be older than the ring buffer can hold.
+    `import_rows` is called in ascending order of rows. The first rows may be older than the oldest row of the ring buffer.
     """
 
     rows: int
@@ -38,7 +38,7 @@ class ReplayRows(Protocol):
 
 
 class ReplayRecord(BaseModel):
-    """The entry of one replay in a checkpoint.
+    """The description of one replay in a checkpoint.
 
     Attributes:
         segments: CRC-32 by file name, oldest first. The segments are contiguous and cover the ring buffer.
@@ -79,7 +79,7 @@ class ReplaySegments:
         self.current: dict[str, int] = {}
 
     def write_new(self, replay: ReplayRows, written: list[Path]) -> ReplayRecord:
-        """Write the rows that no current segment holds and return the record of all segments that cover the ring buffer.
+        """Write the rows that are in no current segment, and return the record of all segments that cover the ring buffer.
 
         Each new file is added to `written`, so that the caller can delete the files if the checkpoint fails. Raises OSError.
         """
@@ -111,13 +111,13 @@ class ReplaySegments:
     def load(self, record: ReplayRecord, replay: ReplayRows) -> None:
         """Import the rows of a record into `replay`. Raises UserError if a segment is damaged or the capacities differ."""
         if record.capacity_rows != replay.capacity_rows:
-            raise UserError(f"the saved replay has {record.capacity_rows} rows, this one has {replay.capacity_rows}")
+            raise UserError(f"the capacity of the saved replay is {record.capacity_rows} rows, expected {replay.capacity_rows}")
         for name, crc32 in record.segments.items():
             data = self._read(name, crc32)
             try:
                 replay.import_rows(row_range(name)[0], safetensors.torch.load(data))
             except (safetensors.SafetensorError, KeyError, IndexError, RuntimeError, ValueError):
-                raise UserError(f"{self.folder / name} does not hold rows of this replay") from None
+                raise UserError(f"{self.folder / name} does not contain rows of this replay") from None
         self.current = record.segments
 
     def _read(self, name: str, crc32: int) -> bytes:

@@ -14,7 +14,7 @@ import torch
 
 from mtrl_cli.errors import UserError
 
-MARK = "$"  # {"$": "tensor"}, {"$": "array"}, {"$": "nan"}: values that JSON cannot hold
+MARK = "$"  # {"$": "tensor"}, {"$": "array"}, {"$": "nan"}: values that JSON cannot represent
 MAX_DEPTH = 64
 Tensors = dict[str, torch.Tensor]
 

@@ -57,7 +57,7 @@ class CheckpointStore:
 
     Args:
         folder: `checkpoints/` of the run; created by the first save.
-        keep: number of newest checkpoints to keep, in addition to the best.
+        keep: number of newest checkpoints to keep, in addition to the best checkpoint.
         with_replay: whether to save the replay, and whether a checkpoint with a damaged replay counts as damaged.
         ranks: the ranks that save together. The first rank stores the states of the other ranks in the checkpoint, under "others" by
             rank. Each rank has its own replay segments.
@@ -103,7 +103,7 @@ class CheckpointStore:
         return int(text) if STEP.fullmatch(text) and self._path(int(text)).is_dir() else None
 
     def _path(self, step: int) -> Path:
-        """Return the folder of a checkpoint, which has another name while the checkpoint is being replaced."""
+        """Return the folder of a checkpoint. During the replacement of a checkpoint the folder has another name."""
         path, aside = self.folder / str(step), self.folder / f"{REPLACED}{step}"
         return aside if not path.exists() and aside.exists() else path
 
@@ -112,8 +112,8 @@ class CheckpointStore:
     def save(self, step: int, state: dict[str, Any], replay: ReplayRows | None = None, score: float | None = None) -> None:
         """Save `state` as the checkpoint of `step` and update `latest`, and `best` if the score is the highest so far.
 
-        `state` is a nested dictionary of tensors, numpy arrays and plain values; "model" and "optimizer" get their own files.
-        Saving a step again replaces its checkpoint, and keeps its score unless a new one is given.
+        `state` is a nested dictionary of tensors, numpy arrays and plain values; "model" and "optimizer" have separate files.
+        Saving a step again replaces its checkpoint. The score is kept unless a new score is given.
 
         Raises:
             RunError: the disk is full or failed. Earlier checkpoints are intact.
@@ -185,12 +185,12 @@ class CheckpointStore:
             last = self.latest()
             intact = "there is no earlier checkpoint" if last is None else f"the last good checkpoint is {last}"
             reason = error.strerror or str(error)
-            raise RunError(f"{self.folder}: {reason[:1].lower()}{reason[1:]} while saving step {step}; {intact}.") from None
+            raise RunError(f"{self.folder}: {reason[:1].lower()}{reason[1:]} while saving step {step}; {intact}") from None
 
     # -- Deleting -----------------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        """Delete or restore the unfinished files of a killed process and repair `best`."""
+        """Delete or restore the unfinished files of a killed process, and update `best`."""
         if not self.folder.is_dir():
             return
         for path in list(self.folder.iterdir()):
@@ -287,20 +287,20 @@ class CheckpointStore:
         """
         steps = self.steps()
         if not steps and which in ("latest", "best"):
-            raise NoCheckpoint(f"{self.folder.parent} has no checkpoint yet.")
+            raise NoCheckpoint(f"{self.folder.parent} has no checkpoint yet")
         if which == "latest":
             return self._load_latest(device, warn)
         step = self.best() if which == "best" else int(which)
         if step is None:
-            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step.")
+            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step")
         if step not in steps:
-            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}.")
+            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}")
         try:
             return step, self._load(step, device)
         except UnsupportedFormat:
             raise
         except UserError as error:
-            raise UserError(f"checkpoint {step} cannot be loaded: {str(error).rstrip('.')}.") from None
+            raise UserError(f"checkpoint {step} cannot be loaded: {error}") from None
 
     def _load_latest(self, device: str | torch.device, warn: Warn) -> tuple[int, dict[str, Any]]:
         reason, failed = "", set()
@@ -318,11 +318,11 @@ class CheckpointStore:
                 reason = reason or str(error)
                 continue
             if reason and step != self.latest():
-                warn(f"warning: {reason.rstrip('.')}; falling back to checkpoint {step}.")
+                warn(f"warning: {reason}; falling back to checkpoint {step}")
             return step, state
         if not any((self._path(step) / "COMPLETE").exists() for step in self.steps()):
-            raise NoCheckpoint(f"{self.folder.parent} has no finished checkpoint yet.")
-        raise UserError(f"all checkpoints in {self.folder} are damaged: {reason.rstrip('.')}.")
+            raise NoCheckpoint(f"{self.folder.parent} has no finished checkpoint yet")
+        raise UserError(f"all checkpoints in {self.folder} are damaged: {reason}")
 
     def _load(self, step: int, device: str | torch.device) -> dict[str, Any]:
         folder = self._path(step)
@@ -336,7 +336,7 @@ class CheckpointStore:
         return state
 
     def load_replay(self, step: int, replay: ReplayRows) -> bool:
-        """Load the replay rows of the loaded checkpoint `step` into `replay`. Returns False if it was saved without. Raises UserError."""
+        """Load the replay of the loaded checkpoint `step` into `replay`. Returns whether the checkpoint has a replay. Raises UserError."""
         header = self._header(step)
         if not self.with_replay or header is None or not header.replays:
             return False

@@ -1,6 +1,7 @@
-"""Write files that a killed process cannot leave incomplete, and read files that may come from an untrusted source.
+"""Write files atomically, and read files that may come from an untrusted source.
 
-Files of a run folder are replaced by a rename. Only regular files of limited size inside the folder are read.
+A file of a run folder is written under a temporary name and renamed, so that a killed process leaves no incomplete file. Only regular
+files inside the folder are read, and JSON files only up to a maximum size.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -24,17 +26,13 @@ Model = TypeVar("Model", bound="BaseModel")
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in `folder` to disk. Does nothing where folders cannot be synced."""
-    try:
+    """Sync the names in `folder` to disk, if the file system supports this."""
+    with suppress(OSError):  # some network file systems refuse; the files have been synced
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some network file systems refuse this; the file itself has been synced
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
@@ -51,17 +49,24 @@ def write_synced(path: Path, chunks: Iterable[bytes]) -> None:
         raise
 
 
-def replace(path: Path, chunks: bytes | Iterable[bytes]) -> None:
-    """Replace `path` atomically: a reader sees either the old file or the complete new one. Raises OSError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for the new content of `path`, and rename it to `path` at the end, or remove it after an exception."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     temporary.unlink(missing_ok=True)
-    write_synced(temporary, [chunks] if isinstance(chunks, bytes) else chunks)
     try:
+        yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def replace(path: Path, chunks: bytes | Iterable[bytes]) -> None:
+    """Replace `path` atomically: a reader reads either the old file or the complete new file. Raises OSError."""
+    with replacing(path) as temporary:
+        write_synced(temporary, [chunks] if isinstance(chunks, bytes) else chunks)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -87,7 +92,7 @@ def refuse_link(path: Path) -> None:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-        raise UserError(f"{path} is {kind}; refusing to write there.")
+        raise UserError(f"{path} is {kind}; refusing to write there")
 
 
 def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
@@ -104,19 +109,19 @@ def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
 def read_bytes(path: Path, folder: Path, max_bytes: int | None = None) -> bytes:
     """Read a regular file inside `folder`. Raises UserError for anything else, and if the file is larger than `max_bytes`."""
     if not is_inside(path, folder):
-        raise UserError(f"{path} is a link out of {folder}; refusing to read it.")
+        raise UserError(f"{path} is a link out of {folder}; refusing to read it")
     try:
         with open_regular(path, follow_links=True) as file:
             size = os.fstat(file.fileno()).st_size
             if max_bytes is not None and size > max_bytes:
-                raise UserError(f"{path} has {size:,} bytes; expected at most {max_bytes:,}.")
+                raise UserError(f"{path} has {size:,} bytes; expected at most {max_bytes:,}")
             return file.read()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:
-    """Read a JSON object from a file inside `folder`. Raises UserError if the file is missing or holds anything else."""
+    """Read a JSON object from a file inside `folder`. Raises UserError if the file is missing or contains anything else."""
     return parse_json(read_bytes(path, folder, MAX_JSON_BYTES), path)
 
 
@@ -125,11 +130,11 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except RecursionError:
-        raise UserError(f"{path} is damaged: its JSON is nested too deeply.") from None
+        raise UserError(f"{path} is damaged: its JSON is nested too deeply") from None
     except ValueError:  # also invalid UTF-8, and integers of thousands of digits
-        raise UserError(f"{path} is damaged: invalid JSON.") from None
+        raise UserError(f"{path} is damaged: invalid JSON") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: expected a JSON object, got a {type(value).__name__}.")
+        raise UserError(f"{path} is damaged: expected a JSON object, got a {type(value).__name__}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Locks between processes of one machine, or of several that share a file system: flock on a file that stays."""
+"""Locks between processes of one machine, or of machines that share a file system: flock on a file that is not deleted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _held: set[int] = set()
 
 
 class FileLock:
-    """A lock that one process holds at a time, until it releases the lock or ends in any way.
+    """A lock that one process holds at a time, until the process releases the lock or ends in any way.
 
     Args:
         path: the lock's file, in an existing folder. The file is never removed: two processes could otherwise lock two files of one name.
@@ -29,11 +29,11 @@ class FileLock:
         self._handle: int | None = None
 
     def acquire(self) -> None:
-        """Wait for the lock. Raises RunError if the file cannot be locked."""
+        """Wait for the lock and acquire it. Raises RunError if the file cannot be locked."""
         self._lock(fcntl.LOCK_EX)
 
     def try_acquire(self) -> bool:
-        """Take the lock unless another process holds it. Returns whether it was taken. Raises RunError if the file cannot be locked."""
+        """Acquire the lock unless another process holds it. Returns whether this process holds it. Raises RunError if locking fails."""
         return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _lock(self, operation: int) -> bool:
@@ -41,29 +41,27 @@ class FileLock:
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be opened: {error.strerror}.") from None
+            raise RunError(f"{self.path} cannot be opened: {error.strerror}") from None
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise RunError(f"{self.path} is not a regular file.")
+                raise RunError(f"{self.path} is not a regular file")
             fcntl.flock(handle, operation)
             os.ftruncate(handle, 0)
             os.write(handle, f"{os.getpid()} {platform.node()}\n".encode())
-        except BlockingIOError:
+        except BaseException as error:
             os.close(handle)
-            return False
-        except OSError as error:
-            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                return False
+            if not isinstance(error, OSError):
+                raise
             reason = "its file system has no file locks (flock)" if error.errno in _NOT_SUPPORTED else error.strerror
-            raise RunError(f"{self.path} cannot be locked: {reason}.") from None
-        except BaseException:
-            os.close(handle)
-            raise
+            raise RunError(f"{self.path} cannot be locked: {reason}") from None
         self._handle = handle
         _held.add(handle)
         return True
 
     def owner(self) -> str:
-        """Return the process that locked the file last, as text for a message: "process 12 on host"."""
+        """Describe the process that locked the file last: "process 12 on host"."""
         try:
             handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -71,14 +69,6 @@ class FileLock:
         with open(handle, "rb") as file:
             match = re.fullmatch(rb"(\d{1,10}) ([\w.-]{0,64})\n", file.read(80))
         return f"process {match[1].decode()} on {match[2].decode()}" if match else "another process"
-
-    def is_in_place(self) -> bool:
-        """Return whether the held lock's file still has its name. Another process may have removed and recreated the folder."""
-        assert self._handle is not None, self.path
-        try:
-            return os.path.samestat(os.fstat(self._handle), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
 
     def release(self) -> None:
         """Release the lock. Does nothing if the lock is not held."""

@@ -13,13 +13,13 @@ OUTPUT = "output.txt"
 
 
 def worker_command(run: Path) -> list[str]:
-    """Return the command line of a worker. It resumes the run; for a completed run it does nothing."""
+    """Return the command line of a worker, which resumes the run, or does nothing if the run is completed."""
     return [sys.executable, "-m", "mtrl_cli", "resume", str(run)]
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of a job.
+    """The result of a job that has ended.
 
     Attributes:
         code: the worker's exit code; None if the worker was killed or its node was lost.
@@ -46,11 +46,11 @@ class Job(ABC):
 
     @abstractmethod
     def poll(self) -> End | None:
-        """Return how the job ended, or None if it has not. Does not block."""
+        """Return the end of the job, or None if the job has not ended. Does not block."""
 
-    @abstractmethod
     def is_waiting(self) -> bool:
-        """Return whether the job is queued and has not started."""
+        """Return whether the job is queued and has not started. False by default."""
+        return False
 
     @abstractmethod
     def stop(self) -> None:

@@ -14,7 +14,7 @@ from mtrl_cli.types import PositiveInt
 
 
 class LocalJob(Job):
-    """A local process in its own session, so that Ctrl-C in a terminal reaches only the sweep, which then stops its workers."""
+    """A local process in a separate session, so that Ctrl-C in a terminal reaches only the sweep, which then stops its workers."""
 
     def __init__(self, process: subprocess.Popen[bytes], slot: int):
         self._process = process
@@ -25,10 +25,6 @@ class LocalJob(Job):
         code = self._process.poll()
         return None if code is None else End.of(code)
 
-    def is_waiting(self) -> bool:
-        """Return False: the process starts immediately."""
-        return False
-
     def stop(self) -> None:
         """Send SIGTERM."""
         if self._process.poll() is None:
@@ -36,7 +32,7 @@ class LocalJob(Job):
 
 
 class LocalLauncher(Launcher):
-    """Local processes that share the cores, free memory, free disk space and GPUs of this machine, and end with this process.
+    """Local processes that share the cores, free memory, free disk space and GPUs of this machine. They end with this process.
 
     Args:
         jobs: number of concurrent runs.
@@ -46,7 +42,7 @@ class LocalLauncher(Launcher):
         self.jobs = jobs
         self._running: list[LocalJob] = []
         self._gpus = hardware.gpus()
-        # Shares are fixed at the start: the memory that running trials use must not reduce the share of later ones.
+        # Shares are fixed at the start: the memory that running trials use must not reduce the share of later trials.
         self._cores, self._memory = max(1, hardware.cores() // jobs), hardware.memory_available() // jobs
         self._disk: int | None = None
         self._read, self._write = os.pipe()  # the system closes the write end when this process dies; workers read the other end
@@ -65,7 +61,7 @@ class LocalLauncher(Launcher):
                 self._disk = hardware.disk_free(run) // self.jobs
             process = start_worker(worker_command(run), str(run / OUTPUT), self.environment(slot), new_session=True, pipe=self._read)
         except OSError as error:
-            raise RunError(f"{run}: its process cannot be started: {error.strerror}.") from None
+            raise RunError(f"{run}: its process cannot be started: {error.strerror}") from None
         job = LocalJob(process, slot)
         self._running.append(job)
         return job

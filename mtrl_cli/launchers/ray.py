@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtrl_cli.errors import RunError, UserError
+from mtrl_cli.errors import RunError, UserError, first_line
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher, worker_command
 from mtrl_cli.launchers.worker import share_variables, start_worker
 from mtrl_cli.machine import extras
@@ -23,14 +23,14 @@ from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 CONNECT_SECONDS = 10.0
 AUTH_MODE = "RAY_AUTH_MODE"
-STORE_BYTES = 2**27  # object store of a local cluster; only exit codes pass through it
+STORE_BYTES = 2**27  # object store of a local cluster, which contains only exit codes
 WAIT_SECONDS = 0.1
 
 
 class Host:
-    """The actor, in a separate process on a machine of the cluster. Ray creates it when the machine has room.
+    """The actor of a job. Ray creates the actor in a separate process on a machine of the cluster with free resources.
 
-    It has two threads, so that `stop` can run during `work`.
+    The actor has two threads, so that `stop` can run during `work`.
     """
 
     def __init__(self) -> None:
@@ -62,17 +62,16 @@ class RayJob(Job):
     """
 
     def __init__(self, ray: Any, actor: Any, *arguments: Any):
-        self._ray, self._actor, self._end = ray, actor, End(None)
-        self._is_over = False
+        self._ray = ray
+        self._actor = actor
+        self._end: End | None = None
         self._is_there = actor.__ray_ready__.remote()
         self._code = actor.work.remote(*arguments)
 
     def poll(self) -> End | None:
         """See `Job.poll`."""
-        if not self._is_over:
-            if not self._is_ready(self._code):
-                return None
-            self._is_over, self._end = True, self._find_end()
+        if self._end is None and self._is_ready(self._code):
+            self._end = self._find_end()
             self._actor = None  # ends the actor's process and frees its resources
         return self._end
 
@@ -80,7 +79,7 @@ class RayJob(Job):
         try:
             code = self._ray.get(self._code)
         except self._ray.exceptions.RayTaskError as error:
-            return End(None, f"the worker could not be started: {_first_line(error.cause or error)}")
+            return End(None, f"the worker could not be started: {first_line(error.cause or error)}")
         except self._ray.exceptions.OutOfMemoryError:
             return End(None, "killed by Ray because its machine was out of memory; see launcher.memory_gb")
         except self._ray.exceptions.RayError:
@@ -92,15 +91,13 @@ class RayJob(Job):
 
     def is_waiting(self) -> bool:
         """See `Job.is_waiting`."""
-        return not self._is_over and not self._is_ready(self._is_there)
+        return self._end is None and not self._is_ready(self._is_there)
 
     def stop(self) -> None:
         """See `Job.stop`."""
-        if self._is_over:
-            return
         if self.is_waiting():
             self._ray.kill(self._actor)
-        else:
+        elif self._end is None:
             self._actor.stop.remote()
 
 
@@ -109,13 +106,13 @@ class RayLauncher(Launcher):
 
     Args:
         address: address of a cluster; None starts a local cluster that ends with this process.
-        jobs: number of concurrent runs, if the cluster has room.
+        jobs: number of concurrent runs, at most; fewer if the cluster has too few free resources.
         cpus: cores per run.
         gpus: GPUs per run; several runs share a GPU if less than one.
         memory_gb: memory per run in GB; None for the same fraction of the machine's memory as of its cores.
 
     Raises:
-        UserError: Ray is not installed, the cluster is unreachable, or a local cluster has no room for a single run.
+        UserError: Ray is not installed, the cluster is unreachable, or a local cluster has too few resources for a single run.
     """
 
     def __init__(
@@ -126,7 +123,7 @@ class RayLauncher(Launcher):
             raise UserError(f"launcher.gpus must be a whole number or less than 1, got {gpus:g}")
         # Ray reads this variable on import.
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # A local cluster requires a token, and Ray sets this variable; other clusters that this process or a child joins may not.
+        # Ray sets this variable for a local cluster, which requires a token. Other clusters that this process or a child joins may not.
         self._auth_mode = os.environ.get(AUTH_MODE)
         self._ray: Any = importlib.import_module("ray")
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -136,30 +133,26 @@ class RayLauncher(Launcher):
         self._needs = {"num_cpus": cpus, "num_gpus": gpus, "memory": self._memory}
         self._connect(address)
         if address is None:
-            self._check_room({"CPU": cpus, "GPU": gpus, "memory": self._memory or 0})
+            self._check_room(cpus, gpus)
 
     def _connect(self, address: str | None) -> None:
+        options: dict[str, Any] = {}
+        if address is None:
+            options = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+        else:
+            _check_reachable(address)
         with _signal_handlers_kept():
             try:
-                if address is None:
-                    quiet = {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-                    self._ray.init("local", configure_logging=False, log_to_driver=False, **quiet)
-                else:
-                    _check_reachable(address)
-                    self._ray.init(address, configure_logging=False, log_to_driver=False)
-            except UserError:
-                raise
+                self._ray.init(address or "local", configure_logging=False, log_to_driver=False, **options)
             except Exception as error:  # ConnectionError, RuntimeError, RPC errors
-                raise UserError(f"launcher.address={address}: Ray cannot connect: {_first_line(error)}") from error
+                raise UserError(f"launcher.address={address}: Ray cannot connect: {first_line(error)}") from error
 
-    def _check_room(self, needs: dict[str, float]) -> None:
-        available = self._ray.cluster_resources()
-        for name, amount in needs.items():
-            if amount > available.get(name, 0):
+    def _check_room(self, cpus: int, gpus: float) -> None:
+        found, memory = self._ray.cluster_resources(), self._memory or 0
+        for key, amount, name, unit in (("cpus", cpus, "CPU", 1), ("gpus", gpus, "GPU", 1), ("memory_gb", memory, "memory", 2**30)):
+            if amount > found.get(name, 0):
                 self.close()
-                key = {"CPU": "cpus", "GPU": "gpus", "memory": "memory_gb"}[name]
-                unit = 2**30 if name == "memory" else 1
-                raise UserError(f"launcher.{key}={amount / unit:g} exceeds the {available.get(name, 0) / unit:.3g} of this machine")
+                raise UserError(f"launcher.{key}={amount / unit:g} exceeds the {found.get(name, 0) / unit:.3g} of this machine")
 
     def start(self, run: Path) -> Job:
         """See `Launcher.start`."""
@@ -169,7 +162,7 @@ class RayLauncher(Launcher):
             actor = self._ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=2, **self._needs)(Host).remote()
             return RayJob(self._ray, actor, worker_command(run), str(run / OUTPUT), *self._share, environment)
         except self._ray.exceptions.RayError as error:
-            raise RunError(f"{run}: Ray refused the job: {_first_line(error)}") from error
+            raise RunError(f"{run}: Ray refused the job: {first_line(error)}") from error
 
     def close(self) -> None:
         """See `Launcher.close`."""
@@ -197,16 +190,11 @@ def _check_reachable(address: str) -> None:
     """Raise UserError if nothing listens at `address`. Ray itself would retry for a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():
-        return  # auto, or another kind of address
+        return  # auto, or an address without a port
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"launcher.address={address} is unreachable: {getattr(error, 'strerror', None) or error}. `ray start --head` prints the address"
-            " of a cluster; launcher.address=null uses this machine"
+            f"launcher.address={address} is unreachable: {getattr(error, 'strerror', None) or error}; `ray start --head` prints the address"
+            " of a cluster, and launcher.address=null uses this machine"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

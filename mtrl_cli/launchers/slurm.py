@@ -28,7 +28,7 @@ FOLDER = "slurm"
 
 ADVICE = "set what your cluster requires: launcher.partition, launcher.account, launcher.timeout_min, …; `sinfo` lists the partitions"
 NO_CLUSTER = "start the sweep on a machine of a Slurm cluster, where `sinfo` works, or use launcher=local"
-COMMAND_SECONDS = 120.0  # a busy controller, or one that is failing over, answers late
+COMMAND_SECONDS = 120.0  # a busy controller, or one during a failover, answers late
 SAVING_SECONDS = 120.0  # time to save after SIGTERM, before Slurm kills the job
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT"}
@@ -42,11 +42,11 @@ REASONS = {
 
 
 def work(command: list[str], output: str) -> None:
-    """Run a worker inside the job and exit with its exit code. submitit calls this function.
+    """Run a worker inside the job and exit with the worker's exit code. submitit calls this function.
 
     Slurm signals every process of the job. SIGTERM (preemption, a requeue, `SlurmJob.stop`) reaches the worker directly, which saves and
-    exits. SIGUSR2 arrives before the time limit (sbatch's --signal, which submitit sets): this function then stops the worker, and
-    requeues the job under the same id.
+    exits. SIGUSR2 arrives before the time limit, because submitit sets sbatch's --signal. This function then stops the worker and requeues
+    the job under the same id.
     """
     is_out_of_time = False
 
@@ -93,9 +93,9 @@ class _State:
 
 
 class _Queue:
-    """The states of all watched jobs, fetched together and at intervals to spare the controller.
+    """The states of all watched jobs, fetched by one query at intervals, which keeps the load of the controller low.
 
-    submitit would use accounting (sacct), which a cluster may not have. The controller itself lists ended jobs for some minutes.
+    submitit queries the accounting database (sacct), which a cluster may not have. The controller lists ended jobs for some minutes.
     """
 
     def __init__(self, seconds: float):
@@ -112,7 +112,7 @@ class _Queue:
         self._states.pop(job, None)
 
     def state(self, job: str) -> _State:
-        """Return the last known state of a watched job, which stays while the controller is unreachable."""
+        """Return the last known state of a watched job. The state stays while the controller is unreachable."""
         if time.monotonic() - self._fetched_at >= self._seconds:
             found = _fetch_states(list(self._states))
             self._fetched_at = time.monotonic()
@@ -153,12 +153,13 @@ class SlurmJob(Job):
 
     Args:
         handle: the job id.
-        queue: the queue that watches the job.
+        queue: fetches the job's state.
     """
 
     def __init__(self, handle: str, queue: _Queue):
         self.handle = handle
         self._queue = queue
+        self._queue.watch(handle)
         self._end: End | None = None
         self._stopped_at: float | None = None
 
@@ -202,7 +203,7 @@ class SlurmLauncher(Launcher):
         partition: sbatch's --partition.
         account: sbatch's --account.
         qos: sbatch's --qos.
-        timeout_min: time limit in minutes; a job that reaches it saves, is requeued and resumes.
+        timeout_min: time limit in minutes; a job that reaches the limit saves, is requeued and resumes.
         cpus_per_task: cores per run.
         mem_gb: memory per run in GB.
         gpus_per_node: GPUs per run.
@@ -211,7 +212,7 @@ class SlurmLauncher(Launcher):
         poll_seconds: interval between queries to the controller.
 
     Raises:
-        UserError: submitit or Slurm's commands are missing, or sbatch refuses such a job.
+        UserError: submitit or Slurm's commands are missing, or sbatch refuses the parameters.
     """
 
     def __init__(
@@ -236,7 +237,7 @@ class SlurmLauncher(Launcher):
                 f"launcher=slurm needs Slurm's commands, but {missing[0]} is not on PATH; start the sweep on a machine of the cluster"
                 " (Debian package: slurm-client), or use launcher=local"
             )
-        # None selects the cluster's default. If omitted, submitit would set a time limit of five minutes.
+        # None selects the cluster's default. Without a value, submitit would set a time limit of five minutes.
         self._parameters: dict[str, Any] = {"partition": partition, "account": account, "qos": qos, "time": timeout_min}
         self._parameters |= {"cpus_per_task": cpus_per_task, "gpus_per_node": gpus_per_node}
         self._parameters |= {"mem": None if mem_gb is None else f"{max(1, round(mem_gb * 1024))}MB"}
@@ -247,8 +248,8 @@ class SlurmLauncher(Launcher):
         self._check_accepted()
 
     def _check_accepted(self) -> None:
-        """Let sbatch validate such a job without queueing it. Raises UserError."""
-        script = self._executor(Path(tempfile.gettempdir()))._make_submission_file_text("true", "trial")
+        """Validate the parameters with sbatch, without queueing a job. Raises UserError."""
+        script = self._executor(Path(tempfile.gettempdir()), "mtrl")._make_submission_file_text("true", "trial")
         try:
             with _without_job_variables():
                 done = subprocess.run(
@@ -261,23 +262,21 @@ class SlurmLauncher(Launcher):
             advice = NO_CLUSTER if is_no_cluster else ADVICE
             raise UserError(f"launcher=slurm: sbatch refuses the job: {_last_line(done.stderr)}\n{advice}")
 
-    def _executor(self, folder: Path) -> Any:
+    def _executor(self, folder: Path, job_name: str) -> Any:
         import submitit
 
         executor = submitit.SlurmExecutor(folder=folder)
-        executor.update_parameters(**self._parameters)
+        executor.update_parameters(**self._parameters, job_name=job_name)
         return executor
 
     def start(self, run: Path) -> Job:
         """See `Launcher.start`."""
-        executor = self._executor(run / FOLDER)
-        executor.update_parameters(**self._parameters, job_name=f"mtrl-{run.name}")
+        executor = self._executor(run / FOLDER, f"mtrl-{run.name}")
         try:
             with _without_job_variables():
                 handle = str(executor.submit(work, worker_command(run), str(run / OUTPUT)).job_id)
         except Exception as error:  # submitit's own exceptions; importing submitit for them is slow
             raise RunError(f"{run}: sbatch refused the job: {_last_line(str(error))}") from error
-        self._queue.watch(handle)
         return SlurmJob(handle, self._queue)
 
     def attach(self, run: Path, handle: str) -> Job | None:
@@ -293,13 +292,12 @@ class SlurmLauncher(Launcher):
         # Compare the script, too: a reinstalled cluster reuses job ids.
         if state is None or state.name not in WAITING | RUNNING or not Path(state.script).is_relative_to(run / FOLDER):
             return None
-        self._queue.watch(handle)
         return SlurmJob(handle, self._queue)
 
 
 @contextlib.contextmanager
 def _without_job_variables() -> Iterator[None]:
-    """Hide the variables of a surrounding Slurm job, which sbatch would use as parameters."""
+    """Remove the variables of a surrounding Slurm job, which sbatch would use as parameters, from the environment."""
     import submitit
 
     kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}

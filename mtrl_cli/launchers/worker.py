@@ -1,4 +1,4 @@
-"""Start a worker process, and describe its share of the machine to it."""
+"""Start a worker process, and limit the worker to its share of the machine."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ Python numbers. Computations on the host (`on_host`) split a recording into seve
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 HostFunction = Callable[[torch.Tensor], torch.Tensor]
 
 WARM_UP = 3
-"""Eager calls before a function is recorded, because libraries initialise themselves in the first calls."""
+"""Eager calls before a function is recorded, because libraries are initialised in the first calls."""
 
 
 class Recorder(Protocol):
@@ -75,24 +75,18 @@ class Captured(Generic[Result]):
             self._left -= 1
             return self._recorder.warm_up(self._function)
         if not self._recorded:
-            with _as_recorder(self._recorder):
+            _recording.append(self._recorder)
+            try:
                 self._result = self._recorder.record(self._function)
+            finally:
+                _recording.pop()
             self._recorded = True
         self._recorder.replay()
         return self._result
 
 
-@contextmanager
-def _as_recorder(recorder: Recorder) -> Iterator[None]:
-    _recording.append(recorder)
-    try:
-        yield
-    finally:
-        _recording.pop()
-
-
 def generators_of(*parts: Any) -> list[torch.Generator]:
-    """Return the random generators among the attributes of `parts`. They must be registered with a graph."""
+    """Return the random generators among the attributes of `parts`, which must be registered with a graph."""
     return [value for part in parts for value in vars(part).values() if isinstance(value, torch.Generator)]
 
 
@@ -112,7 +106,7 @@ class CudaGraphs:
         self._steps: list[Callable[[], None]] = []
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
-        # On the stream of the recording, because autograd keeps the stream on which a gradient is first computed.
+        # The stream must be that of the recording, because autograd keeps the stream on which a gradient is first computed.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -141,7 +135,7 @@ class CudaGraphs:
 
     def host(self, tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) -> torch.Tensor:
         self._end()
-        with torch.cuda.stream(torch.cuda.default_stream(self._device)):  # outside of the graphs' pool, so that it is not reused
+        with torch.cuda.stream(torch.cuda.default_stream(self._device)):  # not in the graphs' memory pool, which would reuse the memory
             result = torch.empty(like.shape, dtype=like.dtype, device=self._device)
 
         def step() -> None:

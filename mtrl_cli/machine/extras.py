@@ -39,22 +39,22 @@ def missing(feature: str, package: str, extra: str) -> UserError:
 
 
 def install_command(extra: str) -> str:
-    """Return a shell command that installs an extra, from the place that this package was installed from.
+    """Return a shell command that installs an extra from the source of this package: a checkout, a folder, a wheel or a URL.
 
-    That place is a checkout, a folder, a wheel or a URL. Without any of these the packages of the extra are named one by one.
+    If the source is unknown, the command names the packages of the extra.
     """
     arguments = _from_source_tree(extra) or _from_installed(extra) or _requirements(extra)
     return f"{_pip()} install {' '.join(map(shlex.quote, arguments))}"
 
 
 def _pip() -> str:
-    """Return the pip of this Python: `pip` only if the shell would find the same one."""
+    """Return the command for the pip of this Python: `pip` if PATH leads to the same pip, else `python -m pip`."""
     found = shutil.which("pip")
     return "pip" if found and Path(found).parent == Path(sys.executable).parent else f"{shlex.quote(sys.executable)} -m pip"
 
 
 def _from_source_tree(extra: str) -> list[str]:
-    """Return arguments for pip where the package lies in a source tree."""
+    """Return the arguments for pip if the package is in a source tree, else []."""
     with suppress(OSError):
         if re.search(rf'^name = "{DISTRIBUTION}"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE):
             direct = _direct_url()
@@ -64,7 +64,7 @@ def _from_source_tree(extra: str) -> list[str]:
 
 
 def _from_installed(extra: str) -> list[str]:
-    """Return arguments for pip where the package was installed from a folder, a wheel or a URL (PEP 610)."""
+    """Return the arguments for pip if the package was installed from a folder, a wheel or a URL (PEP 610), else []."""
     direct = _direct_url()
     url = str(direct.get("url", ""))
     if url.startswith("file://"):
@@ -84,14 +84,14 @@ def _requirements(extra: str) -> list[str]:
 
 
 def _direct_url() -> dict[str, Any]:
-    """Return the content of direct_url.json, empty where pip wrote none."""
+    """Return the content of direct_url.json, or {} if pip wrote none."""
     with suppress(importlib.metadata.PackageNotFoundError, ValueError):
         return dict(json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}"))
     return {}
 
 
 def _target(path: Path, extra: str) -> str:
-    with suppress(OSError):  # the current folder may be gone
+    with suppress(OSError):  # the current folder may have been deleted
         if path.is_dir() and path.samefile(Path.cwd()):
             return f".[{extra}]"
     return f"{path}[{extra}]"

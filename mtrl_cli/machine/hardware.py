@@ -88,9 +88,9 @@ def _machine_memory(root: Path) -> tuple[int, int]:
 
 
 def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the process's cgroup and its ancestors (v1 or v2), all of whose limits apply.
+    """Yield the folders of the process's cgroup and its ancestors (v1 or v2). The limits of all of them apply.
 
-    In a container /proc/self/cgroup may hold the host's path, which is not visible; the root of the mount is then the process's cgroup.
+    In a container /proc/self/cgroup may contain the host's path, which is not visible. The root of the mount is then the process's cgroup.
     """
     mounts = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
@@ -140,7 +140,7 @@ def resident_memory(root: Path = ROOT) -> int:
 def keep_freed_memory() -> None:
     """Configure glibc to keep freed memory for reuse. Does nothing with other C libraries.
 
-    By default glibc returns large blocks to the system immediately. Page faults and zeroing of new blocks then take a third of the time
+    By default glibc returns large blocks to the system immediately. Page faults and zeroing of new blocks then cost a third of the time
     of a CPU update (docs/performance.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
@@ -196,8 +196,10 @@ def cpu_has_bf16() -> bool:
 
 
 def gpus() -> list[str]:
-    """Return the visible GPUs by their names for CUDA_VISIBLE_DEVICES: the variable's value, else the GPUs or MIG devices that nvidia-smi
-    lists. Does not import torch."""
+    """Return the visible GPUs by their names for CUDA_VISIBLE_DEVICES, without importing torch.
+
+    The names are the value of the variable if it is set, else the GPUs or MIG devices that nvidia-smi lists.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip()]

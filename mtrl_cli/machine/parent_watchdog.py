@@ -17,7 +17,7 @@ _is_stopping = False
 
 
 def note_stop() -> None:
-    """Record that this process is stopping, so that `_follow` sends no second signal, which would end it before it has saved."""
+    """Record that this process is stopping, so that `_follow` sends no second signal, which would end the process before it has saved."""
     global _is_stopping
     _is_stopping = True
 

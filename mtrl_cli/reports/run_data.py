@@ -21,6 +21,7 @@ from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
 from mtrl_cli.reports.wording import clipped
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.sweeps import plan as sweep_plan
+from mtrl_cli.sweeps.search_space import overrides_of
 from mtrl_cli.sweeps.trial_run import RECORD, TRIALS, parse_record, parse_row, trial_folder
 
 DEEPEST = 6
@@ -224,7 +225,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
         return {}
     if plan.points is None:
         return dict.fromkeys(range(plan.trials), ())
-    return {number: tuple(map(short, plan.overrides(point))) for number, point in enumerate(plan.points)}
+    return {number: tuple(map(short, overrides_of(point))) for number, point in enumerate(plan.points)}
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------------------

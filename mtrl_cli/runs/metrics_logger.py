@@ -2,16 +2,15 @@
 
 The event files are written by `EventWriter`, not by torch's SummaryWriter, for these reasons:
 
-- `SummaryWriter(purge_step=)` leaves events past the checkpoint in the file. TensorBoard's data server still shows those of metrics that
-  have no newer value, and its Python backend shows each such step twice.
-- SummaryWriter writes in a background thread. A full disk is a traceback there, and nothing is synced to disk before a checkpoint.
-- `add_hparams` writes a second run in a subfolder.
+- `SummaryWriter(purge_step=)` leaves events past the checkpoint in the file. TensorBoard's data server still shows such an event if its
+  metric has no newer value, and TensorBoard's Python backend shows each such step twice.
+- SummaryWriter writes in a background thread. A full disk causes a traceback there, and nothing is synced to disk before a checkpoint.
+- `add_hparams` writes a second run in a subfolder, and stores true and false as numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -19,12 +18,18 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import summary_v2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
@@ -37,7 +42,7 @@ _numbers = itertools.count()
 
 
 class NullLogger:
-    """Writes nothing: for evaluation alone, tests, and all ranks but the first."""
+    """A logger that writes nothing, for all ranks except the first."""
 
     def row(self, step: int, frames: int, seconds: float, updates: int, metrics: Mapping[str, float]) -> None:
         """Write one row of metrics."""
@@ -46,7 +51,7 @@ class NullLogger:
         """Write the distribution of `values`, of any shape."""
 
     def image(self, name: str, hwc: NDArray[np.uint8], step: int) -> None:
-        """Write an image: uint8 [H, W, 1, 3 or 4]."""
+        """Write an image: uint8 `[H, W, C]` with 1, 3 or 4 channels."""
 
     def hyperparameters(self, config: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
         """Write the flat configuration with the final scores."""
@@ -63,7 +68,7 @@ class Logger(NullLogger):
 
     Args:
         run: the run folder.
-        resume_at: step of the checkpoint that the run resumes from; later rows and events are cut. None: a new run, and files of an earlier
+        resume_at: step of the checkpoint that the run resumes from; later rows and events are cut. None for a new run: files of an earlier
             attempt are removed.
 
     Raises:
@@ -75,7 +80,7 @@ class Logger(NullLogger):
         self.path = run / "metrics.jsonl"
         events = run / "tensorboard"
         if not atomic.is_inside(events, run):
-            raise UserError(f"{events} is a link out of the run folder. Remove the link")
+            raise UserError(f"{events} is a link out of the run folder; remove the link")
         with self._disk_errors():
             cut_metrics(self.path, resume_at)
             cut_events(events, resume_at)
@@ -84,7 +89,7 @@ class Logger(NullLogger):
         self._flushed = time.monotonic()
 
     def row(self, step: int, frames: int, seconds: float, updates: int, metrics: Mapping[str, float]) -> None:
-        """Write one row of metrics. A value that is not finite becomes null in metrics.jsonl, because JSON has no NaN."""
+        """Write one row of metrics. A non-finite value becomes null in metrics.jsonl, because JSON has no NaN."""
         numbers = {name: float(value) for name, value in metrics.items()}
         line: dict[str, Any] = {"step": int(step), "frames": int(frames), "seconds": round(float(seconds), 3), "updates": int(updates)}
         line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -102,16 +107,15 @@ class Logger(NullLogger):
         flat = flat[np.isfinite(flat)]
         if flat.size:
             with self._disk_errors():
-                self._events.write([_histogram_value(name, flat)], step)
+                self._events.write(summary.histogram(name, flat, bins=min(64, max(8, flat.size // 8))).value, step)
 
     def image(self, name: str, hwc: NDArray[np.uint8], step: int) -> None:
-        """Write an image: uint8 [H, W, 1, 3 or 4]. Raises ValueError for other arrays."""
-        value = _image_value(name, hwc)
+        """Write an image: uint8 `[H, W, C]` with 1, 3 or 4 channels."""
         with self._disk_errors():
-            self._events.write([value], step)
+            self._events.write(summary.image(name, hwc, dataformats="HWC").value, step)
 
     def hyperparameters(self, config: Mapping[str, Any], scores: Mapping[str, float], step: int) -> None:
-        """Write the flat configuration with the final scores for TensorBoard's HParams tab. The scores become `final/<name>`."""
+        """Write the flat configuration and the final scores for TensorBoard's HParams tab. The scores become `final/<name>`."""
         scores = {FINAL + name: float(value) for name, value in scores.items()}
         with self._disk_errors():
             for value in _hparams_values(config, list(scores)):
@@ -119,7 +123,7 @@ class Logger(NullLogger):
             self._events.scalars(scores, step)
 
     def flush(self) -> None:
-        """Sync everything to disk. Required before a checkpoint is saved: a resume does not write earlier rows again."""
+        """Sync everything to disk. Call this before saving a checkpoint: a resumed run does not write earlier rows again."""
         with self._disk_errors():
             self._rows.flush()
             os.fsync(self._rows.fileno())
@@ -133,7 +137,7 @@ class Logger(NullLogger):
             self.flush()
         finally:
             for file in (self._rows, self._events):
-                with contextlib.suppress(OSError):  # flush has raised the error
+                with contextlib.suppress(OSError):  # `flush` has raised the error
                     file.close()
 
     @contextlib.contextmanager
@@ -147,45 +151,37 @@ class Logger(NullLogger):
 
 
 class EventWriter:
-    """Writes one new TensorBoard event file.
+    """The writer of one new TensorBoard event file.
 
     Args:
         folder: the folder of event files.
-        after: a running TensorBoard discards events past this step that it has read before.
+        after: a running TensorBoard discards the events after this step that it has read before; None discards none.
     """
 
     def __init__(self, folder: Path, after: int | None = None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}.{next(_numbers):06d}"
         self._file: BinaryIO = open(folder / name, "xb", buffering=2**16)  # noqa: SIM115
         self._records = RecordWriter(self._file)
-        self._event = Event
         self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         if after is not None:
             restart = SessionLog(status=SessionLog.START)
             self._records.write(Event(wall_time=time.time(), step=after + 1, session_log=restart).SerializeToString())
         self._file.flush()
 
-    def write(self, values: list[Any], step: int) -> None:
+    def write(self, values: Iterable[Any], step: int) -> None:
         """Write one event with `Summary.Value`s."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        event = self._event(wall_time=time.time(), step=int(step), summary=Summary(value=values))
+        event = Event(wall_time=time.time(), step=int(step), summary=Summary(value=values))
         self._records.write(event.SerializeToString())
 
     def scalars(self, metrics: Mapping[str, float], step: int) -> None:
         """Write one event with numbers by name."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         if metrics:
             self.write([Summary.Value(tag=name, simple_value=_as_float32(value)) for name, value in metrics.items()], step)
 
     def flush(self, sync: bool = False) -> None:
-        """Pass everything to the operating system; with `sync`, wait until it is on disk."""
+        """Flush the file, and sync it to disk if `sync`."""
         self._file.flush()
         if sync:
             os.fsync(self._file.fileno())
@@ -195,51 +191,17 @@ class EventWriter:
 
 
 def _as_float32(value: float) -> float:
-    """Convert to float32, the type of TensorBoard's scalars. Protobuf refuses larger finite numbers; here they become infinite."""
+    """Convert to float32, the type of TensorBoard's scalars. Larger finite numbers become infinite, because protobuf refuses them."""
     with np.errstate(over="ignore"):
         return float(np.float32(value))
 
 
-def _histogram_value(name: str, flat: NDArray[np.float64]) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
-
-    counts, edges = np.histogram(flat, bins=min(64, max(8, flat.size // 8)))
-    histogram = HistogramProto(
-        min=flat.min(),
-        max=flat.max(),
-        num=flat.size,
-        sum=flat.sum(),
-        sum_squares=np.square(flat).sum(),
-        # Each limit is the upper end of a bucket. The first bucket is empty; its limit is the lower end of the second.
-        bucket_limit=edges.tolist(),
-        bucket=[0, *counts.tolist()],
-    )
-    return Summary.Value(tag=name, histo=histogram)
-
-
-def _image_value(name: str, hwc: NDArray[np.uint8]) -> Any:
-    from PIL import Image  # a dependency of tensorboard
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    if hwc.dtype != np.uint8 or hwc.ndim != 3 or hwc.shape[2] not in (1, 3, 4):
-        raise ValueError(f"image {name!r} must be uint8 [height, width, 1, 3 or 4], got {hwc.dtype}{list(hwc.shape)}")
-    encoded = io.BytesIO()
-    Image.fromarray(hwc[:, :, 0] if hwc.shape[2] == 1 else hwc).save(encoded, format="png")
-    height, width, channels = hwc.shape
-    return Summary.Value(
-        tag=name, image=Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=encoded.getvalue())
-    )
-
-
 def _hparams_values(config: Mapping[str, Any], metrics: list[str]) -> Iterator[Any]:
     """Yield the two values that declare the hyperparameters of the run and its metrics."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import summary_v2
-
     plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.items()}
     declared = [summary_v2.HParam(name) for name in plain], [summary_v2.Metric(name) for name in metrics]
-    for summary in (summary_v2.hparams_config_pb(*declared), summary_v2.hparams_pb(plain)):
-        for value in summary.value:
+    for made in (summary_v2.hparams_config_pb(*declared), summary_v2.hparams_pb(plain)):
+        for value in made.value:
             yield Summary.Value.FromString(value.SerializeToString())
 
 
@@ -288,14 +250,11 @@ def _records(file: BinaryIO) -> Iterator[bytes]:
         (length,) = struct.unpack("<Q", header[:8])
         body = file.read(length + 4) if length <= LARGEST_RECORD else b""
         if len(body) != length + 4:
-            return  # half-written, or no event file: TensorBoard stops here too
+            return  # half-written, or not an event file: TensorBoard stops here, too
         yield header + body
 
 
 def _is_kept(record: bytes, resume_at: int) -> bool:
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from tensorboard.compat.proto.event_pb2 import Event
-
     try:
         event = Event.FromString(record[12:-4])
     except DecodeError:

@@ -1,4 +1,4 @@
-"""Progress of a run, as a live table or as plain lines, and the table of an evaluation."""
+"""Progress of a run as a live table or as plain lines, and the table of an evaluation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME_WIDTH = 22
 
 
 class NullDisplay:
-    """Shows nothing: the display of the ranks after the first."""
+    """A display that shows nothing, for all ranks except the first."""
 
     def __enter__(self) -> NullDisplay:
         return self
@@ -38,7 +38,7 @@ class NullDisplay:
         pass
 
     def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
-        """Take the newest metrics."""
+        """Show the newest metrics."""
 
     def message(self, text: str) -> None:
         """Print lines that stay."""
@@ -71,7 +71,7 @@ class Display(LiveDisplay):
         self._measured = (0.0, 0)  # time and step of the last update that the speed is measured to
 
     def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
-        """Take the newest metrics and refresh the display. Metrics that are missing keep their last values.
+        """Show the newest metrics. Metrics that are missing keep their last values.
 
         Args:
             step: the run's step.
@@ -101,20 +101,22 @@ class Display(LiveDisplay):
     def table(self) -> RenderableType:
         """Render the table to fit the terminal: several tasks per row if there are many, fewer columns if it is narrow."""
         width, height = self.console.size
-        columns = [("task", self._name), ("return", self._return), ("score", self._score_text), ("epsilon", self._epsilon)]
+        titles = ["task", "return", "score", "epsilon"]
         longest = min(NAME_WIDTH, max(len(task) for task in self.tasks))
         room = max(1, height - SUMMARY_LINES - 1)
         blocks = -(-len(self.tasks) // room)
-        while len(columns) > 2 and blocks * (longest + 1 + 9 * (len(columns) - 1)) > width:
-            columns.pop()
-        blocks = max(1, min(blocks, width // (longest + 1 + 9 * (len(columns) - 1))))
+        while len(titles) > 2 and blocks * (longest + 1 + 9 * (len(titles) - 1)) > width:
+            titles.pop()
+        blocks = max(1, min(blocks, width // (longest + 1 + 9 * (len(titles) - 1))))
         rows = -(-len(self.tasks) // blocks)
         hidden = 0
         if rows > room:
             rows = max(1, room - 1)
             hidden = max(0, len(self.tasks) - rows * blocks)
-        titles = [title for title, _ in columns]
-        cells = [[text(task) for task in self.tasks[row : rows * blocks : rows] for _, text in columns] for row in range(rows)]
+        cells = []
+        for row in range(rows):
+            tasks = self.tasks[row : rows * blocks : rows]
+            cells.append([cell for task in tasks for cell in self._cells(task)[: len(titles)]])
         min_widths = dict.fromkeys(titles, 8) | {"task": longest}
         table = terminal.table(cells, titles * blocks, right=titles[1:], min_widths=min_widths, gap=1)
         more = [Text(f"and {hidden} more tasks", style="dim")] if hidden else []
@@ -124,28 +126,17 @@ class Display(LiveDisplay):
         done = min(1.0, self._step / self.total_steps) if self.total_steps else 1.0
         bar_width = max(10, min(40, width - 40))
         filled = int(bar_width * done)
-        bar = Text.assemble(
-            ("#" * filled, "green"), ("-" * (bar_width - filled), "dim"), f" {done:6.1%}  step {self._step:,}/{self.total_steps:,}"
-        )
-        lines = [bar, Text("  ".join(self._speeds())), Text("  ".join(self._times()))]
-        for line in lines:
-            line.no_wrap, line.overflow = True, "crop"
-        return lines
+        parts = ("#" * filled, "green"), ("-" * (bar_width - filled), "dim"), f" {done:6.1%}  step {self._step:,}/{self.total_steps:,}"
+        bar = Text.assemble(*parts, no_wrap=True, overflow="crop")
+        return [bar, *(Text("  ".join(texts), no_wrap=True, overflow="crop") for texts in (self._speeds(), self._times()))]
 
-    def _name(self, task: str) -> str:
-        return task if len(task) <= NAME_WIDTH else task[: NAME_WIDTH - 1] + "~"
-
-    def _return(self, task: str) -> str:
-        return number(self._metrics.get(TRAIN_RETURN + task))
+    def _cells(self, task: str) -> list[str]:
+        name = task if len(task) <= NAME_WIDTH else task[: NAME_WIDTH - 1] + "~"
+        epsilon = self._metrics.get(EPSILON + task)
+        return [name, number(self._metrics.get(TRAIN_RETURN + task)), fixed(self._score(task)), fixed(epsilon)]
 
     def _score(self, task: str) -> float | None:
         return self._metrics.get(TRAIN_SCORE + task, self._metrics.get(EVAL_SCORE + task))
-
-    def _score_text(self, task: str) -> str:
-        return fixed(self._score(task))
-
-    def _epsilon(self, task: str) -> str:
-        return fixed(self._metrics.get(EPSILON + task))
 
     def _speeds(self) -> list[str]:
         steps = self._metrics.get(STEPS_PER_SECOND)
@@ -173,8 +164,8 @@ def evaluation_table(result: Mapping[str, Any], max_steps: int | None = None, of
 
     Args:
         result: the content of `eval/<step>.json`. A single episode has no interval; a task without a reference has no score.
-        max_steps: the limit of an episode, for the footnote.
-        of: the tested network, for the title.
+        max_steps: the limit of an episode, in the footnote.
+        of: the tested network, in the title.
     """
     rows, cut_episodes = [], 0
     for name, task in result["tasks"].items():

@@ -1,4 +1,7 @@
-"""The folder of a run: creation, lookup, lock, and `run.json`, the record of commands, versions and status."""
+"""The folder of a run: creation, lookup, lock, and `run.json`, the record of commands, versions and status.
+
+Paths are tested with `os.path.lexists`: a dangling link exists, too.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "hydra-core", "safetensors"
 
 
 class RunFolder:
-    """The folder of a run. Call `lock` before changing anything in it. The system releases the lock when the process ends."""
+    """The folder of a run. Call `lock` before changing anything in the folder. The system releases the lock when the process ends."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,47 +42,51 @@ class RunFolder:
         self.evaluations = path / "eval"
         self.videos = path / "videos"
         self._lock: FileLock | None = None
-        self._made: list[Path] = []
 
     @classmethod
     def check_new(cls, path: Path) -> None:
         """Raise UserError unless `create(path)` would succeed. Creates nothing."""
         path = Path(path).expanduser()
-        if _exists(path):
+        if os.path.lexists(path):
             if not os.path.isdir(path):
-                raise UserError(f"run_dir={path} is not a folder.")
+                raise UserError(f"run_dir={path} is not a folder")
             try:
                 found = [entry.name for entry in sorted(path.iterdir()) if not _is_leftover(entry)]
             except OSError as error:
-                raise UserError(f"run_dir={path} cannot be read: {error.strerror}.") from None
+                raise UserError(f"run_dir={path} cannot be read: {error.strerror}") from None
             if found:
                 resume = f", or mtrl resume {shlex.quote(str(path))}" if cls.is_run(path) else ""
-                raise UserError(f"run_dir={path} is not empty (it contains {found[0]}); use a new or empty folder{resume}.")
-        ancestor = path
-        while not _exists(ancestor):
-            ancestor = ancestor.parent
+                raise UserError(f"run_dir={path} is not empty (it contains {found[0]}); use a new or empty folder{resume}")
+        ancestor = next(each for each in (path, *path.parents) if os.path.lexists(each))
         if not os.path.isdir(ancestor):
-            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not a folder.")
+            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not a folder")
         if not os.access(ancestor, os.W_OK | os.X_OK):
-            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not writable.")
+            raise UserError(f"run_dir={path} cannot be created: {ancestor} is not writable")
 
     @classmethod
     def create(cls, path: Path, *, exist_ok: bool = True) -> RunFolder:
         """Create and lock the folder `path`, which must be new or empty.
 
         Raises:
-            UserError: the folder cannot be created. Nothing is left behind.
+            UserError: the folder cannot be created. No other folder is left behind.
             FileExistsError: the folder exists and not `exist_ok`.
         """
         cls.check_new(path)
         folder = cls(Path(path).expanduser())
-        try:
-            folder._make(exist_ok)
+        missing = [each for each in (folder.path, *folder.path.parents) if not os.path.lexists(each)]
+        with contextlib.ExitStack() as undo:
+            for each in reversed(missing):
+                try:
+                    each.mkdir(exist_ok=exist_ok or each != folder.path)
+                except FileExistsError:
+                    raise
+                except OSError as error:
+                    raise UserError(f"run_dir={folder.path} cannot be created: {error.strerror}") from None
+                undo.callback(_remove_unused, each)
             folder.lock()
+            undo.callback(folder.unlock)
             cls.check_new(folder.path)  # again under the lock: another process may have used the folder first
-        except BaseException:
-            folder.discard()
-            raise
+            undo.pop_all()
         atomic.remove_temporaries(folder.path)
         return folder
 
@@ -90,10 +97,10 @@ class RunFolder:
         parent = runs / re.sub(r"[^\w.-]+|^\.+", "_", env)
         for suffix in ["", *(f"_{number}" for number in range(2, 1000))]:
             path = parent / (name + suffix)
-            if not _exists(path):
+            if not os.path.lexists(path):
                 with contextlib.suppress(FileExistsError):
                     return cls.create(path, exist_ok=False)
-        raise UserError(f"{parent / name} and 998 numbered alternatives exist; use run_dir=PATH.")
+        raise UserError(f"{parent / name} and 998 numbered alternatives exist; use run_dir=PATH")
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, int | str | None]:
@@ -108,63 +115,38 @@ class RunFolder:
         path = Path(path).expanduser()
         which: int | str | None = None
         absolute = Path(os.path.abspath(path))
-        if not _exists(path / "config.yaml") and absolute.parent.name == "checkpoints":
+        if not os.path.lexists(path / "config.yaml") and absolute.parent.name == "checkpoints":
             if absolute.name in ("latest", "best"):
                 which, path = absolute.name, absolute.parent.parent
             elif absolute.name.isdecimal() and len(absolute.name) <= 18:
                 which, path = int(absolute.name), absolute.parent.parent
-        if not _exists(path):
-            raise UserError(f"{path} does not exist; expected the folder of a run.")
         if not os.path.isdir(path):
-            raise UserError(f"{path} is not a folder; expected the folder of a run.")
+            problem = "is not a folder" if os.path.lexists(path) else "does not exist"
+            raise UserError(f"{path} {problem}; expected the folder of a run")
         folder = cls(path)
-        if not _exists(folder.config):
-            raise UserError(f"{path} is not a run: it has no config.yaml.")
+        if not os.path.lexists(folder.config):
+            raise UserError(f"{path} is not a run: it has no config.yaml")
         if not os.path.isfile(folder.config) or not atomic.is_inside(folder.config, path):
-            raise UserError(f"{path} is not a run: its config.yaml is not a regular file in the folder.")
+            raise UserError(f"{path} is not a run: its config.yaml is not a regular file in the folder")
         return folder, which
 
     @classmethod
     def is_run(cls, path: Path) -> bool:
         """Return whether `path` contains a run that `--or-resume` would resume."""
-        return _exists(Path(path).expanduser() / "config.yaml")
-
-    def _make(self, exist_ok: bool) -> None:
-        """Create the folder and its missing parents, and record them for `discard`."""
-        missing = [path for path in (self.path, *self.path.parents) if not _exists(path)]
-        try:
-            for path in reversed(missing):
-                path.mkdir(exist_ok=exist_ok or path != self.path)
-                self._made.append(path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            self.discard()
-            raise UserError(f"run_dir={self.path} cannot be created: {error.strerror}.") from None
-
-    def discard(self) -> None:
-        """Remove the folders that `create` created, if they are still empty, after an error before the run started."""
-        self.unlock()
-        if self.path in self._made and all(_is_leftover(entry) for entry in self.path.iterdir()):
-            for entry in self.path.iterdir():
-                entry.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            for path in reversed(self._made):
-                path.rmdir()
-        self._made.clear()
+        return os.path.lexists(Path(path).expanduser() / "config.yaml")
 
     def lock(self) -> None:
-        """Lock the run for this process. Raises UserError if the run cannot be locked, naming the process that holds it."""
+        """Lock the run for this process. Raises UserError if the run cannot be locked, with the process that holds the lock."""
         lock = FileLock(self.path / ".lock")
         try:
             if not lock.try_acquire():
-                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait for it to end, or stop it.")
+                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait until the process ends, or stop the process")
         except RunError as error:
             raise UserError(f"{self.path} cannot be locked: {error}") from None
         self._lock = lock
 
     def unlock(self) -> None:
-        """Unlock the run. Does nothing if this process does not hold it."""
+        """Release the lock. Does nothing if this process does not hold the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -179,23 +161,23 @@ class RunFolder:
         """Write a text file at `name` in the run atomically. Raises OSError, and UserError if the path leads out of the run."""
         path = self.path / name
         if not atomic.is_inside(path.parent, self.path):
-            raise UserError(f"{path.parent} is a link out of the run folder; refusing to write there.")
+            raise UserError(f"{path.parent} is a link out of the run folder; refusing to write there")
         path.parent.mkdir(exist_ok=True)
         atomic.replace(path, text.encode())
 
     def read_record(self) -> dict[str, Any]:
         """Return the contents of run.json; {} if the run was killed before it was written. Raises UserError if it is damaged."""
-        if not _exists(self.record):
+        if not os.path.lexists(self.record):
             return {}
         record = atomic.read_json(self.record, self.path)
         if record.get("status") not in STATUSES:
-            raise UserError(f"{self.record} is damaged: status must be one of {', '.join(STATUSES)}.")
+            raise UserError(f"{self.record} is damaged: status must be one of {', '.join(STATUSES)}")
         return record
 
     def begin(self, *, command: Sequence[str], device: str) -> None:
-        """Set the status to running. A resume keeps the first command and start time and appends itself to `resumed`.
+        """Set the status to running. A resume keeps the first command and start time, and appends its own to `resumed`.
 
-        An existing status of "running" is that of a killed process, because this process holds the lock.
+        The status may be "running" already. Then a process was killed, because this process holds the lock.
 
         Raises:
             UserError: run.json is damaged.
@@ -207,10 +189,10 @@ class RunFolder:
             resumed = record.get("resumed")
             record["resumed"] = [*(resumed if isinstance(resumed, list) else []), {"command": line, "started": now}]
         else:
-            record = {"command": line, "started": now, "seconds": 0.0}
-        record |= {"versions": versions(), "git": git_revision(), "device": device}
-        record |= {"ended": None, "status": "running", "error": None, "stopped_early": None}
-        self._write_record(record)
+            record = {"command": line, "started": now}
+        record |= {"ended": None, "status": "running", "seconds": record.get("seconds", 0.0), "error": None, "stopped_early": None}
+        record |= {"device": device, "versions": versions(), "git": git_revision()}
+        self.write("run.json", atomic.to_json(record))
 
     def finish(self, status: str, *, seconds: float, error: str | None = None, early: dict[str, Any] | None = None) -> None:
         """Set the final status. Raises OSError.
@@ -221,24 +203,19 @@ class RunFolder:
             early: reason and step, if early stopping completed the run before its budget was used.
         """
         assert status in STATUSES, status
-        if not _exists(self.config):
+        if not os.path.lexists(self.config):
             return  # the folder was deleted; do not recreate a part of it
         ended = {"ended": _now(), "status": status, "seconds": round(seconds, 3), "error": error, "stopped_early": early}
-        self._write_record(self.read_record() | ended)
+        self.write("run.json", atomic.to_json(self.read_record() | ended))
 
     def mark_failed(self, *, seconds: float, error: str) -> bool:
         """Set the status to failed. Returns whether this process wrote it. Raises OSError, UserError."""
         self.finish("failed", seconds=seconds, error=error)
         return True
 
-    def _write_record(self, record: dict[str, Any]) -> None:
-        order = ("command", "started", "ended", "status", "seconds", "error", "stopped_early", "device", "versions", "git", "resumed")
-        ordered = {key: record[key] for key in order if key in record} | record
-        self.write("run.json", atomic.to_json(ordered))
-
 
 class ReadOnlyRunFolder(RunFolder):
-    """The run folder on other ranks than the first. The first rank holds the lock and writes; the methods here do nothing."""
+    """The run folder on all ranks except the first. Only the first rank locks and writes: most methods here do nothing."""
 
     def lock(self) -> None:
         pass
@@ -253,7 +230,7 @@ class ReadOnlyRunFolder(RunFolder):
         pass
 
     def mark_failed(self, *, seconds: float, error: str) -> bool:
-        """Set the status to failed if the first rank died before it could."""
+        """Set the status to failed if the first rank died before it wrote the status."""
         folder, until = RunFolder(self.path), time.monotonic() + LOCK_TIMEOUT_SECONDS
         while True:
             try:
@@ -274,10 +251,8 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Return the versions of mtrl, Python and the installed packages; by default the packages that affect the result of a run."""
     found = {"mtrl_cli": __version__, "python": platform.python_version()}
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -301,9 +276,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _exists(path: Path) -> bool:
-    """Return whether the path exists; a dangling link counts."""
-    return os.path.lexists(path)
+def _remove_unused(folder: Path) -> None:
+    """Remove a folder that contains nothing or only leftovers."""
+    with contextlib.suppress(OSError):
+        entries = list(folder.iterdir())
+        if all(map(_is_leftover, entries)):
+            for entry in entries:
+                entry.unlink()
+            folder.rmdir()
 
 
 def _is_leftover(entry: Path) -> bool:

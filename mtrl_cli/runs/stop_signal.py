@@ -23,7 +23,7 @@ class StopRequest:
     """A context in which SIGINT, SIGTERM and SIGHUP (a closed terminal) are recorded instead of ending the process.
 
     `received` is the number of the first signal, or None. The loop calls `check()` where it can stop. A second signal, more than one second
-    after the first, ends the process at once with the same exit code. An ignored SIGHUP (nohup) stays ignored. Outside the main thread,
+    after the first, ends the process immediately with the same exit code. An ignored SIGHUP (nohup) stays ignored. Outside the main thread,
     where Python allows no handlers, no signal is recorded.
     """
 
@@ -48,7 +48,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
             if time.monotonic() - self._received_at < IMPATIENCE_SECONDS:
-                return  # a key held down, or a signal sent to the process and to its group
+                return  # a key that is held down, or a signal to the process and to its group
             if sys.stdout is not None and sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), SHOW_CURSOR)  # the live display has hidden it
             os._exit(128 + number)
@@ -64,7 +64,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Return a context in which a signal raises Stopped at once: for long work without state to save (compilation)."""
+        """Return a context in which a signal raises Stopped immediately, for long work without state to save, such as compilation."""
         self._interruptible += 1
         try:
             self.check()

@@ -1,4 +1,4 @@
-"""Output to the terminal: lines, tables, formatted numbers, and the shell of a live display. Used by every command that prints tables."""
+"""Output to the terminal: lines, tables, formatted numbers, and the base class of live displays."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from mtrl_cli.files import atomic
 from mtrl_cli.machine import extras
 
 
@@ -29,22 +29,17 @@ def write_mp4(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     require()
     import av
 
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     count = 0
-    try:
-        # faststart puts the index first, so that a browser can play before the whole file is loaded.
-        with av.open(temporary, "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("libx264", rate=fps)
-            stream.pix_fmt = "yuv420p"
-            for count, frame in enumerate(frames, start=1):
-                even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-                if count == 1:
-                    stream.height, stream.width = even.shape[:2]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")))
-            if count:
-                container.mux(stream.encode())
+    # faststart puts the index first, so that a browser can play before the whole file is loaded.
+    options = {"movflags": "faststart"}
+    with atomic.replacing(path) as temporary, av.open(temporary, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.pix_fmt = "yuv420p"
+        for count, frame in enumerate(frames, start=1):
+            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            if count == 1:
+                stream.height, stream.width = even.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")))
         if count == 0:
             raise ValueError(f"{path}: there are no frames to write")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        container.mux(stream.encode())

@@ -18,7 +18,7 @@ from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import dry_run
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points
-from mtrl_cli.sweeps.search_space import SplitOverrides, split_overrides
+from mtrl_cli.sweeps.search_space import SplitOverrides, key_of, split_overrides
 
 DEFAULT_SEEDS, MAX_SEEDS = 3, 1000
 EVALUATIONS = 10
@@ -75,11 +75,6 @@ def plan(overrides: Sequence[str], points: Points, folder: str) -> Plan:
 
 
 # -- overrides ------------------------------------------------------------------------------------------------------------------
-
-
-def key_of(word: str) -> str:
-    """Return the key of an override."""
-    return word.lstrip("+~").partition("=")[0]
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[str], SplitOverrides, list[str]]:

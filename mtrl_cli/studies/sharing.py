@@ -9,10 +9,10 @@ from typing import Any
 from mtrl_cli.config import compose, options
 from mtrl_cli.errors import UserError, show, unknown
 from mtrl_cli.studies import engine, sharing_sizes
-from mtrl_cli.studies.engine import Study, key_of
+from mtrl_cli.studies.engine import Study
 from mtrl_cli.studies.sharing_sizes import BASELINE
 from mtrl_cli.sweeps.plan import Axes, Plan, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides
+from mtrl_cli.sweeps.search_space import SplitOverrides, key_of
 
 SHARING, SIZE = "network/sharing", "network.parameters"
 

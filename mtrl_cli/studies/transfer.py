@@ -19,10 +19,10 @@ from mtrl_cli.reports import grouping
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.studies import engine
-from mtrl_cli.studies.engine import Study, key_of
+from mtrl_cli.studies.engine import Study
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Axes, Choices, Value
-from mtrl_cli.sweeps.search_space import SplitOverrides, as_text
+from mtrl_cli.sweeps.search_space import SplitOverrides, as_text, key_of
 
 SOURCE = "init_from"
 PARTS = {"network": "torso", "network/sharing": "sharing", "network/head": "head"}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -22,32 +21,32 @@ from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import OutputGuard, console, print_line
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
-from mtrl_cli.sweeps.optuna_storage import open_storage, storage_url
-from mtrl_cli.sweeps.plan import Choices, Plan
+from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.scheduler import SweepLoop
+from mtrl_cli.sweeps.search_space import first_value, trusting
 from mtrl_cli.sweeps.summary import best_as_command, ending
 from mtrl_cli.sweeps.trial_run import TRIALS
-from mtrl_cli.sweeps.trial_storage import TrialStorage
+from mtrl_cli.sweeps.trial_storage import TrialStorage, check_new_study
 
 LOCK = ".lock"
 
 
 def run(plan: Plan, *, command: Sequence[str]) -> None:
-    """Start the sweep of a plan, or resume the one in the plan's folder, and work until its trials have ended.
+    """Start the sweep of a plan, or resume the sweep in the plan's folder, and work until its trials have ended.
 
-    Several processes may work on one sweep. Each runs `launcher.jobs` trials at a time, and resumes those whose process has died.
+    Several processes may work on one sweep. Each runs `launcher.jobs` trials at a time, and resumes trials whose process has died.
 
     Args:
-        plan: of the sweep.
+        plan: the sweep's plan.
         command: the command line, stored with the sweep.
 
     Raises:
-        UserError: the storage, the launcher or the folder is wrong; nothing was created.
+        UserError: the storage, the launcher or the folder cannot be used; nothing was created.
         RunError: a trial failed, or the storage or the launcher was lost.
         Stopped: by a signal, after saving.
     """
-    # Workers receive only a run's folder, which must not decide which packages are trusted.
-    os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(compose.trusted_packages(_trusted(plan)))
+    # Workers receive only a run's folder, and trust no package because of the folder's content.
+    os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(compose.trusted_packages(trusting(plan.trusted_packages)))
     with StopRequest() as stop:
         with stop.interruptible():
             first = _first_evaluation(plan)
@@ -65,21 +64,17 @@ def resume(folder: Path, overrides: Sequence[str], *, command: Sequence[str]) ->
 
     Args:
         folder: the sweep's folder.
-        overrides: of the keys that may change on resume, such as `launcher` and `sweep.retries`.
+        overrides: overrides of the keys that may change on resume, such as `launcher` and `sweep.retries`.
         command: the command line.
     """
     run(sweep_plan.load(folder, overrides), command=command)
 
 
-def _trusted(plan: Plan) -> list[str]:
-    return [f"trusted_packages=[{','.join(plan.trusted_packages)}]"] if plan.trusted_packages else []
-
-
 def _first_evaluation(plan: Plan) -> int:
-    """The step per task of a run's first evaluation. Only pruners need it."""
+    """Return the step per task of a run's first evaluation. Only pruners use it."""
     if plan.search["pruner"] == "none":
         return plan.steps_per_task
-    values = {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in plan.axes.items()}
+    values = {key: first_value(axis) for key, axis in plan.axes.items()}
     return int(plan.configuration(values, Path())["eval"]["every"])
 
 
@@ -92,75 +87,35 @@ def _launcher(plan: Plan) -> Launcher:
 def _open(plan: Plan, command: Sequence[str], first: int) -> tuple[Path, Plan, TrialStorage]:
     """Create the folder and the trial storage of a sweep, or open existing ones. Returns the absolute folder, the plan and the storage.
 
-    Two processes that start at the same time create one sweep.
+    If two processes start at the same time, one creates the sweep and the other opens it.
     """
     path = plan.run_dir or Path("runs/sweeps") / f"{plan.env}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     path = Path(os.path.abspath(path.expanduser()))
-    if _is_new(path) and plan.search["storage"]:
-        open_storage(path, storage_url(plan.search["storage"]))
-    with _entered(path):
-        is_new = _is_new(path)
-        if not is_new:
+    if _is_new(path):
+        check_new_study(path, plan)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={path} cannot be created: {error.strerror}") from None
+    with FileLock(path / LOCK):
+        if not _is_new(path):
             plan = sweep_plan.check_same(plan, path)
-            for folder in (path / TRIALS, *_listed(path / TRIALS)):
+            for folder in (path / TRIALS, *(path / TRIALS).glob("*")):
                 atomic.refuse_link(folder)  # an untrusted link may lead to other runs of the user
             print_line(f"resuming the sweep in {path}")
         sweep_plan.save(plan, path, command)
-        try:
-            return path, plan, TrialStorage(path, plan, first=first)
-        except UserError:
-            if is_new:
-                _discard(path)
-            raise
+        return path, plan, TrialStorage(path, plan, first=first)
 
 
 def _is_new(path: Path) -> bool:
-    """Return whether to create a sweep at `path` rather than resume one. Raises UserError if neither is possible."""
-    if not os.path.lexists(path / sweep_plan.RECORD):
-        try:
-            RunFolder.check_new(path)
-        except UserError:
-            if not os.path.lexists(path / sweep_plan.RECORD):  # else another process has just created it
-                raise
-    return not os.path.lexists(path / sweep_plan.RECORD)
-
-
-def _listed(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
-
-
-@contextmanager
-def _entered(path: Path) -> Iterator[None]:
-    """Lock the sweep's folder, created if necessary, against other processes that create or open it."""
-    lock = FileLock(path / LOCK)
-    while True:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir={path} cannot be created: {error.strerror}.") from None
-        try:
-            lock.acquire()
-        except RunError:
-            if path.is_dir():
-                raise
-            continue
-        if lock.is_in_place():
-            break
-        lock.release()  # the last holder could not create the sweep and removed the folder
+    """Return whether to create a sweep at `path` rather than resume one. Raises UserError if both are impossible."""
     try:
-        yield
-    finally:
-        lock.release()
-
-
-def _discard(path: Path) -> None:
-    """Remove a sweep that could not be created. The caller holds the folder's lock, which is removed last."""
-    for entry in path.iterdir():
-        if entry.name != LOCK:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    (path / LOCK).unlink()
-    with suppress(OSError):  # another process has put files there
-        path.rmdir()
+        RunFolder.check_new(path)
+        return True
+    except UserError:
+        if os.path.lexists(path / sweep_plan.RECORD):
+            return False
+        raise
 
 
 def _work(folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, stop: StopRequest) -> list[TrialRow]:

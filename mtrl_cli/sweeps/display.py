@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -12,9 +12,11 @@ from rich.text import Text
 
 from mtrl_cli.runs import terminal
 from mtrl_cli.runs.terminal import LiveDisplay, duration, fixed
+from mtrl_cli.sweeps.search_space import overrides_of
 
 SUMMARY_LINES = 2
-_WIDTHS = {"trial": 6, "state": 9, "score": 7, "done": 4, "time": 8, "note": 40}  # at most; the overrides get the rest
+_COLUMNS = {"trial": (0, 6), "overrides": (0, 0), "state": (0, 9), "score": (34, 7), "done": (60, 4), "time": (70, 8), "note": (100, 40)}
+"""The smallest width of a terminal with the column, and the column's largest width. The overrides have the remaining width."""
 ENDED = ("completed", "pruned", "failed")
 ACTIVE = ("running", "queued", "elsewhere")
 _COLOURS = {"running": "green", "failed": "red", "pruned": "yellow", "queued": "cyan", "elsewhere": "cyan"}
@@ -22,30 +24,38 @@ _COLOURS = {"running": "green", "failed": "red", "pruned": "yellow", "queued": "
 
 @dataclass(frozen=True)
 class TrialRow:
-    """The progress of one trial.
+    """The state and progress of one trial.
 
     Attributes:
         number: from 0.
-        overrides: in which the trial differs from others.
+        values: the values of the keys that differ between trials, as text; empty before a sampler has chosen them.
         state: waiting, queued (by the launcher), running, completed, pruned, failed, or elsewhere (run by another process).
         score: the metric at the last evaluation, if there was one.
         step, steps: per task, so far and in total.
-        seconds: of training so far; None before the first evaluation.
-        note: such as the reason of a failure.
+        seconds: the training time so far; None before the first evaluation.
+        note: a remark, such as the reason of a failure.
+        is_here: whether the trial's run is in this process's sweep folder, or not started. False for a trial of another machine that shares
+            only the database.
     """
 
     number: int
-    overrides: tuple[str, ...]
+    values: Mapping[str, str]
     state: str
     score: float | None = None
     step: int = 0
     steps: int = 0
     seconds: float | None = None
     note: str = ""
+    is_here: bool = True
+
+    @property
+    def overrides(self) -> str:
+        """The overrides that set the trial's values, separated by spaces."""
+        return " ".join(overrides_of(self.values))
 
 
 class SweepDisplay(LiveDisplay):
-    """The progress of a sweep. Plain output has a line whenever a trial starts or ends, and a summary every minute.
+    """The progress of a sweep. Plain output has a line for each start and end of a trial, and a summary every minute.
 
     Args:
         jobs: the number of trials that this process runs at a time.
@@ -62,7 +72,7 @@ class SweepDisplay(LiveDisplay):
         self._ended: list[int] = []  # in the order in which they ended
 
     def update(self, rows: Sequence[TrialRow]) -> None:
-        """Take the state of all trials, ordered by number. Plain output prints changes at once."""
+        """Show the state of all trials, ordered by number. Plain output prints changes immediately."""
         is_first = not self._states
         self._rows = tuple(rows)
         for row in rows:
@@ -77,7 +87,7 @@ class SweepDisplay(LiveDisplay):
         self.refresh()
 
     def _print_change(self, row: TrialRow) -> None:
-        parts = [" ".join(row.overrides)]
+        parts = [row.overrides]
         if row.state in ENDED:
             parts += [fixed(row.score)] if row.score is not None else []
             parts += [duration(row.seconds)] if row.seconds is not None else []
@@ -93,57 +103,52 @@ class SweepDisplay(LiveDisplay):
         if scores:
             score, number = max(scores)
             parts.append(f"best {fixed(score)} (trial {-number})")
-        left = self.seconds_left()
+        left = seconds_left(self._rows, self.jobs)
         if left:
             parts.append(f"ETA {duration(left)}")
         return ", ".join(parts)
 
-    def seconds_left(self) -> float | None:
-        """Estimate the time until all trials have ended; None before a step was timed.
-
-        The remaining steps take the mean time of the steps so far, `jobs` trials at a time (or all active trials if those are more). The
-        sweep takes at least as long as the trial with the most remaining steps.
-        """
-        timed = [row for row in self._rows if row.seconds and row.step]
-        steps = sum(row.step for row in timed)
-        if not steps:
-            return None
-        per_step = sum(row.seconds or 0.0 for row in timed) / steps
-        left = [max(0, row.steps - row.step) for row in self._rows if row.state not in ENDED]
-        at_a_time = max(self.jobs, sum(row.state in ACTIVE for row in self._rows))
-        return per_step * max(sum(left) / at_a_time, max(left, default=0))
-
     def table(self) -> RenderableType:
-        """Render the table to fit the terminal: the last trials that ended, the active ones and the next, with fewer columns if narrow."""
+        """Render the table to fit the terminal: the last trials that ended, the active trials and the next trials."""
         width, height = self.console.size
         shown = self._select(max(1, height - SUMMARY_LINES - 2))
-        columns = ["trial", "overrides", "state"]
-        columns += ["score"] if width >= 34 else []
-        columns += ["done"] if width >= 60 else []
-        columns += ["time"] if width >= 70 else []
-        columns += ["note"] if width >= 100 and any(row.note for row in shown) else []
-        others = sum(_WIDTHS[title] + 1 for title in columns if title != "overrides")
-        widths = {**_WIDTHS, "overrides": max(1, width - others - 1)}
+        has_notes = any(row.note for row in shown)
+        columns = [title for title, (least, _) in _COLUMNS.items() if width >= least and (has_notes or title != "note")]
+        widths = {title: _COLUMNS[title][1] for title in columns}
+        widths["overrides"] = max(1, width - sum(widths.values()) - len(columns))
         cells = [[_cell(row, title) for title in columns] for row in shown]
         table = terminal.table(cells, columns, right=["trial", "score", "done", "time"], max_widths=widths, gap=1)
         hidden = len(self._rows) - len(shown)
-        lines = [Text(f"and {hidden} more", style="dim")] if hidden else []
-        lines.append(Text(self.line()))
-        for line in lines:
-            line.no_wrap, line.overflow = True, "ellipsis"
-        return Group(table, *lines)
+        more = [Text(f"and {hidden} more", style="dim")] if hidden else []
+        return Group(table, *more, Text(self.line(), no_wrap=True, overflow="ellipsis"))
 
     def _select(self, room: int) -> list[TrialRow]:
-        """Return the rows to show, at most `room`, ordered by number within each kind."""
+        """Return the rows to show, at most `room`: ended trials in the order of their ends, then active and waiting trials by number."""
         running = [row for row in self._rows if row.state in ACTIVE]
         order = {number: at for at, number in enumerate(self._ended)}
         ended = sorted((row for row in self._rows if row.state in ENDED), key=lambda row: (order.get(row.number, -1), row.number))
         waiting = [row for row in self._rows if row.state == "waiting"]
         running = running[:room]
         room -= len(running)
-        some_waiting = waiting[: min(len(waiting), max(room - len(ended), room // 3))]
+        some_waiting = waiting[: max(room - len(ended), room // 3)]
         room -= len(some_waiting)
         return [*(ended[-room:] if room else []), *running, *some_waiting]
+
+
+def seconds_left(rows: Sequence[TrialRow], jobs: int) -> float | None:
+    """Estimate the time until all trials have ended; None before the first timed step.
+
+    The remaining steps take the mean time of the steps so far. `jobs` trials run at a time, or all active trials if their number is
+    larger. The sweep takes at least as long as the trial with the most remaining steps.
+    """
+    timed = [row for row in rows if row.seconds and row.step]
+    steps = sum(row.step for row in timed)
+    if not steps:
+        return None
+    per_step = sum(row.seconds or 0.0 for row in timed) / steps
+    left = [max(0, row.steps - row.step) for row in rows if row.state not in ENDED]
+    at_a_time = max(jobs, sum(row.state in ACTIVE for row in rows))
+    return per_step * max(sum(left) / at_a_time, max(left, default=0))
 
 
 def _cell(row: TrialRow, title: str) -> str | Text:
@@ -151,7 +156,7 @@ def _cell(row: TrialRow, title: str) -> str | Text:
         return Text(row.state, style=_COLOURS.get(row.state, ""))
     return {
         "trial": str(row.number),
-        "overrides": " ".join(row.overrides) or "-",
+        "overrides": row.overrides or "-",
         "score": fixed(row.score),
         "done": f"{row.step / row.steps:.0%}" if row.steps and row.step else "-",
         "time": duration(row.seconds),

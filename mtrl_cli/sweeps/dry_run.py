@@ -11,7 +11,7 @@ from pathlib import Path
 from mtrl_cli.errors import UserError, printable
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import as_text, duration, fixed, table
-from mtrl_cli.sweeps.display import ENDED, TrialRow
+from mtrl_cli.sweeps.display import TrialRow, seconds_left
 from mtrl_cli.sweeps.plan import RECORD, Choices, Plan, check_same
 from mtrl_cli.sweeps.summary import metric_of
 from mtrl_cli.sweeps.trial_run import read_record, trial_folder
@@ -21,22 +21,22 @@ def list_sweep(plan: Plan) -> str:
     """List each trial with its overrides, and with its state, score and time if the sweep has started.
 
     Raises:
-        UserError: the plan's folder holds something else.
+        UserError: the plan's folder contains other files or another sweep.
     """
     folder = plan.run_dir
     if folder is not None and os.path.lexists(folder / RECORD):
         plan = check_same(plan, folder)
     elif folder is not None:
         RunFolder.check_new(folder)
-    rows = read_rows(plan, folder)
+    rows = [read_row(plan, number, folder) for number in range(plan.trials)]
     lines = _head(plan, folder)
-    known = any(row.state != "waiting" for row in rows)
-    if known or plan.points is not None:
-        header = ["trial", *(("state", "score", "time") if known else ()), "overrides"]
+    has_started = any(row.state != "waiting" for row in rows)
+    if has_started or plan.points is not None:
+        header = ["trial", *(("state", "score", "time") if has_started else ()), "overrides"]
         cells = []
         for row in rows:
-            progress = (row.state, fixed(row.score), duration(row.seconds)) if known else ()
-            cells.append([str(row.number), *progress, " ".join(row.overrides) or "(chosen when it starts)"])
+            progress = (row.state, fixed(row.score), duration(row.seconds)) if has_started else ()
+            cells.append([str(row.number), *progress, row.overrides or "(chosen when it starts)"])
         lines.append(as_text(table(cells, header)))
     lines += [f"trial {row.number}: {row.note}" for row in rows if row.note]
     return printable("\n".join([*lines, *_times(plan, rows)]))
@@ -45,10 +45,11 @@ def list_sweep(plan: Plan) -> str:
 def _head(plan: Plan, folder: Path | None) -> list[str]:
     search = plan.search
     sampler = "a grid" if plan.points is not None else f"sampled by {search['sampler']}, seed {search['seed']}"
+    launcher = str(plan.launcher["_target_"]).split(".")[-2]  # such as local or slurm
     pruned = "" if search["pruner"] == "none" else f", pruned by {search['pruner']}"
     lines = [
         f"{plan.trials} trials, {sampler}{pruned}; ranked by {metric_of(plan)}",
-        f"in {folder or 'a new folder under runs/sweeps'}, launcher={launcher_name(plan)}",
+        f"in {folder or 'a new folder under runs/sweeps'}, launcher={launcher}",
         f"shared overrides: {shlex.join(plan.shared) or 'none'}",
     ]
     if plan.points is None:
@@ -61,34 +62,21 @@ def _head(plan: Plan, folder: Path | None) -> list[str]:
     return lines
 
 
-def launcher_name(plan: Plan) -> str:
-    """Return the launcher's name, such as local or slurm."""
-    return str(plan.launcher["_target_"]).split(".")[-2]
-
-
 def _times(plan: Plan, rows: Sequence[TrialRow]) -> list[str]:
-    """Describe the time of the trials so far, and estimate the rest from their mean time per step."""
-    timed = [row for row in rows if row.seconds]
-    if not timed:
+    """Describe the time so far and the remaining time."""
+    times = [row.seconds for row in rows if row.seconds]
+    if not times:
         return ["time: unknown, no trial has started yet"]
-    spent, steps = sum(row.seconds or 0.0 for row in timed), sum(row.step for row in timed)
-    lines = [f"time: {duration(spent)} for {len(timed)} trials so far"]
-    left = sum(max(0, row.steps - row.step) for row in rows if row.state not in ENDED)
-    if left and steps:
-        jobs = plan.launcher.get("jobs")
-        at_a_time = jobs if isinstance(jobs, int) and jobs > 0 else 1
-        lines.append(f"remaining: about {duration(left * spent / steps / at_a_time)} with {at_a_time} at a time")
-    return lines
+    jobs = int(plan.launcher.get("jobs") or 1)
+    left = seconds_left(rows, jobs)
+    remaining = [f"remaining: about {duration(left)} with {jobs} at a time"] if left else []
+    return [f"time: {duration(sum(times))} for {len(times)} trials so far", *remaining]
 
 
-def read_rows(plan: Plan, sweep: Path | None) -> list[TrialRow]:
-    """Read the state of all trials from a sweep's folder; None: nothing has started."""
-    return [_read_row(plan, number, sweep) for number in range(plan.trials)]
-
-
-def _read_row(plan: Plan, number: int, sweep: Path | None) -> TrialRow:
-    values = plan.points[number] if plan.points is not None else {}
-    waiting = TrialRow(number, tuple(plan.overrides(values)), "waiting", steps=plan.steps(values))
+def read_row(plan: Plan, number: int, sweep: Path | None) -> TrialRow:
+    """Read the state of a trial from a sweep's folder; None: the sweep has no folder yet."""
+    values = {key: str(value) for key, value in plan.points[number].items()} if plan.points is not None else {}
+    waiting = TrialRow(number, values, "waiting", steps=plan.steps(values))
     try:
         record = read_record(sweep, number) if sweep is not None else None
         if sweep is None or record is None:

@@ -15,21 +15,21 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from mtrl_cli.errors import RunError, UserError, show
+from mtrl_cli.errors import RunError, UserError, first_line, show
 from mtrl_cli.files import atomic
 from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.sweeps.plan import without_password
 
 JOURNAL = "journal.log"
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the sweep's table shows the progress
-_DATABASE_SECONDS = 60  # to wait for another process that writes to SQLite
+_DATABASE_SECONDS = 60  # time to wait for another process that writes to SQLite
 
 
 class _JournalLock(JournalFileOpenLock):
-    """The journal's lock. It ends with its process, and the next holder removes a line that a killed process left unfinished.
+    """The journal's lock. It ends with its process. The next holder removes the unfinished line of a killed process.
 
     Args:
-        path: of the journal.
+        path: path of the journal.
     """
 
     def __init__(self, path: Path):
@@ -50,7 +50,7 @@ class _JournalLock(JournalFileOpenLock):
 
 
 def cut_torn_line(path: Path, block: int = 2**16) -> None:
-    """Remove everything after the last line end. Raises OSError, also for a link."""
+    """Remove everything after the last line end. Raises OSError, including for a link."""
     with open(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b") as file:
         end = size = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -66,7 +66,7 @@ def cut_torn_line(path: Path, block: int = 2**16) -> None:
 
 
 def storage_url(storage: str | None) -> str | None:
-    """Resolve `sweep.storage`: a URL, or env:NAME for the URL in an environment variable, which `ps` and sweep.json do not show.
+    """Resolve `sweep.storage`: a URL, or env:NAME for the URL in an environment variable, which is hidden from `ps` and sweep.json.
 
     Raises:
         UserError: the variable is not set, or its value is not a URL.
@@ -109,13 +109,15 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def reached(url: str | None) -> Iterator[None]:
-    """Turn errors of a storage into one line without its password.
+    """Turn the errors of a storage into one line without the password.
 
     Raises:
         RunError: the storage cannot be reached, or is damaged.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's warnings about experimental features
+            yield
     except (UserError, RunError):
         raise
     except Exception as error:
@@ -123,9 +125,8 @@ def reached(url: str | None) -> Iterator[None]:
             raise
         if url is None:
             raise RunError(f"the sweep's {JOURNAL} cannot be used: {_line(error, '')}") from None
-        raise RunError(
-            f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; resume with the same command"
-        ) from None
+        text = f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; resume with the same command"
+        raise RunError(text) from None
 
 
 def _is_of_storage(error: Exception) -> bool:
@@ -139,14 +140,13 @@ def _is_of_storage(error: Exception) -> bool:
 def _line(error: Exception, url: str) -> str:
     """Return the first line of an error's message, without the URL's password."""
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    text = (lines[0] if lines else type(cause).__name__)[:300]
+    text = first_line(cause)
     if not url:
         return text
     text = without_password(text.replace(url, without_password(url)))
     for secret in sorted(_secrets(url), key=len, reverse=True):
         text = text.replace(secret, "***")
-    return str(text)
+    return text
 
 
 def _secrets(url: str) -> set[str]:

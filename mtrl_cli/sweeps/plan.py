@@ -1,4 +1,4 @@
-"""Plan of a sweep: its overrides, the values that differ between runs, how they are chosen, and the file `sweep.json`."""
+"""Plan of a sweep: its overrides, axes, sampler and launcher, and the file `sweep.json`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from mtrl_cli.config import validation
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.sweeps.search_space import MOST_CHOICES, Choices, NumberRange, Value, split_overrides
+from mtrl_cli.sweeps.search_space import MOST_CHOICES, Axes, Choices, NumberRange, Value, key_of, overrides_of, split_overrides, trusting
 from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, resolve_search
 
 __all__ = ["Axes", "Choices", "NumberRange", "Plan", "Points", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
-Axes = Mapping[str, Choices | NumberRange]
 Points = Callable[[Axes], Sequence[Mapping[str, Value]]]
-"""Chooses the trials of a study from the axes."""
+"""A function that chooses the trials of a study from the axes."""
 
 RECORD = "sweep.json"
 FORMAT = 1
 LONGEST_OVERRIDE = 10_000
 SAFE_LAUNCHER = "local"
-"""The only launcher that is read from sweep.json. Other launchers run commands from the file, so the user must give them."""
+"""The only launcher that is read from sweep.json. The settings of other launchers may contain commands, so the user must give them."""
 
 _PASSWORD_KEY = re.compile(r"((?:password|passwd|pwd)=)[^&]*", re.IGNORECASE)
 
@@ -41,17 +40,17 @@ class Plan:
     Attributes:
         shared: the overrides of all runs, as for `mtrl train`.
         axes: the values of the keys that differ between runs, in the given order.
-        points: a grid's values of each trial, in order; None: an Optuna sampler chooses the values of `search["trials"]` trials.
+        points: the values of each trial of a grid, in order; None: an Optuna sampler chooses the values of `search["trials"]` trials.
         search: the section `sweep` of conf/sweep.yaml, validated, with `auto` resolved.
-        launcher: the section `launcher`, validated. Two processes on one sweep may have different launchers.
-        trusted_packages: named by the user.
+        launcher: the section `launcher`, validated. Two processes that work on one sweep may have different launchers.
+        trusted_packages: the packages that the user trusts to run code.
         env: the environment pack's name, or several joined by +.
         steps_per_task: the largest budget of a run.
         run_dir: the sweep's folder; None: a new folder under runs/sweeps.
     """
 
     shared: tuple[str, ...]
-    axes: Mapping[str, Choices | NumberRange]
+    axes: Axes
     points: tuple[Mapping[str, Value], ...] | None
     search: Mapping[str, Any]
     launcher: Mapping[str, Any]
@@ -64,10 +63,6 @@ class Plan:
     def trials(self) -> int:
         """The number of trials."""
         return len(self.points) if self.points is not None else int(self.search["trials"])
-
-    def overrides(self, values: Mapping[str, Value]) -> list[str]:
-        """Return the overrides of a trial: `["network/sharing=film", "seed=3"]`."""
-        return [f"{key}={value}" for key, value in values.items()]
 
     def steps(self, values: Mapping[str, Value]) -> int:
         """Return a trial's budget in steps per task."""
@@ -89,9 +84,8 @@ class Plan:
         return config | {"run_dir": str(run_dir), "init_from": None if source is None else os.path.abspath(source)}
 
     def command(self, values: Mapping[str, Value]) -> str:
-        """Return the command that trains this run alone."""
-        trusted = [f"trusted_packages=[{','.join(self.trusted_packages)}]"] if self.trusted_packages else []
-        return shlex.join(["mtrl", "train", *self.shared, *self.overrides(values), *trusted])
+        """Return the command that trains a trial without the sweep."""
+        return shlex.join(["mtrl", "train", *self.shared, *overrides_of(values), *trusting(self.trusted_packages)])
 
 
 def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
@@ -99,33 +93,33 @@ def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
 
     Args:
         overrides: as on the command line.
-        choose: of a study, chooses the trials from the axes; None: all combinations, or those of a sampler.
+        choose: the function that chooses the trials of a study; None: the grid of all combinations, or the trials of a sampler.
 
     Raises:
-        UserError: an override is wrong, no key has several values, or a run cannot be composed.
+        UserError: an override is not valid, no key has several values, or a run cannot be composed.
     """
     _refuse_ranks()
     split = split_overrides(overrides)
     section = configuration.compose_sweep(split.sweep)
     if not split.axes:
-        configuration.compose_training(split.shared)  # raises an error of the run first
-        raise UserError("no key has several values; give some, such as 'seed=range(5)' or network/sharing=hard,film")
+        configuration.compose_training(split.shared)  # an error of the run has priority
+        raise UserError("no key has several values; give several, such as 'seed=range(5)' or network/sharing=hard,film")
     trusted = section["trusted_packages"]
     search = resolve_search(section["sweep"], split.axes)
     if choose is not None and (search["sampler"] != "grid" or section["sweep"]["trials"] is not None):
         raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; omit them")
     chosen = None if choose is None else tuple({key: point[key] for key in split.axes} for point in choose(split.axes))
-    checked = check_runs(split.shared, split.axes, trusted, search, chosen)
-    points = chosen or (points_of(checked.axes, search["trials"]) if search["sampler"] == "grid" else None)
+    axes, configs = check_runs(split.shared, split.axes, trusted, search, chosen)
+    points = chosen or (points_of(axes, search["trials"]) if search["sampler"] == "grid" else None)
     return Plan(
         shared=split.shared,
-        axes=checked.axes,
+        axes=axes,
         points=points,
         search=search if chosen is None else {**search, "trials": len(chosen)},
         launcher=section["launcher"],
         trusted_packages=tuple(trusted),
-        env="+".join(checked.envs),
-        steps_per_task=checked.steps_per_task,
+        env="+".join(dict.fromkeys(str(config["env"]["name"]) for config in configs)),
+        steps_per_task=max(int(config["steps_per_task"]) for config in configs),
         run_dir=None if section["run_dir"] is None else Path(section["run_dir"]),
     )
 
@@ -139,7 +133,7 @@ def _refuse_ranks() -> None:
 
 
 def save(plan: Plan, folder: Path, command: Sequence[str]) -> None:
-    """Write `sweep.json`, keeping the command of an earlier one. Raises OSError."""
+    """Write `sweep.json`. The command in an existing file is kept. Raises OSError."""
     path = folder / RECORD
     before = atomic.read_json(path, folder) if os.path.lexists(path) else {}
     record = {
@@ -173,12 +167,12 @@ def _as_json(axis: Choices | NumberRange) -> dict[str, Any]:
 
 
 def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read the plan of a sweep's folder, to resume it. The folder may be untrusted: code and addresses in it are not used.
+    """Read the plan of a sweep's folder, to resume the sweep. The folder may be untrusted: no code or address in it is used.
 
     Args:
         folder: the sweep's folder.
-        overrides: of `launcher`, `launcher.*`, `sweep.retries` and `sweep.trials` (no fewer than before), and of the keys that are not
-            taken from the folder: `trusted_packages`, `hydra.searchpath` and `sweep.storage`.
+        overrides: overrides of `launcher`, `launcher.*`, `sweep.retries` and `sweep.trials` (no fewer than before), and of the keys that
+            are not read from the folder: `trusted_packages`, `hydra.searchpath` and `sweep.storage`.
 
     Raises:
         UserError: the folder is not a sweep, sweep.json is damaged, or another key is overridden.
@@ -187,7 +181,7 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
     kept = read(folder)
     split = split_overrides(overrides)
     _check_overrides(overrides, split.axes)
-    given = {override.lstrip("+~").partition("=")[0] for override in split.sweep}
+    given = {key_of(override) for override in split.sweep}
     launcher = [] if "launcher" in given else _launcher_overrides(folder, kept.launcher, given)
     section = configuration.compose_sweep([*launcher, *split.sweep])
     search = {**kept.search, "storage": section["sweep"]["storage"]}
@@ -201,32 +195,35 @@ def load(folder: Path, overrides: Sequence[str] = ()) -> Plan:
 
 
 def check_same(plan: Plan, folder: Path) -> Plan:
-    """Check that a folder holds the sweep of a plan, and return the plan with the larger number of trials of both.
+    """Check that a folder contains the sweep of a plan, and return the plan with the larger number of trials of both.
 
     Raises:
-        UserError: the folder holds another sweep, or sweep.json is damaged.
+        UserError: the folder contains another sweep, or sweep.json is damaged.
     """
     kept = read(folder)
-    elsewhere = "give the same values, or another run_dir"
+    difference = _difference(plan, kept)
+    if difference is not None:
+        advice = "give the same values, or another run_dir (mtrl report accepts several sweeps)"
+        raise UserError(f"run_dir={folder} contains a sweep {difference}; {advice}")
+    return _with_trials(plan, folder, min(kept.trials, plan.trials), max(kept.trials, plan.trials))
+
+
+def _difference(plan: Plan, kept: Plan) -> str | None:
+    """Describe the first difference between a plan and the plan in a folder; None if they describe the same sweep."""
     if different := sorted(set(plan.shared) ^ set(kept.shared)):
-        keys = ", ".join(dict.fromkeys(override.lstrip("+~").partition("=")[0] for override in different))
-        raise UserError(f"run_dir={folder} holds a sweep with other overrides of {show(keys)}: {elsewhere}")
+        return f"with other overrides of {show(', '.join(dict.fromkeys(map(key_of, different))))}"
     if list(plan.axes) != list(kept.axes):
-        was = ", ".join(kept.axes)
-        raise UserError(f"run_dir={folder} holds a sweep over {show(was)}, in this order: {elsewhere}")
+        return f"over {show(', '.join(kept.axes))}, in this order"
     for key, axis in plan.axes.items():
         if axis != kept.axes[key]:
-            raise UserError(
-                f"run_dir={folder} holds a sweep with other values of {key}; for more values give another run_dir "
-                "(mtrl report accepts several sweeps)"
-            )
+            return f"with other values of {key}"
     if (_is_chosen(plan) or _is_chosen(kept)) and plan.points != kept.points:
-        raise UserError(f"run_dir={folder} holds a sweep of other combinations of the same values, such as a study's: {elsewhere}")
+        return "of other combinations of the same values, such as those of a study"
+    search = {**plan.search, "storage": without_password(plan.search["storage"])}
     for key, value in kept.search.items():
-        mine = without_password(plan.search[key]) if key == "storage" else plan.search[key]
-        if key not in ("trials", "retries") and mine != value:
-            raise UserError(f"run_dir={folder} holds a sweep with another sweep.{key}: {elsewhere}")
-    return _with_trials(plan, folder, min(kept.trials, plan.trials), max(kept.trials, plan.trials))
+        if key not in ("trials", "retries") and search[key] != value:
+            return f"with another sweep.{key}"
+    return None
 
 
 def _with_trials(plan: Plan, folder: Path, before: int, trials: int) -> Plan:
@@ -234,20 +231,20 @@ def _with_trials(plan: Plan, folder: Path, before: int, trials: int) -> Plan:
         raise UserError(f"sweep.trials={trials} is less than the {before} trials of {folder}; the number can only be raised")
     if _is_chosen(plan) and plan.points is not None:
         if trials != len(plan.points):
-            raise UserError(f"sweep.trials={trials}: {folder} holds a study, whose number of trials is fixed; omit it")
+            raise UserError(f"sweep.trials={trials}: {folder} contains a study, whose number of trials is fixed; omit sweep.trials")
         return replace(plan, search={**plan.search, "trials": trials})
     search = resolve_search({**plan.search, "trials": trials}, plan.axes)
     return replace(plan, search=search, points=None if plan.points is None else points_of(plan.axes, trials))
 
 
 def _is_chosen(plan: Plan) -> bool:
-    """Whether a plan's points are a selection, such as a study's, rather than the first of its grid."""
+    """Return whether the points were chosen by a study, rather than being the first points of the grid."""
     return plan.points is not None and plan.points != points_of(plan.axes, len(plan.points))
 
 
 def _check_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> None:
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         allowed = key in ("launcher", "sweep.retries", "sweep.trials", "sweep.storage", "trusted_packages", "hydra.searchpath")
         if override.startswith("~") or key in axes or not (allowed or key.startswith("launcher.")):
             raise UserError(
@@ -256,7 +253,7 @@ def _check_overrides(overrides: Sequence[str], axes: Mapping[str, Any]) -> None:
 
 
 def _launcher_overrides(folder: Path, launcher: Mapping[str, Any], given: set[str]) -> list[str]:
-    """Return the overrides of a local launcher. Other launchers run commands from the file, so the user must give them."""
+    """Return the overrides of a local launcher. Raises UserError for other launchers (see `SAFE_LAUNCHER`)."""
     name = str(launcher["_target_"]).rpartition(".")[2].removesuffix("Launcher").lower()
     ours = f"mtrl_cli.launchers.{name}.{str(launcher['_target_']).rpartition('.')[2]}"
     if name != SAFE_LAUNCHER or launcher["_target_"] != ours:
@@ -264,21 +261,18 @@ def _launcher_overrides(folder: Path, launcher: Mapping[str, Any], given: set[st
             f"{folder} was started with launcher={show(name)}; give launcher={SAFE_LAUNCHER} to resume on this machine, "
             f"or launcher={show(name)} with its settings from {folder / RECORD}"
         )
-    plain = {key: str(value) for key, value in launcher.items() if isinstance(value, str | int | float) and key != "_target_"}
-    return [
-        f"launcher.{key}={value}"
-        for key, value in plain.items()
-        if f"launcher.{key}" not in given and re.fullmatch(r"\w+", key) and re.fullmatch(r"[\w.-]+", value)
-    ]
+    plain = {f"launcher.{key}": value for key, value in launcher.items() if isinstance(value, str | int | float) and key != "_target_"}
+    kept = (override for override in overrides_of(plain) if key_of(override) not in given)
+    return [override for override in kept if re.fullmatch(r"launcher\.\w+=[\w.-]+", override)]
 
 
 def _check_named(folder: Path, kept: Plan, given: Sequence[str], storage: str | None) -> None:
-    """Raise UserError if the folder names configuration folders or a database that the user has not given, too."""
-    needed = [override for override in kept.shared if override.lstrip("+").startswith("hydra.searchpath=") and override not in given]
+    """Raise UserError if sweep.json has configuration folders or a database that the user has not given as well."""
+    needed = [override for override in kept.shared if key_of(override) == "hydra.searchpath" and override not in given]
     if without_password(storage) != kept.search["storage"] and kept.search["storage"] is not None:
         needed.append(f"sweep.storage={kept.search['storage']}")
     if storage is not None and kept.search["storage"] is None:
-        raise UserError(f"sweep.storage: {folder} stores its trials in a journal in the folder; omit it")
+        raise UserError(f"sweep.storage: {folder} stores its trials in a journal in the folder; omit sweep.storage")
     if needed:
         raise UserError(
             f"{folder} was started with {show(needed[0])}, which is not read from a folder; if you trust it, resume with\n"
@@ -287,13 +281,13 @@ def _check_named(folder: Path, kept: Plan, given: Sequence[str], storage: str | 
 
 
 def read(folder: Path) -> Plan:
-    """Read and validate sweep.json, except its launcher (see `load`). Raises UserError."""
+    """Read and validate sweep.json, except its launcher, which `load` validates. Raises UserError."""
     path = folder / RECORD
     if not os.path.lexists(path):
         raise UserError(f"{folder} is not a sweep: it has no {RECORD}; give a folder that mtrl sweep created")
     record = atomic.read_json(path, folder)
     if record.get("format") != FORMAT:
-        raise UserError(f"{path} has format {show(record.get('format'))}, expected {FORMAT}: another version of mtrl wrote it")
+        raise UserError(f"{path} has format {show(record.get('format'))}; this version of mtrl reads only format {FORMAT}")
     try:
         return _plan_of(record, folder)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -306,11 +300,11 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     search = {key: validation.check_value(f"sweep.{key}", record["search"][key], each.annotation) for key, each in annotations.items()}
     shared = [_override(each) for each in record["shared"]]
     axes = {_key(key): _axis(each) for key, each in record["axes"].items()}
-    apart = split_overrides(shared)
-    if apart.axes or any(not override.lstrip("+").startswith("hydra.searchpath=") for override in apart.sweep):
-        raise UserError("its shared overrides are not those of one run")
+    split = split_overrides(shared)
+    if split.axes or any(key_of(override) != "hydra.searchpath" for override in split.sweep):
+        raise UserError("shared must contain only overrides of a single run")
     if not axes or search["sampler"] == "auto" or search["trials"] is None or search["trials"] > MOST_TRIALS:
-        raise UserError("it has no axes, sampler or number of trials")
+        raise UserError(f"expected at least one key in axes, a sampler other than auto, and at most {MOST_TRIALS:,} trials")
     if not isinstance(record["env"], str) or not isinstance(record["launcher"]["_target_"], str):
         raise TypeError
     return Plan(
@@ -326,14 +320,14 @@ def _plan_of(record: Mapping[str, Any], folder: Path) -> Plan:
     )
 
 
-def _points(points: Any, axes: Mapping[str, Choices | NumberRange], trials: int) -> tuple[dict[str, Value], ...]:
-    """The points of a grid, which may be any selection of its combinations."""
+def _points(points: Any, axes: Axes, trials: int) -> tuple[dict[str, Value], ...]:
+    """Return the points of a grid, after checking that each is a combination of values on the axes."""
     texts = {key: axis.values for key, axis in axes.items() if isinstance(axis, Choices)}
     for point in points:
         if list(point) != list(texts) or not all(point[key] in texts[key] for key in texts):
-            raise UserError("its points are not on its axes")
+            raise UserError("points must be combinations of the values in axes")
     if len(points) != trials:
-        raise UserError(f"it has {len(points)} points and {trials} trials")
+        raise UserError(f"search.trials must be the number of points, {len(points)}, got {trials}")
     return tuple(dict(point) for point in points)
 
 

@@ -1,67 +1,48 @@
-"""One process's work on a sweep: take trials, launch their runs, report their evaluations, and record how they end."""
+"""The work of one process on a sweep: take trials, start their runs, report evaluations, and record how the trials end."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
+from mtrl_cli.launchers.base import OUTPUT, End, Launcher
 from mtrl_cli.runs.stop_signal import StopRequest
-from mtrl_cli.sweeps.display import ENDED, TrialRow
+from mtrl_cli.sweeps.display import ENDED, SweepDisplay, TrialRow
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.trial_run import TrialRecord, TrialRun, read_record, trial_folder
-from mtrl_cli.sweeps.trial_storage import Assignment, TrialStatus, TrialStorage
+from mtrl_cli.sweeps.trial_storage import Assignment, TrialStorage
 
 POLL_SECONDS = 0.05
 METRICS_SECONDS = 0.5  # between reads of the runs' metrics
 STORAGE_SECONDS = 2.0  # between reads of other processes' progress
 
 
-class ProgressDisplay(Protocol):
-    """Interface of `SweepDisplay` that a scheduler uses."""
-
-    def update(self, rows: list[TrialRow]) -> None:
-        """Take the state of all trials."""
-
-    def message(self, text: str) -> None:
-        """Print lines that stay."""
-
-
-@dataclass
-class _Active:
-    """A trial that this process holds. Without a job it waits for the last worker of its run to end."""
-
-    run: TrialRun
-    job: Job | None = None
-
-
 class SweepLoop:
-    """One process's work on a sweep.
+    """The work of one process on a sweep.
 
     Args:
         folder: the sweep's folder, absolute.
-        plan: of the sweep.
-        storage: of its trials.
+        plan: the sweep's plan.
+        storage: the sweep's trials.
         launcher: starts the workers.
         display: shows the progress.
-        stop: ends the work.
+        stop: a stop request ends the work.
     """
 
-    def __init__(self, folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, display: ProgressDisplay, stop: StopRequest):
+    def __init__(self, folder: Path, plan: Plan, storage: TrialStorage, launcher: Launcher, display: SweepDisplay, stop: StopRequest):
         self.folder = folder
         self.plan = plan
         self.storage = storage
         self.launcher = launcher
         self.display = display
         self.stop = stop
-        self._active: dict[int, _Active] = {}
-        self._rows: dict[int, TrialRow] = {}  # of trials that have ended
-        self._statuses: list[TrialStatus] = []
+        # Trials that this process has taken. Without a job, a trial waits for the last worker of its run to end.
+        self._active: dict[int, TrialRun] = {}
+        self._ended: dict[int, TrialRow] = {}
+        self._stored: list[TrialRow] = []  # all trials, at the last read of the storage
         self._metrics_read = self._storage_read = self._nothing_to_take = -float("inf")  # times
 
     def work(self) -> list[TrialRow]:
@@ -88,23 +69,22 @@ class SweepLoop:
     def _is_over(self) -> bool:
         if self._active:
             return False
-        if time.monotonic() - self._storage_read > STORAGE_SECONDS:
-            self._read_storage()
-        return all(status.state in ENDED or (status.state == "running" and not status.is_here) for status in self._statuses)
+        self._read_storage()
+        return all(row.state in ENDED or (row.state == "running" and not row.is_here) for row in self._stored)
 
     def _stop_workers(self) -> None:
         """Stop the workers, wait until they have saved, and leave their trials to the next process."""
-        jobs = {active.job: active for active in self._active.values() if active.job is not None}
+        jobs = {run.job: run for run in self._active.values() if run.job is not None}
         for job in jobs:
             job.stop()
         while jobs:
             for job in [job for job in jobs if job.poll() is not None]:
-                active = jobs.pop(job)
-                active.job = None
-                with suppress(RunError):  # a lost storage gets the result from trial.json later
-                    active.run.read_metrics()
-                    if not self._finish_if_over(active):
-                        active.run.write(handle="")
+                run = jobs.pop(job)
+                run.job = None
+                with suppress(RunError):  # if the storage was lost, the next process copies the result from trial.json
+                    run.read_metrics()
+                    if not self._finish_if_over(run):
+                        run.write(handle="")
             time.sleep(POLL_SECONDS)
 
     # -- start --------------------------------------------------------------------------------------------------------------------
@@ -117,106 +97,99 @@ class SweepLoop:
                 self._nothing_to_take = time.monotonic()
                 break
             self._begin(assignment)
-        for active in list(self._active.values()):
-            if active.job is None and active.run.is_free():
-                self._start(active)
+        for run in list(self._active.values()):
+            if run.job is None and run.is_free():
+                self._start(run)
 
     def _begin(self, assignment: Assignment) -> None:
-        run = TrialRun(self.folder, self.plan, assignment)
-        active = self._active[run.number] = _Active(run)
+        run = self._active[assignment.number] = TrialRun(self.folder, self.plan, assignment.number, assignment.values)
         if run.record.state in ENDED:  # the last process died before it wrote the end to the storage
-            self._close(active)
+            self._close(run)
             return
         try:
             run.make()
         except UserError as error:
-            self._finish(active, "failed", str(error).splitlines()[0])
+            self._finish(run, "failed", str(error).splitlines()[0])
             return
-        self._report_evaluations(active)
+        self._report_evaluations(run)
         if run.record.handle:
-            active.job = self.launcher.attach(run.path, run.record.handle)
+            run.job = self.launcher.attach(run.path, run.record.handle)
         if assignment.is_retry:
-            self.display.message(f"trial {run.number}: {'attached to its running job' if active.job else 'resumed'}")
+            self.display.message(f"trial {run.number}: {'attached to its running job' if run.job else 'resumed'}")
 
-    def _start(self, active: _Active) -> None:
-        run = active.run
+    def _start(self, run: TrialRun) -> None:
         if run.status() == "completed":
             run.read_metrics()
-        if not self._finish_if_over(active):
-            active.job = self.launcher.start(run.path)
-            if active.job.handle != run.record.handle:
-                run.write(handle=active.job.handle)
+        if not self._finish_if_over(run):
+            run.job = self.launcher.start(run.path)
+            if run.job.handle != run.record.handle:
+                run.write(handle=run.job.handle)
 
     # -- progress and end ---------------------------------------------------------------------------------------------------------
 
     def _poll_jobs(self) -> None:
-        for active in list(self._active.values()):
-            end = active.job.poll() if active.job is not None else None
+        for run in list(self._active.values()):
+            end = run.job.poll() if run.job is not None else None
             if end is not None:
-                active.job = None
-                self._report_evaluations(active)
-                self._handle_end(active, end)
+                run.job = None
+                self._report_evaluations(run)
+                self._handle_end(run, end)
 
-    def _handle_end(self, active: _Active, end: End) -> None:
-        """Finish a trial whose worker has ended, or retry it if the worker has died.
+    def _handle_end(self, run: TrialRun, end: End) -> None:
+        """Finish a trial whose worker has ended, or retry the trial if the worker has died.
 
         The status of the run has priority over the exit code: a node may be lost, or an interpreter crash, after its run was completed.
         """
-        run = active.run
-        if self._finish_if_over(active):
+        if self._finish_if_over(run):
             return
         if end.code == 2 and (not run.is_free() or run.was_refused()):
-            return  # another process holds the run, such as an orphan that is saving: wait for it
+            return  # another process has locked the run, such as an orphan that is saving: wait for that process
         if end.code == 2 or (end.code == 1 and run.status() in (None, "failed")):
-            self._finish(active, "failed", run.error())
+            self._finish(run, "failed", run.error())
         else:
-            self._retry(active, end)
+            self._retry(run, end)
 
-    def _finish_if_over(self, active: _Active) -> bool:
-        if active.run.status() == "completed":
-            self._finish(active, "completed")
-        elif active.run.record.pruned:
-            self._finish(active, "pruned")
+    def _finish_if_over(self, run: TrialRun) -> bool:
+        if run.status() == "completed":
+            self._finish(run, "completed")
+        elif run.record.pruned:
+            self._finish(run, "pruned")
         else:
             return False
         return True
 
-    def _retry(self, active: _Active, end: End) -> None:
-        run = active.run
+    def _retry(self, run: TrialRun, end: End) -> None:
         reason = end.why or (f"exit code {end.code}: {run.error()}" if end.code is not None else "no process found")
         attempts, retries = run.record.attempts, self.plan.search["retries"]
         if attempts > retries:
             times = "" if attempts == 1 else f" {attempts} times"
-            self._finish(active, "failed", f"its process died{times} ({reason})")
+            self._finish(run, "failed", f"its process died{times} ({reason})")
             return
         run.write(attempts=attempts + 1, why=f"its process died ({reason})", handle="")
         self.display.message(f"trial {run.number}: its process died ({reason}); resuming it, retry {attempts} of {retries}")
 
-    def _finish(self, active: _Active, state: str, why: str | None = None) -> None:
+    def _finish(self, run: TrialRun, state: str, why: str | None = None) -> None:
         """Record the end of a trial, first in its folder, from which another process can update the storage."""
-        run = active.run
         run.end(state, why)
         if state == "failed":
             self.display.message(f"trial {run.number} failed: {why} (see {run.path / OUTPUT})")
-        self._close(active)
+        self._close(run)
 
-    def _close(self, active: _Active) -> None:
-        run = active.run
+    def _close(self, run: TrialRun) -> None:
         self.storage.finish(run.number, run.record.state, run.record.value)
-        self._rows[run.number] = self._active_row(active)
+        self._ended[run.number] = run.record.row(self.plan)
         del self._active[run.number]
         self._storage_read = self._nothing_to_take = -float("inf")
 
-    def _report_evaluations(self, active: _Active) -> None:
-        """Report the new evaluations of a run, except the one before its first step. The last one is too late for pruning."""
-        run = active.run
+    def _report_evaluations(self, run: TrialRun) -> None:
+        """Report the new evaluations of a run, except the evaluation before its first step. The last one is too late for pruning."""
         for step, value in run.read_metrics():
             if step == 0 or not self.storage.report(run.number, step, value, is_last=step >= run.steps) or run.record.pruned:
                 continue
             run.write(pruned=True)
             self.display.message(f"trial {run.number}: pruned at step {step:,}")
-            if active.job is not None:
-                active.job.stop()
+            if run.job is not None:
+                run.job.stop()
 
     # -- table --------------------------------------------------------------------------------------------------------------------
 
@@ -224,61 +197,53 @@ class SweepLoop:
         if time.monotonic() - self._metrics_read < METRICS_SECONDS:
             return
         self._metrics_read = time.monotonic()
-        for active in list(self._active.values()):
-            self._report_evaluations(active)
-        if time.monotonic() - self._storage_read > STORAGE_SECONDS:
-            self._read_storage()
+        for run in list(self._active.values()):
+            self._report_evaluations(run)
+        self._read_storage()
         self.display.update(self.rows())
 
     def _read_storage(self) -> None:
-        self._statuses, self._storage_read = self.storage.statuses(), time.monotonic()
+        if time.monotonic() - self._storage_read > STORAGE_SECONDS:
+            self._stored, self._storage_read = self.storage.rows(), time.monotonic()
 
     def rows(self) -> list[TrialRow]:
         """Return the state of all trials: current for trials of this process, from the last read of the storage for others."""
         rows = []
-        for status in self._statuses:
-            number = status.number
+        for stored in self._stored:
+            number = stored.number
             if number in self._active:
                 rows.append(self._active_row(self._active[number]))
                 continue
-            if number not in self._rows and status.state in ENDED:
-                self._rows[number] = self._ended_row(status)
-            rows.append(self._rows.get(number) or self._status_row(status))
+            if number not in self._ended and stored.state in ENDED:
+                self._ended[number] = self._ended_row(stored)
+            rows.append(self._ended.get(number) or (replace(stored, state="elsewhere") if stored.state == "running" else stored))
         return rows
 
-    def _active_row(self, active: _Active) -> TrialRow:
-        run, row = active.run, active.run.record.row(self.plan)
-        if row.state in ENDED:
-            return row
-        row = dataclasses.replace(row, score=run.score, step=run.step, seconds=run.seconds or None)
-        if active.job is None:
-            return dataclasses.replace(row, state="queued", note="waits for the last process of its run to end")
-        return dataclasses.replace(row, state="queued") if active.job.is_waiting() else row
+    def _active_row(self, run: TrialRun) -> TrialRow:
+        row = replace(run.record.row(self.plan), score=run.score, step=run.step, seconds=run.seconds or None)
+        if run.job is None:
+            return replace(row, state="queued", note="waits for the last process of its run to end")
+        return replace(row, state="queued") if run.job.is_waiting() else row
 
-    def _status_row(self, status: TrialStatus) -> TrialRow:
-        state = "elsewhere" if status.state == "running" else status.state
-        overrides = tuple(self.plan.overrides(status.values))
-        return TrialRow(status.number, overrides, state, status.value, steps=self.plan.steps(status.values))
-
-    def _ended_row(self, status: TrialStatus) -> TrialRow:
-        row = self._status_row(status)
-        if not status.is_here:
-            return row
-        if not trial_folder(self.folder, status.number).exists():
-            self.display.message(f"trial {status.number}: its folder is missing; its metric is kept, and the trial is not repeated")
+    def _ended_row(self, stored: TrialRow) -> TrialRow:
+        number = stored.number
+        if not stored.is_here:
+            return stored
+        if not trial_folder(self.folder, number).exists():
+            self.display.message(f"trial {number}: its folder is missing; its metric is kept, and the trial is not repeated")
         try:
-            record = read_record(self.folder, status.number)
+            record = read_record(self.folder, number)
             if record is not None and record.state == "failed":
-                record = self._completed_since(status) or record
+                record = self._completed_since(stored) or record
         except UserError as error:
-            return dataclasses.replace(row, note=str(error))
+            return replace(stored, note=str(error))
         if record is None or record.state not in ENDED:
-            return row
-        return dataclasses.replace(record.row(self.plan), score=row.score if record.value is None else record.value)
+            return stored
+        return replace(record.row(self.plan), score=stored.score if record.value is None else record.value)
 
-    def _completed_since(self, status: TrialStatus) -> TrialRecord | None:
+    def _completed_since(self, stored: TrialRow) -> TrialRecord | None:
         """Record a failed trial as completed if its run was completed since, by `mtrl resume`."""
-        run = TrialRun(self.folder, self.plan, Assignment(status.number, status.values, is_retry=True))
+        run = TrialRun(self.folder, self.plan, stored.number, stored.values)
         if run.status() != "completed":
             return None
         run.read_metrics()

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from mtrl_cli.config.overrides import PATHS
+from mtrl_cli.config.overrides import PATHS, parse
 from mtrl_cli.errors import UserError, did_you_mean, nearest, quoted, show
 
 Value = str | int | float
-"""The value of a key in a trial: a choice as it was written, or a number drawn from an interval."""
+"""The value of a key in a run: a choice as it was written, or a number from an interval."""
 
 MOST_CHOICES = 10_000
 """Limit of the values of a key: a longer range is probably a mistake."""
 
-OF_THE_SWEEP = ("run_dir", "trusted_packages")
 NEVER_VARIED = {
     "run_dir": "a sweep has one folder",
     "trusted_packages": "it applies to all runs",
@@ -38,14 +37,14 @@ _CALL = re.compile(r"\s*(\w+)\(.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that a key may take, each as text after `KEY=`: `film`, `null`, `[a,b]`, `0`."""
+    """The values of a key, each as text after `KEY=`: `film`, `null`, `[a,b]`, `0`."""
 
     values: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class NumberRange:
-    """The numbers from `low` to `high`, both included, that a key may take.
+    """The numbers from `low` to `high`, both included, as the values of a key.
 
     Attributes:
         low, high: the ends.
@@ -59,31 +58,55 @@ class NumberRange:
     is_integer: bool = False
 
 
+Axes = Mapping[str, Choices | NumberRange]
+"""The values of the keys that differ between runs, in the given order."""
+
+
 @dataclass(frozen=True)
 class SplitOverrides:
-    """The overrides of `mtrl sweep`, split.
+    """The overrides of `mtrl sweep`, split into three parts.
 
     Attributes:
-        sweep: of `sweep.*`, `launcher`, `launcher.*`, `run_dir`, `trusted_packages` and `hydra.searchpath`.
-        shared: of all runs, with `hydra.searchpath` again.
+        sweep: overrides of `sweep.*`, `launcher`, `launcher.*`, `run_dir`, `trusted_packages` and `hydra.searchpath`.
+        shared: overrides of all runs. `hydra.searchpath` is in both parts, because it applies to the sweep and to its runs.
         axes: the values of the keys that differ between runs, in the given order.
     """
 
     sweep: tuple[str, ...]
     shared: tuple[str, ...]
-    axes: Mapping[str, Choices | NumberRange]
+    axes: Axes
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override: `agent.n_step` for `+agent.n_step=3`."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def overrides_of(values: Mapping[str, Value]) -> list[str]:
+    """Return the overrides that set keys to values: `["network/sharing=film", "seed=3"]`."""
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def trusting(packages: Sequence[str]) -> list[str]:
+    """Return the override `trusted_packages=[…]`, or no override without packages."""
+    return [f"trusted_packages=[{','.join(packages)}]"] if packages else []
+
+
+def first_value(axis: Choices | NumberRange) -> Value:
+    """Return the first choice, or the lower end of an interval."""
+    return axis.values[0] if isinstance(axis, Choices) else axis.low
 
 
 def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
-    """Split the overrides of a command line.
+    """Split overrides into those of the sweep, those of all runs, and the axes.
 
     Raises:
-        UserError: a key is given twice, an override contains an interpolation, or its values cannot be parsed or used.
+        UserError: a key is given twice, an override contains an interpolation, or its values are not valid.
     """
     of_sweep, shared, axes = [], [], {}
     seen: dict[str, str] = {}
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         if "${" in override:
             raise UserError(f"{show(override)}: interpolations ('${{') are not resolved in a sweep; write the value")
         if key in seen:
@@ -91,9 +114,9 @@ def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
         seen[key] = override
         axis = axis_of(override)
         if axis is not None:
-            _refuse_where_never_varied(key, override)
+            _check_may_vary(key, override)
             axes[key] = axis
-        elif key in OF_THE_SWEEP or is_of_the_sweep(key):
+        elif is_of_the_sweep(key):
             of_sweep.append(override)
         else:
             shared.append(override)
@@ -103,11 +126,11 @@ def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
 
 
 def is_of_the_sweep(key: str) -> bool:
-    """Return whether a key is `sweep.*`, `launcher` or `launcher.*`."""
-    return re.split(r"[./@]", key, maxsplit=1)[0] in ("sweep", "launcher")
+    """Return whether a key belongs to the sweep rather than to its runs."""
+    return re.split(r"[./@]", key, maxsplit=1)[0] in ("sweep", "launcher", "run_dir", "trusted_packages")
 
 
-def _refuse_where_never_varied(key: str, override: str) -> None:
+def _check_may_vary(key: str, override: str) -> None:
     if key in NEVER_VARIED:
         raise UserError(f"{show(override)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}; give one value")
     if is_of_the_sweep(key) or key.split(".")[0] == "hydra":
@@ -115,10 +138,10 @@ def _refuse_where_never_varied(key: str, override: str) -> None:
 
 
 def axis_of(override: str) -> Choices | NumberRange | None:
-    """Parse an override with several values in Hydra's grammar. Returns None if it has one value.
+    """Parse an override with several values in Hydra's grammar. Returns None for a single value.
 
     Raises:
-        UserError: the values cannot be parsed or used.
+        UserError: the values are not valid.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -128,11 +151,11 @@ def axis_of(override: str) -> Choices | NumberRange | None:
         return None  # a path may contain any character
     is_list_of_paths = key in PATHS and "," in value and value.endswith(")")
     try:
-        # Hydra's choice() takes no null, the same values without it do.
+        # Hydra's grammar accepts null between commas, but not in choice().
         parsed = OverridesParser.create().parse_override(f"{key}={value[len('choice(') : -1]}" if is_list_of_paths else override)
     except HydraException as error:
-        _refuse_if_meant(override, value, error)
-        return None  # text, as for a run
+        _check_single_value(override, value, error)
+        return None  # plain text, as in `mtrl train`
     if not parsed.is_sweep_override():
         return None
     if parsed.package is not None:
@@ -140,8 +163,8 @@ def axis_of(override: str) -> Choices | NumberRange | None:
     return _axis(override, value, parsed._value)
 
 
-def _refuse_if_meant(override: str, value: str, error: Exception) -> None:
-    """Raise UserError if an override that parses as text was probably meant as several values."""
+def _check_single_value(override: str, value: str, error: Exception) -> None:
+    """Raise UserError if a value that Hydra's grammar does not accept was probably meant as several values."""
     call = _CALL.fullmatch(value)
     if call and call[1] in _FUNCTIONS:
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error).splitlines()[0]
@@ -189,7 +212,7 @@ def _interval(override: str, sweep: Any) -> NumberRange:
             f"{show(override)}: unknown tag {show(sorted(tags - {'log'})[0])}; only log is supported: tag(log,interval(1e-5,1e-3))"
         )
     if not (isinstance(low, int | float) and isinstance(high, int | float) and math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"{show(override)}: an interval goes from a number to a larger one, such as interval(0.1,0.9)")
+        raise UserError(f"{show(override)}: an interval must go from a number to a larger number, such as interval(0.1,0.9)")
     if "log" in tags and low <= 0:
         raise UserError(f"{show(override)}: a logarithmic interval must start above 0, got {low:g}")
     return NumberRange(low, high, log="log" in tags, is_integer=isinstance(low, int) and isinstance(high, int))
@@ -236,14 +259,10 @@ def _pieces(text: str) -> list[str]:
 
 
 def _reads_as(text: str, element: Any) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
-        parsed = OverridesParser.create().parse_override(f"key={text}")
-    except HydraException:
+        return bool(_comparable(parse(f"key={text}").value) == _comparable(element))
+    except UserError:
         return False
-    return not parsed.is_sweep_override() and _comparable(parsed._value) == _comparable(element)
 
 
 def as_text(element: Any) -> str:
@@ -284,9 +303,9 @@ def _comparable(element: Any) -> Any:
 
 
 def near_miss(overrides: Sequence[str]) -> str | None:
-    """Return an error for an override whose section is misspelled, such as `swep.trials=3`; None if there is none."""
+    """Return an error for an override whose section is misspelled, such as `swep.trials=3`; otherwise None."""
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = key_of(override)
         top = key.partition(".")[0]
         near = nearest(top, ["sweep", "launcher"], cutoff=0.8)
         if near and top != near:

@@ -1,8 +1,8 @@
-"""Results of a sweep: its best configurations, the command of the best one, and the trials that were not completed."""
+"""Results of a sweep: the best configurations, the command of the best one, and the trials that were not completed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -11,9 +11,10 @@ from rich.text import Text
 from mtrl_cli.metric_names import MEAN_SCORE
 from mtrl_cli.runs.terminal import fixed, table
 from mtrl_cli.sweeps.display import TrialRow
-from mtrl_cli.sweeps.plan import Plan, Value
+from mtrl_cli.sweeps.plan import Plan
+from mtrl_cli.sweeps.search_space import overrides_of
 
-TOP = 5
+TOP = 5  # configurations in the table
 NAMED = 10  # failed trials that are listed with their reasons
 
 
@@ -23,42 +24,32 @@ class Standing:
 
     Attributes:
         values: by key, without the seed.
-        mean: of the metric over its trials.
-        low, high: the lowest and highest metric.
+        mean, low, high: the mean, lowest and highest metric of the trials.
         trials: the number of trials.
     """
 
-    values: Mapping[str, Value]
+    values: Mapping[str, str]
     mean: float
     low: float
     high: float
     trials: int
 
-    def command(self, plan: Plan) -> str:
-        """Return the command that trains the configuration with the default seed."""
-        return plan.command(self.values)
 
+def standings(plan: Plan, rows: Sequence[TrialRow]) -> list[Standing]:
+    """Rank the configurations of completed trials, the best first. Trials that differ only in `seed` are averaged.
 
-def standings(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> list[Standing]:
-    """Rank configurations, the best first. Trials that differ in `seed` alone are averaged.
-
-    In a grid, configurations without some of their seeds come last: a high score of a single seed is no evidence for a configuration.
+    In a grid, configurations with missing seeds come last: a high score of a single seed is no evidence for a configuration.
     """
-    by_values: dict[tuple[tuple[str, Value], ...], list[float]] = {}
-    for values, metric in finished:
-        by_values.setdefault(tuple((key, value) for key, value in values.items() if key != "seed"), []).append(metric)
+    by_values: dict[tuple[tuple[str, str], ...], list[float]] = {}
+    for row in rows:
+        if row.state == "completed" and row.score is not None:
+            by_values.setdefault(tuple((key, value) for key, value in row.values.items() if key != "seed"), []).append(row.score)
     found = [
         Standing(dict(values), sum(metrics) / len(metrics), min(metrics), max(metrics), len(metrics))
         for values, metrics in by_values.items()
     ]
     whole = max((each.trials for each in found), default=0) if plan.points is not None else 1
     return sorted(found, key=lambda each: (each.trials < whole, -each.mean))
-
-
-def best(plan: Plan, finished: Iterable[tuple[Mapping[str, Value], float]]) -> Standing | None:
-    """Return the best configuration of completed trials, each given as (values, metric); None if there are none."""
-    found = standings(plan, finished)
-    return found[0] if found else None
 
 
 def metric_of(plan: Plan) -> str:
@@ -68,7 +59,7 @@ def metric_of(plan: Plan) -> str:
 
 def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
     """Render the best configurations, and the numbers of pruned and failed trials with the reasons of failures."""
-    found = _found(plan, rows)
+    found = standings(plan, rows)
     lines: list[RenderableType] = []
     if found:
         lines += [Text(f"Best configurations by the last {metric_of(plan)}:", style="bold"), _table(plan, found[:TOP])]
@@ -78,16 +69,12 @@ def ending(plan: Plan, rows: Sequence[TrialRow]) -> RenderableType:
 
 
 def best_as_command(plan: Plan, rows: Sequence[TrialRow]) -> str:
-    """Format the best configuration as a command on a separate line, to be printed without wrapping."""
-    found = _found(plan, rows)
+    """Format the best configuration as a command on a separate line, to be printed without wrapping. The command has the default seed."""
+    found = standings(plan, rows)
     if not found:
         return "no best configuration: no trial was completed with a metric"
     seeds = f" ({_over(plan, found[0])})" if found[0].trials > 1 or "seed" in plan.axes else ""
-    return f"the best configuration, {fixed(found[0].mean)}{seeds}:\n{found[0].command(plan)}"
-
-
-def _found(plan: Plan, rows: Sequence[TrialRow]) -> list[Standing]:
-    return standings(plan, ((values_of(row), row.score) for row in rows if row.state == "completed" and row.score is not None))
+    return f"the best configuration, {fixed(found[0].mean)}{seeds}:\n{plan.command(found[0].values)}"
 
 
 def _table(plan: Plan, top: Sequence[Standing]) -> RenderableType:
@@ -96,7 +83,7 @@ def _table(plan: Plan, top: Sequence[Standing]) -> RenderableType:
     rows = []
     for each in top:
         spread = [f"{fixed(each.low)} to {fixed(each.high)}", str(each.trials)] if averaged else []
-        rows.append([fixed(each.mean), *spread, " ".join(plan.overrides(each.values)) or "-"])
+        rows.append([fixed(each.mean), *spread, " ".join(overrides_of(each.values)) or "-"])
     return table(rows, header, right=["mean", "metric", "trials"], fold=["overrides"])
 
 
@@ -114,7 +101,7 @@ def _others(rows: Sequence[TrialRow]) -> list[str]:
             lines.append(f"{state}: {len(numbers)} of {len(rows)} trials ({in_short(numbers)})")
         if state == "failed":
             named = [row for row in rows if row.state == state]
-            lines += [f"  trial {row.number}: {' '.join(row.overrides)}: {row.note or 'unknown reason'}" for row in named[:NAMED]]
+            lines += [f"  trial {row.number}: {row.overrides}: {row.note or 'unknown reason'}" for row in named[:NAMED]]
             lines += [f"  and {len(named) - NAMED} more"] if len(named) > NAMED else []
     without = [row.number for row in rows if row.state == "completed" and row.score is None]
     return [*lines, *([f"completed without a metric: trials {in_short(without)}"] if without else [])]
@@ -130,8 +117,3 @@ def in_short(numbers: Sequence[int], most: int = 20) -> str:
             parts.append([number, number])
     shown = [str(first) if first == last else f"{first}-{last}" for first, last in parts]
     return ", ".join([*shown[:most], *(["…"] if len(shown) > most else [])])
-
-
-def values_of(row: TrialRow) -> dict[str, Value]:
-    """Return a trial's values by key, as text."""
-    return {key: value for key, _, value in (word.partition("=") for word in row.overrides)}

@@ -1,4 +1,4 @@
-"""Run folder of a trial, its `trial.json`, and its evaluations as they are written."""
+"""Run folder of a trial: its configuration, `trial.json`, and the evaluations that its worker writes."""
 
 from __future__ import annotations
 
@@ -7,43 +7,42 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt
 
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic, file_lock
-from mtrl_cli.launchers.base import OUTPUT
+from mtrl_cli.launchers.base import OUTPUT, Job
 from mtrl_cli.metric_names import EVAL_RETURN, MEAN_SCORE
 from mtrl_cli.runs.run_dir import IN_USE, RunFolder
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan
-
-if TYPE_CHECKING:  # commands that only read a sweep do not need Optuna
-    from mtrl_cli.sweeps.trial_storage import Assignment
+from mtrl_cli.sweeps.search_space import overrides_of
 
 TRIALS = "trials"
 RECORD = "trial.json"
-_LARGEST_READ = 2**24  # bytes of metrics at a time
-_LARGEST_OUTPUT = 2**16  # bytes at the end of a worker's output that are searched for its last line
+_LONGEST_LINE = 2**24  # bytes of a line of metrics
+_LARGEST_OUTPUT = 2**16  # bytes at the end of a worker's output that are searched for the last line
 
 
 class TrialRecord(BaseModel):
     """The content of trial.json.
 
     Attributes:
-        number: of the trial.
-        overrides: in which it differs from other trials.
-        values: by key, as text.
-        command: trains the run alone.
+        number: from 0.
+        overrides: the overrides that differ between trials.
+        values: the values of the overrides by key, as text.
+        command: the command that trains the run without the sweep.
         state: running, completed, pruned or failed.
         value: the metric of a trial that was completed or pruned.
         metric: the metric's name.
         why: the reason of a failure.
-        attempts: number of started processes, without retries after an interruption.
-        step, seconds: of the run, when the trial ended.
+        attempts: the number of started processes, without restarts after a stop of the sweep.
+        step, seconds: the run's step and time when the trial ended.
         handle: identifies the trial's job to a later process (`Launcher.attach`).
         pruned: whether the pruner has decided to stop the trial.
     """
@@ -69,7 +68,7 @@ class TrialRecord(BaseModel):
         """Return the row of a table."""
         return TrialRow(
             self.number,
-            self.overrides,
+            self.values,
             self.state,
             score=self.value,
             step=self.step,
@@ -89,7 +88,7 @@ def read_record(sweep: Path, number: int) -> TrialRecord | None:
     path = trial_folder(sweep, number) / RECORD
     record = parse_record(path, sweep)
     if record is not None and record.number != number:
-        raise UserError(f"{path} is damaged: it is the record of trial {record.number}")
+        raise UserError(f"{path} is damaged: number must be {number}, got {record.number}")
     return record
 
 
@@ -99,14 +98,16 @@ def parse_record(path: Path, folder: Path) -> TrialRecord | None:
 
 
 class TrialRun:
-    """The run of a trial that this process holds.
+    """The run of a trial that this process has taken.
 
     Args:
         sweep: the sweep's folder.
-        plan: of the sweep.
-        assignment: the trial.
+        plan: the sweep's plan.
+        number: the trial's number.
+        values: the trial's values by key, as text.
 
     Attributes:
+        job: the job of the run's worker; None before the worker is started and after it has ended.
         steps: the run's budget per task.
         evaluations: the metric by step, as far as it was read.
         step, seconds: the run's progress.
@@ -115,24 +116,24 @@ class TrialRun:
         UserError: the run's folder is a link, which may lead to another run of the user, or its trial.json is damaged.
     """
 
-    def __init__(self, sweep: Path, plan: Plan, assignment: Assignment):
-        self.number, self.path = assignment.number, trial_folder(sweep, assignment.number)
+    def __init__(self, sweep: Path, plan: Plan, number: int, values: Mapping[str, str]):
+        self.number = number
+        self.path = trial_folder(sweep, number)
         for folder in (self.path.parent, self.path):
             atomic.refuse_link(folder)
-        self.steps = plan.steps(assignment.values)
+        self.job: Job | None = None
+        self.steps = plan.steps(values)
         self.evaluations: dict[int, float] = {}
         self.step, self.seconds = 0, 0.0
-        self._plan, self._metric, self._values = plan, plan.search["metric"], assignment.values
+        self._plan = plan
+        self._values = values
         self._read_to: tuple[int, int] = (0, 0)  # the file's inode, and the position in it
-        self.record = read_record(sweep, self.number) or TrialRecord(
-            number=self.number,
-            overrides=tuple(plan.overrides(assignment.values)),
-            values={key: str(value) for key, value in assignment.values.items()},
-            command=plan.command(assignment.values),
+        self.record = read_record(sweep, number) or TrialRecord(
+            number=number, overrides=tuple(overrides_of(values)), values=dict(values), command=plan.command(values)
         )
 
     def make(self) -> None:
-        """Create the run's folder unless it exists. Its configuration keeps every `auto`, which the worker resolves on its own machine.
+        """Create the run's folder unless it exists. Its configuration keeps every `auto`, which the worker resolves.
 
         Raises:
             UserError: the trial's values are not a valid configuration.
@@ -153,7 +154,7 @@ class TrialRun:
         atomic.replace(self.path / RECORD, atomic.to_json(self.record.model_dump()).encode())
 
     def end(self, state: str, why: str | None = None) -> None:
-        """Write how the trial ended. Raises OSError."""
+        """Write the end of the trial. Raises OSError."""
         value = None if state == "failed" else self.score
         self.write(state=state, value=value, step=self.step, seconds=self.seconds, why=why, handle="")
 
@@ -172,7 +173,7 @@ class TrialRun:
             return {}
 
     def error(self) -> str:
-        """Return the run's error, or else the last line that its worker printed."""
+        """Return the error in run.json, or else the last line of the worker's output."""
         error = self._run_record().get("error")
         if isinstance(error, str) and error:
             return error.splitlines()[0][:300]
@@ -196,7 +197,7 @@ class TrialRun:
     def read_metrics(self) -> list[tuple[int, float]]:
         """Return the evaluations since the last call, as (step, metric).
 
-        A line without an end is left to the next call. After a resume has cut the file, its rows are read again.
+        An incomplete last line is left to the next call. After a resume has cut the file, the file is read from its start.
         """
         found: list[tuple[int, float]] = []
         try:
@@ -204,31 +205,29 @@ class TrialRun:
                 status = os.fstat(file.fileno())
                 begin = self._read_to[1] if self._read_to[0] == status.st_ino and status.st_size >= self._read_to[1] else 0
                 file.seek(begin)
-                while whole := (content := file.read(_LARGEST_READ)).rfind(b"\n") + 1:
-                    begin += whole
-                    file.seek(begin)
-                    found += self._parse_rows(content[:whole])
+                while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                    begin += len(line)
+                    found += self._new_evaluation(line)
         except OSError:
             return found
         self._read_to = (status.st_ino, begin)
         return found
 
-    def _parse_rows(self, lines: bytes) -> list[tuple[int, float]]:
-        found = []
-        for line in lines.splitlines():
-            row = parse_row(line)
-            if row is None:
-                continue
-            self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
-            value = self._value(row)
-            if value is not None and self.evaluations.get(row["step"]) != value:
-                self.evaluations[row["step"]] = value
-                found.append((row["step"], value))
-        return found
+    def _new_evaluation(self, line: bytes) -> list[tuple[int, float]]:
+        """Read the progress from a line of metrics.jsonl, and return the line's evaluation, if there is a new one."""
+        row = parse_row(line)
+        if row is None:
+            return []
+        self.step, self.seconds = row["step"], float(row.get("seconds") or 0.0)
+        value = self._value(row)
+        if value is None or self.evaluations.get(self.step) == value:
+            return []
+        self.evaluations[self.step] = value
+        return [(self.step, value)]
 
     def _value(self, row: dict[str, Any]) -> float | None:
-        """Return an evaluation's `sweep.metric`, by default the metric that ranks checkpoints; None if it has none."""
-        name = self._metric
+        """Return the row's value of `sweep.metric`, by default of the metric that ranks checkpoints; None if it is missing."""
+        name = self._plan.search["metric"]
         if name is None:
             returns = [key for key in row if key.startswith(EVAL_RETURN)]
             name = MEAN_SCORE if MEAN_SCORE in row else returns[0] if len(returns) == 1 else None

@@ -1,11 +1,11 @@
 """Storage of a sweep's trials in an Optuna study: their values, states and owners.
 
-A trial is identified by its number, from 0, and enters the study when a process takes it. Its values follow from the sweep's seed, its
-number and the trials that have ended before, so that an interrupted sweep continues like an uninterrupted one.
+A trial is identified by its number, from 0, and is added to the study when a process takes it. Its values follow from the sweep's seed,
+its number and the trials that have ended before. A resumed sweep therefore has the same trials as an uninterrupted one.
 
-Optuna has no public way to continue a trial of another process. A trial whose process has died is therefore closed as failed and added
-again with the same values and reports, as Optuna's own RetryHeartbeatStaleTrialCallback does. The study then holds several Optuna trials
-for one trial of the sweep, of which the last counts. Optuna's numbers appear only in this module.
+Optuna has no public function to continue a trial of another process. A trial whose process has died is therefore closed as failed and
+added again with the same values and reports, as in Optuna's RetryHeartbeatStaleTrialCallback. The study then contains several Optuna
+trials for one trial of the sweep, of which the last counts. Optuna's trial numbers are used only in this module.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import hashlib
 import json
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +30,25 @@ from mtrl_cli.build.instantiate import derived_seed
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic, file_lock
 from mtrl_cli.files.file_lock import FileLock
+from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.optuna_storage import open_storage, reached, storage_url
-from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan, Value
+from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
 WORKERS = "workers"
 """Folder of locks in the sweep's folder. A held lock marks a trial as running, for all processes that share the folder."""
 
 UNCLAIMED_SECONDS = 60.0
-"""Time after which a running trial without a place counts as abandoned: its process died before it wrote its place. Writing takes
-milliseconds, or up to a minute with a busy database. The time starts when this process first reads the trial, because the clocks of
-machines differ."""
+"""Time after which a running trial without a place counts as abandoned: its process died before it wrote its place. A process writes
+its place within milliseconds, or within a minute if the database is busy. The time starts when this process first reads the trial,
+because the clocks of machines differ."""
+
+PLAN = "plan"
+"""User attribute of the study: identifies the sweep."""
 
 # User attributes of Optuna trials.
 TRIAL = "trial"  # of a retry: the trial's number in the sweep
 PLACE = "place"  # in a database: the folder in which the trial is worked on
-FAILED = "failed"  # the trial ended as failed; without it, a failed Optuna trial was interrupted
+FAILED = "failed"  # the trial ended as failed; a failed Optuna trial without this attribute was interrupted
 
 STATES = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 _NAMES = {state: name for name, state in STATES.items()} | {TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
@@ -57,33 +59,14 @@ class Assignment:
     """A trial that this process has taken.
 
     Attributes:
-        number: of the trial.
-        values: by key.
-        is_retry: whether another process took the trial before and died or released it.
+        number: from 0.
+        values: by key, as text.
+        is_retry: whether another process took the trial before, and then died or released the trial.
     """
 
     number: int
-    values: Mapping[str, Value]
+    values: Mapping[str, str]
     is_retry: bool
-
-
-@dataclass(frozen=True)
-class TrialStatus:
-    """The state of a trial in the storage.
-
-    Attributes:
-        number: of the trial.
-        state: waiting, running, completed, pruned or failed.
-        is_here: whether a process with this folder took the trial, or none has yet. Otherwise only the storage is shared.
-        values: by key; empty before the trial is taken, except in a grid.
-        value: the metric of a trial that has ended.
-    """
-
-    number: int
-    state: str
-    is_here: bool
-    values: Mapping[str, Value]
-    value: float | None
 
 
 @dataclass
@@ -109,8 +92,8 @@ class _SeededSampler(BaseSampler):
 
     Args:
         make: returns the sampler for a seed.
-        seed: of the sweep.
-        number_of: returns the number of a trial in the sweep.
+        seed: the sweep's seed.
+        number_of: returns the number in the sweep of an Optuna trial.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int, number_of: Callable[[FrozenTrial], int]):
@@ -132,15 +115,15 @@ class _SeededSampler(BaseSampler):
 
 
 class TrialStorage:
-    """The trials of a sweep. Several processes may open one storage, which they share through a folder or a database.
+    """The trials of a sweep. Several processes may open one storage in a shared folder or a database.
 
     Args:
         folder: the sweep's folder, which exists.
-        plan: of the sweep.
-        first: steps per task of a run's first evaluation. Pruners do not judge earlier.
+        plan: the sweep's plan.
+        first: step per task of a run's first evaluation. Pruners stop no trial earlier.
 
     Raises:
-        UserError: the storage cannot be reached, is a link, or holds another sweep of the same name.
+        UserError: the storage cannot be reached, is a link, or contains another sweep of the same name.
         RunError: the journal is damaged.
     """
 
@@ -154,45 +137,29 @@ class TrialStorage:
         self._unclaimed: dict[int, float] = {}  # when a running trial without a place was first read
         self._distributions = {} if plan.points is not None else {key: _distribution(axis) for key, axis in plan.axes.items()}
         storage = open_storage(folder, self._url)
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             self._place = _place(self._locks) if self._url else None
             self._study = optuna.create_study(
-                study_name=study_name(folder, self._url),
+                study_name=_study_name(folder, self._url),
                 storage=storage,
                 direction="maximize",
                 load_if_exists=True,
                 sampler=_SeededSampler(_SAMPLERS[plan.search["sampler"]], plan.search["seed"], self._number),
                 pruner=_pruner(plan, first),
             )
-            self._check_same()
-
-    def _check_same(self) -> None:
-        """Raise UserError if the study belongs to another sweep."""
-        about = [sorted(self._plan.shared), sorted((key, str(axis)) for key, axis in self._plan.axes.items())]
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
-        known = self._study.user_attrs.get("plan")
-        if known is None:
-            self._study.set_user_attr("plan", digest)
-        elif known != digest:
-            name = show(self._study.study_name)
-            raise UserError(f"sweep.storage holds a study {name} of another sweep, named after its folder; give another run_dir")
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        with reached(self._url), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            yield
+            if PLAN not in self._study.user_attrs:
+                self._study.set_user_attr(PLAN, _digest(plan))
+            _check_digest(self._study.study_name, self._study.user_attrs, plan)
 
     def _number(self, trial: FrozenTrial) -> int:
-        """The number in the sweep of an Optuna trial: that of the trial that it retries, or else its rank among those that retry none."""
+        """Return an Optuna trial's number in the sweep: the number of the retried trial, or its position among the first attempts."""
         if TRIAL in trial.user_attrs:
             return int(trial.user_attrs[TRIAL])
         earlier = self._study.get_trials(deepcopy=False)[: trial.number]
         return sum(TRIAL not in each.user_attrs for each in earlier)
 
     def _current(self) -> dict[int, FrozenTrial]:
-        """The last Optuna trial of each trial that was taken, by number."""
+        """Return the last Optuna trial of each trial that was taken, by number."""
         found: dict[int, FrozenTrial] = {}
         for trial in self._study.get_trials(deepcopy=False):
             found[trial.user_attrs.get(TRIAL, len(found))] = trial
@@ -201,14 +168,14 @@ class TrialStorage:
     # -- owners -------------------------------------------------------------------------------------------------------------------
 
     def take(self) -> Assignment | None:
-        """Take a trial for this process: one whose process has died, or else the next new one. Returns None if there is neither.
+        """Take a trial for this process: a trial whose process has died, or else the next new trial. Returns None if neither exists.
 
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             current = self._current()
-            if all(trial.state != TrialState.WAITING for trial in current.values()):  # else a process died while it retried a trial
+            if all(trial.state != TrialState.WAITING for trial in current.values()):  # else a process died during `_retry`
                 interrupted = [number for number, trial in current.items() if self._is_interrupted(number, trial)]
                 if not interrupted and len(current) >= self._plan.trials:
                     return None
@@ -217,7 +184,7 @@ class TrialStorage:
             return self._hold(self._study.ask(self._distributions))
 
     def _is_interrupted(self, number: int, trial: FrozenTrial) -> bool:
-        """Whether a trial's process has died or released it, and a process with this folder may retry it."""
+        """Return whether a trial's process has died or released the trial, and processes with this folder may retry the trial."""
         if number >= self._plan.trials or number in self._held:
             return False
         if trial.state != TrialState.RUNNING and not (trial.state == TrialState.FAIL and FAILED not in trial.user_attrs):
@@ -228,7 +195,7 @@ class TrialStorage:
         return time.monotonic() - self._unclaimed.setdefault(trial.number, time.monotonic()) > UNCLAIMED_SECONDS
 
     def _retry(self, number: int, trial: FrozenTrial) -> bool:
-        """Close an interrupted trial and add it again, to be returned by the next `ask`. Returns False if another machine closed it."""
+        """Close an interrupted trial and add it again for the next `ask`. Returns False if another machine has closed it."""
         if trial.state == TrialState.RUNNING:
             try:
                 self._study.tell(trial.number, state=TrialState.FAIL)
@@ -245,23 +212,27 @@ class TrialStorage:
             distributions=trial.distributions,
             intermediate_values=trial.intermediate_values,
             user_attrs={key: each for key, each in trial.user_attrs.items() if key != FAILED} | {TRIAL: number},
-            system_attrs=trial.system_attrs,  # pruners keep the rungs that a trial has passed there
+            system_attrs=trial.system_attrs,  # pruners store the completed rungs of a trial there
         )
         self._study.add_trial(again)
 
     def _hold(self, trial: Trial) -> Assignment | None:
         found = self._study.get_trials(deepcopy=False)[trial.number]
         number = self._number(found)
-        if number >= self._plan.trials:  # another machine took the last trial first; this one waits for a larger sweep.trials
+        if number >= self._plan.trials:  # another machine took the last trial; this Optuna trial is used if sweep.trials is raised
             return None
         if self._url:
             trial.set_user_attr(PLACE, self._place)
         lock = self._lock(number)
         lock.acquire()
         self._held[number] = _Held(trial, lock, set(found.intermediate_values))
-        points, params = self._plan.points, trial.params
-        values = dict(points[number]) if points is not None else {key: params[key] for key in self._distributions}
-        return Assignment(number, values, is_retry=TRIAL in found.user_attrs)
+        return Assignment(number, self._values(number, trial.params), is_retry=TRIAL in found.user_attrs)
+
+    def _values(self, number: int, params: Mapping[str, Any]) -> dict[str, str]:
+        """Return a trial's values as text: its point in a grid, or else the values that the sampler has drawn."""
+        drawn = {key: params[key] for key in self._distributions if key in params}
+        values = self._plan.points[number] if self._plan.points is not None else drawn
+        return {key: str(value) for key, value in values.items()}
 
     def _lock(self, number: int) -> FileLock:
         return FileLock(self._locks / f"{number:04d}.lock")
@@ -281,9 +252,9 @@ class TrialStorage:
     # -- results ------------------------------------------------------------------------------------------------------------------
 
     def report(self, number: int, step: int, value: float, *, is_last: bool = False) -> bool:
-        """Report an evaluation of a held trial, each step once. Returns whether to prune the trial, never after its last evaluation.
+        """Report an evaluation of a held trial, each step once. Returns whether to prune the trial; False for the last evaluation.
 
-        Steps are rounded down to multiples of the first evaluation's, to compare runs with different numbers of environments.
+        Steps are rounded down to multiples of the first evaluation's step, to compare runs with different numbers of environments.
 
         Raises:
             RunError: the storage cannot be reached.
@@ -292,13 +263,13 @@ class TrialStorage:
         at = step if is_last or step < self._first else step - step % self._first
         if at in held.reported:
             return False
-        with self._reached():
+        with reached(self._url):
             held.trial.report(value, at)
             held.reported.add(at)
             return not is_last and held.trial.should_prune()
 
     def finish(self, number: int, state: str, value: float | None = None) -> None:
-        """Store how a held trial ended (completed, pruned, failed), and release it. A trial without a metric is stored as failed.
+        """Store the end of a held trial (completed, pruned, failed) and release the trial. Without a metric it is stored as failed.
 
         Raises:
             RunError: the storage cannot be reached.
@@ -306,45 +277,73 @@ class TrialStorage:
         trial, end = self._held[number].trial, STATES[state]
         if end == TrialState.COMPLETE and value is None:
             end = TrialState.FAIL
-        with self._mutex, self._reached():  # no process may see the trial running and its lock free
+        with self._mutex, reached(self._url):  # no other process may read a running trial whose lock is free
             if end == TrialState.FAIL:
                 trial.set_user_attr(FAILED, True)
             self._study.tell(trial, value if end == TrialState.COMPLETE else None, state=end, skip_if_finished=True)
             self.release(number)
 
     def complete_failed(self, number: int, value: float) -> None:
-        """Store a failed trial as completed, after a user has completed its run.
+        """Store a failed trial as completed, after the user has completed its run.
 
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._mutex, self._reached():
+        with self._mutex, reached(self._url):
             trial = self._current()[number]
             if trial.state == TrialState.FAIL:
                 self._add_again(number, trial, TrialState.COMPLETE, value)
 
-    def statuses(self) -> list[TrialStatus]:
-        """Return the state of every trial, ordered by number.
+    def rows(self) -> list[TrialRow]:
+        """Return the stored state of every trial (waiting, running, completed, pruned or failed), ordered by number.
 
         Raises:
             RunError: the storage cannot be reached.
         """
-        with self._reached():
+        with reached(self._url):
             current = self._current()
-        return [self._status(number, current.get(number)) for number in range(self._plan.trials)]
+        return [self._row(number, current.get(number)) for number in range(self._plan.trials)]
 
-    def _status(self, number: int, trial: FrozenTrial | None) -> TrialStatus:
-        values: Mapping[str, Value] = self._plan.points[number] if self._plan.points is not None else {}
+    def _row(self, number: int, trial: FrozenTrial | None) -> TrialRow:
+        values = self._values(number, trial.params if trial is not None else {})
+        row = TrialRow(number, values, "waiting", steps=self._plan.steps(values))
         if trial is None:
-            return TrialStatus(number, "waiting", True, values, None)
+            return row
         is_interrupted = trial.state == TrialState.FAIL and FAILED not in trial.user_attrs
         state = "waiting" if is_interrupted else _NAMES[trial.state]
-        return TrialStatus(number, state, self._is_here(trial), values or dict(trial.params), trial.values[0] if trial.values else None)
+        return replace(row, state=state, score=trial.values[0] if trial.values else None, is_here=self._is_here(trial))
 
 
-def study_name(folder: Path, url: str | None) -> str:
-    """The name of a sweep's study: the folder's name in a database, which may hold several sweeps."""
+def check_new_study(folder: Path, plan: Plan) -> None:
+    """Check the database of a new sweep before the sweep's folder is created.
+
+    Raises:
+        UserError: the database cannot be opened, or contains another sweep of the same name.
+        RunError: the database cannot be read.
+    """
+    url = storage_url(plan.search["storage"])
+    if url is not None:
+        storage = open_storage(folder, url)
+        with reached(url):
+            for study in storage.get_all_studies():
+                if study.study_name == _study_name(folder, url):
+                    _check_digest(study.study_name, study.user_attrs, plan)
+
+
+def _study_name(folder: Path, url: str | None) -> str:
+    """Return the name of a sweep's study: the folder's name in a database, which may contain several sweeps."""
     return folder.resolve().name if url else "sweep"
+
+
+def _digest(plan: Plan) -> str:
+    """Return a text that identifies the shared overrides and the axes of a sweep."""
+    about = [sorted(plan.shared), sorted((key, str(axis)) for key, axis in plan.axes.items())]
+    return hashlib.blake2b(json.dumps(about).encode(), digest_size=8).hexdigest()
+
+
+def _check_digest(name: str, attributes: Mapping[str, Any], plan: Plan) -> None:
+    if attributes.get(PLAN, _digest(plan)) != _digest(plan):
+        raise UserError(f"sweep.storage contains a study {show(name)} of another sweep, named after its folder; give another run_dir")
 
 
 def _distribution(axis: Choices | NumberRange) -> BaseDistribution:
@@ -356,20 +355,18 @@ def _distribution(axis: Choices | NumberRange) -> BaseDistribution:
 
 
 def _pruner(plan: Plan, first: int) -> optuna.pruners.BasePruner:
-    """Successive halving (asynchronous: Li et al. 2020) and Hyperband (Li et al. 2018) count in steps per task."""
-    name, steps = plan.search["pruner"], plan.steps_per_task
-    if name == "median":
-        return optuna.pruners.MedianPruner()
-    if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first)
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=first, max_resource=max(first, steps))
-    assert name == "none", name
-    return optuna.pruners.NopPruner()
+    """Return the pruner. Successive halving (asynchronous: Li et al. 2020) and Hyperband (Li et al. 2018) count steps per task."""
+    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=first),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=first, max_resource=max(first, plan.steps_per_task)),
+    }
+    return pruners[plan.search["pruner"]]()
 
 
 def _place(locks: Path) -> str:
-    """The identifier of this folder among those that share a storage. Created on first use, under the storage's lock."""
+    """Return the identifier of this folder in a database, created on first use. The caller holds the lock of the storage."""
     path = locks / "place"
     if not path.exists():
         atomic.replace(path, uuid.uuid4().hex.encode())

@@ -1,102 +1,80 @@
-"""Validation of a sweep before anything is created: its runs compose, and its metric, pruner and sampler fit them."""
+"""Validate a sweep before anything is created: its runs, metric, pruner, sampler and storage."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mtrl_cli import metric_names
 from mtrl_cli.config import compose as configuration
 from mtrl_cli.config import validation
+from mtrl_cli.config.overrides import parse
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.machine import extras
-from mtrl_cli.sweeps.search_space import Choices, NumberRange, Value, near_miss
+from mtrl_cli.sweeps.search_space import Axes, Choices, NumberRange, Value, first_value, near_miss, overrides_of, trusting
 
 MOST_TRIALS = 100_000
 NEEDED = {"cmaes": "cmaes", "gp": "scipy"}
 """Packages that Optuna's samplers import."""
 
-_EVALUATIONS = 10  # suggested number of evaluations
-
-
-@dataclass(frozen=True)
-class Checked:
-    """The result of `check_runs`.
-
-    Attributes:
-        axes: with intervals of integers for keys that accept only integers.
-        envs: the names of the environment packs.
-        steps_per_task: the largest budget.
-    """
-
-    axes: Mapping[str, Choices | NumberRange]
-    envs: tuple[str, ...]
-    steps_per_task: int
+_EVALUATIONS = 10  # the number of evaluations that an error suggests
 
 
 def check_runs(
-    words: Sequence[str],
-    axes: Mapping[str, Choices | NumberRange],
-    trusted: Sequence[str],
-    search: Mapping[str, Any],
-    points: Sequence[Mapping[str, Value]] | None = None,
-) -> Checked:
-    """Compose the first value of all axes, and every other value of one axis with the first values of the other axes.
+    words: Sequence[str], axes: Axes, trusted: Sequence[str], search: Mapping[str, Any], points: Sequence[Mapping[str, Value]] | None
+) -> tuple[Axes, list[dict[str, Any]]]:
+    """Compose and check a selection of the runs of a sweep.
 
-    For an axis of more than three numbers, only the smallest and the largest are composed; the types of all are checked.
-    Of `points`, chosen by a study, only those with a value that no earlier point has are composed.
+    Without `points`, the selection is the first value of all axes, and every other value of one axis with the first values of the other
+    axes. Of more than three numbers only the smallest and the largest are composed; the types of all are checked. Of the `points` of a
+    study, those are composed that have a value of a key that no earlier point has.
+
+    Returns:
+        the axes, with intervals of integers for keys that accept only integers, and the configurations.
 
     Raises:
         UserError: a run cannot be composed, or its evaluations lack the metric of `search`.
     """
-    if points is not None:
+    if points is None:
+        axes, configs = _compose_axes(words, axes, trusted)
+    else:
         first_with = {value: point for point in reversed(points) for value in point.items()}
-        needed = [point for point in points if any(point is other for other in first_with.values())]
-        return _checked([compose(words, point, trusted) for point in needed], axes, search)
-    first: dict[str, Value] = {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
-    whole = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
-    composed = compose(words, first | whole, trusted)  # a whole number is valid for float keys, too
-    annotations = validation.dotted_keys(composed, trusted=trusted)
-    typed = {key: _typed(key, axis, annotations.get(key)) for key, axis in axes.items()}
-    configs = [composed]
-    for key, axis in typed.items():
-        base = {other: typed_low(typed[other], value) for other, value in first.items()}
-        configs += [_compose_with(words, base, key, value, trusted) for value in _others(key, axis, annotations.get(key))]
-    return _checked(configs, typed, search)
-
-
-def _checked(configs: Sequence[Mapping[str, Any]], axes: Mapping[str, Choices | NumberRange], search: Mapping[str, Any]) -> Checked:
+        configs = [compose(words, point, trusted) for point in points if any(point is other for other in first_with.values())]
     for config in configs:
         check_judged(config, search)
-    envs = tuple(dict.fromkeys(str(config["env"]["name"]) for config in configs))
-    return Checked(axes, envs, max(int(config["steps_per_task"]) for config in configs))
+    return axes, configs
+
+
+def _compose_axes(words: Sequence[str], axes: Axes, trusted: Sequence[str]) -> tuple[Axes, list[dict[str, Any]]]:
+    first = {key: first_value(axis) for key, axis in axes.items()}
+    integers = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
+    composed = compose(words, first | integers, trusted)  # an integer is valid for float keys, too
+    annotations = validation.dotted_keys(composed, trusted=trusted)
+    typed = {key: _typed(key, axis, annotations.get(key)) for key, axis in axes.items()}
+    first = {key: first_value(axis) for key, axis in typed.items()}
+    configs = [composed]
+    for key, axis in typed.items():
+        for value in _others(key, axis, annotations.get(key)):
+            try:
+                configs.append(compose(words, {**first, key: value}, trusted))
+            except UserError as error:
+                message = str(error)
+                raise UserError(message if str(value) in message else f"with {key}={show(value)}: {message}") from None
+    return typed, configs
 
 
 def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:
     """Compose the configuration of a run. Raises UserError if it is not valid."""
-    named = [f"trusted_packages=[{','.join(trusted)}]"] if trusted else []
-    overrides = [*words, *(f"{key}={value}" for key, value in values.items())]
+    overrides = [*words, *overrides_of(values)]
     try:
-        return configuration.compose_training([*overrides, *named])
+        return configuration.compose_training([*overrides, *trusting(trusted)])
     except UserError as error:
         raise UserError(near_miss(overrides) or str(error)) from None
-
-
-def _compose_with(words: Sequence[str], base: Mapping[str, Value], key: str, value: Value, trusted: Sequence[str]) -> dict[str, Any]:
-    try:
-        return compose(words, {**base, key: value}, trusted)
-    except UserError as error:
-        message = str(error)
-        raise UserError(message if str(value) in message else f"with {key}={show(value)}: {message}") from None
-
-
-def typed_low(axis: Choices | NumberRange, value: Value) -> Value:
-    """Return the first value of an axis in the axis's type."""
-    return int(value) if isinstance(axis, NumberRange) and axis.is_integer else value
 
 
 def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | NumberRange:
@@ -108,35 +86,25 @@ def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | 
     return replace(axis, low=int(axis.low), high=int(axis.high), is_integer=True)
 
 
-def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Iterator[Value]:
-    """Yield the values of an axis to compose, except the first."""
+def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Sequence[Value]:
+    """Return the values of an axis to compose, except the first."""
     if isinstance(axis, NumberRange):
-        yield axis.high
-        return
-    numbers = [_number(word) for word in axis.values] if annotation is not None else [None]
-    if len(numbers) > 3 and None not in numbers:
-        for number in numbers:
-            validation.check_value(key, number, annotation)
-        ends = min(range(len(numbers)), key=lambda at: numbers[at] or 0), max(range(len(numbers)), key=lambda at: numbers[at] or 0)
-        yield from (axis.values[at] for at in dict.fromkeys(ends) if at != 0)
-    else:
-        yield from axis.values[1:]
-
-
-def _number(word: str) -> int | float | None:
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return None
+        return [axis.high]
+    values = axis.values
+    numbers = [parse(f"{key}={word}").value for word in values] if annotation is not None else []
+    if len(numbers) <= 3 or not all(type(number) in (int, float) for number in numbers):
+        return values[1:]
+    for number in numbers:
+        validation.check_value(key, number, annotation)
+    ends = numbers.index(min(numbers)), numbers.index(max(numbers))
+    return [values[at] for at in ends if at != 0]
 
 
 # -- objective of a trial -------------------------------------------------------------------------------------------------------
 
 
 def check_judged(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
-    """Raise UserError if a run lacks the metric of the sweep, or is not evaluated before its end although there is a pruner."""
+    """Raise UserError if a run lacks the metric of the sweep, or lacks the evaluations before its end that a pruner needs."""
     steps, every = config["steps_per_task"], config["eval"]["every"]
     if search["pruner"] != "none" and not 0 < every < steps:
         raise UserError(
@@ -155,13 +123,13 @@ def check_judged(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
 
 
 def _metrics(env: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """Return the metrics of an evaluation ([] if unknown), and whether tasks have scores (or may have)."""
+    """Return the names of an evaluation's metrics ([] if unknown), and whether the tasks have scores (True if unknown)."""
     tasks = env.get("tasks")
     if not isinstance(tasks, list) or not tasks:
         return [], True
     *package, suite, _ = str(env["_target_"]).split(".")
     if package != ["mtrl_cli", "envs"]:
-        return metric_names.of_evaluation(tasks, tasks), True  # the user's own pack, whose references are in its code
+        return metric_names.of_evaluation(tasks, tasks), True  # the user's own pack: its code has the reference scores
     scored = [task for task in tasks if None not in scores(suite, task)]
     return metric_names.of_evaluation(tasks, scored), bool(scored)
 
@@ -173,7 +141,7 @@ def _shortened(names: Sequence[str], most: int = 12) -> list[str]:
 # -- sampler ---------------------------------------------------------------------------------------------------------------------
 
 
-def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | NumberRange]) -> dict[str, Any]:
+def resolve_search(search: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
     """Resolve the sampler of the section `sweep`, and check it against the axes.
 
     Raises:
@@ -184,12 +152,11 @@ def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Numbe
     if sampler == "grid":
         if intervals:
             raise UserError(f"sweep.sampler=grid does not support the interval of {intervals[0]}; give values, or sweep.sampler=tpe")
-        size = 1
-        for axis in axes.values():
-            size *= len(axis.values) if isinstance(axis, Choices) else 1
-        if (search["trials"] or size) > size:
-            raise UserError(f"sweep.trials must be at most the {size} points of the grid, got {search['trials']}")
-        if (search["trials"] or size) > MOST_TRIALS:
+        size = math.prod(len(axis.values) for axis in axes.values() if isinstance(axis, Choices))
+        trials = search["trials"] or size
+        if trials > size:
+            raise UserError(f"sweep.trials must be at most the {size} points of the grid, got {trials}")
+        if trials > MOST_TRIALS:
             raise UserError(
                 f"the grid has {size:,} points, at most {MOST_TRIALS:,} are allowed; give sweep.trials=N for the first N points"
             )
@@ -211,7 +178,7 @@ def resolve_search(search: Mapping[str, Any], axes: Mapping[str, Choices | Numbe
     return {**search, "sampler": sampler}
 
 
-def points_of(axes: Mapping[str, Choices | NumberRange], trials: int | None) -> tuple[dict[str, Value], ...]:
+def points_of(axes: Axes, trials: int | None) -> tuple[dict[str, Value], ...]:
     """Return the first `trials` points of a grid (None: all). The last key varies fastest."""
     words: Iterable[tuple[str, ...]] = itertools.product(*(axis.values for axis in axes.values() if isinstance(axis, Choices)))
     return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(words, trials))

@@ -1,3 +1,5 @@
+"""Replay segments: each save writes only new rows, and damaged or malformed segments are refused."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -116,11 +118,11 @@ def test_gap_between_segments_is_refused(tmp_path):
 
 def test_rows_of_another_capacity_or_shape_are_refused(tmp_path):
     _, record = _record(tmp_path)
-    with pytest.raises(UserError, match="10 rows, this one has 11"):
+    with pytest.raises(UserError, match="10 rows, expected 11"):
         ReplaySegments(tmp_path).load(record, Ring(11))
     other = Ring(10)
     other.data = torch.zeros(4, 10, 3)
-    with pytest.raises(UserError, match="does not hold rows of this replay"):
+    with pytest.raises(UserError, match="does not contain rows of this replay"):
         ReplaySegments(tmp_path).load(record, other)
 
 

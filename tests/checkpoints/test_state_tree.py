@@ -1,3 +1,5 @@
+"""Conversion of a nested state to JSON and named tensors, and back."""
+
 from __future__ import annotations
 
 import json

@@ -1,6 +1,9 @@
+"""Checkpoints of a run: retention, damage, hostile files, full disks and kills."""
+
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -183,7 +186,7 @@ def test_every_damage_is_detected(tmp_path, name, damage):
     assert step == 2
     assert same(state, state_of(2))
     assert len(warnings) == 1
-    assert warnings[0].endswith("falling back to checkpoint 2.")
+    assert warnings[0].endswith("falling back to checkpoint 2")
     assert "\n" not in warnings[0]
     with pytest.raises(UserError) as caught:
         store_in(tmp_path).load(3)
@@ -244,16 +247,11 @@ def test_missing_checkpoint_error_lists_available_ones(tmp_path):
         store_in(tmp_path).load("best")
 
 
-def _forge(folder: Path, change) -> None:
-    """Change state.json and update its checksum in COMPLETE, as an attacker would."""
-    import hashlib
-
-    header = json.loads((folder / "state.json").read_text())
-    data = change(header)
-    data = data if isinstance(data, bytes) else json.dumps(header).encode()
-    (folder / "state.json").write_bytes(data)
+def _forge(folder: Path, name: str, data: bytes) -> None:
+    """Replace a file and update its checksum in COMPLETE, as an attacker would."""
+    (folder / name).write_bytes(data)
     complete = json.loads((folder / "COMPLETE").read_text())
-    complete["state.json"] = hashlib.sha256(data).hexdigest()
+    complete[name] = hashlib.sha256(data).hexdigest()
     (folder / "COMPLETE").write_text(json.dumps(complete))
 
 
@@ -292,7 +290,9 @@ FORGERIES = {
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_checkpoint_is_refused_in_one_line(tmp_path, name):
     _saved(tmp_path, [1])
-    _forge(tmp_path / "checkpoints/1", FORGERIES[name])
+    header = json.loads((tmp_path / "checkpoints/1/state.json").read_text())
+    changed = FORGERIES[name](header)
+    _forge(tmp_path / "checkpoints/1", "state.json", changed if isinstance(changed, bytes) else json.dumps(header).encode())
     for which in (1, "latest"):
         with pytest.raises(UserError) as caught:
             store_in(tmp_path, with_replay=True).load(which)
@@ -308,14 +308,8 @@ def test_forged_checkpoint_is_refused_in_one_line(tmp_path, name):
     "data", [b"", b"\x80\x04.", b"\xff" * 8 + b"{}", (2**40).to_bytes(8, "little") + b"{}", b"PK\x03\x04" + b"\0" * 50]
 )
 def test_files_that_are_not_safetensors_are_refused(tmp_path, data):
-    import hashlib
-
     _saved(tmp_path, [1])
-    folder = tmp_path / "checkpoints/1"
-    (folder / "model.safetensors").write_bytes(data)
-    complete = json.loads((folder / "COMPLETE").read_text())
-    complete["model.safetensors"] = hashlib.sha256(data).hexdigest()
-    (folder / "COMPLETE").write_text(json.dumps(complete))
+    _forge(tmp_path / "checkpoints/1", "model.safetensors", data)
     with pytest.raises(UserError, match="not a safetensors file"):
         store_in(tmp_path).load(1)
 
@@ -441,7 +435,7 @@ def test_full_disk_at_any_file_leaves_the_last_checkpoint_intact(tmp_path, monke
         store.save(2, state_of(2), replay=ring, score=0.9)
     good = 1 if fails_at < 7 else 2  # the eighth file is `best`, after `latest` was updated
     assert "no space left on device while saving step 2" in str(caught.value)
-    assert str(caught.value).endswith(f"the last good checkpoint is {good}.")
+    assert str(caught.value).endswith(f"the last good checkpoint is {good}")
     if fails_at < 6:
         assert _listing(tmp_path) == before
     assert store_in(tmp_path, with_replay=True).load("latest", warn=refuse_warning)[0] == good

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from mtrl_cli.launchers import ray as launchers_ray
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required
 from tests.helpers.shared import Shared
-
-SECONDS = 90.0
+from tests.helpers.sweeps import trials, until
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +70,6 @@ def runs(tmp_path: Path) -> list[Path]:
     for folder in folders:
         folder.mkdir(parents=True)
     return folders
-
-
-def until(condition: Callable[[], Any], failure: str) -> Any:
-    """Wait until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < end, failure
-        time.sleep(0.05)
-    return found
 
 
 def ends_of(*jobs: Job) -> list[End | None]:
@@ -160,11 +148,6 @@ def test_local_cluster_ends_with_its_launcher(
     until(lambda: children() <= before, "Ray's processes live on")
 
 
-def records(sweep: Path) -> list[dict[str, Any]]:
-    """Read the trial.json of each trial."""
-    return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]
-
-
 def processes_of(folder: Path) -> set[int]:
     """Return the worker processes of the runs in a folder."""
     found = set()
@@ -209,7 +192,7 @@ def test_sweep_loses_no_finished_work_when_a_node_is_killed(cluster: Any, tmp_pa
         sweep.kill()
         sweep.wait()
     number = int(run.name)
-    found = records(folder)
+    found = trials(folder)
     assert [record["state"] for record in found] == ["completed"] * 3
     assert [record["attempts"] for record in found] == [2 if each == number else 1 for each in range(3)]
     assert f"trial {number}: its process died (Ray lost its machine" in (tmp_path / "output").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from mtrl_cli.launchers import slurm
 from mtrl_cli.launchers.base import End, Job
 from tests.helpers import required, slurm_machine
 from tests.helpers.shared import Shared
+from tests.helpers.sweeps import trials, until
 
 SECONDS = 60.0
 
@@ -57,15 +57,6 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(slurm, "worker_command", lambda run: ["bash", "-c", f'cd "$0"\n{script}', str(run)])
 
     return is_now
-
-
-def until(condition: Callable[[], Any], failure: str) -> Any:
-    """Wait until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not (found := condition()):
-        assert time.monotonic() < end, failure
-        time.sleep(0.05)
-    return found
 
 
 def end_of(job: Job) -> End:
@@ -153,7 +144,7 @@ def test_job_at_its_time_limit_saves_and_is_requeued(cluster: None, run: Path, w
 
 
 def test_worker_saves_and_ends_when_its_parent_is_killed(cluster: None, run: Path, worker: Callable[[str], None]) -> None:
-    # `mtrl resume` follows its parent; a shell does not.
+    # `mtrl resume` watches its parent; a shell does not.
     program = (
         "import signal, sys, time; from mtrl_cli.machine import parent_watchdog; parent_watchdog.watch();"
         "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(143))); open('begun', 'w'); time.sleep(60)"
@@ -179,31 +170,20 @@ def test_lost_controller_ends_no_job(cluster: None, run: Path, worker: Callable[
     worker(SAVES)
     job = launcher().start(run)
     until((run / "begun").exists, "the job has not started")
+    later = launcher()
     with monkeypatch.context() as lost:
         lost.setenv("PATH", "/nowhere")
         time.sleep(0.2)
         assert job.poll() is None
         with pytest.raises(RunError, match=f"does not report the state of job {job.handle}"):
-            slurm.SlurmLauncher.attach(launcher_without_slurm(), run, job.handle)
+            later.attach(run, job.handle)
     job.stop()
     assert end_of(job) == End(143)
-
-
-def launcher_without_slurm() -> slurm.SlurmLauncher:
-    """Create a launcher without the checks that need Slurm."""
-    made = slurm.SlurmLauncher.__new__(slurm.SlurmLauncher)
-    made._queue = slurm._Queue(0.1)
-    return made
 
 
 def mtrl(*words: str) -> list[str]:
     """Return a command line of `mtrl`."""
     return [sys.executable, "-m", "mtrl_cli", *words]
-
-
-def records(sweep: Path) -> list[dict[str, Any]]:
-    """Read the trial.json of each trial."""
-    return [json.loads(path.read_text()) for path in sorted((sweep / "trials").glob("*/trial.json"))]
 
 
 def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials(cluster: None, tmp_path: Path) -> None:
@@ -215,7 +195,7 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
         first = subprocess.Popen(swept, stdout=output, stderr=output, cwd=tmp_path)
     try:
         until(lambda: list(folder.glob("trials/0000/checkpoints/*/COMPLETE")), "trial 0 has no checkpoint")
-        handle = records(folder)[0]["handle"]
+        handle = trials(folder)[0]["handle"]
         slurm_output("scontrol", "requeue", handle)
     finally:
         first.kill()
@@ -225,7 +205,7 @@ def test_sweep_survives_preemption_and_a_killed_process_without_repeating_trials
     resumed = subprocess.run(mtrl("resume", str(folder), *on_slurm), capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert "trial 0: attached to its running job" in resumed.stdout + resumed.stderr
-    assert [(record["state"], record["attempts"]) for record in records(folder)] == [("completed", 1)] * 3
+    assert [(record["state"], record["attempts"]) for record in trials(folder)] == [("completed", 1)] * 3
     assert sorted(path.name for path in (folder / "trials").iterdir()) == ["0000", "0001", "0002"]
     assert "Restarts=1" in slurm_output("scontrol", "show", "job", handle)
     restarted = [path.parent.name for path in folder.glob("trials/*/output.txt") if "resuming from step" not in path.read_text()]

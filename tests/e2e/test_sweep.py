@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mtrl_cli.config import compose
 from mtrl_cli.sweeps import plan as sweep_plan
 from tests.helpers.command import Mtrl
+from tests.helpers.sweeps import trials, until
 
 SMALL = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=200", "agent.learning_starts=100", "eval.episodes=1"]
 SMALL += ["eval.max_steps=20", "eval.test_episodes=0", "device=cpu", "compile=false", "log.diagnostics=0"]
 PATIENCE = 240
-
-
-def trials(sweep: Path) -> list[dict[str, Any]]:
-    return [json.loads((path / "trial.json").read_text()) for path in sorted((sweep / "trials").iterdir())]
 
 
 def test_grid_with_an_invalid_combination_completes_the_other_trials(mtrl: Mtrl, tmp_path: Path) -> None:
@@ -58,16 +52,13 @@ def test_grid_with_an_invalid_combination_completes_the_other_trials(mtrl: Mtrl,
     assert ["3", "failed", "-", "-"] in [line[:4] for line in listed]
     # Another sweep in the same folder is refused.
     refused = mtrl("sweep", *words, "seed=3", code=2)
-    assert "holds a sweep with other overrides of seed" in refused.stderr
+    assert "contains a sweep with other overrides of seed" in refused.stderr
 
 
 def test_stopped_search_is_resumed_with_more_trials(mtrl: Mtrl, tmp_path: Path) -> None:
     words = [*SMALL, "optimizer.lr=tag(log,interval(1e-5,1e-3))", "agent.n_step=interval(1,4)", "sweep.trials=3", "run_dir=s"]
     process = mtrl.start("sweep", *words)
-    deadline = time.monotonic() + PATIENCE
-    first = tmp_path / "s" / "trials" / "0000" / "trial.json"
-    while not (first.exists() and json.loads(first.read_text())["state"] == "completed") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: [each for each in trials(tmp_path / "s")[:1] if each["state"] == "completed"], "trial 0 is not completed")
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, stderr

@@ -1,3 +1,5 @@
+"""Atomic writes, and reads of hostile files."""
+
 from __future__ import annotations
 
 import os

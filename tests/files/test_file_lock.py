@@ -58,10 +58,3 @@ def test_link_and_pipe_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RunError, match=name):
             FileLock(tmp_path / name).try_acquire()
     assert not (tmp_path / "victim").exists()
-
-
-def test_removed_lock_file_is_noticed(tmp_path: Path) -> None:
-    with FileLock(tmp_path / "lock") as lock:
-        assert lock.is_in_place()
-        (tmp_path / "lock").unlink()
-        assert not lock.is_in_place()

@@ -134,5 +134,5 @@ def _wait_for(condition: object, folder: Path) -> None:
     end = time.monotonic() + SECONDS
     while not condition():
         logs = "\n".join(path.read_text(errors="replace")[-2000:] for path in sorted(folder.glob("*.out")))
-        assert time.monotonic() < end, f"Slurm did not come up\n{logs}"
+        assert time.monotonic() < end, f"Slurm has not started\n{logs}"
         time.sleep(0.05)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from mtrl_cli.files import file_lock
 from mtrl_cli.launchers import local
 from mtrl_cli.launchers.base import OUTPUT, End, Job
 from mtrl_cli.machine import hardware
+from tests.helpers.sweeps import until
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -24,10 +24,7 @@ GIB = 2**30
 
 def wait(job: Job) -> End:
     """Wait for the end of a job."""
-    until = time.monotonic() + 120
-    while (end := job.poll()) is None:
-        assert time.monotonic() < until, "the job did not end"
-        time.sleep(0.02)
+    end: End = until(job.poll, "the job has not ended")
     return end
 
 
@@ -150,20 +147,13 @@ def test_workers_save_and_end_when_their_parent_dies(number: signal.Signals, tmp
     for run in runs:
         run.mkdir()
         (run / "config.yaml").write_text("seed: 0\n")
-    paths = str(ROOT)
-    environment = dict(os.environ) | {"PYTHONPATH": paths, "FAKE_WORKER": '{"0": "hang"}'}
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT), "FAKE_WORKER": '{"0": "hang"}'}
     process = subprocess.Popen([sys.executable, "-c", PARENT, *map(str, runs)], env=environment)
     try:
-        until = time.monotonic() + 120
-        while not all((run / "saved.json").exists() for run in runs):
-            assert time.monotonic() < until, "the workers did not start"
-            time.sleep(0.02)
+        until(lambda: all((run / "saved.json").exists() for run in runs), "the workers have not started")
         process.send_signal(number)
         process.wait(timeout=60)
-        until = time.monotonic() + 120
-        while not all(file_lock.is_free(run / ".lock") for run in runs):
-            assert time.monotonic() < until, "the workers did not end"
-            time.sleep(0.02)
+        until(lambda: all(file_lock.is_free(run / ".lock") for run in runs), "the workers have not ended")
     finally:
         process.kill()
         process.wait(timeout=60)

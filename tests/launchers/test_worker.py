@@ -29,12 +29,3 @@ def test_memory_defaults_to_the_same_fraction_as_cores(monkeypatch: pytest.Monke
 def test_gpus_are_hidden_or_shared(gpus: float, expected: dict[str, str]) -> None:
     shared = share_variables(1, 2**30, gpus)
     assert {name: value for name, value in shared.items() if name not in ("MTRL_CORES", "MTRL_MEMORY")} == expected
-
-
-def test_hardware_queries_respect_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = share_variables(1, 2**20)
-    for name, value in shared.items():
-        monkeypatch.setenv(name, value)
-    assert hardware.cores() == 1
-    assert hardware.memory_total() == 2**20
-    assert hardware.memory_available() <= 2**20

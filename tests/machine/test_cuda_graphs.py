@@ -1,4 +1,4 @@
-"""Recorded functions: what changes is read anew, what the host is asked is asked anew, and learning from a record is learning."""
+"""Recorded functions: a replay reads the current tensors, calls host functions again, and trains like eager calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.recorded_operations import RecordedOperations
 from tests.helpers.replay_reference import transition
 
 
-def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() -> None:
+def test_function_is_recorded_after_its_warm_up_and_then_replayed() -> None:
     calls, x, total = [], torch.zeros(3), torch.zeros(())
 
     def function() -> torch.Tensor:
@@ -44,55 +44,55 @@ def test_a_function_is_recorded_after_its_warm_up_and_replayed_from_then_on() ->
         x.fill_(value)
         results.append(recorded().clone())
     assert [result.tolist() for result in results] == [[2.0 * value] * 3 for value in range(6)]
-    assert len(calls) == 3  # twice as it is, once to record
+    assert len(calls) == 3, "two eager calls and one recording"
     assert total == 3 * (0 + 1 + 2 + 3 + 4 + 5)
 
 
-def test_without_a_recording_the_host_is_simply_asked() -> None:
+def test_host_function_is_called_directly_outside_a_recording() -> None:
     x = torch.arange(4.0)
     assert torch.equal(cuda_graphs.on_host(x, lambda host: host.double() * 2, like=x), x * 2)
     assert cuda_graphs.on_host(x, lambda host: host.double(), like=x).dtype == torch.float32
 
 
-def test_the_host_is_asked_anew_each_time() -> None:
-    x, asked = torch.ones(2), []
+def test_host_function_is_called_in_every_replay() -> None:
+    x, arguments = torch.ones(2), []
 
     def function() -> torch.Tensor:
-        def answer(host: torch.Tensor) -> torch.Tensor:
-            asked.append(host.tolist())
-            return host + len(asked)
+        def compute(host: torch.Tensor) -> torch.Tensor:
+            arguments.append(host.tolist())
+            return host + len(arguments)
 
-        return cuda_graphs.on_host(x * 10, answer, like=x) + 1
+        return cuda_graphs.on_host(x * 10, compute, like=x) + 1
 
     recorded = cuda_graphs.Captured(function, RecordedOperations, warm_up=0)
     found = []
     for value in range(3):
         x.fill_(value)
         found.append(recorded().tolist())
-    assert asked == [[0.0, 0.0], [10.0, 10.0], [20.0, 20.0]]
+    assert arguments == [[0.0, 0.0], [10.0, 10.0], [20.0, 20.0]]
     assert found == [[2.0, 2.0], [13.0, 13.0], [24.0, 24.0]]
 
 
-def test_a_function_that_waits_for_its_device_cannot_be_recorded() -> None:
-    """The stand-in for graphs is as strict as they are."""
+def test_function_that_synchronises_with_its_device_is_refused_by_the_test_recorder() -> None:
+    """`RecordedOperations` is as strict as CUDA graphs."""
     x = torch.ones(2)
     with pytest.raises(AssertionError, match="would synchronise"):
         cuda_graphs.Captured(lambda: x * float(x.sum()), RecordedOperations, warm_up=0)()
 
 
 def compare(change: Callable[[Any], None], updates: int = 12, **settings: Any) -> None:
-    """A learner whose updates are recorded against one whose are not: the same metrics and parameters after rows keep coming."""
-    learners, records = [], []
+    """Assert that recorded updates of a learner give the same metrics and parameters as eager updates while new rows are added."""
+    learners, recorders = [], []
 
     def recorder() -> RecordedOperations:
-        records.append(RecordedOperations())
-        return records[-1]
+        recorders.append(RecordedOperations())
+        return recorders[-1]
 
-    for made_by in (None, recorder):
+    for make_recorder in (None, recorder):
         learner = fill(learner_of(**settings), 12)
         change(learner)
-        if made_by is not None and learner.task_weights.capturable:
-            learner._run_train_step = cuda_graphs.Captured(learner.train_step, made_by)
+        if make_recorder is not None and learner.task_weights.capturable:
+            learner._run_train_step = cuda_graphs.Captured(learner.train_step, make_recorder)
         for update, row in enumerate(rows(updates, start=12)):
             learner.replay.add(transition(row))
             learner.agent.observe(row["reward"], row["terminated"])
@@ -101,7 +101,7 @@ def compare(change: Callable[[Any], None], updates: int = 12, **settings: Any) -
             learner.update(100 * update)
         learners.append(learner)
     eager, recorded = learners
-    assert bool(records) == eager.task_weights.capturable
+    assert bool(recorders) == eager.task_weights.capturable
     for name, tensor in parameters(eager).items():
         assert torch.equal(tensor, parameters(recorded)[name]), name
     metrics = eager.read_metrics()
@@ -110,7 +110,7 @@ def compare(change: Callable[[Any], None], updates: int = 12, **settings: Any) -
 
 
 @pytest.mark.parametrize("name", ALL_WEIGHTS)
-def test_with_every_weighting_a_recorded_update_learns_what_an_eager_one_does(name: str) -> None:
+def test_recorded_update_with_every_weighting_equals_the_eager_update(name: str) -> None:
     def change(learner: Any) -> None:
         learner.task_weights = weights_of(name, num_tasks=2)
 
@@ -120,7 +120,7 @@ def test_with_every_weighting_a_recorded_update_learns_what_an_eager_one_does(na
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
 @pytest.mark.parametrize("scale", [NoValueScale, ClipRewards, PopArt, ReturnNorm])
 @pytest.mark.parametrize("target", [{"target_period": 2}, {"target_period": 0, "target_tau": 0.1}])
-def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
+def test_recorded_update_with_every_replay_scale_and_target_equals_the_eager_update(
     replay_kind: type[Replay], scale: type[ValueScale], target: dict[str, Any]
 ) -> None:
     def change(learner: Any) -> None:
@@ -131,8 +131,8 @@ def test_with_every_replay_scale_and_target_it_learns_what_an_eager_one_does(
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
 @pytest.mark.parametrize("target", [{"target_period": 2}, {"target_period": 0, "target_tau": 0.1}])
-def test_with_dropout_and_spectral_norm_it_learns_what_an_eager_one_does(sharing: type[Sharing], target: dict[str, Any]) -> None:
-    """The masks are drawn anew in each replay, and the singular vectors go on."""
+def test_recorded_update_with_dropout_and_spectral_norm_equals_the_eager_update(sharing: type[Sharing], target: dict[str, Any]) -> None:
+    """Each replay draws new dropout masks and continues the power iteration of the singular vectors."""
 
     def change(learner: Any) -> None:
         torch.manual_seed(5)
@@ -142,7 +142,7 @@ def test_with_dropout_and_spectral_norm_it_learns_what_an_eager_one_does(sharing
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "mgda", "gradnorm", "uniform"])
-def test_with_a_tape_it_learns_what_an_eager_one_does(name: str) -> None:
+def test_recorded_update_with_a_tape_equals_the_eager_update(name: str) -> None:
     def change(learner: Any) -> None:
         learner.task_weights = weights_of(name, num_tasks=2)
         network = learner.agent.network
@@ -156,11 +156,11 @@ def test_with_a_tape_it_learns_what_an_eager_one_does(name: str) -> None:
 @pytest.mark.parametrize("replay_kind", [UniformReplay, PrioritizedReplay])
 @pytest.mark.parametrize("draws", [(1, 1), (2, 3)])
 @pytest.mark.parametrize("weights", ["uniform", "pcgrad"])
-def test_with_augmentations_it_learns_what_an_eager_one_does(replay_kind: type[Replay], draws: tuple[int, int], weights: str) -> None:
+def test_recorded_update_with_augmentations_equals_eager(replay_kind: type[Replay], draws: tuple[int, int], weights: str) -> None:
     def change(learner: Any) -> None:
         learner.task_weights = weights_of(weights, num_tasks=2)
-        seen = ObservationSpec("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
-        parts = {"noise": Noise(seen, std=0.1), "scale": Scale(seen, low=0.5, high=1.5)}
+        spec = ObservationSpec("vector", (5,), (5, 3), 1.0, tuple(NAMES), (("a",), ("a",)), (False, False), torch.device("cpu"), seed=3)
+        parts = {"noise": Noise(spec, std=0.1), "scale": Scale(spec, low=0.5, high=1.5)}
         learner.augmentation = Pipeline(parts, loss_draws=draws[0], target_draws=draws[1])
         if weights == "pcgrad":
             network = learner.agent.network
@@ -172,15 +172,15 @@ def test_with_augmentations_it_learns_what_an_eager_one_does(replay_kind: type[R
 
 @pytest.mark.parametrize("scale", [NoValueScale, PopArt, ReturnNorm])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_rollouts_and_choices_that_are_recorded_are_those_that_are_not(overlap: bool, scale: type[ValueScale]) -> None:
-    """A whole run of PQN, its updates and its choices of actions recorded and not."""
+def test_recorded_updates_and_action_selection_of_pqn_equal_eager_ones(overlap: bool, scale: type[ValueScale]) -> None:
+    """A whole run of PQN, with recorded and with eager updates and action selection."""
     loops = []
     for recorded in (False, True):
         loop = pqn_loop(scale=scale, overlap=overlap)
         group = loop.groups[0]
         # torch's RAdam counts on the host where there is no GPU.
-        own = list(loop.learner.agent.network.parameters())
-        loop.learner.optimizer = Adam(own, lr=0.01, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
+        parameters_of_loop = list(loop.learner.agent.network.parameters())
+        loop.learner.optimizer = Adam(parameters_of_loop, lr=0.01, eps=1e-5, weight_decay=0.0, max_grad_norm=10.0)
         if recorded:
             loop.learner._run_train_step = cuda_graphs.Captured(loop.learner.train_step, RecordedOperations)
             group._run_act = cuda_graphs.Captured(group._act, RecordedOperations)
@@ -197,11 +197,11 @@ def test_rollouts_and_choices_that_are_recorded_are_those_that_are_not(overlap: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins for the CPU are above")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a GPU; the tests above check the same rules on a CPU")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2)])
 @pytest.mark.parametrize("weights", ["uniform", "pcgrad", "mgda"])
 def test_captured_and_eager_updates_agree_on_a_gpu(weights: str, precision: str, tolerance: float) -> None:
-    """200 updates of a whole Atari run's learner on the same made-up rows, one of them compiled and captured."""
+    """200 updates of the learner of an Atari run on the same random rows, once compiled and captured and once eager."""
     words = ["env=atari_pack", "env.tasks=[pong,breakout]", "env.num_envs=2", "agent.batch_size=8", f"task_weights={weights}"]
     words += ["device=cuda", f"precision={precision}", "replay.capacity=200", "checkpoint.replay=false"]
     losses = []

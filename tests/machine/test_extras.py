@@ -1,4 +1,4 @@
-"""Install commands of extras, for every place that the package can be installed from."""
+"""Install commands of extras, for every source that the package can be installed from."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _pip_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def installed_from(monkeypatch: pytest.MonkeyPatch, root: Path, direct_url: dict[str, Any] | None) -> None:
-    """Let the package lie in `root`, with this direct_url.json."""
+    """Simulate an installation of the package in `root` with this direct_url.json."""
     monkeypatch.setattr(extras, "ROOT", root)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: FakeDistribution(direct_url))
 
@@ -75,7 +75,7 @@ def test_url_is_named_as_a_direct_reference(
 
 
 @pytest.mark.parametrize("direct_url", [None, {"url": "file:///removed/mtrl_cli-1.0.whl"}])
-def test_packages_are_named_where_the_source_is_unknown_or_gone(
+def test_packages_are_named_if_the_source_is_unknown_or_deleted(
     direct_url: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     installed_from(monkeypatch, tmp_path, direct_url)
@@ -85,7 +85,7 @@ def test_packages_are_named_where_the_source_is_unknown_or_gone(
     assert extras.install_command("search") == "pip install 'cmaes>=0.10' 'scipy>=1.14'"
 
 
-def test_python_is_named_where_pip_on_the_path_belongs_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_is_named_if_pip_on_the_path_belongs_to_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/pip")
     assert extras.install_command("plots").startswith(f"{shlex.quote(sys.executable)} -m pip install ")
 

@@ -1,3 +1,5 @@
+"""Resources of this process: cores, memory, disk, devices and a compiler."""
+
 from __future__ import annotations
 
 import mmap

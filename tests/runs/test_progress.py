@@ -1,3 +1,5 @@
+"""Progress display of a run: a table that fits the terminal, plain lines otherwise, and the table of an evaluation."""
+
 from __future__ import annotations
 
 import io
@@ -15,7 +17,7 @@ from mtrl_cli.runs import progress, terminal
 from mtrl_cli.runs.progress import Display, evaluation_table
 
 TASKS = ["pong", "breakout", "qbert"]
-FIGURES = {
+METRICS = {
     "train/return/pong": -20.5,
     "train/return/breakout": 1234.0,
     "eval/score/pong": 0.25,
@@ -27,7 +29,7 @@ FIGURES = {
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that is advanced by hand."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
@@ -48,12 +50,12 @@ def _rendered(tasks: list[str], width: int, height: int, metrics: dict[str, floa
     return out.getvalue()
 
 
-def test_without_a_terminal_there_is_a_plain_line_now_and_then(clock):
+def test_plain_output_has_a_line_every_five_seconds(clock):
     out = io.StringIO()
     with Display(TASKS, 10_000, 4, out=out) as shown:
         for step in range(0, 1000, 10):
             clock.now += 0.1
-            shown.update(step, FIGURES, seconds=clock.now)
+            shown.update(step, METRICS, seconds=clock.now)
     lines = out.getvalue().splitlines()
     assert 2 <= len(lines) <= 4, "10 seconds, and the last metrics at the end"
     assert "\x1b" not in out.getvalue()
@@ -61,17 +63,17 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(clock):
     assert "memory 3.0 GiB" in lines[-1]
 
 
-def test_the_time_left_follows_from_the_steps_made_since_it_began(clock):
+def test_remaining_time_is_estimated_from_the_steps_since_the_start_of_the_process(clock):
     out = io.StringIO()
     shown = Display(TASKS, 10_000, 4, out=out)
-    shown.update(4000, {}, seconds=0)  # as a resumed run begins
+    shown.update(4000, {}, seconds=0)  # the first update of a resumed run
     clock.now += 60
     shown.update(5000, {}, seconds=60)
     assert "ETA 5:00" in out.getvalue().splitlines()[-1]
 
 
-def test_eta_does_not_jump_with_bursts_of_updates(clock):
-    """Rollouts of 10 ticks of 1 s and a burst of 20 s: the end of 100 rollouts is expected 3,000 s after the start all along."""
+def test_remaining_time_does_not_jump_with_bursts_of_updates(clock):
+    """Each rollout has 10 ticks of 1 s and a burst of 20 s. The expected end of 100 rollouts stays at 3,000 s after the start."""
     shown = Display(TASKS, 1000, 4, out=io.StringIO())
     shown.update(0, {}, seconds=0)
     start, ends = clock.now, []
@@ -86,16 +88,16 @@ def test_eta_does_not_jump_with_bursts_of_updates(clock):
     assert min(ends) == max(ends) == 3000
 
 
-def test_many_tasks_make_a_short_line(clock):
-    tasks = [f"game_{index}" for index in range(57)]
+def test_line_for_many_tasks_has_their_mean_score(clock):
+    tasks = [f"task_{index}" for index in range(57)]
     shown = Display(tasks, 100, 4, out=io.StringIO())
     shown.update(1, {f"eval/score/{task}": 0.5 for task in tasks[:40]})
     assert "mean score 0.50 of 40 tasks" in shown.line()
     assert len(shown.line()) < 120
 
 
-def test_the_table_shows_what_is_known_of_each_task(clock):
-    text = _rendered(TASKS, 80, 24, FIGURES)
+def test_table_has_a_row_per_task_with_a_dash_for_missing_metrics(clock):
+    text = _rendered(TASKS, 80, 24, METRICS)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
     assert rows["pong"] == ["-20.5", "0.250", "0.050"]
     assert rows["breakout"] == ["1,234", "-", "-"]
@@ -103,7 +105,7 @@ def test_the_table_shows_what_is_known_of_each_task(clock):
     assert "step 500/10,000" in text
 
 
-def test_the_score_of_training_is_newer_than_that_of_the_last_evaluation(clock):
+def test_table_prefers_the_training_score_to_the_last_evaluation(clock):
     text = _rendered(["pong"], 80, 24, {"eval/score/pong": 0.25, "train/score/pong": 0.75})
     assert "0.750" in text
     assert "0.250" not in text
@@ -111,20 +113,20 @@ def test_the_score_of_training_is_newer_than_that_of_the_last_evaluation(clock):
 
 @pytest.mark.parametrize("count", [1, 8, 26, 57])
 @pytest.mark.parametrize(("width", "height"), [(200, 50), (120, 24), (80, 24), (40, 15), (24, 8)])
-def test_the_table_fits_the_terminal(clock, count, width, height):
-    tasks = [f"game_number_{index}" for index in range(count)]
-    text = _rendered(tasks, width, height, FIGURES | {f"train/return/{task}": 1.0 for task in tasks})
+def test_table_fits_the_terminal(clock, count, width, height):
+    tasks = [f"task_number_{index}" for index in range(count)]
+    text = _rendered(tasks, width, height, METRICS | {f"train/return/{task}": 1.0 for task in tasks})
     lines = text.splitlines()
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
-    shown = len(set(re.findall(r"game_number_\d+", text)))
+    shown = len(set(re.findall(r"task_number_\d+", text)))
     hidden = re.search(r"and (\d+) more tasks", text)
     assert shown + (int(hidden[1]) if hidden else 0) == count
     if (width, height) >= (120, 24):
         assert shown == count
 
 
-def test_a_table_is_drawn_only_for_a_terminal_that_wants_one(monkeypatch):
+def test_table_is_drawn_only_on_a_capable_terminal_without_no_color(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -153,32 +155,32 @@ print("the end")
 """
 
 
-def test_on_a_terminal_the_table_is_drawn_a_few_times_only_and_the_cursor_comes_back():
-    ours, theirs = pty.openpty()
+def test_table_on_a_terminal_is_drawn_at_a_limited_rate_and_the_cursor_is_restored():
+    parent_end, child_end = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=child_end, stderr=child_end, env=environment)
+    os.close(child_end)
     data = b""
-    while select.select([ours], [], [], 60)[0]:
+    while select.select([parent_end], [], [], 60)[0]:
         try:
-            piece = os.read(ours, 2**16)
-        except OSError:  # the terminal's other end was closed
+            piece = os.read(parent_end, 2**16)
+        except OSError:  # the other end of the terminal was closed
             break
         if not piece:
             break
         data += piece
-    os.close(ours)
+    os.close(parent_end)
     assert process.wait() == 0
     text = data.decode()
     assert "checkpoint saved [at] 500" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert 2 <= text.count("breakout") <= 10, "of 1,000 updates"
     assert text.rstrip().endswith("the end")
-    assert "999" in text, "the last metrics stay"
+    assert "999" in text, "the final table with the last metrics stays"
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run():
+def test_closed_output_does_not_end_the_run():
     program = """
 import sys
 from mtrl_cli.runs import progress
@@ -215,18 +217,18 @@ def _printed(result: dict, max_steps: int | None = None) -> str:
     return out.getvalue()
 
 
-def test_the_evaluation_table_says_what_it_counts():
+def test_evaluation_table_has_intervals_scores_and_a_footnote_for_cut_episodes():
     text = _printed(RESULT, max_steps=27_000)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     assert rows["pong"] == ["pong", "-20.2", "1.20", "0.012", "-21", "to", "-19.5", "4"]
-    assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "one episode has no interval"
-    assert rows["MyEnv-v0"][3] == "-", "no reference, no score"
+    assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "a single episode has no interval"
+    assert rows["MyEnv-v0"][3] == "-", "a task without a reference has no score"
     assert "no score, since no reference is known: MyEnv-v0\n" in text
     assert "* 1 episodes cut by eval.max_steps (27,000 steps)" in text
     assert "iqm 0.500 [0.250, 0.750]" in text.replace("\n", " ")
 
 
-def test_without_cuts_or_scores_there_is_neither_footnote_nor_aggregate():
+def test_evaluation_table_without_cut_episodes_or_scores_has_no_footnote_and_no_aggregate():
     text = _printed({"step": 1, "tasks": {"MyEnv-v0": RESULT["tasks"]["MyEnv-v0"]}, "over_tasks": {}})
     assert "*" not in text
     assert "over tasks" not in text

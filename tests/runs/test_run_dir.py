@@ -1,3 +1,5 @@
+"""Run folders: creation, lookup, lock and run.json."""
+
 from __future__ import annotations
 
 import errno
@@ -75,12 +77,18 @@ def test_unwritable_parent_is_refused(tmp_path, monkeypatch):
         RunFolder.check_new(tmp_path / "a" / "run")
 
 
-def test_discard_removes_only_created_folders(tmp_path):
-    RunFolder.create(tmp_path / "a" / "b").discard()
-    assert os.listdir(tmp_path) == []
-    run = _run(tmp_path / "a" / "b")
-    run.discard()
-    assert (tmp_path / "a" / "b" / "config.yaml").exists()
+def test_creation_that_fails_under_the_lock_removes_only_created_folders(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    checks = iter([None, UserError("used by another process")])
+
+    def check_new(path: Path) -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    monkeypatch.setattr(RunFolder, "check_new", check_new)
+    with pytest.raises(UserError, match="used by another process"):
+        RunFolder.create(tmp_path / "a" / "b" / "c")
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
 def test_default_names_are_unique(tmp_path):
@@ -125,24 +133,6 @@ def test_lock_is_exclusive_and_released_when_its_process_dies(tmp_path):
     folder.unlock()
 
 
-def test_forked_child_does_not_keep_the_lock(tmp_path):
-    folder = _run(tmp_path / "run")
-    (there, born), (end, alive) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(alive)
-        os.write(born, b"x")
-        os.read(end, 1)  # wait until the parent has locked again
-        os._exit(0)
-    os.read(there, 1)
-    folder.unlock()
-    folder.lock()
-    folder.unlock()
-    for handle in (alive, there, born, end):
-        os.close(handle)
-    os.waitpid(child, 0)
-
-
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOLCK, "no file locks"), (errno.ENOSYS, "no file locks"), (errno.EIO, "I/O|Input")]
 )
@@ -154,20 +144,6 @@ def test_file_system_without_locks_is_refused_and_nothing_is_left(tmp_path, monk
     with pytest.raises(UserError, match=message):
         RunFolder.create(tmp_path / "run")
     assert os.listdir(tmp_path) == []
-
-
-def test_lock_that_is_not_a_regular_file_is_refused(tmp_path):
-    folder = _run(tmp_path / "run")
-    folder.unlock()
-    (folder.path / ".lock").unlink()
-    (folder.path / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="cannot be locked"):
-        folder.lock()
-    assert not (tmp_path / "victim").exists()
-    (folder.path / ".lock").unlink()
-    os.mkfifo(folder.path / ".lock")
-    with pytest.raises(UserError, match="cannot be locked"):
-        folder.lock()
 
 
 def test_record_has_command_versions_and_status(tmp_path):
@@ -197,7 +173,7 @@ def test_link_out_of_the_run_is_not_written_through(tmp_path):
 
 def test_killed_run_has_status_running_and_resume_keeps_its_command(tmp_path):
     folder = _run(tmp_path / "run")
-    folder.unlock()  # as the kernel does when it is killed
+    folder.unlock()  # as the kernel does when the process is killed
     again, _ = RunFolder.open(tmp_path / "run")
     with again:
         again.lock()

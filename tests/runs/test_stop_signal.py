@@ -1,3 +1,5 @@
+"""Stop requests: recorded signals, interruptible blocks, and a second signal."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +17,7 @@ from mtrl_cli.runs.stop_signal import StopRequest
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_is_noted_and_honoured_at_the_check(number, code):
+def test_signal_is_recorded_and_raised_by_the_next_check(number, code):
     with StopRequest() as stop:
         stop.check()
         os.kill(os.getpid(), number)
@@ -25,21 +27,21 @@ def test_a_signal_is_noted_and_honoured_at_the_check(number, code):
     assert caught.value.exit_code == code
 
 
-def test_an_interruptible_block_is_left_at_once_and_others_are_not():
+def test_signal_ends_an_interruptible_block_immediately():
     with StopRequest() as stop:
-        went_on = False
+        continued = False
         with pytest.raises(Stopped), stop.interruptible():  # noqa: PT012
             os.kill(os.getpid(), signal.SIGTERM)
-            went_on = True
-        assert not went_on
+            continued = True
+        assert not continued
         assert stop.received == signal.SIGTERM
         with pytest.raises(Stopped), stop.interruptible():
             raise AssertionError("the block began although a signal had arrived")
 
 
-def test_a_swallowed_exception_is_raised_at_the_end_of_the_block():
+def test_exception_that_a_library_suppressed_is_raised_at_the_end_of_the_block():
     with StopRequest() as stop, pytest.raises(Stopped), stop.interruptible(), contextlib.suppress(BaseException):
-        os.kill(os.getpid(), signal.SIGTERM)  # suppressed as by a callback of a library
+        os.kill(os.getpid(), signal.SIGTERM)  # suppressed, as by a library that runs the block in a callback
 
 
 def test_handlers_are_restored():
@@ -49,30 +51,30 @@ def test_handlers_are_restored():
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_another_thread_gets_no_handlers_and_no_error():
-    seen = []
+def test_stop_request_in_another_thread_installs_no_handlers():
+    received = []
 
     def run():
         with StopRequest() as stop:
-            seen.append(stop.received)
+            received.append(stop.received)
             stop.check()
 
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [None]
+    assert received == [None]
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_second_signal_a_second_later_ends_the_process_at_once():
+def test_second_signal_after_more_than_a_second_ends_the_process_immediately():
     program = """
 import os, signal, time
 from mtrl_cli.runs.stop_signal import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)  # of a key that was held down
-    print("noted", stop.received, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)  # repeated by a key that is held down
+    print("received", stop.received, flush=True)
     time.sleep(1.1)
     try:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -81,16 +83,16 @@ with StopRequest() as stop:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 143
-    assert done.stdout == "noted 2\n"
+    assert done.stdout == "received 2\n"
 
 
-@pytest.mark.parametrize(("is_asked", "expected"), [(False, [signal.SIGTERM, signal.SIGKILL]), (True, [signal.SIGKILL])])
-def test_who_is_saving_already_is_not_asked_again_when_its_parent_dies(is_asked, expected, monkeypatch):
+@pytest.mark.parametrize(("is_stopping", "expected"), [(False, [signal.SIGTERM, signal.SIGKILL]), (True, [signal.SIGKILL])])
+def test_process_that_is_already_stopping_gets_no_second_sigterm_when_its_parent_dies(is_stopping, expected, monkeypatch):
     sent = []
     monkeypatch.setattr(parent_watchdog, "_is_stopping", False)
     monkeypatch.setattr(parent_watchdog, "SAVING_SECONDS", 0)
     with StopRequest():
-        if is_asked:
+        if is_stopping:
             signal.raise_signal(signal.SIGTERM)
         read, write = os.pipe()
         os.close(write)

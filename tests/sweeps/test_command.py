@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mtrl_cli.config.compose import load
 from mtrl_cli.files import file_lock
 from tests.helpers.command import Mtrl
 from tests.helpers.fake_launcher import STEPS
+from tests.helpers.sweeps import trials, until
 from tests.helpers.warm_process import WarmProcess, WarmServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,19 +89,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def trials(sweep: Path) -> list[dict[str, Any]]:
-    """Read the trial.json of each trial."""
-    return [read(path / "trial.json") for path in sorted((sweep / "trials").iterdir())]
-
-
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
 def step_of(run: Path) -> int:
     """Return the saved step of a fake worker."""
     with contextlib.suppress(OSError, ValueError):
@@ -109,7 +97,7 @@ def step_of(run: Path) -> int:
 
 
 def assert_each_once(sweep: Path, count: int) -> None:
-    """Assert that the sweep has `count` completed trials and each step ran once, except a step interrupted by a kill."""
+    """Assert that `count` trials are completed and that each step ran once, or twice if a kill interrupted it."""
     assert [path.name for path in sorted((sweep / "trials").iterdir())] == [f"{number:04d}" for number in range(count)]
     for number, record in enumerate(trials(sweep)):
         run = sweep / "trials" / f"{number:04d}"

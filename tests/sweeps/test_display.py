@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 import re
-import select
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mtrl_cli.runs import terminal
-from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
+from mtrl_cli.sweeps.display import SweepDisplay, TrialRow, seconds_left
 
 
 class Clock:
@@ -33,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def row(number: int, state: str, **changes: object) -> TrialRow:
     done = {"completed": {"score": number / 100, "step": 1000, "seconds": 60.0}, "running": {"step": 500, "seconds": 30.0}}.get(state, {})
-    return replace(TrialRow(number, ("network/sharing=film", f"seed={number}"), state, steps=1000), **{**done, **changes})  # type: ignore[arg-type]
+    return replace(TrialRow(number, {"network/sharing": "film", "seed": str(number)}, state, steps=1000), **{**done, **changes})  # type: ignore[arg-type]
 
 
 def sweep(*states: str) -> list[TrialRow]:
@@ -72,18 +67,16 @@ def test_summary_is_printed_every_minute(clock: Clock) -> None:
 
 
 def test_remaining_time_is_remaining_steps_at_the_mean_speed() -> None:
-    shown = SweepDisplay(jobs=2, out=io.StringIO())
-    shown.update(sweep("waiting", "waiting"))
-    assert shown.seconds_left() is None, "no trial has been timed yet"
+    assert seconds_left(sweep("waiting", "waiting"), jobs=2) is None, "no trial has been timed yet"
     # 2 x 1,000 steps in 60 s each and 500 in 30 s: 0.06 s per step; 500 + 3,000 are left, two trials at a time.
-    shown.update(sweep("completed", "completed", "running", "waiting", "waiting", "waiting"))
-    assert shown.seconds_left() == pytest.approx(0.06 * 3500 / 2)
+    rows = sweep("completed", "completed", "running", "waiting", "waiting", "waiting")
+    assert seconds_left(rows, jobs=2) == pytest.approx(0.06 * 3500 / 2)
     # Pruned and failed trials are over; a single trial cannot be split between two jobs.
-    shown.update([row(0, "completed"), row(1, "pruned", step=200, seconds=12.0), row(2, "failed"), row(3, "running")])
-    assert shown.seconds_left() == pytest.approx(0.06 * 500)
+    rows = [row(0, "completed"), row(1, "pruned", step=200, seconds=12.0), row(2, "failed"), row(3, "running")]
+    assert seconds_left(rows, jobs=2) == pytest.approx(0.06 * 500)
     # Other processes run trials, too.
-    shown.update(sweep("completed", "running", "elsewhere", "elsewhere", "elsewhere", *["waiting"] * 8))
-    assert shown.seconds_left() == pytest.approx(0.06 * (500 + 11_000) / 4)
+    rows = sweep("completed", "running", "elsewhere", "elsewhere", "elsewhere", *["waiting"] * 8)
+    assert seconds_left(rows, jobs=2) == pytest.approx(0.06 * (500 + 11_000) / 4)
 
 
 def rendered(rows: list[TrialRow], width: int, height: int) -> str:
@@ -131,58 +124,3 @@ def test_most_recently_ended_trials_are_shown() -> None:
     out = io.StringIO()
     Console(file=out, width=80, height=9).print(shown.table())
     assert [line.split()[0] for line in out.getvalue().splitlines()[1:6]] == ["1", "2", "4", "6", "7"]
-
-
-ON_A_TERMINAL = """
-from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
-with SweepDisplay(jobs=1) as shown:
-    for step in range(1000):
-        shown.update([TrialRow(0, ("seed=0",), "running", step=step, steps=999, seconds=1.0)])
-        if step == 500:
-            shown.message("trial 0: its process died [again]")
-print("the end")
-"""
-
-
-def test_table_on_a_terminal_is_drawn_at_a_limited_rate_and_the_cursor_is_restored() -> None:
-    parent_end, child_end = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
-    environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stdout=child_end, stderr=child_end, env=environment)
-    os.close(child_end)
-    data = b""
-    while select.select([parent_end], [], [], 60)[0]:
-        try:
-            piece = os.read(parent_end, 2**16)
-        except OSError:  # the other end of the terminal was closed
-            break
-        if not piece:
-            break
-        data += piece
-    os.close(parent_end)
-    assert process.wait(timeout=60) == 0
-    text = data.decode()
-    assert "trial 0: its process died [again]" in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
-    assert 2 <= text.count("seed=0") <= 10, "of 1,000 updates"
-    assert "100%" in text, "the final table stays"
-    assert text.rstrip().endswith("the end")
-
-
-def test_closed_output_does_not_end_the_sweep() -> None:
-    program = """
-import sys
-from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
-with SweepDisplay(jobs=1) as shown:
-    for step in range(3000):
-        shown.update([TrialRow(0, ("seed=0",), "running" if step % 2 else "queued")])
-print("finished", file=sys.stderr)
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == "finished\n"
-    assert process.wait(timeout=60) == 0
-    process.stderr.close()

@@ -1,9 +1,8 @@
-"""A sweep's folder: created by two processes at once, and hostile symbolic links."""
+"""Folder of a sweep: creation by two processes at the same time, links to other folders, and passwords of storages."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,13 @@ import pytest
 pytest.importorskip("optuna")
 
 from mtrl_cli.errors import RunError, UserError
-from mtrl_cli.files.file_lock import FileLock
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, reached
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.trial_run import TrialRun
-from mtrl_cli.sweeps.trial_storage import WORKERS, Assignment, TrialStorage
+from mtrl_cli.sweeps.trial_storage import WORKERS, TrialStorage
 
 RUN = ["env=classic_pack", "env.tasks=[CartPole-v1]", "steps_per_task=30", "eval.every=10", "agent.learning_starts=10", "device=cpu"]
 
@@ -81,7 +79,7 @@ def test_trial_is_not_created_in_a_linked_folder(plan: Plan, tmp_path: Path) -> 
     (tmp_path / "S/trials").mkdir(parents=True)
     (tmp_path / "S/trials/0000").symlink_to(mine)
     with pytest.raises(UserError, match="is a link"):
-        TrialRun(tmp_path / "S", plan, Assignment(0, {"seed": "0"}, is_retry=False)).make()
+        TrialRun(tmp_path / "S", plan, 0, {"seed": "0"}).make()
     assert list(mine.iterdir()) == []
 
 
@@ -103,34 +101,7 @@ def test_sweep_created_by_another_process_in_the_meantime_is_joined(plan: Plan, 
 
     monkeypatch.setattr(RunFolder, "check_new", check_late)
     storage = open_sweep(plan)
-    assert [status.state for status in storage.statuses()] == ["waiting", "waiting"]
-
-
-def test_folder_deleted_while_waiting_for_its_lock_is_created_again(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    acquire: Callable[[FileLock], None] = FileLock.acquire
-
-    def acquire_late(lock: FileLock) -> None:
-        acquire(lock)
-        if lock.path == tmp_path / "S/.lock":
-            monkeypatch.setattr(FileLock, "acquire", acquire)
-            shutil.rmtree(tmp_path / "S")
-
-    monkeypatch.setattr(FileLock, "acquire", acquire_late)
-    open_sweep(plan).close()
-    assert (tmp_path / "S/sweep.json").is_file()
-    other = FileLock(tmp_path / "S/.lock")
-    assert other.try_acquire(), "the lock was released"
-
-
-def test_folder_of_a_refused_sweep_is_removed(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        (tmp_path / "S/workers").mkdir()
-        raise UserError("of another sweep")
-
-    monkeypatch.setattr(sweep, "TrialStorage", refuse)
-    with pytest.raises(UserError, match="of another sweep"):
-        open_sweep(plan)
-    assert not (tmp_path / "S").exists()
+    assert [row.state for row in storage.rows()] == ["waiting", "waiting"]
 
 
 @pytest.mark.parametrize(

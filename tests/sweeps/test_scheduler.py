@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps import scheduler, trial_run
-from mtrl_cli.sweeps.display import TrialRow
-from mtrl_cli.sweeps.dry_run import read_rows
+from mtrl_cli.sweeps import scheduler
+from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
+from mtrl_cli.sweeps.dry_run import read_row
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.scheduler import SweepLoop
 from mtrl_cli.sweeps.trial_storage import TrialStorage
@@ -37,9 +38,6 @@ class Done(Job):
     def poll(self) -> End | None:
         return self._end
 
-    def is_waiting(self) -> bool:
-        return False
-
     def stop(self) -> None:
         pass
 
@@ -56,13 +54,14 @@ class Scripted(Launcher):
         return Done(self.workers.pop(0)(run))
 
 
-class Silent:
+class Silent(SweepDisplay):
     """A display that records messages and shows nothing."""
 
     def __init__(self) -> None:
+        super().__init__(jobs=1, out=io.StringIO())
         self.messages: list[str] = []
 
-    def update(self, rows: list[TrialRow]) -> None:
+    def update(self, rows: Sequence[TrialRow]) -> None:
         pass
 
     def message(self, text: str) -> None:
@@ -96,10 +95,11 @@ def complete(run: Path, end: End | None = None) -> End:
     return end or End(0)
 
 
-@pytest.mark.parametrize("end", [End(None, "Slurm no longer knows the job"), End(None, "killed by SIGSEGV"), End(1), End(2)])
-def test_completed_run_counts_as_completed_however_its_process_ended(end: End, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [End(None, "Slurm no longer lists the job"), End(None, "killed by SIGSEGV"), End(1), End(2)])
+def test_completed_run_counts_as_completed_for_every_end_of_its_process(end: End, tmp_path: Path) -> None:
     record = work(tmp_path / "S", lambda run: complete(run, end))
-    assert (record["state"], record["value"], record["attempts"], record["why"]) == ("completed", 30.0, 1, None)
+    assert (record["state"], record["value"], record["step"], record["seconds"]) == ("completed", 30.0, 30, 3.0)
+    assert (record["attempts"], record["why"]) == (1, None)
 
 
 def locked_out(run: Path) -> End:
@@ -128,12 +128,6 @@ def test_trial_with_an_invalid_configuration_is_not_retried(tmp_path: Path) -> N
     assert (record["state"], record["why"]) == ("failed", "agent.n_step=-1: expected a positive number")
 
 
-def test_metrics_larger_than_one_read_are_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial_run, "_LARGEST_READ", 100)
-    record = work(tmp_path / "S", complete)
-    assert (record["value"], record["step"], record["seconds"]) == (30.0, 30, 3.0)
-
-
 def plan_of(folder: Path) -> Plan:
     return sweep_plan.make([*RUN, "seed=0,1", "sweep.sampler=random", "sweep.trials=1", f"run_dir={folder}"])
 
@@ -141,13 +135,13 @@ def plan_of(folder: Path) -> Plan:
 def test_failed_trial_counts_as_completed_once_its_run_was_completed(tmp_path: Path) -> None:
     folder = tmp_path / "S"
     assert work(folder, lambda run: End(2))["state"] == "failed"
-    assert [status.state for status in TrialStorage(folder, plan_of(folder), first=10).statuses()] == ["failed"]
+    assert [row.state for row in TrialStorage(folder, plan_of(folder), first=10).rows()] == ["failed"]
     complete(folder / "trials/0000")
     for _ in range(2):
         record = work(folder)
         assert (record["state"], record["value"], record["why"]) == ("completed", 30.0, None)
         storage = TrialStorage(folder, plan_of(folder), first=10)
-        assert [(status.state, status.value) for status in storage.statuses()] == [("completed", 30.0)]
+        assert [(row.state, row.score) for row in storage.rows()] == [("completed", 30.0)]
         assert len(storage._study.get_trials()) == 2, "the failed trial and the completed trial"
 
 
@@ -159,7 +153,7 @@ def test_damaged_trial_record_is_noted_and_does_not_end_the_sweep(tmp_path: Path
         (row,) = SweepLoop(folder, plan_of(folder), TrialStorage(folder, plan_of(folder), first=10), Scripted(), Silent(), stop).work()
     assert (row.state, row.score) == ("completed", 30.0)
     assert row.note.startswith(f"{folder}/trials/0000/trial.json is damaged: ")
-    assert read_rows(plan_of(folder), folder)[0].note == row.note
+    assert read_row(plan_of(folder), 0, folder).note == row.note
 
 
 def test_deleted_folder_of_a_trial_is_reported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Summary of a sweep and the listing of `mtrl sweep --dry-run`, checked by hand on fake trials."""
+"""Summary of a sweep and the listing of `mtrl sweep --dry-run`, with known answers for fake trials."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mtrl_cli.sweeps import dry_run, summary
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
+from mtrl_cli.sweeps.search_space import overrides_of
 
 SEARCH = {"sampler": "grid", "trials": None, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
 WORDS = ("env=classic_pack", "env.tasks=[CartPole-v1]")
@@ -42,41 +43,29 @@ def rows_of(plan: Plan, scores: list[float | None], states: list[str] | None = N
     assert plan.points is not None
     states = states or ["completed"] * len(scores)
     zipped = zip(plan.points, scores, states, strict=True)
-    return [TrialRow(at, tuple(plan.overrides(point)), state, score) for at, (point, score, state) in enumerate(zipped)]
-
-
-def finished(plan: Plan, scores: list[float]) -> list[tuple[Any, float]]:
-    assert plan.points is not None
-    return list(zip(plan.points, scores, strict=True))
+    return [TrialRow(number, point, state, score) for number, (point, score, state) in enumerate(zipped)]  # type: ignore[arg-type]
 
 
 def test_seeds_are_averaged() -> None:
     plan = grid(network__sharing="hard film", seed="0 1 2")
-    found = summary.standings(plan, finished(plan, [0.9, 0.1, 0.2, 0.5, 0.5, 0.8]))
+    found = summary.standings(plan, rows_of(plan, [0.9, 0.1, 0.2, 0.5, 0.5, 0.8]))
     assert [(each.values, each.mean, each.low, each.high, each.trials) for each in found] == [
         ({"network/sharing": "film"}, pytest.approx(0.6), 0.5, 0.8, 3),
         ({"network/sharing": "hard"}, pytest.approx(0.4), 0.1, 0.9, 3),
     ]
-    best = summary.best(plan, finished(plan, [0.9, 0.1, 0.2, 0.5, 0.5, 0.8]))
-    assert best is not None
-    assert best.command(plan) == "mtrl train env=classic_pack 'env.tasks=[CartPole-v1]' network/sharing=film"
-    assert summary.best(plan, []) is None
 
 
 def test_configuration_with_fewer_completed_seeds_ranks_lower() -> None:
     plan = grid(network__sharing="hard film", seed="0 1 2")
-    assert plan.points is not None
-    lucky = [(plan.points[0], 1.0), *[(point, 0.5) for point in plan.points[3:]]]
+    lucky = rows_of(plan, [1.0, None, None, 0.5, 0.5, 0.5])
     assert [each.values["network/sharing"] for each in summary.standings(plan, lucky)] == ["film", "hard"]
 
 
 def test_printed_command_of_the_best_composes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    plan = grid(env__tasks="[CartPole-v1] [Acrobot-v1,CartPole-v1]", seed="1")
-    plan = sweep_plan.replace(plan, shared=("env=classic_pack",), axes={"env.tasks": plan.axes["env/tasks"]})
-    best = summary.best(plan, [({"env.tasks": "[Acrobot-v1,CartPole-v1]", "optimizer.lr": 1.25e-05}, 1.0)])
-    assert best is not None
-    words = shlex.split(best.command(plan))
+    plan = sweep_plan.replace(grid(seed="1"), shared=("env=classic_pack",))
+    values = {"env.tasks": "[Acrobot-v1,CartPole-v1]", "optimizer.lr": "1.25e-05"}
+    words = shlex.split(summary.best_as_command(plan, [TrialRow(0, values, "completed", 1.0)]).splitlines()[1])
     assert words[:2] == ["mtrl", "train"]
     composed = compose.compose_training(words[2:])
     assert (composed["env"]["tasks"], composed["optimizer"]["lr"]) == (["Acrobot-v1", "CartPole-v1"], 1.25e-05)
@@ -91,7 +80,7 @@ def printed_summary(plan: Plan, rows: list[TrialRow]) -> str:
 def test_summary_names_the_best_the_failed_and_the_pruned() -> None:
     plan = grid(network__sharing="hard film", seed="0 1 2")
     rows = rows_of(plan, [0.9, 0.1, 0.2, 0.5, 0.5, None], ["completed"] * 4 + ["pruned", "failed"])
-    rows[5] = TrialRow(5, rows[5].overrides, "failed", note="not enough memory [really]")
+    rows[5] = TrialRow(5, rows[5].values, "failed", note="not enough memory [really]")
     text = printed_summary(plan, rows)
     table = [line.split() for line in text.splitlines()]
     assert ["0.400", "0.100", "to", "0.900", "3", "network/sharing=hard"] in table
@@ -130,7 +119,7 @@ def write_trials(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
     for trial in trials:
         number, run = trial["number"], folder / "trials" / f"{trial['number']:04d}"
         run.mkdir(parents=True)
-        overrides = plan.overrides(plan.points[number]) if plan.points is not None else trial["overrides"]
+        overrides = overrides_of(plan.points[number]) if plan.points is not None else trial["overrides"]
         values = dict(word.split("=", 1) for word in overrides)
         record = {"overrides": overrides, "values": values, "command": "mtrl train", "state": "completed", **trial}
         if record["state"] == "completed":
@@ -172,8 +161,8 @@ def test_started_sweep_is_listed_with_progress_and_remaining_time(tmp_path: Path
         ["2", "running", "-", "0:50", "network/sharing=film", "seed=0"],
         ["3", "waiting", "-", "-", "network/sharing=film", "seed=1"],
     ]
-    # 0.1 s per step; 500 and 1,000 steps are left, two trials at a time.
-    assert listed[8:] == ["trial 1: no memory", "time: 2:30 for 2 trials so far", "remaining: about 1:15 with 2 at a time"]
+    # 0.1 s per step, two trials at a time: 1,000 steps are left of the trial with the most remaining steps.
+    assert listed[8:] == ["trial 1: no memory", "time: 2:30 for 2 trials so far", "remaining: about 1:40 with 2 at a time"]
 
 
 def test_search_lists_its_axes(tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ pytest.importorskip("optuna")
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.sweeps import trial_storage
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
-from mtrl_cli.sweeps.plan import Choices, Value
+from mtrl_cli.sweeps.plan import Choices
 from mtrl_cli.sweeps.trial_storage import Assignment, TrialStorage
 from tests.helpers.command import ROOT
 from tests.helpers.trials import GRID, grid, plan, storage_in
 
 
-def metric(values: Mapping[str, Value]) -> float:
-    """Best, 0, at lr=1e-3, n_step=4 and film."""
+def metric(values: Mapping[str, str]) -> float:
+    """Return a metric whose maximum, 0, is at lr=1e-3, n_step=4 and film."""
     distance = abs(math.log10(float(values["optimizer.lr"])) + 3) + abs(int(values["agent.n_step"]) - 4)
     return -distance - (values["network/sharing"] != "film")
 
@@ -60,7 +60,7 @@ def test_sampler_draws_within_its_axes_and_identically_when_each_trial_is_taken_
     assert [each.number for each in with_one] == list(range(13))
     for each in with_one:
         assert 1e-5 <= float(each.values["optimizer.lr"]) <= 1e-1
-        assert each.values["agent.n_step"] in range(1, 10)
+        assert int(each.values["agent.n_step"]) in range(1, 10)
         assert each.values["network/sharing"] in ("hard", "film", "null")
     assert len({each.values["optimizer.lr"] for each in with_one}) == 13
     other = complete(storage_in(tmp_path / "other", plan(sampler=sampler, trials=2, seed=1)))
@@ -87,9 +87,9 @@ def test_process_with_a_lower_number_of_trials_does_not_take_the_others(storage:
     url = None if storage == "journal" else f"sqlite:///{tmp_path}/trials.db"
     few, more = (storage_in(tmp_path / "S", plan(trials=count, storage=url)) for count in (3, 6))
     assert [each.number for each in complete(few)] == [0, 1, 2]
-    assert [status.state for status in more.statuses()] == ["completed"] * 3 + ["waiting"] * 3
+    assert [row.state for row in more.rows()] == ["completed"] * 3 + ["waiting"] * 3
     assert [each.number for each in complete(more)] == [3, 4, 5]
-    assert len(more.statuses()) == 6
+    assert len(more.rows()) == 6
 
 
 def test_machine_that_is_too_late_for_the_last_trial_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_machine_that_is_too_late_for_the_last_trial_gets_none(tmp_path: Path, m
     monkeypatch.setattr(late, "_current", lambda: seen)
     assert late.take() is None
     raised = storage_in(tmp_path / "b" / "S", dataclasses.replace(sweep, search={**sweep.search, "trials": 4}))
-    assert [status.state for status in raised.statuses()] == ["completed", "completed", "running", "waiting"]
+    assert [row.state for row in raised.rows()] == ["completed", "completed", "running", "waiting"]
     assert raised._is_interrupted(2, raised._current()[2]) is False, "its process may be about to claim it"
     now = time.monotonic() + trial_storage.UNCLAIMED_SECONDS + 1
     monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
@@ -123,18 +123,18 @@ def test_each_trial_runs_once_after_a_kill_at_any_write_of_the_journal(tmp_path:
     made.take()
     made.close()
     whole = (tmp_path / "made" / JOURNAL).read_bytes()
-    values = [dict(status.values) for status in storage_in(tmp_path / "made", plan()).statuses()]
+    values = [dict(row.values) for row in storage_in(tmp_path / "made", plan()).rows()]
     for number, journal in enumerate(journals_after_kill(whole)):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / JOURNAL).write_bytes(journal)
         again = storage_in(folder, plan())
-        finished = [status.number for status in again.statuses() if status.state == "completed"]
+        finished = [row.number for row in again.rows() if row.state == "completed"]
         taken = complete(again)
         assert sorted([*finished, *(each.number for each in taken)]) == [0, 1, 2, 3], number
-        assert [status.state for status in again.statuses()] == ["completed"] * 4
+        assert [row.state for row in again.rows()] == ["completed"] * 4
         assert {each.number for each in taken if each.is_retry} <= {0, 1}
-        assert dict(again.statuses()[0].values) == values[0], "stored values are kept, the others are drawn identically"
+        assert dict(again.rows()[0].values) == values[0], "stored values are kept, the others are drawn identically"
         for line in (folder / JOURNAL).read_bytes().splitlines():
             json.loads(line)
 
@@ -204,8 +204,8 @@ def test_trial_is_retried_only_after_its_process_was_killed(tmp_path: Path) -> N
         mine = storage_in(tmp_path, plan(trials=12))
         taken = mine.take()
         assert (taken and taken.number, taken and taken.is_retry) == (1, False)
-        assert [status.state for status in mine.statuses()][:3] == ["running", "running", "waiting"]
-        values = mine.statuses()[0].values
+        assert [row.state for row in mine.rows()][:3] == ["running", "running", "waiting"]
+        values = mine.rows()[0].values
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.communicate(timeout=60)
@@ -284,9 +284,9 @@ def test_database_stores_several_sweeps_by_folder_name(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/trials.db"
     one, two = (storage_in(tmp_path / name, plan(storage=url, trials=2)) for name in ("one", "two"))
     assert [each.number for each in complete(one)] == [0, 1]
-    assert [status.state for status in two.statuses()] == ["waiting", "waiting"]
+    assert [row.state for row in two.rows()] == ["waiting", "waiting"]
     one.close()
-    assert [status.state for status in storage_in(tmp_path / "one", plan(storage=url, trials=2)).statuses()] == ["completed", "completed"]
+    assert [row.state for row in storage_in(tmp_path / "one", plan(storage=url, trials=2)).rows()] == ["completed", "completed"]
     assert not (tmp_path / "one" / JOURNAL).exists()
 
 
@@ -300,7 +300,7 @@ def test_machines_with_one_database_and_separate_folders_share_a_sweep_and_retry
     assert (taken := first.take()) is not None
     first.close()  # as when a process dies
     assert [each.number for each in complete(second)] == [1, 2, 3]
-    assert [status.is_here for status in second.statuses()] == [False, True, True, True]
+    assert [row.is_here for row in second.rows()] == [False, True, True, True]
     again = storage_in(tmp_path / "a" / "sweep", sweep)
     assert again.take() == Assignment(0, taken.values, is_retry=True)
 
@@ -312,7 +312,7 @@ def test_trial_killed_before_it_was_claimed_is_taken_by_another_machine(tmp_path
     first, second = (storage_in(tmp_path / name / "S", sweep) for name in ("a", "b"))
 
     first._study.ask()  # and is killed before it writes its location
-    assert [(status.state, status.is_here) for status in second.statuses()] == [("running", True)], "the machine waits for the trial"
+    assert [(row.state, row.is_here) for row in second.rows()] == [("running", True)], "the machine waits for the trial"
     now = time.monotonic()
     monkeypatch.setattr(trial_storage.time, "monotonic", lambda: now)
     assert second.take() is None, "its process may be about to claim it"
@@ -320,7 +320,7 @@ def test_trial_killed_before_it_was_claimed_is_taken_by_another_machine(tmp_path
     assert (taken := second.take()) is not None
     assert (taken.number, taken.is_retry) == (0, True)
     again = storage_in(tmp_path / "a" / "S", sweep)
-    assert [status.is_here for status in again.statuses()] == [False]
+    assert [row.is_here for row in again.rows()] == [False]
     now += trial_storage.UNCLAIMED_SECONDS + 1
     assert again.take() is None
 
