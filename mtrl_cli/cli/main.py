@@ -61,10 +61,12 @@ def _complete_groups(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides in Hydra's grammar.", autocompletion=_complete_overrides, show_default=False),
 ]
 ListTrials = Annotated[bool, typer.Option("--dry-run", help="List the trials and the progress of started trials.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+RunOrCheckpoint = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or of its checkpoint.", show_default=False)]
+RunOrSweep = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run or sweep.", show_default=False)]
 
 
 @app.callback(invoke_without_command=True)
@@ -81,7 +83,7 @@ def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", 
 def train(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
-    or_resume: Annotated[bool, typer.Option("--or-resume", help="Resume the run in run_dir if there is one.")] = False,
+    or_resume: Annotated[bool, typer.Option("--or-resume", help="Resume if run_dir contains a run.")] = False,
 ) -> None:
     """Train one network on a pack of tasks.
 
@@ -110,7 +112,7 @@ def train(
 
 
 @app.command()
-def resume(run: Run, overrides: Overrides = None) -> None:
+def resume(run: RunOrSweep, overrides: Overrides = None) -> None:
     """Resume a run or a sweep.
 
     \b
@@ -169,13 +171,13 @@ def sweep(overrides: Overrides = None, dry_run: ListTrials = False) -> None:
 
 
 @app.command()
-def transfer(run: Run, overrides: Overrides = None, dry_run: ListTrials = False) -> None:
+def transfer(run: RunOrCheckpoint, overrides: Overrides = None, dry_run: ListTrials = False) -> None:
     """Measure transfer from a trained run to other tasks.
 
     \b
-    For each seed: evaluates the source network on the new tasks (zero-shot), fine-tunes it, and trains from scratch with the same budget.
-    Then writes a report. Accepts the overrides of mtrl sweep, and seeds=3 (number of seeds). Uses the network of the source unless
-    network=, network/sharing= or network/head= is given. transfer.* applies to the fine-tuned runs only.
+    For each seed: evaluate the source network on the new tasks (zero-shot), fine-tune the source network, and train from scratch with the
+    same budget. Then write a report. Overrides: those of mtrl sweep, and seeds=3 (number of seeds). The network is that of the source
+    unless network=, network/sharing= or network/head= is given. transfer.* applies to the fine-tuned runs only.
     To resume, repeat the command.
 
     \b
@@ -193,8 +195,8 @@ def study_sharing(overrides: Overrides = None, dry_run: ListTrials = False) -> N
     """Compare sharing structures at equal parameter count.
 
     \b
-    Trains every structure with several seeds, and two baselines that share nothing: independent networks with the same total number of
-    parameters, and independent networks of full size. Then writes a report. Accepts the overrides of mtrl sweep, and:
+    Train every structure with several seeds, and two baselines that share nothing: independent networks with the same total number of
+    parameters, and independent networks of full width. Then write a report. Overrides: those of mtrl sweep, and:
       seeds=3                  number of seeds
       network/sharing=A,B      only these structures
       network.parameters=N     size of the shared network (default: that of hard sharing)
@@ -221,14 +223,14 @@ def _run_study(study: Any, dry_run: bool) -> None:
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUNS...", help="Folders of runs, sweeps or studies, or folders that contain some.", show_default=False),
+        typer.Argument(metavar="RUNS", help="Folders of runs, sweeps or studies, or parent folders of runs.", show_default=False),
     ],
 ) -> None:
     """Write an HTML report of runs.
 
     \b
     Runs that differ only in their seed form one group. The page is self-contained and works offline.
-    Each table is also written as CSV and Markdown, each figure as SVG and PNG.
+    Each table is also written as CSV and Markdown, each plot as SVG and PNG.
     The report is written to report/ in the given folder (./report for several folders), or to out=PATH.
 
     \b
@@ -268,7 +270,7 @@ def evaluate(run: Run, overrides: Overrides = None) -> None:
     Scores are printed and written to the run's folder. Overrides:
       checkpoint=latest|best|STEP, video=true, device, trusted_packages,
       eval.episodes, eval.max_steps, eval.epsilon, eval.seed
-    All other values are those of the run.
+    All other values come from the run.
 
     \b
     Examples:
@@ -299,8 +301,9 @@ def bench(
     """Measure the training speed on this machine.
 
     \b
-    Accepts the overrides of mtrl train. Measures emulators, acting and learning separately, then the complete loop.
-    The limit of the loop follows from the parts: on a CPU, their times add up; with a GPU, the slower of emulators and GPU work counts.
+    Measure emulators, acting and learning separately, then the complete loop. Overrides: those of mtrl train.
+    The limit of the loop follows from the parts: on a CPU, their times add up; with a GPU, the slower of the two
+    sets the limit.
     Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
 
     \b
@@ -322,12 +325,12 @@ def bench(
 def ls(
     group: Annotated[
         str | None,
-        typer.Argument(metavar="[GROUP]", help="For example env or network/sharing.", autocompletion=_complete_groups, show_default=False),
+        typer.Argument(metavar="GROUP", help="For example env or network/sharing.", autocompletion=_complete_groups, show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="hydra.searchpath, and for network groups any override of mtrl train.", show_default=False
+            metavar="KEY=VALUE", help="hydra.searchpath, and for network groups any override of mtrl train.", show_default=False
         ),
     ] = None,
 ) -> None:
