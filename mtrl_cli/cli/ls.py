@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mtrl_cli.runs.terminal import as_text, table
 SIZED = ("network", "network/sharing", "network/head")
 """Groups whose options are listed with the size of the network, for which each network is built."""
 
-MAX_REASON_LENGTH = 100
+MAX_REASON_LENGTH = 300
 
 
 def run(arguments: Sequence[str]) -> str:
@@ -129,11 +130,8 @@ def _pack_for(group: str, option: str, folders: Sequence[Path]) -> str | None:
 
 
 def _short_message(error: Exception) -> str:
-    """Return the message on one line. A long message is cut at a colon, which usually precedes advice."""
-    reason = " ".join((str(error) or type(error).__name__).split())
-    while len(reason) > MAX_REASON_LENGTH and ": " in reason:
-        reason = reason.rpartition(": ")[0]
-    return reason[:MAX_REASON_LENGTH]
+    """Return the message on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, MAX_REASON_LENGTH, placeholder=" …")
 
 
 def _starred(group: str, option: str) -> str:

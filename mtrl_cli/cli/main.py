@@ -40,7 +40,7 @@ Details: mtrl COMMAND --help.""",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-studies = typer.Typer(help="Run a complete experiment and write its report.", rich_markup_mode=None, no_args_is_help=True)
+studies = typer.Typer(help="Run a complete experiment and write its report.", rich_markup_mode=None)
 app.add_typer(studies, name="study")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -74,6 +74,11 @@ def _top(ctx: typer.Context, version: Annotated[bool, typer.Option("--version", 
     if version:
         print_result(f"mtrl {__version__}")
         raise typer.Exit
+    _print_help_without_command(ctx)
+
+
+@studies.callback(invoke_without_command=True)
+def _print_help_without_command(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
         print_result(ctx.get_help())
         raise typer.Exit

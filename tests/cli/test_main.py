@@ -100,6 +100,14 @@ def test_slow_imports_are_avoided(words: list[str], forbidden: list[str]) -> Non
     assert not set(forbidden) & set(json.loads(done.stderr))
 
 
+@pytest.mark.parametrize("words", [[], ["study"]])
+def test_without_a_command_the_help_is_printed(mtrl: Callable[..., Outcome], words: list[str]) -> None:
+    code, out, err = mtrl(*words)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: mtrl")
+    assert "Commands:" in out
+
+
 def test_help_shows_commands_and_examples(mtrl: Callable[..., Outcome]) -> None:
     code, out, err = mtrl("--help")
     assert (code, err) == (0, "")
