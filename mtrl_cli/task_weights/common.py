@@ -19,6 +19,13 @@ def finite_or_uniform(weight_K: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(weight_K).all(), weight_K, 1 / len(weight_K))
 
 
+def weigh_by_softmax(gradients: TaskGradients, logit_K: torch.Tensor) -> torch.Tensor:
+    """Weigh the losses by the softmax of logits (float32 `[K]`), or equally if a weight is not finite. Returns the weights, `[K]`."""
+    weight_K = finite_or_uniform(logit_K.softmax(0))
+    gradients.weigh(weight_K)
+    return weight_K
+
+
 def combine(gradients: TaskGradients, weights_of: WeightsOfGram) -> torch.Tensor:
     """Combine the tasks' gradients with weights computed from their Gram matrix.
 

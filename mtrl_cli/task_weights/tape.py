@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights import layers
 from mtrl_cli.task_weights.base import TaskGradients
 from mtrl_cli.task_weights.gradients import AutogradGradients, add_gradients, split_like
@@ -205,8 +206,7 @@ def _agrees(tape: Tape, network: nn.Module, shared: Sequence[nn.Parameter], own:
         return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) * factor_B1).sum(2)
 
     # The same seed for both, in case the network has dropout.
-    device = observation.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with rng.kept(observation.device):
         torch.manual_seed(0)
         expected = AutogradGradients(losses_KB().mean(1), shared, own).rows()
         taps = tape.make_taps(network, observation)

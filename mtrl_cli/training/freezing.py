@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from mtrl_cli.networks.lora import LowRank
+from mtrl_cli.networks.matching import LoadedRows, Piece, count_parameters, pieces_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
-from mtrl_cli.networks.per_task import Stacked, TaskOwned, weight_of
+from mtrl_cli.networks.per_task import weight_of
 from mtrl_cli.training.callbacks import Callback
-
-LoadedRows = Mapping[str, list[int] | None]
-"""Loaded rows of tensors, by name; None: all rows. Tensors without loaded rows are absent."""
 
 
 class Freezing(Callback):
@@ -42,8 +39,9 @@ class Freezing(Callback):
         self.unfreeze_at = unfreeze_at
         self.is_unfrozen = False
         self._network = network
-        self._names = _names_to_freeze(network, freeze)
-        self._sizes = _sizes_of_rows(network)
+        # The names of tasks do not matter here.
+        self._pieces = list(pieces_of(network, [str(task) for task in range(network.sharing.num_tasks)]).values())
+        self._names = _names_to_freeze(network, self._pieces, freeze)
         self._loaded: LoadedRows = {}
         self._kept_parameters: list[Kept] = []
         self._kept_buffers: list[Kept] = []
@@ -66,11 +64,9 @@ class Freezing(Callback):
     @property
     def count(self) -> int:
         """Number of scalar parameters that are frozen now, without padding."""
-        total, parameters = 0, dict(self._network.named_parameters())
-        for name in self.frozen:
-            sizes, rows = self._sizes.get(name, {}), self._loaded[name]
-            total += sum(sizes[row] for row in (sizes if rows is None else rows)) if sizes else parameters[name].numel()
-        return total
+        rows_of = {name: self._loaded[name] for name in self.frozen}
+        frozen = [piece for piece in self._pieces if piece.tensor in rows_of]
+        return count_parameters(self._network, [piece for piece in frozen if piece.is_in(rows_of[piece.tensor])])
 
     def freeze(self, loaded: LoadedRows) -> None:
         """Freeze loaded parameters. Afterwards the learner must be rebuilt."""
@@ -172,25 +168,12 @@ def _restore(kept: Sequence[Kept]) -> None:
         tensor.copy_(torch.where(is_trained, tensor, values))
 
 
-def _sizes_of_rows(network: MultiTaskNetwork) -> dict[str, dict[int, int]]:
-    """Return the number of scalar parameters of each row, without padding, of tensors whose rows belong to modules or tasks."""
-    parameters, sizes = dict(network.named_parameters()), dict[str, dict[int, int]]()
-    for path, module in network.named_modules():
-        if isinstance(module, TaskOwned | Stacked):
-            for each in module.slices():
-                row = each.index[0]
-                assert isinstance(row, int)
-                if (name := f"{path}.{each.parameter}") in parameters:
-                    sizes.setdefault(name, {})[row] = parameters[name][each.index].numel()
-    return sizes
-
-
 def layers_of(network: MultiTaskNetwork) -> int:
     """Return the number of layers of the torso."""
     return 1 + max((part.layer for part in parts_of(network).values() if part.layer is not None), default=-1)
 
 
-def _names_to_freeze(network: MultiTaskNetwork, freeze: str) -> set[str]:
+def _names_to_freeze(network: MultiTaskNetwork, pieces: Sequence[Piece], freeze: str) -> set[str]:
     """Return the names of the parameters that `freeze` selects."""
     if freeze == "none":
         return set()
@@ -198,10 +181,6 @@ def _names_to_freeze(network: MultiTaskNetwork, freeze: str) -> set[str]:
     frozen_layers = int(freeze.partition(":")[2] or layers)
     if not 1 <= frozen_layers <= layers:
         raise ValueError(f"transfer.freeze={freeze}: the torso has {layers} layers with its stem; expected torso:1 to torso:{layers}")
-    adapters = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, LowRank))
     kinds = ("torso", "sharing") if freeze == "all_but_heads" else ("torso",)
-    return {
-        name
-        for name, part in parts_of(network).items()
-        if part.kind in kinds and not name.startswith(adapters) and (part.layer is None or part.layer < frozen_layers)
-    }
+    chosen = {piece.tensor for piece in pieces if piece.kind in kinds and (piece.layer is None or piece.layer < frozen_layers)}
+    return chosen & dict(network.named_parameters()).keys()  # without buffers
