@@ -18,8 +18,9 @@ class GradNorm(TaskWeights):
     """GradNorm (Chen et al. 2018, "GradNorm", Algorithm 1): learned loss weights, so that tasks train at similar rates.
 
     The gradient norm of each weighted loss moves towards the mean norm times the task's relative loss ratio to the power of alpha. The loss
-    ratio is loss / first loss, divided by its mean over tasks (equation 2). The paper takes gradients in the last shared layer, to save
-    time. Here they are taken in all shared parameters, whose norms are in the Gram matrix. Adam moves the weights, and their sum is fixed.
+    ratio is loss / first loss, divided by its mean over tasks (equation 2). The paper uses the gradients in the last shared layer, to save
+    time. This class uses those in all shared parameters, whose norms are in the Gram matrix. Adam moves the
+    weights, and their sum is fixed.
 
     Args:
         alpha: strength with which slow tasks are favoured; 0 gives equal norms.

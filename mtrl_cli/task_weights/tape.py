@@ -173,10 +173,8 @@ def tape_for(network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[n
     if not shared or not all(isinstance(module, layers.KINDS) for module in holders):
         return None
     held = [id(parameter) for module in holders for parameter in module.parameters()]
-    if sorted(held) != sorted(wanted):
-        return None
     order = [module for module, _ in _calls(network, holders, observation)]
-    if len(order) != len(holders) or set(map(id, order)) != set(map(id, holders)):
+    if sorted(held) != sorted(wanted) or sorted(map(id, order)) != sorted(map(id, holders)):
         return None
     tape = Tape(order, observation.shape[0])
     if not _agrees(tape, network, shared, own, observation):
