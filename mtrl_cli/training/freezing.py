@@ -39,9 +39,8 @@ class Freezing(Callback):
         self.unfreeze_at = unfreeze_at
         self.is_unfrozen = False
         self._network = network
-        # The names of tasks do not matter here.
-        self._pieces = list(pieces_of(network, [str(task) for task in range(network.sharing.num_tasks)]).values())
-        self._names = _names_to_freeze(network, self._pieces, freeze)
+        self._pieces = _pieces_to_freeze(network, freeze)
+        self._names = {piece.tensor for piece in self._pieces}
         self._loaded: LoadedRows = {}
         self._kept_parameters: list[Kept] = []
         self._kept_buffers: list[Kept] = []
@@ -64,9 +63,9 @@ class Freezing(Callback):
     @property
     def count(self) -> int:
         """Number of scalar parameters that are frozen now, without padding."""
-        rows_of = {name: self._loaded[name] for name in self.frozen}
-        frozen = [piece for piece in self._pieces if piece.tensor in rows_of]
-        return count_parameters(self._network, [piece for piece in frozen if piece.is_in(rows_of[piece.tensor])])
+        frozen = self.frozen
+        pieces = [each for each in self._pieces if each.tensor in frozen and each.is_in(self._loaded[each.tensor])]
+        return count_parameters(self._network, pieces)
 
     def freeze(self, loaded: LoadedRows) -> None:
         """Freeze loaded parameters. Afterwards the learner must be rebuilt."""
@@ -134,10 +133,10 @@ class Freezing(Callback):
 
     def describe_unfreezing(self) -> str:
         """Describe the parameters that are unfrozen at `unfreeze_at`, in a line."""
-        parts = [part for name, part in parts_of(self._network).items() if name in self._names and name in self._loaded]
-        layers = sorted({part.layer + 1 for part in parts if part.layer is not None})
+        pieces = [piece for piece in self._pieces if piece.tensor in self._loaded]
+        layers = sorted({piece.layer + 1 for piece in pieces if piece.layer is not None})
         named = [f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} of the torso"] if layers else []
-        others = ["the sharing structure"] if any(part.layer is None for part in parts) else []
+        others = ["the sharing structure"] if any(piece.layer is None for piece in pieces) else []
         return f"unfroze {' and '.join(named + others)} at step {self.unfreeze_at:,}; all parameters are trained"
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,14 +172,16 @@ def layers_of(network: MultiTaskNetwork) -> int:
     return 1 + max((part.layer for part in parts_of(network).values() if part.layer is not None), default=-1)
 
 
-def _names_to_freeze(network: MultiTaskNetwork, pieces: Sequence[Piece], freeze: str) -> set[str]:
-    """Return the names of the parameters that `freeze` selects."""
+def _pieces_to_freeze(network: MultiTaskNetwork, freeze: str) -> list[Piece]:
+    """Return the pieces of the parameters that `freeze` selects."""
     if freeze == "none":
-        return set()
+        return []
     layers = layers_of(network)
     frozen_layers = int(freeze.partition(":")[2] or layers)
     if not 1 <= frozen_layers <= layers:
         raise ValueError(f"transfer.freeze={freeze}: the torso has {layers} layers with its stem; expected torso:1 to torso:{layers}")
     kinds = ("torso", "sharing") if freeze == "all_but_heads" else ("torso",)
-    chosen = {piece.tensor for piece in pieces if piece.kind in kinds and (piece.layer is None or piece.layer < frozen_layers)}
-    return chosen & dict(network.named_parameters()).keys()  # without buffers
+    names_of_tasks = [str(task) for task in range(network.sharing.num_tasks)]
+    names = {name for name, _ in network.named_parameters()}
+    pieces = [piece for piece in pieces_of(network, names_of_tasks).values() if piece.tensor in names and piece.kind in kinds]
+    return [piece for piece in pieces if piece.layer is None or piece.layer < frozen_layers]
