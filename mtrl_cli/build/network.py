@@ -13,6 +13,7 @@ from mtrl_cli.build.instantiate import Config, derived_seed, make, refusals
 from mtrl_cli.config.cross_checks import check_observations
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import RunError, UserError, first_line
+from mtrl_cli.machine import rng
 from mtrl_cli.networks.cost import multiply_adds
 from mtrl_cli.networks.lora import add_adapters
 from mtrl_cli.networks.network import MultiTaskNetwork, ParameterCounts
@@ -26,7 +27,7 @@ def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskN
     Raises:
         UserError: the torso requires other observations than those of the pack.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # manual_seed also seeds GPUs
+    with rng.kept(device):  # manual_seed also seeds GPUs
         torch.manual_seed(derived_seed(config["seed"], "network"))
         network = _assemble(config, pack, torch.bfloat16 if config["precision"] == "bf16" else None).to(device)
     # Tensor cores prefer channels last; on a CPU the compiler chooses the layout.

@@ -21,7 +21,7 @@ from mtrl_cli.build.network import make_network, make_tape
 from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.envs.pack import Pack
 from mtrl_cli.errors import UserError, show
-from mtrl_cli.machine import hardware
+from mtrl_cli.machine import hardware, rng
 from mtrl_cli.machine.cuda_graphs import CudaGraphs, generators_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
@@ -208,7 +208,7 @@ def _make_learner(
             torch.compiler.reset()  # every set of trained parameters is compiled separately, and the number of compiled variants is limited
         if task_weights.needs == "losses" or not network.shared_parameters():
             return None
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # keeps the generator of dropout
+        with rng.kept(device):  # keeps the generator of dropout
             return make_tape(config, network, pack, device)
 
     # Exchanges between ranks are not recorded.

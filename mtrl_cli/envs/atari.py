@@ -20,8 +20,7 @@ import numpy as np
 from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
 
-from mtrl_cli.envs.names import check_names
-from mtrl_cli.envs.pack import Pack, Received, Task
+from mtrl_cli.envs.pack import Pack, Received, Task, check_names
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.types import Names, PositiveInt
 

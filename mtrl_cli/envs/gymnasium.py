@@ -15,8 +15,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from mtrl_cli.envs.names import check_names
-from mtrl_cli.envs.pack import Pack, Task, VectorTask
+from mtrl_cli.envs.pack import Pack, Task, VectorTask, check_names
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.errors import UserError

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mtrl_cli.envs.names import check_names
-from mtrl_cli.envs.pack import Pack, Task, VectorTask
+from mtrl_cli.envs.pack import Pack, Task, VectorTask, check_names
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.machine import extras

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from mtrl_cli.envs.action_log import MAX_ACTIONS
-from mtrl_cli.errors import UserError
+from mtrl_cli.errors import UserError, unknown
 
 UNSEEDED = -1
 
@@ -137,3 +137,18 @@ def padded_shape(tasks: Sequence[Task]) -> tuple[int, ...]:
             sizes = [f"{each.name} has {'x'.join(map(str, each.observation_shape[1:]))}" for each in (first, task)]
             raise UserError(f"env.tasks: all images must have the same height and width, but {' and '.join(sizes)}")
     return (max(task.observation_shape[0] for task in tasks), *first.observation_shape[1:])
+
+
+def check_names(names: Sequence[str], known: Collection[str], kind: str, key: str = "env.tasks") -> None:
+    """Check that all names are known.
+
+    Args:
+        kind: kind of name, for messages: "an Atari game".
+        key: configuration key of the names.
+
+    Raises:
+        UserError: an unknown name, with a suggestion.
+    """
+    for name in names:
+        if name not in known:
+            raise UserError(unknown("task", name, sorted(known), where=f" in {key}: not {kind}"))

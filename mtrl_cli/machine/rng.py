@@ -1,10 +1,16 @@
-"""Restore random generators from saved states."""
+"""Random generators: restore a saved state, and keep the state of the default generators."""
 
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 
 import torch
+
+
+def kept(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's default generators, of the CPU and of a GPU device, at the end of the context."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def restore(generator: torch.Generator, state: torch.Tensor) -> None:

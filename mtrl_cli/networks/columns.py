@@ -84,7 +84,7 @@ class MTAN(Sharing):
 
     The shared features of block j are p_j. The features of a task there are a_j * p_j, with the mask
     a_j = sigmoid(h_j(relu(g_j([p_j; f_j(...)])))). The mask reads the shared features and the task's masked features of the block before,
-    which f_j brings to the new shape. Each task has its own g_j and h_j (kernel 1, as many channels as the block); f_j is shared. The
+    which f_j maps to the new shape. Each task has its own g_j and h_j (kernel 1, as many channels as the block); f_j is shared. The
     masked features of the last block go to the head.
 
     Differences from the paper:

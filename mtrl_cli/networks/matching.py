@@ -15,6 +15,8 @@ from mtrl_cli.networks.parts import Kind, parts_of
 from mtrl_cli.networks.per_task import Stacked, TaskOwned, weight_of
 
 Status = Literal["loaded", "fresh", "left"]
+LoadedRows = dict[str, list[int] | None]
+"""Loaded rows of tensors, by name; None: all rows. Tensors without loaded rows are absent."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Piece:
     def of(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """View of the piece in a state."""
         return state[self.tensor][self.index]
+
+    def is_in(self, rows: Sequence[int] | None) -> bool:
+        """Whether the piece is in one of the rows of its tensor; None: all rows."""
+        return rows is None or self.index[0] in rows
 
 
 Key = tuple[str | None, str]
@@ -119,11 +125,11 @@ class Loaded:
     """Result of a warm start.
 
     Attributes:
-        rows: loaded rows of each tensor by name; None if the whole tensor was loaded. Other tensors are missing.
+        rows: loaded rows of each tensor.
         outcomes: results for all parts, for a table.
     """
 
-    rows: dict[str, list[int] | None]
+    rows: LoadedRows
     outcomes: list[Outcome]
 
     def loads(self, kind: str) -> bool:
@@ -164,10 +170,10 @@ def load_matching(source: Source, network: MultiTaskNetwork, tasks: Sequence[str
                 used.add(match)
             loaded += pieces
         status: Status = "fresh" if reason else "loaded"
-        outcomes.append(Outcome(task, pieces[0].kind, pieces[0].layer, status, _count(network, pieces), reason))
+        outcomes.append(Outcome(task, pieces[0].kind, pieces[0].layer, status, count_parameters(network, pieces), reason))
     for (task, name), piece in theirs.items():
         if (task, name) not in used:
-            outcomes.append(Outcome(task, piece.kind, piece.layer, "left", _count(source.network, [piece])))
+            outcomes.append(Outcome(task, piece.kind, piece.layer, "left", count_parameters(source.network, [piece])))
     return Loaded(_rows(loaded, mine.values()), outcomes)
 
 
@@ -202,14 +208,13 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _count(network: MultiTaskNetwork, pieces: Sequence[Piece]) -> int:
+def count_parameters(network: MultiTaskNetwork, pieces: Sequence[Piece]) -> int:
     """Number of parameters in pieces, without buffers."""
     parameters = dict(network.named_parameters())
     return sum(parameters[piece.tensor][piece.index].numel() for piece in pieces if piece.tensor in parameters)
 
 
-def _rows(loaded: Iterable[Piece], pieces: Iterable[Piece]) -> dict[str, list[int] | None]:
-    """Loaded rows of each tensor; None if all of it was loaded."""
+def _rows(loaded: Iterable[Piece], pieces: Iterable[Piece]) -> LoadedRows:
     total = Counter(piece.tensor for piece in pieces)
     rows: dict[str, list[int]] = {}
     for piece in loaded:

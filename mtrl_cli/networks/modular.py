@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from mtrl_cli.networks.per_task import Stacked, TaskVectors
-from mtrl_cli.networks.sharing import Sharing, apply_stem, make_stem
+from mtrl_cli.networks.sharing import HardSharing, Sharing
 from mtrl_cli.networks.torsos import Torso
 from mtrl_cli.types import PositiveInt
 
 
-class SoftModularization(Sharing):
+class SoftModularization(HardSharing, Sharing):
     """Layers of modules after the torso, routed by task and state (Yang et al. 2020, "Multi-Task Reinforcement Learning with Soft
     Modularization", section 4; code: github.com/RchalYang/Soft-Module, `ModularGatedCascadeCondNet`).
 
@@ -66,8 +66,6 @@ class SoftModularization(Sharing):
         encoded = torso.num_features
         self.num_features = module_size
         self._num_modules = num_modules
-        self.stem = make_stem(torso, shapes)
-        self.body = torso.body(shapes[0])
         self.embedding = TaskVectors(0.1 + torch.empty(len(shapes), encoded).uniform_(-1, 1) / math.sqrt(encoded))
         inputs = [encoded, *[module_size] * (num_layers - 1)]
         self.layers = nn.ModuleList(Stacked([_linear(each, module_size) for _ in range(num_modules)]) for each in inputs)
@@ -77,11 +75,11 @@ class SoftModularization(Sharing):
         self.routing_logits = nn.ModuleList(_nearly_zero(routing_size, number) for number in [*[each] * (num_layers - 1), num_modules])
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        encoded = self.body(apply_stem(self.stem, observation))
-        *between, last = self._weights(encoded)
+        encoded_KB = super().forward(observation)
+        *between, last = self._weights(encoded_KB)
         first, *others = self.layers
         assert isinstance(first, Stacked)
-        outputs = first.broadcast(encoded)  # [modules, K * B, F]
+        outputs = first.broadcast(encoded_KB.flatten(0, 1))  # [modules, K * B, F]
         for weight, layer in zip(between, others, strict=True):
             outputs = layer(torch.einsum("bij,jbf->ibf", weight, outputs).relu())
         return self.by_task(torch.einsum("bij,jbf->bf", last, outputs).relu())
@@ -89,8 +87,7 @@ class SoftModularization(Sharing):
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
         """Weights of each module over the modules of the layer before (`layer2/module1`), and of the features over the last layer
         (`output`)."""
-        weights = self._weights(self.body(apply_stem(self.stem, observation)))
-        *between, last = [self.by_task(weight.float()).mean(1) for weight in weights]
+        *between, last = [self.by_task(weight.float()).mean(1) for weight in self._weights(super().forward(observation))]
         named = {
             f"layer{layer}/module{module}": weight_KMM[:, module - 1]
             for layer, weight_KMM in enumerate(between, 2)
@@ -98,9 +95,9 @@ class SoftModularization(Sharing):
         }
         return {**named, "output": last[:, 0]}
 
-    def _weights(self, encoded: torch.Tensor) -> list[torch.Tensor]:
+    def _weights(self, encoded_KB: torch.Tensor) -> list[torch.Tensor]:
         """Weights from each layer to the next `[K * B, modules, modules of the layer before]`, and of the last `[K * B, 1, modules]`."""
-        product = self.by_task(encoded) * self.embedding().to(encoded.dtype)[:, None]
+        product = encoded_KB * self.embedding().to(encoded_KB.dtype)[:, None]
         base = self.routing_base(product.flatten(0, 1))
         weights: list[torch.Tensor] = []
         for layer, logits in enumerate(self.routing_logits):

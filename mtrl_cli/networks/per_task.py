@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -68,7 +69,10 @@ class Stacked(nn.Module):
         structure: module whose layers are called with the parameters of each module.
         one_by_one: whether to call the modules in a loop instead of all at once. A loop is slower, but hooks on the layers of `structure`
             receive plain tensors.
+        loops_over_images: whether to call up to 8 modules for images in a loop on a CPU.
     """
+
+    loops_over_images: ClassVar[bool] = False
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
@@ -149,14 +153,11 @@ class Stacked(nn.Module):
 
     def _call_each(self, parameters: dict[str, torch.Tensor], x: torch.Tensor, number: int, in_dim: int | None = 0) -> torch.Tensor:
         """Call `structure` with each set of parameters `[number, ...]` on its input, or on one common input (`in_dim` None)."""
-        if number > 1 and not self.one_by_one and not self._prefers_loop(x, number):
+        is_faster_looped = self.loops_over_images and x.device.type == "cpu" and x.dim() == 5 and number <= _MAX_LOOP
+        if number > 1 and not self.one_by_one and not is_faster_looped:
             return vmap(self._call, in_dims=(0, in_dim), randomness="different")(parameters, x)
         inputs = [x] * number if in_dim is None else list(x)
         return torch.stack([self._call({name: each[m] for name, each in parameters.items()}, inputs[m]) for m in range(number)])
-
-    def _prefers_loop(self, x: torch.Tensor, number: int) -> bool:
-        """Whether a loop over the modules is faster than one call for all."""
-        return False
 
     def _call(self, parameters: dict[str, torch.Tensor], x_B: torch.Tensor) -> torch.Tensor:
         return functional_call(self._structure[0], parameters, (x_B,))
@@ -176,9 +177,8 @@ def weight_of(buffer: str) -> str:
 class PerTask(Stacked, TaskOwned):
     """One stacked module per task: `[K, B, ...]` to `[K, B, ...]`."""
 
-    def _prefers_loop(self, x: torch.Tensor, number: int) -> bool:
-        # The images of one task keep a CPU busy, and grouped convolutions and normalisations are slower there than plain ones.
-        return x.device.type == "cpu" and x.dim() == 5 and number <= _MAX_LOOP
+    # The images of one task keep a CPU busy, and grouped convolutions and normalisations are slower there than plain ones.
+    loops_over_images = True
 
 
 class TaskVectors(TaskOwned):

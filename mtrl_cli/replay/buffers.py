@@ -289,7 +289,7 @@ class PrioritizedReplay(Replay):
         self._alpha, self._beta = alpha, beta
         self._tree = SumTree(spec.num_tasks, self.capacity_rows * spec.num_envs, spec.device)
         self._largest_K1 = torch.ones((spec.num_tasks, 1), dtype=torch.float64, device=spec.device)
-        self._exponent, self._held = torch.zeros((2,), dtype=torch.float64, device=spec.device).unbind()
+        self._exponent, self._count = torch.zeros((2,), dtype=torch.float64, device=spec.device).unbind()
 
     @property
     def nbytes(self) -> int:
@@ -326,7 +326,7 @@ class PrioritizedReplay(Replay):
     def prepare(self, step: int, batch_size: int) -> None:
         super().prepare(step, batch_size)
         self._exponent.fill_(-(self._beta + (1 - self._beta) * min(1.0, step / self.spec.total_steps)))
-        self._held.fill_(self.transitions)
+        self._count.fill_(self.transitions)
 
     def draw(self, batch_size: int) -> Samples:
         spec = self.spec
@@ -336,7 +336,7 @@ class PrioritizedReplay(Replay):
         index, probability = self._tree.draw(uniform)
         slot, env = index // spec.num_envs, index % spec.num_envs
         row = self._first_row + (slot - self._first_row) % self.capacity_rows
-        weight = (probability * self._held).clamp_min(1e-12) ** self._exponent
+        weight = (probability * self._count).clamp_min(1e-12) ** self._exponent
         weight = torch.where(probability > 0, weight, 0.0)
         return self.gather(row, env, (weight / weight.amax(1, keepdim=True).clamp_min(1e-12)).float())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -17,6 +18,13 @@ WeightsOfGram = Callable[[torch.Tensor], torch.Tensor]
 def finite_or_uniform(weight_K: torch.Tensor) -> torch.Tensor:
     """The weights `[K]`, or 1 / K each if one of them is not finite. Does not synchronize with the device."""
     return torch.where(torch.isfinite(weight_K).all(), weight_K, 1 / len(weight_K))
+
+
+def weigh_by_softmax(gradients: TaskGradients, logit_K: torch.Tensor) -> torch.Tensor:
+    """Weigh the losses by the softmax of logits (float32 `[K]`), or equally if a weight is not finite. Returns the weights, `[K]`."""
+    weight_K = finite_or_uniform(logit_K.softmax(0))
+    gradients.weigh(weight_K)
+    return weight_K
 
 
 def combine(gradients: TaskGradients, weights_of: WeightsOfGram) -> torch.Tensor:
@@ -35,21 +43,16 @@ def combine(gradients: TaskGradients, weights_of: WeightsOfGram) -> torch.Tensor
     return weight_K
 
 
-def combine_on_host(
-    gradients: TaskGradients,
-    weights_of: WeightsOfGram,
-    dtype: torch.dtype = torch.float64,
-    failures: tuple[type[Exception], ...] = (torch.linalg.LinAlgError,),
-) -> torch.Tensor:
+def combine_on_host(gradients: TaskGradients, weights_of: WeightsOfGram, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Combine the tasks' gradients as `combine`, with weights computed on the CPU.
 
     The methods decide step by step, and each step would wait for the device. There is one transfer each way instead.
 
     Args:
         gradients: gradients of one batch.
-        weights_of: Gram matrix to weights, both in `dtype`. Not called if the matrix is not finite.
+        weights_of: Gram matrix to weights, both in `dtype`. Not called if the matrix is not finite. Weights are uniform after a
+            `LinAlgError`.
         dtype: dtype of the computation.
-        failures: exceptions of `weights_of` for a matrix without solution; weights are uniform then.
 
     Returns:
         The weights, float32 `[K]`.
@@ -57,11 +60,9 @@ def combine_on_host(
 
     def solve(host_KK: torch.Tensor) -> torch.Tensor:
         host_KK = host_KK.to(dtype)
-        try:
+        with suppress(torch.linalg.LinAlgError):
             if bool(torch.isfinite(host_KK).all()):
                 return weights_of(host_KK)
-        except failures:
-            pass
         return torch.full_like(host_KK[0], torch.nan)
 
     return combine(gradients, lambda gram_KK: cuda_graphs.on_host(gram_KK, solve, like=gram_KK[0]))

@@ -32,13 +32,14 @@ def rows(layer: nn.Module, x: torch.Tensor, d: torch.Tensor) -> Rows:
         return _present(layer, torch.bmm(d.transpose(1, 2), x.to(d.dtype)).float(), d.float().sum(1))
     if isinstance(layer, nn.Conv2d):
         return _present(layer, _convolution_rows(layer, x, d), d.float().sum((1, 3, 4)))
+    x, d = x.float(), d.float()
     if isinstance(layer, nn.LayerNorm):
-        normal, d = functional.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps), d.float()
+        normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
         summed = tuple(range(1, d.dim() - len(layer.normalized_shape)))
-        return _present(layer, (normal * d).sum(summed), d.sum(summed))
-    assert isinstance(layer, nn.GroupNorm)
-    normal, d = functional.group_norm(x.flatten(0, 1).float(), layer.num_groups, eps=layer.eps).view(x.shape), d.float()
-    summed = (1, *range(3, d.dim()))
+    else:
+        assert isinstance(layer, nn.GroupNorm)
+        normal = functional.group_norm(x.flatten(0, 1), layer.num_groups, eps=layer.eps).view(x.shape)
+        summed = (1, *range(3, d.dim()))
     return _present(layer, (normal * d).sum(summed), d.sum(summed))
 
 

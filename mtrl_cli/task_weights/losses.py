@@ -6,7 +6,7 @@ import torch
 
 from mtrl_cli.errors import unknown
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
-from mtrl_cli.task_weights.common import LearnedVector, finite_or_uniform
+from mtrl_cli.task_weights.common import LearnedVector, weigh_by_softmax
 from mtrl_cli.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 _TINY = 1e-8  # keeps logarithms and ratios of losses finite; the value of FAMO's code
@@ -61,9 +61,7 @@ class Random(TaskWeights):
         self._generator = torch.Generator(tasks.device).manual_seed(tasks.seed)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        weight_K = torch.randn(len(self.tasks), generator=self._generator, device=self.tasks.device).softmax(0)
-        gradients.weigh(weight_K)
-        return weight_K
+        return weigh_by_softmax(gradients, torch.randn(len(self.tasks), generator=self._generator, device=self.tasks.device))
 
 
 class Uncertainty(TaskWeights):
@@ -84,8 +82,7 @@ class Uncertainty(TaskWeights):
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         log_variance_K = self._log_variance.value_K
-        weight_K = finite_or_uniform((-log_variance_K).softmax(0))
-        gradients.weigh(weight_K)
+        weight_K = weigh_by_softmax(gradients, -log_variance_K)
         self._log_variance.step(0.5 - 0.5 * (-log_variance_K).exp() * gradients.loss_K)
         return weight_K
 
@@ -119,11 +116,9 @@ class DWA(TaskWeights):
         rate_K = self._last_K / self._before_K.clamp(min=_TINY)
         if self._updates < 2 * self._epoch:
             rate_K = torch.zeros_like(rate_K)
-        weight_K = finite_or_uniform((rate_K / self._temperature).softmax(0))
-        gradients.weigh(weight_K)
         self._sum_K += gradients.loss_K
         self._updates += 1
-        return weight_K
+        return weigh_by_softmax(gradients, rate_K / self._temperature)
 
 
 class FAMO(TaskWeights):
@@ -148,11 +143,9 @@ class FAMO(TaskWeights):
         self._before_K = torch.zeros_like(self._logit.value_K)
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        # Softmax of log z - log L: the quotient z / L would overflow for a loss near 0.
-        weight_K = finite_or_uniform((self._logit.value_K.log_softmax(0) - (gradients.loss_K + _TINY).log()).softmax(0))
-        gradients.weigh(weight_K)
         self._before_K.copy_(gradients.loss_K)
-        return weight_K
+        # Softmax of log z - log L: the quotient z / L would overflow for a loss near 0.
+        return weigh_by_softmax(gradients, self._logit.value_K.log_softmax(0) - (gradients.loss_K + _TINY).log())
 
     def after_step(self, loss_K: torch.Tensor) -> None:
         fell_K = (self._before_K + _TINY).log() - (loss_K + _TINY).log()
@@ -177,6 +170,4 @@ class STCH(TaskWeights):
         self._mu = mu
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
-        weight_K = finite_or_uniform((gradients.loss_K / (len(self.tasks) * self._mu)).softmax(0))
-        gradients.weigh(weight_K)
-        return weight_K
+        return weigh_by_softmax(gradients, gradients.loss_K / (len(self.tasks) * self._mu))

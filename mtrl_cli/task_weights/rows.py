@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
 from mtrl_cli.task_weights.common import LearnedVector, finite_or_uniform
 from mtrl_cli.types import Fraction, NonNegativeFloat, PositiveFloat
@@ -20,8 +18,9 @@ class GradNorm(TaskWeights):
     """GradNorm (Chen et al. 2018, "GradNorm", Algorithm 1): learned loss weights, so that tasks train at similar rates.
 
     The gradient norm of each weighted loss moves towards the mean norm times the task's relative loss ratio to the power of alpha. The loss
-    ratio is loss / first loss, divided by its mean over tasks (equation 2). The paper takes gradients in the last shared layer, to save
-    time. Here they are taken in all shared parameters, whose norms are in the Gram matrix. Adam moves the weights, and their sum is fixed.
+    ratio is loss / first loss, divided by its mean over tasks (equation 2). The paper uses the gradients in the last shared layer, to save
+    time. This class uses those in all shared parameters, whose norms are in the Gram matrix. Adam moves the
+    weights, and their sum is fixed.
 
     Args:
         alpha: strength with which slow tasks are favoured; 0 gives equal norms.
@@ -76,7 +75,8 @@ class GradDrop(TaskWeights):
         rows_KP = gradients.rows()
         seed = int(torch.randint(2**63 - 1, (), generator=self._generator))  # on the host, equal for all devices
         kept, kept_K, all_K = [], torch.zeros_like(gradients.loss_K), torch.zeros_like(gradients.loss_K)
-        with seeded(rows_KP.device, seed):
+        with rng.kept(rows_KP.device):
+            torch.manual_seed(seed)
             for part_KC in rows_KP.split(_COLUMNS if rows_KP.device.type == "cpu" else rows_KP.shape[1], 1):
                 kept.append(self._aggregator(part_KC))
                 square_KC = part_KC.square()
@@ -126,11 +126,3 @@ class DBMTL(TaskWeights):
         weight_K = factor_K * self._inverse_K
         gradients.replace(factor_K @ average_KP / weight_K.sum())
         return weight_K / weight_K.sum()
-
-
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the default generator of a device inside the context, and restore it afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mtrl_cli.task_weights.base import TaskGradients, Tasks, TaskWeights
-from mtrl_cli.task_weights.common import finite_or_uniform
+from mtrl_cli.task_weights.common import weigh_by_softmax
 from mtrl_cli.types import PositiveFloat, PositiveInt
 
 
@@ -55,6 +55,4 @@ class ScoreGap(TaskWeights):
 
     def backward(self, gradients: TaskGradients) -> torch.Tensor:
         self._gap_K.mul_(self._keep).add_((1 - self._keep) * self._newest_K)
-        weight_K = finite_or_uniform((self._gap_K / self._temperature).softmax(0))
-        gradients.weigh(weight_K)
-        return weight_K
+        return weigh_by_softmax(gradients, self._gap_K / self._temperature)

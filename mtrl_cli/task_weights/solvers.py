@@ -104,7 +104,7 @@ class NashMTL(TaskWeights):
         return self._weight_K
 
     def _solve(self, host_KK: torch.Tensor) -> torch.Tensor:
-        # TorchJD takes rows and computes their inner products: any root of the Gram matrix has the same inner products.
+        # TorchJD expects rows and computes their inner products: any root of the Gram matrix has the same inner products.
         value_K, vector_KK = torch.linalg.eigh(host_KK)
         weight_K = _to_sum_1(self._weighting(vector_KK * value_K.clamp(min=0).sqrt()))
         self._found = bool(torch.isfinite(weight_K).all())
@@ -173,10 +173,10 @@ def _combine(gradients: TaskGradients, solve: WeightsOfGram, *, allow_zero: bool
     """Combine gradients with the weights of a solver; uniform without solution, or if a gradient is zero and `allow_zero` is false."""
 
     def attempt(host_KK: torch.Tensor) -> torch.Tensor:
-        if not allow_zero and bool(host_KK.diagonal().min() < _SMALLEST_SQUARE):
-            return torch.full_like(host_KK[0], torch.nan)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), suppress(*_failures()):
             warnings.simplefilter("ignore")  # of problems compiled again each time, or solved with lower accuracy
-            return solve(host_KK)
+            if allow_zero or bool(host_KK.diagonal().min() >= _SMALLEST_SQUARE):
+                return solve(host_KK)
+        return torch.full_like(host_KK[0], torch.nan)
 
-    return combine_on_host(gradients, attempt, failures=_failures())
+    return combine_on_host(gradients, attempt)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mtrl_cli.machine import rng
 from mtrl_cli.task_weights import layers
 from mtrl_cli.task_weights.base import TaskGradients
 from mtrl_cli.task_weights.gradients import AutogradGradients, add_gradients, split_like
@@ -172,10 +173,8 @@ def tape_for(network: nn.Module, shared: Sequence[nn.Parameter], own: Sequence[n
     if not shared or not all(isinstance(module, layers.KINDS) for module in holders):
         return None
     held = [id(parameter) for module in holders for parameter in module.parameters()]
-    if sorted(held) != sorted(wanted):
-        return None
     order = [module for module, _ in _calls(network, holders, observation)]
-    if len(order) != len(holders) or set(map(id, order)) != set(map(id, holders)):
+    if sorted(held) != sorted(wanted) or sorted(map(id, order)) != sorted(map(id, holders)):
         return None
     tape = Tape(order, observation.shape[0])
     if not _agrees(tape, network, shared, own, observation):
@@ -205,8 +204,7 @@ def _agrees(tape: Tape, network: nn.Module, shared: Sequence[nn.Parameter], own:
         return (q_KBA.masked_fill(~q_KBA.isfinite(), 0.0) * factor_B1).sum(2)
 
     # The same seed for both, in case the network has dropout.
-    device = observation.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with rng.kept(observation.device):
         torch.manual_seed(0)
         expected = AutogradGradients(losses_KB().mean(1), shared, own).rows()
         taps = tape.make_taps(network, observation)

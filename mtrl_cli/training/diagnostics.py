@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mtrl_cli.agents.agent import Agent
+from mtrl_cli.machine import rng
 from mtrl_cli.metric_names import GRAD_CONFLICT, GRAD_COSINE, GRAD_NORM
 from mtrl_cli.networks.per_task import Stacked
 from mtrl_cli.replay.buffers import Replay, Samples
@@ -95,8 +96,7 @@ class Diagnostics:
         network, names = self._agent.network, self._task_names
         # Eager, because a compiled graph frees its buffers in the first backward pass, which other tasks need. The generator of dropout is
         # restored, so that the next update draws the same masks.
-        cuda = [batch.action.device] if batch.action.is_cuda else []
-        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=cuda):
+        with torch.compiler.set_stance("force_eager"), rng.kept(batch.action.device):
             loss_K = self._agent.losses(batch).loss_KB.mean(1)
         gram = AutogradGradients(loss_K, network.shared_parameters(), network.own_parameters()).gram()
         norms, cosines = norms_and_cosines(gram.double().cpu().numpy())

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from mtrl_cli.networks.lora import LowRank
+from mtrl_cli.networks.matching import LoadedRows, Piece, count_parameters, pieces_of
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import parts_of
-from mtrl_cli.networks.per_task import Stacked, TaskOwned, weight_of
+from mtrl_cli.networks.per_task import weight_of
 from mtrl_cli.training.callbacks import Callback
-
-LoadedRows = Mapping[str, list[int] | None]
-"""Loaded rows of tensors, by name; None: all rows. Tensors without loaded rows are absent."""
 
 
 class Freezing(Callback):
@@ -42,8 +39,8 @@ class Freezing(Callback):
         self.unfreeze_at = unfreeze_at
         self.is_unfrozen = False
         self._network = network
-        self._names = _names_to_freeze(network, freeze)
-        self._sizes = _sizes_of_rows(network)
+        self._pieces = _pieces_to_freeze(network, freeze)
+        self._names = {piece.tensor for piece in self._pieces}
         self._loaded: LoadedRows = {}
         self._kept_parameters: list[Kept] = []
         self._kept_buffers: list[Kept] = []
@@ -66,11 +63,9 @@ class Freezing(Callback):
     @property
     def count(self) -> int:
         """Number of scalar parameters that are frozen now, without padding."""
-        total, parameters = 0, dict(self._network.named_parameters())
-        for name in self.frozen:
-            sizes, rows = self._sizes.get(name, {}), self._loaded[name]
-            total += sum(sizes[row] for row in (sizes if rows is None else rows)) if sizes else parameters[name].numel()
-        return total
+        frozen = self.frozen
+        pieces = [each for each in self._pieces if each.tensor in frozen and each.is_in(self._loaded[each.tensor])]
+        return count_parameters(self._network, pieces)
 
     def freeze(self, loaded: LoadedRows) -> None:
         """Freeze loaded parameters. Afterwards the learner must be rebuilt."""
@@ -138,10 +133,10 @@ class Freezing(Callback):
 
     def describe_unfreezing(self) -> str:
         """Describe the parameters that are unfrozen at `unfreeze_at`, in a line."""
-        parts = [part for name, part in parts_of(self._network).items() if name in self._names and name in self._loaded]
-        layers = sorted({part.layer + 1 for part in parts if part.layer is not None})
+        pieces = [piece for piece in self._pieces if piece.tensor in self._loaded]
+        layers = sorted({piece.layer + 1 for piece in pieces if piece.layer is not None})
         named = [f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} of the torso"] if layers else []
-        others = ["the sharing structure"] if any(part.layer is None for part in parts) else []
+        others = ["the sharing structure"] if any(piece.layer is None for piece in pieces) else []
         return f"unfroze {' and '.join(named + others)} at step {self.unfreeze_at:,}; all parameters are trained"
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,36 +167,21 @@ def _restore(kept: Sequence[Kept]) -> None:
         tensor.copy_(torch.where(is_trained, tensor, values))
 
 
-def _sizes_of_rows(network: MultiTaskNetwork) -> dict[str, dict[int, int]]:
-    """Return the number of scalar parameters of each row, without padding, of tensors whose rows belong to modules or tasks."""
-    parameters, sizes = dict(network.named_parameters()), dict[str, dict[int, int]]()
-    for path, module in network.named_modules():
-        if isinstance(module, TaskOwned | Stacked):
-            for each in module.slices():
-                row = each.index[0]
-                assert isinstance(row, int)
-                if (name := f"{path}.{each.parameter}") in parameters:
-                    sizes.setdefault(name, {})[row] = parameters[name][each.index].numel()
-    return sizes
-
-
 def layers_of(network: MultiTaskNetwork) -> int:
     """Return the number of layers of the torso."""
     return 1 + max((part.layer for part in parts_of(network).values() if part.layer is not None), default=-1)
 
 
-def _names_to_freeze(network: MultiTaskNetwork, freeze: str) -> set[str]:
-    """Return the names of the parameters that `freeze` selects."""
+def _pieces_to_freeze(network: MultiTaskNetwork, freeze: str) -> list[Piece]:
+    """Return the pieces of the parameters that `freeze` selects."""
     if freeze == "none":
-        return set()
+        return []
     layers = layers_of(network)
     frozen_layers = int(freeze.partition(":")[2] or layers)
     if not 1 <= frozen_layers <= layers:
         raise ValueError(f"transfer.freeze={freeze}: the torso has {layers} layers with its stem; expected torso:1 to torso:{layers}")
-    adapters = tuple(f"{path}." for path, module in network.named_modules() if isinstance(module, LowRank))
     kinds = ("torso", "sharing") if freeze == "all_but_heads" else ("torso",)
-    return {
-        name
-        for name, part in parts_of(network).items()
-        if part.kind in kinds and not name.startswith(adapters) and (part.layer is None or part.layer < frozen_layers)
-    }
+    names_of_tasks = [str(task) for task in range(network.sharing.num_tasks)]
+    names = {name for name, _ in network.named_parameters()}
+    pieces = [piece for piece in pieces_of(network, names_of_tasks).values() if piece.tensor in names and piece.kind in kinds]
+    return [piece for piece in pieces if piece.layer is None or piece.layer < frozen_layers]

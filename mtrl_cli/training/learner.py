@@ -11,7 +11,7 @@ import torch
 from mtrl_cli.agents.agent import Agent, Losses
 from mtrl_cli.augmentation.base import Pipeline
 from mtrl_cli.errors import RunError
-from mtrl_cli.machine import cuda_graphs
+from mtrl_cli.machine import cuda_graphs, rng
 from mtrl_cli.machine.saved import Saved
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 from mtrl_cli.replay.buffers import Replay, Samples
@@ -182,7 +182,7 @@ class Learner(Saved):
         shape = (len(self.task_names), self._batch_size)
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
         augmentation_state = self.augmentation.state_dict()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with rng.kept(device):
             batch = self.augmentation(self.replay.gather(zeros, zeros, torch.ones(shape, device=device)))
             _, gradients = self._losses_and_gradients(batch)
             gradients.weigh(torch.full_like(gradients.loss_K, 1 / len(gradients.loss_K)))

@@ -10,11 +10,8 @@ import torch
 
 from mtrl_cli.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-Groups = list[dict[str, Any]]
-Schedule = Literal["constant", "linear", "cosine"]
 
-
-def lr_factor(schedule: Schedule, final: float, progress: float) -> float:
+def lr_factor(schedule: str, final: float, progress: float) -> float:
     """Factor of the learning rate at a point of the run.
 
     Args:
@@ -39,7 +36,7 @@ class Optimizer:
 
     Args:
         parameters: trained parameters, in the order of the network. A parameter without a gradient neither moves nor decays.
-        kinds: part of the network of each parameter (`networks/parts.py`); None: unknown.
+        kinds: part of the network of each parameter (`networks/parts.py`); (): no part has a factor.
         lr: initial learning rate.
         lr_final: share of the learning rate at the end of the run.
         schedule: of the learning rate (`lr_factor`).
@@ -55,7 +52,7 @@ class Optimizer:
         capturable: whether a CUDA graph can record a step (`machine/cuda_graphs.py`).
 
     Raises:
-        ValueError: a schedule without effect, or factors of unknown parts.
+        ValueError: a schedule without effect.
     """
 
     capturable: ClassVar[bool] = True
@@ -65,7 +62,7 @@ class Optimizer:
     def __init__(
         self,
         parameters: Sequence[torch.nn.Parameter],
-        kinds: Sequence[str] | None = None,
+        kinds: Sequence[str] = (),
         *,
         lr: PositiveFloat,
         lr_final: Fraction = 1.0,
@@ -89,10 +86,9 @@ class Optimizer:
         self._max_grad_norm = max_grad_norm
         # On a GPU learning rates are tensors on the device, which every replay of a CUDA graph reads.
         self._on_gpu = any(parameter.is_cuda for parameter in self.parameters)
-        groups = _grouped(self.parameters, kinds, factors)
-        self._factors = [group.pop("factor") for group in groups]
-        for group, factor in zip(groups, self._factors, strict=True):
-            group["lr"] = self._on_device(lr * factor)
+        by_factor = _by_factor(self.parameters, kinds, factors)
+        self._factors = list(by_factor)
+        groups = [{"params": members, "lr": self._on_device(lr * factor)} for factor, members in by_factor.items()]
         if self._on_gpu and self.kind is not torch.optim.SGD:  # fused steps of SGD can always be recorded
             options["capturable"] = True
         self._optimizer = self.kind(groups, self._on_device(lr), weight_decay=weight_decay, **options, **{self.implementation: True})
@@ -152,16 +148,14 @@ class Optimizer:
                     values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _grouped(parameters: Sequence[torch.nn.Parameter], kinds: Sequence[str] | None, factors: Mapping[Any, float]) -> Groups:
+def _by_factor(
+    parameters: Sequence[torch.nn.Parameter], kinds: Sequence[str], factors: Mapping[Any, float]
+) -> dict[float, list[torch.nn.Parameter]]:
     """Group parameters by factor, in the order of first occurrence."""
-    if not factors:
-        return [{"params": list(parameters), "factor": 1.0}]
-    if kinds is None:
-        raise ValueError(f"optimizer.factors={dict(factors)}: the parts of this network are unknown")
     groups: dict[float, list[torch.nn.Parameter]] = {}
-    for parameter, kind in zip(parameters, kinds, strict=True):
+    for parameter, kind in zip(parameters, kinds or [""] * len(parameters), strict=True):
         groups.setdefault(factors.get(kind, 1.0), []).append(parameter)
-    return [{"params": members, "factor": factor} for factor, members in groups.items()]
+    return groups
 
 
 class Adam(Optimizer):

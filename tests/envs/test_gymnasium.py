@@ -15,10 +15,9 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete
 
 from mtrl_cli.envs.gymnasium import GymnasiumPack
-from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import extras
-from tests.helpers.played import assert_restores, play
+from tests.helpers.played import assert_restores, play, start
 
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
@@ -69,10 +68,6 @@ def toys() -> Iterator[None]:
 
 def make(*tasks: str, **options: Any) -> GymnasiumPack:
     return GymnasiumPack(name="test", tasks=list(tasks), num_envs=2, **options)
-
-
-def start(pack: GymnasiumPack) -> VectorTasks:
-    return VectorTasks(pack, num_envs=2, seed=0, num_threads=1, training=True, stream="test")
 
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 100])

@@ -10,20 +10,15 @@ import numpy as np
 import pytest
 
 from mtrl_cli.envs.minatar import GAMES, MinAtarPack
-from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import UserError
 from mtrl_cli.machine import extras
-from tests.helpers.played import assert_restores, play
+from tests.helpers.played import assert_restores, play, start
 
 pytest.importorskip("minatar", reason="an extra")
 
 
 def make(*games: str, **options: Any) -> MinAtarPack:
     return MinAtarPack(name="test", tasks=list(games or GAMES), num_envs=2, **options)
-
-
-def start(pack: MinAtarPack, seed: int = 0) -> VectorTasks:
-    return VectorTasks(pack, num_envs=2, seed=seed, num_threads=1, training=True, stream="test")
 
 
 @pytest.mark.parametrize("steps_between_seeds", [0, 100])

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtrl_cli.envs.names import check_names
-from mtrl_cli.envs.pack import Pack, Task, padded_shape
+from mtrl_cli.envs.pack import Pack, Task, check_names, padded_shape
 from mtrl_cli.envs.serial import SerialVectorTask
 from mtrl_cli.envs.vector_tasks import VectorTasks
 from mtrl_cli.errors import RunError, UserError

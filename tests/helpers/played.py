@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from mtrl_cli.envs.pack import Pack
 from mtrl_cli.envs.vector_tasks import Step, VectorTasks
+
+
+def start(pack: Pack, seed: int = 0) -> VectorTasks:
+    return VectorTasks(pack, num_envs=2, seed=seed, num_threads=1, training=True, stream="test")
 
 
 def random_actions(envs: VectorTasks, generator: np.random.Generator) -> np.ndarray:

@@ -42,7 +42,7 @@ YAMLS = sorted((Path(__file__).resolve().parents[2] / "conf/network/sharing").gl
 STRUCTURES = [path.stem for path in YAMLS]
 
 
-def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -> torch.Tensor:
+def observations(shapes: Shapes, batch: int = 4, seed: int = 0) -> torch.Tensor:
     """`[K, B, *padded]`, zero where a task's own observation ends."""
     padded = (max(shape[0] for shape in shapes), *shapes[0][1:])
     observation = torch.zeros(len(shapes), batch, *padded)
@@ -52,7 +52,7 @@ def observations(shapes: list[tuple[int, ...]], batch: int = 4, seed: int = 0) -
     return observation
 
 
-def structure(name: str, torso: Torso, shapes: list[tuple[int, ...]], seed: int = 0) -> Sharing:
+def structure(name: str, torso: Torso, shapes: Shapes, seed: int = 0) -> Sharing:
     """Build the structure that `network/sharing=NAME` selects, with small sizes."""
     node = yaml.safe_load(YAMLS[STRUCTURES.index(name)].read_text())
     options = {key: value for key, value in node.items() if key != "_target_"}

@@ -10,9 +10,8 @@ from mtrl_cli.networks.columns import MTAN, CrossStitch
 from mtrl_cli.networks.per_task import PerTask, Stacked
 from mtrl_cli.networks.sharing import IndependentSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, UngroupedTorso, counts, observations, stem_of_task, unstacked
+from tests.helpers.structures import IMAGES, VECTORS, Shapes, UngroupedTorso, counts, observations, stem_of_task, unstacked
 
-Shapes = list[tuple[int, ...]]
 CASES = [
     (MLP(hidden=[8, 7, 5]), VECTORS),
     (MLP(hidden=[8, 7, 5], layer_norm=True), [(4,)] * 3),

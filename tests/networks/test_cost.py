@@ -10,14 +10,13 @@ from mtrl_cli.networks.heads import DuelingHead, Head, PlainHead
 from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing
 from mtrl_cli.networks.torsos import MLP, NatureCNN, Torso
+from tests.helpers.structures import Shapes
 
 # Outputs times inputs of each layer: convolutions at 20x20, 9x9 and 7x7 positions, then 7*7*64 inputs to 512.
 NATURE = 20 * 20 * 32 * (4 * 8 * 8) + 9 * 9 * 64 * (32 * 4 * 4) + 7 * 7 * 64 * (64 * 3 * 3) + 512 * (7 * 7 * 64)
 
 
-def cost(
-    torso: Torso, sharing: type[Sharing], head: type[Head], shapes: list[tuple[int, ...]], actions: list[int], device: str = "meta"
-) -> int:
+def cost(torso: Torso, sharing: type[Sharing], head: type[Head], shapes: Shapes, actions: list[int], device: str = "meta") -> int:
     padded = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
     with torch.device(device):
         network = MultiTaskNetwork(sharing(torso, shapes), head(torso.num_features, actions), 1.0)
@@ -33,7 +32,7 @@ def test_nature_multiply_adds(sharing: type[Sharing], tasks: int) -> None:
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
 def test_padding_of_mlp_and_heads_is_counted(sharing: type[Sharing]) -> None:
-    shapes: list[tuple[int, ...]] = [(4,), (6,), (2,)]
+    shapes: Shapes = [(4,), (6,), (2,)]
     assert cost(MLP(hidden=[20, 30]), sharing, PlainHead, shapes, [2, 5, 3]) == 6 * 20 + 20 * 30 + 30 * 5
     # Value, advantages, and the mean over them.
     assert cost(MLP(hidden=[20, 30]), sharing, DuelingHead, shapes, [2, 5, 3]) == 6 * 20 + 20 * 30 + 30 * (1 + 5) + 5

@@ -8,9 +8,7 @@ from torch import nn
 
 from mtrl_cli.networks.modular import SoftModularization
 from mtrl_cli.networks.torsos import MLP, MinAtarCNN, Torso
-from tests.helpers.structures import IMAGES, VECTORS, counts, observations, stem_of_task
-
-Shapes = list[tuple[int, ...]]
+from tests.helpers.structures import IMAGES, VECTORS, Shapes, counts, observations, stem_of_task
 
 
 def modular(torso: Torso, shapes: Shapes, layers: int, modules: int) -> SoftModularization:

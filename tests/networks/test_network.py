@@ -18,10 +18,9 @@ from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Tors
 from mtrl_cli.task_weights.gradients import AutogradGradients
 from mtrl_cli.task_weights.losses import Uniform
 from tests.helpers.fake_tasks import tasks_of
-from tests.helpers.structures import observations
+from tests.helpers.structures import Shapes, observations
 
 KINDS = list(itertools.product([HardSharing, IndependentSharing], [PlainHead, DuelingHead]))
-Shapes = list[tuple[int, ...]]
 
 
 def network_of(

@@ -14,9 +14,8 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 from mtrl_cli.networks.parts import Part, parts_of, tagged
 from mtrl_cli.networks.sharing import HardSharing, blocks_of
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import STRUCTURES, UngroupedTorso, structure
+from tests.helpers.structures import STRUCTURES, Shapes, UngroupedTorso, structure
 
-Shapes = list[tuple[int, ...]]
 CASES: list[tuple[Torso, Shapes]] = [
     (MLP(hidden=[8, 7, 5], layer_norm=True), [(4,), (6,), (2,)]),
     (MLP(hidden=[8, 5]), [(4,)] * 3),

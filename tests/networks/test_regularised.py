@@ -15,13 +15,13 @@ from mtrl_cli.networks.per_task import PerTask, spectral_layers
 from mtrl_cli.networks.regularised import Dropout, SpectralLinear, dropout_generator, power_step
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
 from mtrl_cli.task_weights.tape import tape_for
-from tests.helpers.structures import STRUCTURES, observations, structure
+from tests.helpers.structures import STRUCTURES, Shapes, observations, structure
 
 CPU = torch.device("cpu")
-SHAPES: list[tuple[int, ...]] = [(4,)] * 3
+SHAPES: Shapes = [(4,)] * 3
 
 
-def torsos(**options: object) -> list[tuple[Torso, list[tuple[int, ...]]]]:
+def torsos(**options: object) -> list[tuple[Torso, Shapes]]:
     """All torsos."""
     return [
         (MLP(hidden=[8, 6], **options), [(4,), (6,), (2,)]),  # type: ignore[arg-type]
@@ -32,7 +32,7 @@ def torsos(**options: object) -> list[tuple[Torso, list[tuple[int, ...]]]]:
     ]
 
 
-def network_of(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> MultiTaskNetwork:
+def network_of(name: str, torso: Torso, shapes: Shapes) -> MultiTaskNetwork:
     sharing = structure(name, tagged(torso), shapes)
     return MultiTaskNetwork(sharing, DuelingHead(sharing.num_features, [2] * len(shapes)), 1.0)
 
@@ -58,7 +58,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), torsos(dropout=0.4))
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_dropout_is_active_only_with_gradients(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_dropout_is_active_only_with_gradients(name: str, torso: Torso, shapes: Shapes) -> None:
     network, observation = network_of(name, torso, shapes), observations(shapes)
     assert network.has_dropout
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_spectral_linear_agrees_with_torch_and_its_gradient() -> None:
 
 @pytest.mark.parametrize(("torso", "shapes"), torsos(spectral_norm=True))
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_last_layer_is_normalised_in_every_structure_and_vectors_are_saved(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_last_layer_is_normalised_in_every_structure_and_vectors_are_saved(name: str, torso: Torso, shapes: Shapes) -> None:
     """Doubled weights (without bias) give the same features. The vectors follow changed weights of trained layers only."""
     if name == "paco":
         with pytest.raises(ValueError, match=r"network\.spectral_norm"):

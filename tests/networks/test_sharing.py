@@ -11,7 +11,7 @@ from torch import nn
 from mtrl_cli.networks.per_task import PerTask, Stacked, TaskLinear, TaskOwned, TaskVectors, parameter_counts
 from mtrl_cli.networks.sharing import HardSharing, IndependentSharing, Sharing, blocks_of, output_shapes
 from mtrl_cli.networks.torsos import MLP, ImpalaCNN, MinAtarCNN, NatureCNN, Torso
-from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, UngroupedTorso, counts, observations, structure
+from tests.helpers.structures import IMAGES, STRUCTURES, VECTORS, Shapes, UngroupedTorso, counts, observations, structure
 
 CASES = [
     (MLP(hidden=[8, 5]), VECTORS),
@@ -44,7 +44,7 @@ def count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_per_task_equals_a_loop_over_modules(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_per_task_equals_a_loop_over_modules(torso: Torso, shapes: Shapes) -> None:
     """Values and gradients, against a Python loop."""
     modules = [nn.Sequential(torso.stem(shape), torso.body(shape)) for shape in shapes]
     together = PerTask(modules)
@@ -154,7 +154,7 @@ def test_child_without_parameters_joins_the_block_before_it() -> None:
         (MLP(hidden=[8]), (3,), []),
     ],
 )
-def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: list[tuple[int, ...]]) -> None:
+def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: Shapes) -> None:
     stem, blocks = torso.stem(shape), blocks_of(torso.body(shape))
     assert output_shapes([stem, *blocks], shape)[1:] == shapes
 
@@ -164,7 +164,7 @@ def test_shapes_between_blocks(torso: Torso, shape: tuple[int, ...], shapes: lis
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_features_are_task_major_and_depend_on_their_task_only(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_features_are_task_major_and_depend_on_their_task_only(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     features = sharing(observation)
     assert features.shape == (3, 4, sharing.num_features)
@@ -188,7 +188,7 @@ def test_structure_works_for_a_single_task(name: str, torso: Torso) -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_owned_parameters_have_gradients_of_one_task_and_shared_of_several(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_owned_parameters_have_gradients_of_one_task_and_shared_of_several(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes, batch=32)
     features = sharing(observation)
     parameters = dict(sharing.named_parameters())
@@ -206,7 +206,7 @@ def test_owned_parameters_have_gradients_of_one_task_and_shared_of_several(name:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO)
-def test_counts_include_all_parameters_without_padding(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_counts_include_all_parameters_without_padding(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing = structure(name, torso, shapes)
     shared, own = counts(sharing)
     longest = [max(shapes)] * 3
@@ -221,7 +221,7 @@ def test_counts_include_all_parameters_without_padding(name: str, torso: Torso, 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), [EVERY_TORSO[0], EVERY_TORSO[5]])
-def test_state_dict_round_trip(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_state_dict_round_trip(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing, other = structure(name, torso, shapes), structure(name, torso, shapes, seed=1)
     observation = observations(shapes)
     assert not torch.allclose(other(observation), sharing(observation))
@@ -247,7 +247,7 @@ def test_structure_overfits_a_small_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO[1:6])
-def test_bfloat16_features_are_close(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_bfloat16_features_are_close(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     exact = sharing(observation).detach()
     with torch.autocast("cpu", torch.bfloat16):
@@ -263,7 +263,7 @@ def test_bfloat16_features_are_close(name: str, torso: Torso, shapes: list[tuple
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize(("torso", "shapes"), EVERY_TORSO[:5])
-def test_routing_is_a_distribution_for_each_task(name: str, torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_routing_is_a_distribution_for_each_task(name: str, torso: Torso, shapes: Shapes) -> None:
     sharing, observation = structure(name, torso, shapes), observations(shapes)
     with torch.no_grad():
         for parameter in sharing.parameters():
@@ -299,7 +299,7 @@ def test_hard_sharing_of_different_shapes_shares_the_body() -> None:
 
 
 @pytest.mark.parametrize(("torso", "shapes"), CASES)
-def test_independent_counts_equal_separate_torsos(torso: Torso, shapes: list[tuple[int, ...]]) -> None:
+def test_independent_counts_equal_separate_torsos(torso: Torso, shapes: Shapes) -> None:
     separate = [count(torso.stem(shape)) + count(torso.body(shape)) for shape in shapes]
     assert counts(IndependentSharing(torso, shapes)) == (0, separate)
 

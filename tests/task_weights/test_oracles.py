@@ -93,7 +93,7 @@ def test_gradients_equal_torchjd_on_the_full_jacobian(name: str, seed: int) -> N
     expected = ORACLES[name](J).float()
     assert (J @ J.T).min() < 0, "there is a conflict"
     torch.testing.assert_close(of_shared, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
-    torch.testing.assert_close(of_own, case.jacobian(case.own).mean(0), rtol=1e-4, atol=1e-6)  # uniform's
+    torch.testing.assert_close(of_own, case.jacobian(case.own).mean(0), rtol=1e-4, atol=1e-6)  # as with uniform weights
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -395,7 +395,7 @@ def test_cagrad_with_c_0_is_the_mean_and_else_lies_in_its_ball() -> None:
         away = (gradients.result_P * (1 + c) - J.mean(0)).norm()
         assert away == pytest.approx(c * float(J.mean(0).norm()), rel=1e-2, abs=1e-4)
         least = (J @ gradients.result_P).min() * (1 + c)
-        assert least >= (J @ J.mean(0)).min() - 1e-3, "the task that it serves least is served no less than by the mean"
+        assert least >= (J @ J.mean(0)).min() - 1e-3, "the least improved task improves no less than with the mean"
 
 
 def test_pcgrad_draws_every_order() -> None:
