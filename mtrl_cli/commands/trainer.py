@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -229,15 +228,13 @@ class Trainer:
             self.run.early_stopping.update(step, metric)
             self._save(score)
 
-    def _on_first_rank(self, play: Callable[[], Any]) -> Any:
-        """Play on the first rank, and return the result on all ranks. If a signal interrupts it, all ranks raise Stopped."""
-        signal_number, result = 0, None
+    def _on_first_rank(self, play: Callable[..., Any], *arguments: Any) -> Any:
+        """Play on the first rank, and return the result on all ranks. If a signal interrupts the first rank, all ranks raise Stopped."""
         try:
-            if self.ranks.is_first:
-                result = play()
+            outcome = 0, play(*arguments) if self.ranks.is_first else None
         except Stopped as stopped:
-            signal_number = stopped.signal_number
-        signal_number, result = self.ranks.from_first((signal_number, result))
+            outcome = stopped.signal_number, None
+        signal_number, result = self.ranks.from_first(outcome)
         if signal_number:
             raise Stopped(signal_number)
         return result
@@ -260,7 +257,7 @@ class Trainer:
             self.display.message(f"stopped early at step {self.loop.step:,}: {self.run.early_stopping.reason}")
         if self.run.tester is not None:
             self.display.message(f"testing at step {self.loop.step:,}")
-            self._on_first_rank(partial(self._play_test, self.run.tester))
+            self._on_first_rank(self._play_test, self.run.tester)
 
     def _play_test(self, tester: evaluator.Evaluator) -> None:
         self.test = final_test.run(tester, self.run.agent.network, self.store, self.loop.step, self.stop.check)
