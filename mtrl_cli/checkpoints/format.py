@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mtrl_cli.checkpoints.replay_segments import ReplayRecord
 from mtrl_cli.checkpoints.state_tree import Tensors, flatten, unflatten, with_own_storage
@@ -117,11 +117,7 @@ def _parse_header(data: bytes, path: Path) -> tuple[Header, dict[str, Any]]:
     tree = described.pop("state", None)
     if not isinstance(tree, dict):
         raise UserError(f"{path} is damaged: state must be a JSON object")
-    try:
-        return Header.model_validate(described), tree
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))[:80]}: {first['msg'][:200]}") from None
+    return atomic.validated(lambda: Header.model_validate(described), path), tree
 
 
 def _read_files(folder: Path, root: Path) -> tuple[Header, dict[str, Any], dict[str, bytes]]:

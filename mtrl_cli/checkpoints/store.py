@@ -292,9 +292,9 @@ class CheckpointStore:
             return self._load_latest(device, warn)
         step = self.best() if which == "best" else int(which)
         if step is None:
-            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step")
+            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved; use checkpoint=latest or a step")
         if step not in steps:
-            raise UserError(f"{self.folder.parent} has no checkpoint {step}. Available: {', '.join(map(str, steps)) or 'none'}")
+            raise UserError(f"{self.folder.parent} has no checkpoint {step}; available: {', '.join(map(str, steps)) or 'none'}")
         try:
             return step, self._load(step, device)
         except UnsupportedFormat:

@@ -121,10 +121,7 @@ def _split(given: Sequence[str]) -> tuple[list[str], list[str]]:
             apart = search_space.split_overrides([word])
         except UserError:
             continue
-        shared += [
-            *apart.shared,
-            *(f"{key}={axis.values[0]}" for key, axis in apart.axes.items() if isinstance(axis, search_space.Choices)),
-        ]
+        shared += [*apart.shared, *search_space.overrides_of(search_space.first_values(apart.axes))]
         of_sweep += apart.sweep
     return shared, of_sweep
 
@@ -139,21 +136,18 @@ def _composed(command: str, given: Sequence[str]) -> dict[str, Any]:
         return compose.compose_unchecked(command, [])
 
 
-def _at(content: Any, key: str) -> Any:
-    for part in key.split("."):
-        content = content.get(part) if isinstance(content, Mapping) else None
-    return content
-
-
 def _values(
-    key: str, prefix: str, annotations: Mapping[str, Any], content: Mapping[str, Any], folders: Sequence[Path]
+    key: str, prefix: str, annotations: Mapping[str, Any], content: dict[str, Any], folders: Sequence[Path]
 ) -> list[tuple[str, str]]:
     """Return `key=value` for each choice or task name, or else for the current value."""
+    from mtrl_cli.config import compose
+
     if key not in annotations:
         return []
+    values = dict(compose.flat(content))
     if key == "env.tasks":
-        return _listed(key, prefix, sorted(options.known_tasks(_at(content, "env._target_"), folders) or []))
-    choices, current = _choices(annotations[key]), _at(content, key)
+        return _listed(key, prefix, sorted(options.known_tasks(str(values.get("env._target_")), folders) or []))
+    choices, current = _choices(annotations[key]), values.get(key)
     if isinstance(current, str | int | float) and not isinstance(current, bool) and str(current) not in choices:
         choices = ["", *choices, str(current)]  # with two completions, the shell adds no space after the value
     return [(f"{key}={choice}", "") for choice in choices or [""] if choice.startswith(prefix)]

@@ -11,6 +11,7 @@ from typing import Any
 from mtrl_cli.config import compose, options
 from mtrl_cli.machine import hardware
 from mtrl_cli.runs import run_dir
+from mtrl_cli.runs.terminal import as_text, table
 
 OTHER_PACKAGES = ("omegaconf", "pydantic", "typer", "rich", "pyyaml", "minatar")
 """Packages in addition to those that run.json records. minatar is optional."""
@@ -55,8 +56,7 @@ def _as_text(facts: Mapping[str, Any]) -> str:
         "settings": facts["settings"],
         "trusted packages": ", ".join(facts["trusted_packages"]) or "none",
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())
+    return as_text(table(rows.items(), ("", ""), show_header=False))
 
 
 def _processor() -> str:

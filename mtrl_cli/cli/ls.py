@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> str:
     overrides = [each for each in arguments if "=" in each]
     names = [each for each in arguments if "=" not in each]
     if len(names) > 1:
-        raise UserError(f"mtrl ls takes one group, got {' '.join(names)}")
+        raise UserError(f"mtrl ls accepts one group, got {' '.join(names)}")
     group = names[0].replace(".", "/").strip("/") if names else None
     refused = [override for override in overrides if not override.startswith("hydra.searchpath=")]
     if refused and group not in SIZED:

@@ -34,7 +34,7 @@ def run(run_path: Path, options: dict[str, Any]) -> None:
         Stopped: stopped by a signal; nothing was written.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl eval runs in a single process. Start mtrl eval without torchrun")
+        raise UserError("mtrl eval runs in a single process; start mtrl eval without torchrun")
     folder, named = RunFolder.open(run_path)
     config = compose.load(folder.config, trusted=options["trusted_packages"])
     validation_seed = config["eval"]["seed"]

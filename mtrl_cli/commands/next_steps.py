@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from mtrl_cli.config import compose
 from mtrl_cli.parallel import torchrun
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.terminal import print_line
@@ -17,8 +18,8 @@ def print_next_steps(folder: RunFolder, config: dict[str, Any], command: list[st
         command: the command line that started the run.
         ranks: the number of ranks that trained it.
     """
-    quoted, trusted = shlex.quote(str(folder.path)), config["trusted_packages"]
-    also = " " + shlex.quote(f"trusted_packages=[{','.join(trusted)}]") if trusted else ""
+    quoted, trusted = shlex.quote(str(folder.path)), compose.trusting(config["trusted_packages"])
+    also = f" {shlex.join(trusted)}" if trusted else ""
     print_line(f"run folder   {folder.path}")
     print_line(f"curves       tensorboard --logdir {quoted}")
     print_line(f"evaluate     mtrl eval {quoted} eval.episodes=10 video=true{also}")

@@ -10,6 +10,7 @@ from mtrl_cli.build import resolve_auto
 from mtrl_cli.build import run as build_run
 from mtrl_cli.checkpoints.store import CheckpointStore, NoCheckpoint
 from mtrl_cli.commands import warm_start
+from mtrl_cli.commands.next_steps import resume_command
 from mtrl_cli.commands.trainer import Trainer
 from mtrl_cli.config import compose
 from mtrl_cli.errors import UserError
@@ -110,7 +111,7 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
         raise UserError(f"{run_path} is a checkpoint, not a run; use mtrl resume {shlex.quote(str(folder.path))}")
     config = compose.load_run(folder.path, overrides) | {"run_dir": str(folder.path)}
     if config["ranks"] != ranks.size:
-        correct = torchrun.command(config["ranks"], f"resume {shlex.quote(str(folder.path))}")
+        correct = resume_command(folder, config["ranks"])
         raise UserError(f"{folder.path} was started with {config['ranks']} ranks, got {ranks.size}; use {correct}")
     if not ranks.is_first:
         folder = ReadOnlyRunFolder(folder.path)
@@ -121,8 +122,7 @@ def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ran
             store = build_run.make_store(config, folder.checkpoints, ranks)
             step, state = _load_latest(folder, store, ranks)
             if state is not None and (completed := _completion(folder, step, config["steps_per_task"])):
-                budget = 2 * max(step, config["steps_per_task"])
-                more = torchrun.command(ranks.size, f"resume {shlex.quote(str(folder.path))} steps_per_task={budget}")
+                more = resume_command(folder, ranks.size, f" steps_per_task={2 * max(step, config['steps_per_task'])}")
                 early = f" Early stopping restarts with {config['early_stopping']['patience']} evaluations." if "early" in completed else ""
                 print_line(f"{folder.path} is completed ({completed}). To continue training: {more}{early}")
                 return
@@ -172,7 +172,7 @@ def _load_latest(folder: RunFolder, store: CheckpointStore, ranks: Ranks) -> tup
 
 def _resume_with_config(run_path: Path, requested: dict[str, Any], command: list[str], ranks: Ranks) -> None:
     """Resume an existing run (`--or-resume`) with its own configuration and the changes in `requested` that a resume allows."""
-    trusted = [f"trusted_packages=[{','.join(requested['trusted_packages'])}]"] if requested["trusted_packages"] else []
+    trusted = compose.trusting(requested["trusted_packages"])
     own = dict(compose.flat(compose.load_run(run_path, trusted)))
     free = {*_NOT_COMPARED, *resolve_auto.scaled_keys(requested)}  # auto values scale with the budget
     wanted = {key: value for key, value in compose.flat(requested) if value not in ("auto", None) and key not in free}

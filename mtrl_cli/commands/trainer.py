@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from mtrl_cli.files import atomic
 from mtrl_cli.machine import hardware
 from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.runs.metrics_logger import Logger, NullLogger
-from mtrl_cli.runs.progress import Display, NullDisplay, evaluation_table
+from mtrl_cli.runs.progress import Display, evaluation_table
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.runs.stop_signal import StopRequest
 from mtrl_cli.runs.terminal import print_line
@@ -58,7 +59,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.logger: NullLogger
-        self.display: Display | NullDisplay
+        self.display: Display
         self.resumed_at: int | None = None
         self.total_steps: int = config["steps_per_task"]
         self.frames_per_step = self.run.pack.tasks[0].frames_per_step
@@ -127,7 +128,7 @@ class Trainer:
                 self.logger = Logger(self.folder.path, resume_at=self.resumed_at) if self.ranks.is_first else NullLogger()
             with closing(self.logger):
                 tasks = [task.name for task in self.run.pack.tasks]
-                self.display = Display(tasks, self.total_steps, self.frames_per_step) if self.ranks.is_first else NullDisplay()
+                self.display = Display(tasks, self.total_steps, self.frames_per_step, quiet=not self.ranks.is_first)
                 with self.display:
                     if self.resumed_at is None:
                         self._log_parameters()
@@ -218,51 +219,50 @@ class Trainer:
         self.run.learner.metrics.check_finite()
         self.display.message(f"evaluating at step {step:,}")
         with self.speed.paused():
-            signal_number, score, metric = self.ranks.from_first(self._play() if self.ranks.is_first else None)
-            if signal_number:
+            try:
+                score, metric = self._on_first_rank(self._play)
+            except Stopped:
                 self._save()
-                raise Stopped(signal_number)
+                raise
             self.evaluations.last = step
             self.run.early_stopping.update(step, metric)
             self._save(score)
 
-    def _play(self) -> tuple[int, float | None, float | None]:
-        """Evaluate the network. Returns the signal that interrupted the evaluation (0: none), the score that ranks checkpoints, and the
-        metric of early stopping.
-        """
-        step = self.loop.step
+    def _on_first_rank(self, play: Callable[..., Any], *arguments: Any) -> Any:
+        """Play on the first rank, and return the result on all ranks. If a signal interrupts the first rank, all ranks raise Stopped."""
         try:
-            episodes = self.run.evaluator.run(self.run.agent.network, self.stop.check)
+            outcome = 0, play(*arguments) if self.ranks.is_first else None
         except Stopped as stopped:
-            return stopped.signal_number, None, None
+            outcome = stopped.signal_number, None
+        signal_number, result = self.ranks.from_first(outcome)
+        if signal_number:
+            raise Stopped(signal_number)
+        return result
+
+    def _play(self) -> tuple[float | None, float | None]:
+        """Evaluate the network. Returns the score that ranks checkpoints, and the metric of early stopping."""
+        step = self.loop.step
+        episodes = self.run.evaluator.run(self.run.agent.network, self.stop.check)
         self.summary = evaluator.summarise(episodes, self.run.pack, step, str(step), seed=self.run.evaluator.seed)
         self.folder.write(f"eval/{step}.json", atomic.to_json(self.summary))
         metrics = evaluator.metrics(self.summary)
         self._write_row(metrics)
         self._log_pictures(episodes)
         self.display.update(step, metrics, seconds=self.seconds)
-        return 0, evaluator.ranking(self.summary), metrics.get(self.run.early_stopping.metric or "")
+        return evaluator.ranking(self.summary), metrics.get(self.run.early_stopping.metric or "")
 
     def _test(self) -> None:
         """Test the last and the best network on held-out seeds. Everything is saved before: a resumed run repeats the test."""
         if self.run.early_stopping.stopped and self.loop.step < self.total_steps:
             self.display.message(f"stopped early at step {self.loop.step:,}: {self.run.early_stopping.reason}")
-        if self.run.tester is None:
-            return
-        self.display.message(f"testing at step {self.loop.step:,}")
-        if signal_number := self.ranks.from_first(self._play_test(self.run.tester) if self.ranks.is_first else None):
-            raise Stopped(signal_number)
+        if self.run.tester is not None:
+            self.display.message(f"testing at step {self.loop.step:,}")
+            self._on_first_rank(self._play_test, self.run.tester)
 
-    def _play_test(self, tester: evaluator.Evaluator) -> int:
-        """Run the test. Returns the signal that interrupted it (0: none)."""
-        step = self.loop.step
-        try:
-            self.test = final_test.run(tester, self.run.agent.network, self.store, step, self.stop.check)
-        except Stopped as stopped:
-            return stopped.signal_number
+    def _play_test(self, tester: evaluator.Evaluator) -> None:
+        self.test = final_test.run(tester, self.run.agent.network, self.store, self.loop.step, self.stop.check)
         self.folder.write(final_test.FILE, atomic.to_json(self.test))
         self._write_row(final_test.metrics(self.test))
-        return 0
 
     def _save(self, score: float | None = None) -> None:
         self.run.learner.metrics.check_finite()

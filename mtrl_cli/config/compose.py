@@ -167,6 +167,11 @@ def trusted_packages(overrides: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(named))
 
 
+def trusting(packages: Sequence[str]) -> list[str]:
+    """Return the override `trusted_packages=[…]`, or no override without packages."""
+    return [f"trusted_packages=[{','.join(packages)}]"] if packages else []
+
+
 def search_path(overrides: Sequence[str] = ()) -> list[Path]:
     """Return the built-in configuration folder and the user's folders of `hydra.searchpath=[file:///home/me/conf]`.
 

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -140,14 +140,20 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
 
 def read_model(model: type[Model], path: Path, folder: Path) -> Model:
     """Read a JSON file inside `folder` into a pydantic model. Raises UserError if the file is missing or does not fit the model."""
+    data = read_bytes(path, folder, MAX_JSON_BYTES)
+    return validated(lambda: model.model_validate_json(data), path)
+
+
+def validated(validate: Callable[[], Model], path: Path) -> Model:
+    """Return the result of validating what was read from `path`. Raises UserError with the first error of pydantic."""
     from pydantic import ValidationError
 
     try:
-        return model.model_validate_json(read_bytes(path, folder, MAX_JSON_BYTES))
+        return validate()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged: {f'{key}: ' if key else ''}{first['msg']}") from None
+        raise UserError(f"{path} is damaged: {f'{key[:80]}: ' if key else ''}{first['msg'][:200]}") from None
 
 
 def to_json(value: Any) -> str:

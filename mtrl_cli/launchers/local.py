@@ -83,7 +83,5 @@ class LocalLauncher(Launcher):
 
     def close(self) -> None:
         """Close the pipe, so that remaining workers save and exit."""
-        if self._write >= 0:
-            os.close(self._write)
-            os.close(self._read)
-            self._write = -1
+        os.close(self._write)
+        os.close(self._read)

@@ -37,17 +37,17 @@ MAX_NAMED = 12
 MAX_SWEEPS = 20  # that have a section on hyper-parameters
 
 
-def parse(words: Sequence[str]) -> tuple[list[Path], Path | None]:
+def parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
     """Split the arguments into paths and `out=PATH`. Raises UserError without a path, or with several `out`."""
-    outs = [word.partition("=")[2] for word in words if word.startswith("out=")]
-    paths = [Path(word) for word in words if not word.startswith("out=")]
-    for word in words:
-        if "=" in word and not word.startswith("out=") and not os.path.lexists(word):
-            raise UserError(unknown("key", word.partition("=")[0], ["out"], otherwise="mtrl report accepts folders and out=PATH"))
+    outs = [argument.partition("=")[2] for argument in arguments if argument.startswith("out=")]
+    paths = [Path(argument) for argument in arguments if not argument.startswith("out=")]
+    for argument in arguments:
+        if "=" in argument and not argument.startswith("out=") and not os.path.lexists(argument):
+            raise UserError(unknown("key", argument.partition("=")[0], ["out"], otherwise="mtrl report accepts folders and out=PATH"))
     if len(outs) > 1 or "" in outs:
         raise UserError("out must be one folder")
     if not paths:
-        raise UserError("no runs given: give their folders, or a sweep's, such as mtrl report runs/sweeps/mine")
+        raise UserError("no runs given; give folders of runs or sweeps, such as mtrl report runs/sweeps/mine")
     return paths, Path(outs[0]) if outs else None
 
 
@@ -60,7 +60,7 @@ def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None
         command: the command line, saved in the report.
 
     Raises:
-        UserError: a path is not a folder, matplotlib is missing, or `out` holds other files. Nothing was changed.
+        UserError: a path is not a folder, matplotlib is missing, or `out` contains other files. Nothing was changed.
     """
     html.require()
     paths = [Path(path).expanduser() for path in paths]
@@ -69,7 +69,7 @@ def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None
     earlier = _check(folder, is_default=out is None)
     runs = run_data.read(paths)
     if not runs:
-        raise UserError(f"no run in {', '.join(map(str, paths[:3]))}: give folders that mtrl train, sweep or study made")
+        raise UserError(f"no run in {', '.join(map(str, paths[:3]))}; give folders that mtrl train, sweep or study created")
     groups = grouped(runs)
     benchmarks = comparison.benchmarks(groups)
     shown_command = without_password(shlex.join(command))
@@ -170,27 +170,27 @@ def _check(folder: Path, *, is_default: bool) -> list[str]:
 
     Args:
         folder: of the report.
-        is_default: whether the user has not given it.
+        is_default: whether it is the default folder.
 
     Raises:
-        UserError: the folder holds other files, or is not writable.
+        UserError: the folder contains other files, or is not writable.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
     if is_default and folder.is_symlink():
-        raise UserError(f"{folder} is a link, and reports are not written through links: give its target, out=PATH")
+        raise UserError(f"{folder} is a link, and reports are not written through links; give its target, out=PATH")
     made: list[str] = []
     if folder.is_dir() and os.listdir(folder):
         if not os.path.lexists(folder / RECORD):
-            raise UserError(f"{folder} holds something other than a report: give another folder, out=PATH")
+            raise UserError(f"{folder} contains other files than a report; give another folder, out=PATH")
         made = atomic.read_json(folder / RECORD, folder).get("files", [None])
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
-            raise UserError(f"{folder / RECORD} is damaged: give another folder, out=PATH, or remove {show(str(folder))}")
+            raise UserError(f"{folder / RECORD} is damaged; give another folder, out=PATH, or remove {show(str(folder))}")
     existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=existing))
     except OSError as error:
-        raise UserError(f"{existing} is not writable ({error.strerror}): give another folder, out=PATH") from None
+        raise UserError(f"{existing} is not writable ({error.strerror}); give another folder, out=PATH") from None
     return made
 
 

@@ -42,7 +42,7 @@ def compare(paths: Sequence[Path]) -> str:
         "speed": _speed(runs),
         "parameters": _parameters(runs, common),
     }
-    lines: list[Row] = [("", *_names(paths), "")]
+    lines: list[Row] = [("", *run_data.short_names([run.path for run in runs]), "")]
     for title, rows in sections.items():
         lines += [("", "", "", ""), (title, "", "", "")] if title and rows else []
         lines += [(f"  {first}", *others) for first, *others in rows]
@@ -55,23 +55,16 @@ def compare(paths: Sequence[Path]) -> str:
 def _read(path: Path) -> RunData:
     path = Path(path).expanduser()
     if run_data.is_sweep(path):
-        raise UserError(f"{path} is a sweep: give two of its runs, such as {trial_folder(path, 0)}, or use mtrl report")
+        raise UserError(f"{path} is a sweep; give two of its runs, such as {trial_folder(path, 0)}, or use mtrl report")
     runs = run_data.read([path])
     if len(runs) != 1 or runs[0].path != path:
-        raise UserError(f"{path} is not a run: give the folders of two runs, or use mtrl report for any number of runs")
+        raise UserError(f"{path} is not a run; give the folders of two runs, or use mtrl report for any number of runs")
     if runs[0].status == "unreadable":
         raise UserError(f"{path} cannot be read: {runs[0].error}")
     return runs[0]
 
 
 # -- the rows -------------------------------------------------------------------------------------------------------------------
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Name each run by the shortest end of its path that differs from the other's."""
-    parts = [Path(path).expanduser().absolute().parts for path in paths]
-    depth = next((depth for depth in range(1, max(map(len, parts)) + 1) if parts[0][-depth:] != parts[1][-depth:]), 1)
-    return [str(Path(*each[-depth:])) for each in parts]
 
 
 def _about(runs: Sequence[RunData]) -> list[Row]:

@@ -176,11 +176,11 @@ def _abouts(grouped: Sequence[Sequence[RunGroup]], values: Sequence[Mapping[str,
         return [""]
     keys = dict.fromkeys(key for own in values for key in own)
     differing = [key for key in keys if len({own.get(key) for own in values}) > 1]
-    words = []
+    described = []
     for groups, own in zip(grouped, values, strict=True):
         labels = {key: value for key, value in groups[0].values.items() if any(_is_in(each, key) for each in differing)}
-        words.append(labels or {key: own.get(key, "-").strip("'") for key in differing[:3]})
-    return [", ".join(f"{key}={value}" for key, value in own.items()) for own in words]
+        described.append(labels or {key: own.get(key, "-").strip("'") for key in differing[:3]})
+    return [", ".join(f"{key}={value}" for key, value in own.items()) for own in described]
 
 
 def _is_in(key: str, section: str) -> bool:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 Cell = str | float | int | Estimate | None
-"""A table's cell; None is an empty one. Numbers are written in full into CSV and rounded on the page; infinity is `never` there.
+"""A table's cell; None is an empty one. Numbers are written in full into CSV and rounded on the page, which shows infinity as `never`.
 
-An estimate is `0.83 (0.79 to 0.86)` on the page and three columns in CSV.
+An estimate has the form `0.83 (0.79 to 0.86)` on the page, and three columns in CSV.
 """
 
 

@@ -62,9 +62,9 @@ def _merge_equal_networks(together: Mapping[tuple[str, ...], list[RunData]], key
 
 
 def counting(runs: Sequence[RunData]) -> Callable[[RunData], dict[str, str]]:
-    """Return a function that gives a run's values by key, as text, without the seed and what depends on the machine."""
-    varied = {word.partition("=")[0].replace("/", ".") for run in runs for word in run.overrides}
-    given = [word.partition("=") for command in {run.command for run in runs} for word in command.split()]
+    """Return a function that gives a run's values by key, as text, without the seed and keys that depend on the machine."""
+    varied = {override.partition("=")[0].replace("/", ".") for run in runs for override in run.overrides}
+    given = [argument.partition("=") for command in {run.command for run in runs} for argument in command.split()]
     set_by_user = varied | {key for key, _, value in given if value != "auto"}
     resolved = {*RESOLVED_BY_MACHINE, *(key for run in runs for key, value in run.config.items() if value == "auto")}
     sections = tuple(name for name in KEPT if name.endswith("."))
@@ -118,7 +118,7 @@ def _distinguishing(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]])
 
 def _candidates(firsts: Sequence[RunData], own: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, list[str]]]:
     """Yield keys with each group's value as text, the most informative first: axes of a sweep, options, all other keys."""
-    overrides = [dict(word.partition("=")[::2] for word in run.overrides) for run in firsts]
+    overrides = [dict(override.partition("=")[::2] for override in run.overrides) for run in firsts]
     for key in overrides[0]:
         if key != "seed" and all(key in of_group for of_group in overrides):
             given = [_rounded(_clipped(of_group[key])) for of_group in overrides]
@@ -213,7 +213,7 @@ def _labels(values: Sequence[Mapping[str, str]], firsts: Sequence[RunData]) -> l
     usual = _usual(values) if len(values[0]) > 3 else {}
     own = [
         ", ".join(
-            value if key in choices and keys_with[value] == 1 else f"{_last(key)}={value}"
+            value if key in choices and keys_with[value] == 1 else f"{re.split('[./]', key)[-1]}={value}"
             for key, value in of_group.items()
             if key != SIZE and value not in (ABSENT, usual.get(key))
         )
@@ -251,8 +251,3 @@ def _usual(values: Sequence[Mapping[str, str]]) -> dict[str, str]:
         if times > len(values) / 2:
             most[key] = value
     return most
-
-
-def _last(key: str) -> str:
-    """Return the last part of a key: `lr` of `optimizer.lr`."""
-    return key.replace("/", ".").rpartition(".")[2]

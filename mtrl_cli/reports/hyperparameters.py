@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections import Counter
@@ -60,7 +59,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     if all(key.startswith(OTHER_SECTIONS) for key in keys):
         return []
     trials, metric, others = _trials(sweep, plan)
-    lines = [f"{len(trials):,} completed trials of {plan.trials:,}, judged by {metric or 'no metric yet'}{others}."]
+    lines = [f"{len(trials):,} completed trials of {plan.trials:,}, ranked by {metric or 'no metric yet'}{others}."]
     title = f"Hyper-parameters of {sweep.name}" if suffix else "Hyper-parameters"
     if not trials:
         return [Section(f"search{suffix}", title, [*lines, "No completed trial has a metric."])]
@@ -77,7 +76,7 @@ def sections(sweep: Path, suffix: str = "") -> list[Section]:
     if varied:
         shown = varied[:MOST_KEYS]
         best = max(trials, key=lambda trial: trial.value)
-        text = f"Each completed trial's metric against each key. The best has {', '.join(_words(best.values, shown))}."
+        text = f"Each completed trial's metric against each key. The best has {', '.join(_as_overrides(best.values, shown))}."
         picture = Picture(f"slices{suffix}", "Slices", text, lambda: _draw(trials, shown, plan.axes, metric), ["The best is in red."])
         parts.append(picture)
     parts.append(_best(trials, keys, metric, suffix))
@@ -132,24 +131,18 @@ def _importance(trials: Sequence[Trial], keys: Sequence[str], axes: Axes) -> tup
         return {}, f"Importance needs at least {FEWEST} completed trials."
     if len({trial.value for trial in trials}) == 1:
         return {}, "All completed trials have the same metric, so no key matters."
-    if importlib.util.find_spec("optuna") is None:
-        return {}, "Importance needs Optuna, which is not installed."
     import optuna
 
     spaces = {key: _distribution(axes[key]) for key in keys}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
-            study = optuna.create_study(direction="maximize")
-            for trial in trials:
-                params = {key: trial.values[key] for key in keys}
-                study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=trial.value))
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_good(len(trials)), region_quantile=1.0)
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        finally:
-            optuna.logging.set_verbosity(level)
+        study = optuna.create_study(direction="maximize")
+        for trial in trials:
+            params = {key: trial.values[key] for key in keys}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=trial.value))
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_good(len(trials)), region_quantile=1.0)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {key: float(value) for key, value in found.items() if np.isfinite(value)}, "Importance cannot be computed from these trials."
 
 
@@ -181,7 +174,7 @@ def _best(trials: Sequence[Trial], keys: Sequence[str], metric: str, suffix: str
     return Table(f"best_trials{suffix}", "The best trials", ["trial", metric, *keys, "command"], rows, notes)
 
 
-def _words(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+def _as_overrides(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     known = ((key, values[key]) for key in keys)
     return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in known]
 
@@ -240,13 +233,13 @@ def _plain(value: float) -> str:
 def _draw_strips(panel: Panel, trials: Sequence[Trial], key: str, axis: Choices) -> None:
     import matplotlib
 
-    words = [word for word in axis.values if any(trial.values[key] == word for trial in trials)]
+    choices = [choice for choice in axis.values if any(trial.values[key] == choice for trial in trials)]
     spread = np.random.default_rng(0).uniform(-0.2, 0.2, len(trials))  # separates points with equal metrics
-    _draw_points(panel, [words.index(trial.values[key]) + aside for trial, aside in zip(trials, spread, strict=True)], trials)
-    for place, word in enumerate(words):
-        middle = float(np.median([trial.value for trial in trials if trial.values[key] == word]))
+    _draw_points(panel, [choices.index(trial.values[key]) + aside for trial, aside in zip(trials, spread, strict=True)], trials)
+    for place, choice in enumerate(choices):
+        middle = float(np.median([trial.value for trial in trials if trial.values[key] == choice]))
         panel.plot([place - 0.3, place + 0.3], [middle, middle], color=matplotlib.rcParams["text.color"], linewidth=1.5)
-    panel.set_xlim(-0.6, len(words) - 0.4)
-    is_long = max(map(len, words)) > 6
-    shown = [short(word) for word in words]
-    panel.set_xticks(range(len(words)), shown, rotation=35 if is_long else 0, ha="right" if is_long else "center")
+    panel.set_xlim(-0.6, len(choices) - 0.4)
+    is_long = max(map(len, choices)) > 6
+    shown = [short(choice) for choice in choices]
+    panel.set_xticks(range(len(choices)), shown, rotation=35 if is_long else 0, ha="right" if is_long else "center")

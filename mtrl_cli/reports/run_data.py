@@ -1,4 +1,4 @@
-"""Read runs from their folders for reports. Folders may come from others: sizes are bounded, text is sanitised, links are not followed."""
+"""Read runs from their folders for reports. Folders may be untrusted: sizes are bounded, text is sanitised, links are not followed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import EPSILON, EVAL_RETURN, EVAL_SCORE, TEST
 from mtrl_cli.reports.wording import clipped
-from mtrl_cli.runs.run_dir import RunFolder
+from mtrl_cli.runs.run_dir import RunFolder, parse_row
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.search_space import overrides_of
-from mtrl_cli.sweeps.trial_run import RECORD, TRIALS, parse_record, parse_row, trial_folder
+from mtrl_cli.sweeps.trial_run import RECORD, TRIALS, parse_record, trial_folder
 
 DEEPEST = 6
 """Depth of the search for runs below a folder."""
@@ -165,15 +165,16 @@ def read(paths: Sequence[Path]) -> list[RunData]:
         for run in _read_below(path):
             found.setdefault(os.path.realpath(run.path), run)
             if len(found) > MOST_RUNS:
-                raise UserError(f"more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}: give fewer folders")
-    return _named(list(found.values()))
+                raise UserError(f"more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}; give fewer folders")
+    runs = list(found.values())
+    return [replace(run, name=name) for run, name in zip(runs, short_names([run.path for run in runs]), strict=True)]
 
 
 def check_folders(paths: Sequence[Path]) -> None:
     """Raise UserError unless all paths are folders."""
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder: give folders of runs or sweeps, or a folder that contains them")
+            raise UserError(f"{path} is not a folder; give folders of runs or sweeps, or a folder that contains them")
 
 
 def is_sweep(path: Path) -> bool:
@@ -184,7 +185,7 @@ def is_sweep(path: Path) -> bool:
 def _read_below(path: Path) -> Iterator[RunData]:
     for visited, (place, names, _) in enumerate(os.walk(path), 1):
         if visited > MOST_FOLDERS:
-            raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs: give the folders of the runs themselves")
+            raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs; give the folders of the runs themselves")
         folder, inner = Path(place), []
         if is_sweep(folder):
             yield from _read_sweep(folder)
@@ -232,7 +233,7 @@ def _planned(path: Path) -> dict[int, tuple[str, ...]]:
 
 
 def _read_run(path: Path, known: dict[bytes, dict[Any, Any]], number: int | None = None) -> RunData:
-    """Read one run; any fault of its folder makes it unreadable. `known` caches configurations that differ only in `OF_ONE_RUN`."""
+    """Read one run; a damaged file makes it unreadable. `known` caches configurations that differ only in `OF_ONE_RUN`."""
     partial = RunData(path, "unreadable", number=number)
     try:
         trial = parse_record(path / RECORD, path)
@@ -343,17 +344,13 @@ def _metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[tuple[int, 
             if "/" in name and not name.startswith(OTHER_METRICS):
                 found.setdefault(name, []).append((step, value))
     most = max(8, POINTS // max(1, len(found)))
-    return {name: tuple(_thinned(points, math.ceil(len(points) / most))) for name, points in found.items()}
+    return {name: tuple(points[:: -math.ceil(len(points) / most)][::-1]) for name, points in found.items()}
 
 
-def _thinned(points: list[tuple[int, float]], stride: int) -> list[tuple[int, float]]:
-    return points[(len(points) - 1) % stride :: stride]
-
-
-def _named(runs: list[RunData]) -> list[RunData]:
-    """Name runs: each by the shortest unique end of its path, in printable characters."""
-    parts = [Path(os.path.abspath(run.path)).parts for run in runs]
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Name each path by its shortest unique end, in printable characters. A path that occurs twice has only its last part."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
     lengths = range(1, max(map(len, parts), default=0) + 1)
     ends = [Counter(own[-length:] for own in parts) for length in lengths]
-    unique = [next(own[-length:] for length, count in zip(lengths, ends, strict=True) if count[own[-length:]] == 1) for own in parts]
-    return [replace(run, name=short("/".join(own))) for run, own in zip(runs, unique, strict=True)]
+    unique = [next((own[-n:] for n, count in zip(lengths, ends, strict=True) if count[own[-n:]] == 1), own[-1:]) for own in parts]
+    return [short("/".join(own)) for own in unique]

@@ -34,6 +34,7 @@ from torch.utils.tensorboard import summary
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.files import atomic
 from mtrl_cli.metric_names import FINAL, TEST
+from mtrl_cli.runs.run_dir import parse_row
 
 FLUSH_SECONDS = 20.0
 LARGEST_RECORD = 256 * 2**20
@@ -221,12 +222,8 @@ def cut_metrics(path: Path, resume_at: int | None) -> None:
 
 def _row_step(line: bytes) -> float:
     """Return the step of a line of metrics.jsonl; infinity for an invalid row and for a row of a test."""
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
-        step = row["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf
-    return step if type(step) is int and not any(name.startswith(TEST) for name in row) else math.inf
+    row = parse_row(line) if line.endswith(b"\n") else None
+    return math.inf if row is None or any(name.startswith(TEST) for name in row) else row["step"]
 
 
 def cut_events(folder: Path, resume_at: int | None) -> None:

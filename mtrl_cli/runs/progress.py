@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Group, RenderableType
@@ -28,25 +27,6 @@ SUMMARY_LINES = 4
 NAME_WIDTH = 22
 
 
-class NullDisplay:
-    """A display that shows nothing, for all ranks except the first."""
-
-    def __enter__(self) -> NullDisplay:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
-
-    def update(self, step: int, metrics: Mapping[str, float], *, seconds: float | None = None, is_measured: bool = True) -> None:
-        """Show the newest metrics."""
-
-    def message(self, text: str) -> None:
-        """Print lines that stay."""
-
-    def print(self, renderable: RenderableType) -> None:
-        """Print a table that stays."""
-
-
 class Display(LiveDisplay):
     """The progress of a run.
 
@@ -55,12 +35,13 @@ class Display(LiveDisplay):
         total_steps: the run's budget per task.
         frames_per_step: emulator frames per step.
         out: where to write; None: standard output.
+        quiet: whether to print nothing, as on all ranks except the first.
     """
 
     plain_seconds = 5.0
 
-    def __init__(self, tasks: Sequence[str], total_steps: int, frames_per_step: int = 1, out: TextIO | None = None):
-        super().__init__(out)
+    def __init__(self, tasks: Sequence[str], total_steps: int, frames_per_step: int = 1, *, out: TextIO | None = None, quiet: bool = False):
+        super().__init__(out, quiet=quiet)
         self.tasks = list(tasks)
         self.total_steps = total_steps
         self.frames_per_step = frames_per_step

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -245,6 +246,15 @@ class ReadOnlyRunFolder(RunFolder):
                 return False
             folder.finish("failed", seconds=seconds, error=error)
             return True
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl; None if it is invalid or incomplete."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

@@ -24,12 +24,8 @@ PLAIN_WIDTH = 200  # of tables where the output is not a terminal
 
 def print_line(line: str) -> None:
     """Print a line on standard output, on the first rank only. After a broken pipe, print nothing."""
-    if not torchrun.place().is_first:
-        return
-    try:
-        print(line, flush=True)
-    except OSError:
-        _discard_output(sys.stdout)
+    if torchrun.place().is_first:
+        OutputGuard(sys.stdout)(lambda: print(line, flush=True))
 
 
 def is_live(out: TextIO) -> bool:
@@ -172,6 +168,7 @@ class LiveDisplay(ABC):
 
     Args:
         out: where to write; None: standard output.
+        quiet: whether to print nothing.
 
     Attributes:
         plain_seconds: the interval between lines.
@@ -179,10 +176,11 @@ class LiveDisplay(ABC):
 
     plain_seconds: float
 
-    def __init__(self, out: TextIO | None = None):
+    def __init__(self, out: TextIO | None = None, *, quiet: bool = False):
         self.out = sys.stdout if out is None else out
-        self.is_live = is_live(self.out)
+        self.is_live = is_live(self.out) and not quiet
         self.console = console(self.out)
+        self.console.quiet = quiet
         self._guard = OutputGuard(self.out)
         self._live: Live | None = None
         self._refreshed = -float("inf")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from mtrl_cli.runs.terminal import print_line
 from mtrl_cli.sweeps import command as sweep
 from mtrl_cli.sweeps import dry_run
 from mtrl_cli.sweeps import plan as sweep_plan
-from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points
-from mtrl_cli.sweeps.search_space import SplitOverrides, key_of, split_overrides
+from mtrl_cli.sweeps.plan import Axes, Choices, Plan, Points, Value, points_of
+from mtrl_cli.sweeps.search_space import SplitOverrides, first_values, key_of, overrides_of, split_overrides
 
 DEFAULT_SEEDS, MAX_SEEDS = 3, 1000
 EVALUATIONS = 10
@@ -41,7 +40,7 @@ def run(study: Study, *, command: Sequence[str]) -> None:
     """Train the trials that are not completed yet, then write the report into the study's folder.
 
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder contains other files.
         RunError: a trial failed after all retries; the report, which lists it, is written first.
         Stopped: by a signal, after saving; the same command resumes.
     """
@@ -87,12 +86,12 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], SplitOverrides, list[str
         UserError: matplotlib, which the report needs, is missing; an override is wrong; or a key has an interval of values.
     """
     html.require()
-    words, seeds = split_seeds(overrides)
-    split = split_overrides(words)
+    others, seeds = split_seeds(overrides)
+    split = split_overrides(others)
     for key, axis in split.axes.items():
         if not isinstance(axis, Choices):
-            raise UserError(f"{key}: a study needs a list of values, got an interval. Give values, or use mtrl sweep")
-    return words, split, seeds
+            raise UserError(f"{key}: a study needs a list of values, got an interval; give values, or use mtrl sweep")
+    return others, split, seeds
 
 
 def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -100,31 +99,35 @@ def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
     A list of seeds (`seed=1,5`) stays as it is; `seeds` cannot be given with it.
     """
-    words = [word for word in overrides if key_of(word) != "seeds"]
-    counts = [word.partition("=")[2] for word in overrides if key_of(word) == "seeds"]
-    first = next((word.partition("=")[2] for word in words if key_of(word) == "seed"), "0")
+    others = [override for override in overrides if key_of(override) != "seeds"]
+    counts, first = values_in(overrides, "seeds"), next(iter(values_in(overrides, "seed")), "0")
     if len(counts) > 1 or (counts and not (counts[0].isdecimal() and 0 < int(counts[0]) <= MAX_SEEDS)):
         raise UserError(f"seeds must be one integer from 1 to {MAX_SEEDS}, got {show(','.join(counts))}")
     if not re.fullmatch(r"\d{1,15}", first):
         if counts:
-            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds: give only one of them")
-        return words, []
+            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds; give only one of them")
+        return others, []
     number = int(counts[0]) if counts else DEFAULT_SEEDS
     values = ",".join(str(int(first) + index) for index in range(number))
-    return [word for word in words if key_of(word) != "seed"], [f"seed={values}"]
+    return [override for override in others if key_of(override) != "seed"], [f"seed={values}"]
 
 
-def first_trial(words: SplitOverrides, without: Sequence[str] = ()) -> list[str]:
+def values_in(overrides: Sequence[str], key: str) -> list[str]:
+    """Return the texts that overrides give to a key."""
+    return [override.partition("=")[2] for override in overrides if key_of(override) == key]
+
+
+def first_trial(split: SplitOverrides, without: Sequence[str] = ()) -> list[str]:
     """Return the overrides of the run with the first value of each axis, without some keys."""
-    axes = [f"{key}={axis.values[0]}" for key, axis in words.axes.items() if isinstance(axis, Choices)]
-    trusted = [word for word in words.sweep if key_of(word) == "trusted_packages"]
-    return [*(word for word in [*words.shared, *axes] if key_of(word) not in without), *trusted]
+    axes = overrides_of(first_values(split.axes))
+    trusted = [override for override in split.sweep if key_of(override) == "trusted_packages"]
+    return [*(override for override in [*split.shared, *axes] if key_of(override) not in without), *trusted]
 
 
-def values_of(words: SplitOverrides, key: str) -> list[str]:
+def values_of(split: SplitOverrides, key: str) -> list[str]:
     """Return the values that the overrides give to a key: one, several, or none."""
-    axis = words.axes.get(key)
-    return list(axis.values) if isinstance(axis, Choices) else [word.partition("=")[2] for word in words.shared if key_of(word) == key]
+    axis = split.axes.get(key)
+    return list(axis.values) if isinstance(axis, Choices) else values_in(split.shared, key)
 
 
 def refuse_early_stopping(config: Mapping[str, Any]) -> None:
@@ -143,12 +146,10 @@ def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Seque
 # -- trials ---------------------------------------------------------------------------------------------------------------------
 
 
-def combinations(axes: Axes, without: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield the combinations of all axes except some; seeds change last."""
-    others = {key: axis.values for key, axis in axes.items() if key not in without and isinstance(axis, Choices)}
-    keys = sorted(others, key=lambda key: key != "seed")
-    for values in itertools.product(*(others[key] for key in keys)):
-        yield dict(zip(keys, values, strict=True))
+def combinations(axes: Axes, without: Sequence[str]) -> Sequence[Mapping[str, Value]]:
+    """Return the combinations of all axes except some; seeds change last."""
+    keys = sorted(axes, key=lambda key: key != "seed")
+    return points_of({key: axes[key] for key in keys if key not in without}, None)
 
 
 def extent(plan: Plan) -> str:

@@ -26,7 +26,7 @@ def make(overrides: Sequence[str]) -> Study:
     Raises:
         UserError: an override is wrong, or there is nothing to compare.
     """
-    words, split, seeds = engine.parse(overrides)
+    others, split, seeds = engine.parse(overrides)
     structures = _structures(split)
     parameters = engine.values_of(split, SIZE)
     if "null" in parameters:
@@ -40,21 +40,21 @@ def make(overrides: Sequence[str]) -> Study:
         f"{SHARING}={','.join(dict.fromkeys([BASELINE, *(name for name, _ in feasible)]))}",
         f"{SIZE}={','.join([*sizes['parameters'], 'null'])}",
     ]
-    rest = [word for word in words if key_of(word) not in (SHARING, SIZE)]
-    intervals = engine.evaluation_overrides(config, {key_of(word) for word in words}, ("eval.every", "log.diagnostics"))
+    rest = [override for override in others if key_of(override) not in (SHARING, SIZE)]
+    intervals = engine.evaluation_overrides(config, {key_of(override) for override in others}, ("eval.every", "log.diagnostics"))
     plan = engine.plan([*axes, *rest, *intervals, *seeds], lambda found: _points(feasible, found), "sharing_{env}")
     return Study(plan, (_description(config, feasible, sizes, plan), *lines))
 
 
-def _structures(words: SplitOverrides) -> list[str]:
+def _structures(split: SplitOverrides) -> list[str]:
     """Return the structures to compare, all by default; the baseline comes first."""
-    known = list(options.options(SHARING, compose.search_path(words.sweep)))
-    given = engine.values_of(words, SHARING)
+    known = list(options.options(SHARING, compose.search_path(split.sweep)))
+    given = engine.values_of(split, SHARING)
     for name in given:
         if name not in known:
             raise UserError(unknown("option", name, known, prefix=f"{SHARING}="))
     if set(given) == {BASELINE}:
-        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison: give other structures, or omit {SHARING} for all")
+        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison; give other structures, or omit {SHARING} for all")
     return list(dict.fromkeys([BASELINE, *(given or known)]))
 
 

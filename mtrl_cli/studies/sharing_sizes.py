@@ -16,11 +16,11 @@ from mtrl_cli.errors import UserError
 REFERENCE, BASELINE = "hard", "independent"
 
 
-def measure(words: Sequence[str], structures: Sequence[str], parameters: Sequence[str]) -> dict[str, Any]:
+def measure(overrides: Sequence[str], structures: Sequence[str], parameters: Sequence[str]) -> dict[str, Any]:
     """Count the parameters of a study's networks, in another process.
 
     Args:
-        words: overrides of a run, without sharing structure and parameter count.
+        overrides: of a run, without sharing structure and parameter count.
         structures: options of network/sharing.
         parameters: parameter counts, in the format of `network.parameters`; empty: the count of hard sharing.
 
@@ -31,7 +31,7 @@ def measure(words: Sequence[str], structures: Sequence[str], parameters: Sequenc
     Raises:
         UserError: the overrides give no network.
     """
-    request = json.dumps({"words": list(words), "structures": list(structures), "parameters": list(parameters)})
+    request = json.dumps({"overrides": list(overrides), "structures": list(structures), "parameters": list(parameters)})
     done = subprocess.run([sys.executable, "-m", "mtrl_cli.studies.sharing_sizes"], input=request, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["the process was killed"])[-1]
@@ -52,16 +52,16 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _count(words: list[str], structures: list[str], parameters: list[str]) -> dict[str, Any]:
+def _count(overrides: list[str], structures: list[str], parameters: list[str]) -> dict[str, Any]:
     from mtrl_cli.build import network as build_network
     from mtrl_cli.build import resolve_auto
     from mtrl_cli.build import run as build_run
     from mtrl_cli.config import compose
 
-    pack = build_run.make_pack(compose.compose_training(words))
+    pack = build_run.make_pack(compose.compose_training(overrides))
 
     def total(*more: str) -> int:
-        config = resolve_auto.fit_network(compose.compose_training([*words, *more]), pack)
+        config = resolve_auto.fit_network(compose.compose_training([*overrides, *more]), pack)
         return build_network.empty_network(config, pack).parameter_counts().total
 
     def total_or_reason(*more: str) -> int | str:

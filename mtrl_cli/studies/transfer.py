@@ -40,13 +40,13 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
     Raises:
         UserError: an override or the source is wrong.
     """
-    words, split, seeds = engine.parse(overrides)
+    others, split, seeds = engine.parse(overrides)
     source, which = RunFolder.open(run_path)
-    given = {key_of(word) for word in words}
+    given = {key_of(override) for override in others}
     _check_given(given)
     trained = compose.load(source.config, trusted=compose.trusted_packages(split.sweep))
     base = engine.first_trial(split)
-    scratch = compose.compose_training([word for word in base if not _is_transfer(key_of(word))])
+    scratch = compose.compose_training([override for override in base if not _is_transfer(key_of(override))])
     _check(scratch, trained, given)
     name = os.path.basename(os.path.abspath(source.path))
     path = _checkpoint(source, "latest" if which is None else which, split, f"transfer_{name}_to_{scratch['env']['name']}")
@@ -61,9 +61,9 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
     as_choice = path if re.fullmatch(r"[\w./+-]+", path) else as_text(path)
     axes = [f"{SOURCE}=choice({as_choice},null)"]
     axes += [f"{key}={','.join(dict.fromkeys([*own, defaults[key]]))}" for key, own in values.items()]
-    rest = [word for word in words if not _is_transfer(key_of(word))] + network
+    rest = [override for override in others if not _is_transfer(key_of(override))] + network
     intervals = ["eval.at_start=true", *engine.evaluation_overrides(scratch, given, ("eval.every",))]
-    rest += [word for word in intervals if key_of(word) not in given]
+    rest += [override for override in intervals if key_of(override) not in given]
     plan = engine.plan([*axes, *rest, *seeds], lambda found: _points(found, values, defaults), f"transfer_{name}_to_{{env}}")
     return Study(plan, (f"transfer from {path} to {plan.env}: {engine.extent(plan)}", line))
 
@@ -73,7 +73,7 @@ def make(run_path: Path, overrides: Sequence[str]) -> Study:
 
 def _check_given(given: set[str]) -> None:
     if "env" not in given:
-        raise UserError("env is missing: name the tasks to transfer to, such as env=minatar_pack (mtrl ls env)")
+        raise UserError("env is missing; name the tasks to transfer to, such as env=minatar_pack (mtrl ls env)")
     if SOURCE in given:
         raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN; omit {SOURCE}")
 
@@ -101,7 +101,7 @@ def _is_transfer(key: str) -> bool:
 def _checkpoint(source: RunFolder, which: int | str, split: SplitOverrides, folder: str) -> str:
     """Return the path of the source's checkpoint. A resumed study keeps its checkpoint, even if the source was trained further."""
     checkpoints = Path(os.path.abspath(source.checkpoints))
-    given = next((word.partition("=")[2] for word in split.sweep if key_of(word) == "run_dir"), f"runs/studies/{folder}")
+    given = next(iter(engine.values_in(split.sweep, "run_dir")), f"runs/studies/{folder}")
     study = Path(given).expanduser()
     if not isinstance(which, int) and os.path.lexists(study / sweep_plan.RECORD):
         axis = sweep_plan.read(study).axes.get(SOURCE)
@@ -122,16 +122,16 @@ def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], s
         group = next(group for group, name in names.items() if name is None)
         target = config[grouping.target_key(group)]
         raise UserError(f"{group}: no option has the source's class {show(target)}; give hydra.searchpath as for the source")
-    words = [f"{group}={name}" for group, name in names.items()]
-    composed = dict(compose.flat(compose.compose_training([*base, *words])))
+    overrides = [f"{group}={name}" for group, name in names.items()]
+    composed = dict(compose.flat(compose.compose_training([*base, *overrides])))
     config["network.parameters"] = None  # the widths are those of the source's parameters
     for key, value in config.items():
         part = next((group for group in reversed(PARTS) if key.startswith(f"{group.replace('/', '.')}.")), None)
         if part in kept and key not in given and composed.get(key) != value:
-            words.append(f"{key}={as_text(value)}")
+            overrides.append(f"{key}={as_text(value)}")
     chosen = [f"{group} as given" for group in PARTS if group not in kept]
     as_source = [f"{', '.join(PARTS[group] for group in kept)} as in the source"] if kept else []
-    return words, f"network: {'; '.join([*as_source, *chosen])}"
+    return overrides, f"network: {'; '.join([*as_source, *chosen])}"
 
 
 # -- trials ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.scheduler import SweepLoop
-from mtrl_cli.sweeps.search_space import first_value, trusting
+from mtrl_cli.sweeps.search_space import first_values
 from mtrl_cli.sweeps.summary import best_as_command, ending
 from mtrl_cli.sweeps.trial_run import TRIALS
 from mtrl_cli.sweeps.trial_storage import TrialStorage, check_new_study
@@ -46,7 +46,7 @@ def run(plan: Plan, *, command: Sequence[str]) -> None:
         Stopped: by a signal, after saving.
     """
     # Workers receive only a run's folder, and trust no package because of the folder's content.
-    os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(compose.trusted_packages(trusting(plan.trusted_packages)))
+    os.environ["MTRL_TRUSTED_PACKAGES"] = ",".join(compose.trusted_packages(compose.trusting(plan.trusted_packages)))
     with StopRequest() as stop:
         with stop.interruptible():
             first = _first_evaluation(plan)
@@ -74,8 +74,7 @@ def _first_evaluation(plan: Plan) -> int:
     """Return the step per task of a run's first evaluation. Only pruners use it."""
     if plan.search["pruner"] == "none":
         return plan.steps_per_task
-    values = {key: first_value(axis) for key, axis in plan.axes.items()}
-    return int(plan.configuration(values, Path())["eval"]["every"])
+    return int(plan.configuration(first_values(plan.axes), Path())["eval"]["every"])
 
 
 def _launcher(plan: Plan) -> Launcher:

@@ -116,7 +116,7 @@ class SweepDisplay(LiveDisplay):
         columns = [title for title, (least, _) in _COLUMNS.items() if width >= least and (has_notes or title != "note")]
         widths = {title: _COLUMNS[title][1] for title in columns}
         widths["overrides"] = max(1, width - sum(widths.values()) - len(columns))
-        cells = [[_cell(row, title) for title in columns] for row in shown]
+        cells = [[cell(row, title) for title in columns] for row in shown]
         table = terminal.table(cells, columns, right=["trial", "score", "done", "time"], max_widths=widths, gap=1)
         hidden = len(self._rows) - len(shown)
         more = [Text(f"and {hidden} more", style="dim")] if hidden else []
@@ -151,12 +151,19 @@ def seconds_left(rows: Sequence[TrialRow], jobs: int) -> float | None:
     return per_step * max(sum(left) / at_a_time, max(left, default=0))
 
 
-def _cell(row: TrialRow, title: str) -> str | Text:
+def cell(row: TrialRow, title: str, without_overrides: str = "-") -> str | Text:
+    """Format a cell of a table of trials.
+
+    Args:
+        row: the trial.
+        title: the column's title, one of `_COLUMNS`.
+        without_overrides: the text in place of overrides that are not chosen yet.
+    """
     if title == "state":
         return Text(row.state, style=_COLOURS.get(row.state, ""))
     return {
         "trial": str(row.number),
-        "overrides": row.overrides or "-",
+        "overrides": row.overrides or without_overrides,
         "score": fixed(row.score),
         "done": f"{row.step / row.steps:.0%}" if row.steps and row.step else "-",
         "time": duration(row.seconds),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mtrl_cli.errors import UserError, printable
 from mtrl_cli.runs.run_dir import RunFolder
-from mtrl_cli.runs.terminal import as_text, duration, fixed, table
-from mtrl_cli.sweeps.display import TrialRow, seconds_left
+from mtrl_cli.runs.terminal import as_text, duration, table
+from mtrl_cli.sweeps.display import TrialRow, cell, seconds_left
 from mtrl_cli.sweeps.plan import RECORD, Choices, Plan, check_same
 from mtrl_cli.sweeps.summary import metric_of
 from mtrl_cli.sweeps.trial_run import read_record, trial_folder
@@ -33,10 +33,7 @@ def list_sweep(plan: Plan) -> str:
     has_started = any(row.state != "waiting" for row in rows)
     if has_started or plan.points is not None:
         header = ["trial", *(("state", "score", "time") if has_started else ()), "overrides"]
-        cells = []
-        for row in rows:
-            progress = (row.state, fixed(row.score), duration(row.seconds)) if has_started else ()
-            cells.append([str(row.number), *progress, row.overrides or "(chosen when it starts)"])
+        cells = [[cell(row, title, "(chosen when it starts)") for title in header] for row in rows]
         lines.append(as_text(table(cells, header)))
     lines += [f"trial {row.number}: {row.note}" for row in rows if row.note]
     return printable("\n".join([*lines, *_times(plan, rows)]))

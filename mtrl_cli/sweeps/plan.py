@@ -16,8 +16,8 @@ from mtrl_cli.config import validation
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.files import atomic
 from mtrl_cli.parallel import torchrun
-from mtrl_cli.sweeps.search_space import MOST_CHOICES, Axes, Choices, NumberRange, Value, key_of, overrides_of, split_overrides, trusting
-from mtrl_cli.sweeps.validation import MOST_TRIALS, check_judged, check_runs, compose, points_of, resolve_search
+from mtrl_cli.sweeps.search_space import MOST_CHOICES, Axes, Choices, NumberRange, Value, key_of, overrides_of, split_overrides
+from mtrl_cli.sweeps.validation import MOST_TRIALS, check_metric, check_runs, compose, points_of, resolve_search
 
 __all__ = ["Axes", "Choices", "NumberRange", "Plan", "Points", "Value", "check_same", "load", "make", "points_of", "read", "save"]
 
@@ -79,13 +79,13 @@ class Plan:
             UserError: the values are not a valid configuration.
         """
         config = compose(self.shared, values, self.trusted_packages)
-        check_judged(config, self.search)
+        check_metric(config, self.search)
         source = config["init_from"]  # workers may run in another folder
         return config | {"run_dir": str(run_dir), "init_from": None if source is None else os.path.abspath(source)}
 
     def command(self, values: Mapping[str, Value]) -> str:
         """Return the command that trains a trial without the sweep."""
-        return shlex.join(["mtrl", "train", *self.shared, *overrides_of(values), *trusting(self.trusted_packages)])
+        return shlex.join(["mtrl", "train", *self.shared, *overrides_of(values), *configuration.trusting(self.trusted_packages)])
 
 
 def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:

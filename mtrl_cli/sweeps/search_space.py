@@ -87,14 +87,9 @@ def overrides_of(values: Mapping[str, Value]) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def trusting(packages: Sequence[str]) -> list[str]:
-    """Return the override `trusted_packages=[…]`, or no override without packages."""
-    return [f"trusted_packages=[{','.join(packages)}]"] if packages else []
-
-
-def first_value(axis: Choices | NumberRange) -> Value:
-    """Return the first choice, or the lower end of an interval."""
-    return axis.values[0] if isinstance(axis, Choices) else axis.low
+def first_values(axes: Axes) -> dict[str, Value]:
+    """Return the first choice, or the lower end of the interval, of each key."""
+    return {key: axis.values[0] if isinstance(axis, Choices) else axis.low for key, axis in axes.items()}
 
 
 def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
@@ -276,7 +271,7 @@ def as_text(element: Any) -> str:
     if isinstance(element, dict):
         return "{" + ",".join(f"{as_text(key)}:{as_text(each)}" for key, each in element.items()) + "}"
     if isinstance(element, str):
-        return element if re.fullmatch(r"[A-Za-z_][\w./-]*", element) and _reads_as(element, element) else _in_quotes(element)
+        return element if re.fullmatch(r"[A-Za-z_][\w./-]*", element, re.ASCII) and _reads_as(element, element) else _in_quotes(element)
     return _in_quotes(element.text) if isinstance(element, QuotedString) else repr(element)
 
 

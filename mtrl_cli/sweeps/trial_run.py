@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from mtrl_cli.errors import UserError
 from mtrl_cli.files import atomic, file_lock
 from mtrl_cli.launchers.base import OUTPUT, Job
 from mtrl_cli.metric_names import EVAL_RETURN, MEAN_SCORE
-from mtrl_cli.runs.run_dir import IN_USE, RunFolder
+from mtrl_cli.runs.run_dir import IN_USE, RunFolder, parse_row
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Plan
 from mtrl_cli.sweeps.search_space import overrides_of
@@ -241,12 +240,3 @@ class TrialRun:
     def score(self) -> float | None:
         """The metric of the last evaluation; None before the first."""
         return self.evaluations[max(self.evaluations)] if self.evaluations else None
-
-
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics.jsonl; None if it is invalid or incomplete."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None

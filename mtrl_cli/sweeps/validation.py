@@ -16,7 +16,7 @@ from mtrl_cli.config.overrides import parse
 from mtrl_cli.envs.scores import scores
 from mtrl_cli.errors import UserError, show
 from mtrl_cli.machine import extras
-from mtrl_cli.sweeps.search_space import Axes, Choices, NumberRange, Value, first_value, near_miss, overrides_of, trusting
+from mtrl_cli.sweeps.search_space import Axes, Choices, NumberRange, Value, first_values, near_miss, overrides_of
 
 MOST_TRIALS = 100_000
 NEEDED = {"cmaes": "cmaes", "gp": "scipy"}
@@ -26,7 +26,7 @@ _EVALUATIONS = 10  # the number of evaluations that an error suggests
 
 
 def check_runs(
-    words: Sequence[str], axes: Axes, trusted: Sequence[str], search: Mapping[str, Any], points: Sequence[Mapping[str, Value]] | None
+    shared: Sequence[str], axes: Axes, trusted: Sequence[str], search: Mapping[str, Any], points: Sequence[Mapping[str, Value]] | None
 ) -> tuple[Axes, list[dict[str, Any]]]:
     """Compose and check a selection of the runs of a sweep.
 
@@ -41,38 +41,37 @@ def check_runs(
         UserError: a run cannot be composed, or its evaluations lack the metric of `search`.
     """
     if points is None:
-        axes, configs = _compose_axes(words, axes, trusted)
+        axes, configs = _compose_axes(shared, axes, trusted)
     else:
         first_with = {value: point for point in reversed(points) for value in point.items()}
-        configs = [compose(words, point, trusted) for point in points if any(point is other for other in first_with.values())]
+        configs = [compose(shared, point, trusted) for point in points if any(point is other for other in first_with.values())]
     for config in configs:
-        check_judged(config, search)
+        check_metric(config, search)
     return axes, configs
 
 
-def _compose_axes(words: Sequence[str], axes: Axes, trusted: Sequence[str]) -> tuple[Axes, list[dict[str, Any]]]:
-    first = {key: first_value(axis) for key, axis in axes.items()}
+def _compose_axes(shared: Sequence[str], axes: Axes, trusted: Sequence[str]) -> tuple[Axes, list[dict[str, Any]]]:
     integers = {key: int(axis.low) for key, axis in axes.items() if isinstance(axis, NumberRange) and axis.low == int(axis.low)}
-    composed = compose(words, first | integers, trusted)  # an integer is valid for float keys, too
+    composed = compose(shared, first_values(axes) | integers, trusted)  # an integer is valid for float keys, too
     annotations = validation.dotted_keys(composed, trusted=trusted)
     typed = {key: _typed(key, axis, annotations.get(key)) for key, axis in axes.items()}
-    first = {key: first_value(axis) for key, axis in typed.items()}
+    first = first_values(typed)
     configs = [composed]
     for key, axis in typed.items():
         for value in _others(key, axis, annotations.get(key)):
             try:
-                configs.append(compose(words, {**first, key: value}, trusted))
+                configs.append(compose(shared, {**first, key: value}, trusted))
             except UserError as error:
                 message = str(error)
                 raise UserError(message if str(value) in message else f"with {key}={show(value)}: {message}") from None
     return typed, configs
 
 
-def compose(words: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:
+def compose(shared: Sequence[str], values: Mapping[str, Value], trusted: Sequence[str]) -> dict[str, Any]:
     """Compose the configuration of a run. Raises UserError if it is not valid."""
-    overrides = [*words, *overrides_of(values)]
+    overrides = [*shared, *overrides_of(values)]
     try:
-        return configuration.compose_training([*overrides, *trusting(trusted)])
+        return configuration.compose_training([*overrides, *configuration.trusting(trusted)])
     except UserError as error:
         raise UserError(near_miss(overrides) or str(error)) from None
 
@@ -91,7 +90,7 @@ def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Sequence[
     if isinstance(axis, NumberRange):
         return [axis.high]
     values = axis.values
-    numbers = [parse(f"{key}={word}").value for word in values] if annotation is not None else []
+    numbers = [parse(f"{key}={value}").value for value in values] if annotation is not None else []
     if len(numbers) <= 3 or not all(type(number) in (int, float) for number in numbers):
         return values[1:]
     for number in numbers:
@@ -103,7 +102,7 @@ def _others(key: str, axis: Choices | NumberRange, annotation: Any) -> Sequence[
 # -- objective of a trial -------------------------------------------------------------------------------------------------------
 
 
-def check_judged(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
+def check_metric(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
     """Raise UserError if a run lacks the metric of the sweep, or lacks the evaluations before its end that a pruner needs."""
     steps, every = config["steps_per_task"], config["eval"]["every"]
     if search["pruner"] != "none" and not 0 < every < steps:
@@ -180,5 +179,5 @@ def resolve_search(search: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
 
 def points_of(axes: Axes, trials: int | None) -> tuple[dict[str, Value], ...]:
     """Return the first `trials` points of a grid (None: all). The last key varies fastest."""
-    words: Iterable[tuple[str, ...]] = itertools.product(*(axis.values for axis in axes.values() if isinstance(axis, Choices)))
-    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(words, trials))
+    points: Iterable[tuple[str, ...]] = itertools.product(*(axis.values for axis in axes.values() if isinstance(axis, Choices)))
+    return tuple(dict(zip(axes, point, strict=True)) for point in itertools.islice(points, trials))

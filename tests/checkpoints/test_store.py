@@ -241,7 +241,7 @@ def test_missing_checkpoint_error_lists_available_ones(tmp_path):
         with pytest.raises(NoCheckpoint):
             store_in(tmp_path).load(which)
     _saved(tmp_path, [1, 2])
-    with pytest.raises(UserError, match=r"has no checkpoint 5\. Available: 1, 2"):
+    with pytest.raises(UserError, match=r"has no checkpoint 5; available: 1, 2"):
         store_in(tmp_path).load(5)
     with pytest.raises(UserError, match="no best checkpoint"):
         store_in(tmp_path).load("best")

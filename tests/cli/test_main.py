@@ -146,7 +146,7 @@ def test_version_option(mtrl: Callable[..., Outcome]) -> None:
         (["sweep", "env=classic_pack", "seed=glob(*)", "--dry-run"], "glob is not supported"),
         (["eval", "nowhere", "eval.episode=3"], "Did you mean 'eval.episodes'?"),
         (["ls", "netwrk"], "Did you mean 'network'?"),
-        (["ls", "env", "network"], "mtrl ls takes one group, got env network"),
+        (["ls", "env", "network"], "mtrl ls accepts one group, got env network"),
         (["ls", "env=atari_pack"], "expected a group"),
         (["ls", "agent", "env=atari_pack"], "expected a group or hydra.searchpath=[file:///home/me/conf], got env=atari_pack"),
         (["ls", "network", "network=mlp"], "mtrl ls network lists all options of network; remove network=mlp"),

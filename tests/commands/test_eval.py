@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.command import Mtrl, MtrlHere
 from tests.helpers.shared import Shared
+from tests.helpers.tiny_runs import rows
 
 TINY = [
     "env=atari_pack",
@@ -44,8 +45,8 @@ def run(trained: Path, here: MtrlHere) -> Path:
 
 def test_atari_trains_resumes_and_evaluates(run: Path, here: MtrlHere) -> None:
     assert json.loads((run / "run.json").read_text())["status"] == "completed"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["frames"] == 4 * rows[-1]["step"] == 480
+    last = rows(run)[-1]
+    assert last["frames"] == 4 * last["step"] == 480
     here("resume", "run", "steps_per_task=160")
     printed = here("eval", "run", "eval.episodes=3", "eval.max_steps=50").stdout
     assert "pong" in printed

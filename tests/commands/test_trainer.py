@@ -16,7 +16,7 @@ from mtrl_cli.parallel.distributed import Ranks
 from mtrl_cli.training.learner import Learner
 from mtrl_cli.training.speed import SpeedMeter
 from tests.helpers.command import MtrlHere
-from tests.helpers.tiny_runs import TINY
+from tests.helpers.tiny_runs import TINY, rows
 
 PQN = [
     "env=classic_pack",
@@ -56,8 +56,7 @@ def test_speed_of_pqn_is_that_of_whole_rollouts_in_every_row(here: MtrlHere, mon
     slow_down(Learner, "update", 1.0)
     monkeypatch.setattr(trainer, "SpeedMeter", partial(SpeedMeter, now=lambda: seconds))
     here("train", *PQN, "run_dir=run")
-    rows = [json.loads(line) for line in (here.folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    speeds = {row["step"]: row for row in rows if "perf/steps_per_second" in row}
+    speeds = {row["step"]: row for row in rows(here.folder / "run") if "perf/steps_per_second" in row}
     assert list(speeds) == list(range(20, 241, 20))
     # The first burst is made in the tick to step 40; the second, in the tick to step 72, completes the first measured rollout.
     for step, row in speeds.items():

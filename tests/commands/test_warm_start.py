@@ -17,6 +17,7 @@ from mtrl_cli.checkpoints.store import CheckpointStore
 from mtrl_cli.config import compose
 from tests.helpers.command import MtrlHere
 from tests.helpers.shared import Shared
+from tests.helpers.tiny_runs import learning_rows
 
 SMALL = [
     "env=classic_pack",
@@ -62,11 +63,6 @@ def model(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
 
 def bytes_of(run: Path) -> list[bytes]:
     return [(run / "checkpoints" / "240" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
-
-
-def rows(run: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith("perf/") and name != "seconds"} for row in found]
 
 
 def network_of(run: Path) -> Any:
@@ -265,7 +261,7 @@ def test_parameters_change_only_after_unfreezing(unfrozen: Path, sources: Path) 
         assert torch.equal(found[body], source[body]) == (step <= 100), step
         assert torch.equal(found[stem][:2], source[stem][:2]) == (step <= 100), step
     assert not torch.equal(model(unfrozen, 80)[stem][2], model(unfrozen, 40)[stem][2])  # the stem of the new task is never frozen
-    frozen = [(row["step"], row["transfer/frozen"]) for row in rows(unfrozen) if "transfer/frozen" in row]
+    frozen = [(row["step"], row["transfer/frozen"]) for row in learning_rows(unfrozen) if "transfer/frozen" in row]
     assert frozen == [(80, 560.0), (160, 0.0), (240, 0.0)]
 
 
@@ -282,7 +278,7 @@ def test_run_killed_before_or_after_unfreezing_resumes_with_the_same_bytes(here:
     assert ("starting from the beginning" if step == 0 else f"resuming from step {step}") in printed
     assert ("unfroze layers 1, 2 of the torso at step 100" in printed) == (step <= 100)
     assert bytes_of(run) == bytes_of(unfrozen)
-    assert rows(run) == rows(unfrozen)
+    assert learning_rows(run) == learning_rows(unfrozen)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +347,7 @@ def test_loaded_replay_is_learned_from_at_once(here: MtrlHere, sources: Path, re
     done = here("train", *SMALL, *words, f"replay.capacity={capacity}", "steps_per_task=200", "run_dir=run")
     assert f"replay {held} transitions per task of the source; learning starts at once" in lines(done.stdout)
     run = here.folder / "run"
-    updates = {row["step"]: row["updates"] for row in rows(run)}
+    updates = {row["step"]: row["updates"] for row in learning_rows(run)}
     assert updates[80] == 76 * 2 // 8
     before = [(run / "checkpoints" / "200" / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
     for step in (200, 180, 160):

@@ -17,8 +17,6 @@ from mtrl_cli.reports.elements import Picture, Section, Table
 from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 
-pytest.importorskip("optuna")
-
 AXES: dict[str, Choices | NumberRange] = {
     "optimizer.lr": NumberRange(1e-5, 1e-2, log=True),
     "agent.gamma": NumberRange(0.9, 0.999),
@@ -71,7 +69,7 @@ def table(section: Section, name: str) -> Table:
 
 def test_only_the_key_that_determines_the_metric_is_important(tmp_path: Path) -> None:
     (section,) = hyperparameters.sections(make_search(tmp_path / "S", 60, by_lr))
-    assert section.lines == ["60 completed trials of 60, judged by eval/score/mean."]
+    assert section.lines == ["60 completed trials of 60, ranked by eval/score/mean."]
     found = table(section, "importance")
     assert found.rows[0][0] == "optimizer.lr"
     shares = [row[1] for row in found.rows]
@@ -118,7 +116,7 @@ def test_pruned_and_failed_trials_are_counted_and_damaged_ones_skipped(tmp_path:
     off_axis.write_text(json.dumps(record | {"values": record["values"] | {"optimizer.lr": "99"}}))
     (folder / "trials" / "0006" / "trial.json").write_text('{"state": "completed", "value": NaN, "values": []}')
     (section,) = hyperparameters.sections(folder)
-    assert section.lines[0] == "13 completed trials of 20, judged by eval/score/mean; 2 pruned and 1 failed."
+    assert section.lines[0] == "13 completed trials of 20, ranked by eval/score/mean; 2 pruned and 1 failed."
 
 
 def test_trials_without_a_metric_have_only_a_line(tmp_path: Path) -> None:

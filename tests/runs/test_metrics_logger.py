@@ -15,10 +15,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.runs.metrics_logger import EventWriter, Logger, NullLogger
-
-
-def _rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.helpers.tiny_runs import rows
 
 
 def _tensorboard(run: Path) -> EventAccumulator:
@@ -41,9 +38,9 @@ def test_rows_are_in_metrics_jsonl_and_in_tensorboard(tmp_path):
     logger = Logger(tmp_path)
     _log(logger, [10, 20])
     logger.close()
-    rows = _rows(tmp_path)
-    assert rows[1] == {"step": 20, "frames": 80, "seconds": 2.0, "updates": 10, "train/return/pong": -1.0, "loss/pong": 0.05}
-    assert list(rows[0])[:4] == ["step", "frames", "seconds", "updates"]
+    first, second = rows(tmp_path)
+    assert second == {"step": 20, "frames": 80, "seconds": 2.0, "updates": 10, "train/return/pong": -1.0, "loss/pong": 0.05}
+    assert list(first)[:4] == ["step", "frames", "seconds", "updates"]
     assert _scalars(tmp_path, "train/return/pong") == [(10, -11.0), (20, -1.0)]
 
 
@@ -61,7 +58,7 @@ def test_rows_are_on_disk_after_a_flush_without_closing(tmp_path):
     logger = Logger(tmp_path)
     _log(logger, [10])
     logger.flush()
-    assert len(_rows(tmp_path)) == 1
+    assert len(rows(tmp_path)) == 1
     assert _scalars(tmp_path, "loss/pong") == [(10, pytest.approx(0.1))]
     logger.close()
     logger.close()
@@ -75,7 +72,7 @@ def test_resume_cuts_rows_and_events_past_its_checkpoint(tmp_path):
     logger = Logger(tmp_path, resume_at=30)
     _log(logger, [40, 50], scale=2)
     logger.close()
-    assert [(row["step"], row["train/return/pong"]) for row in _rows(tmp_path)] == [(10, -11), (20, -1), (30, 9), (40, 59), (50, 79)]
+    assert [(row["step"], row["train/return/pong"]) for row in rows(tmp_path)] == [(10, -11), (20, -1), (30, 9), (40, 59), (50, 79)]
     assert _scalars(tmp_path, "train/return/pong") == [(10, -11), (20, -1), (30, 9), (40, 59), (50, 79)]
     assert _tensorboard(tmp_path).Tags()["histograms"] == []
 
@@ -85,7 +82,7 @@ def test_second_resume_from_an_earlier_checkpoint_cuts_all_files(tmp_path):
         logger = Logger(tmp_path, resume_at)
         _log(logger, steps)
         logger.close()
-    assert [row["step"] for row in _rows(tmp_path)] == [10, 20]
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
     assert [step for step, _ in _scalars(tmp_path, "loss/pong")] == [10, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
@@ -102,7 +99,7 @@ def test_half_written_files_of_a_killed_process_are_readable_after_a_resume(tmp_
     logger = Logger(tmp_path, resume_at=20)
     _log(logger, [30])
     logger.close()
-    assert [row["step"] for row in _rows(tmp_path)] == [10, 20, 30]
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20, 30]
     assert [step for step, _ in _scalars(tmp_path, "loss/pong")] == [10, 20, 30]
 
 
@@ -114,7 +111,7 @@ def test_invalid_lines_and_event_files_are_cut(tmp_path):
     logger = Logger(tmp_path, resume_at=10)
     _log(logger, [20])
     logger.close()
-    assert [row["step"] for row in _rows(tmp_path)] == [5, 5, 20]
+    assert [row["step"] for row in rows(tmp_path)] == [5, 5, 20]
     assert [step for step, _ in _scalars(tmp_path, "loss/pong")] == [20]
 
 
@@ -123,7 +120,7 @@ def test_new_run_removes_files_of_an_earlier_attempt(tmp_path):
         logger = Logger(tmp_path)
         _log(logger, [10])
         logger.close()
-    assert len(_rows(tmp_path)) == 1
+    assert len(rows(tmp_path)) == 1
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 

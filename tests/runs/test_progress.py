@@ -11,10 +11,10 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
 
-from mtrl_cli.runs import progress, terminal
+from mtrl_cli.runs import terminal
 from mtrl_cli.runs.progress import Display, evaluation_table
+from tests.helpers.displays import Clock, rendered, set_size
 
 TASKS = ["pong", "breakout", "qbert"]
 METRICS = {
@@ -28,26 +28,16 @@ METRICS = {
 }
 
 
-class Clock:
-    """A clock that is advanced by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
-
-
 @pytest.fixture
 def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-def _rendered(tasks: list[str], width: int, height: int, metrics: dict[str, float]) -> str:
+def table_of(tasks: list[str], width: int, height: int, metrics: dict[str, float]) -> str:
     shown = Display(tasks, 10_000, 4, out=io.StringIO())
-    shown.console = Console(file=io.StringIO(), width=width, height=height)
+    set_size(shown, width, height)
     shown.update(500, metrics, seconds=3700)
-    out = io.StringIO()
-    Console(file=out, width=width, height=height).print(shown.table())
-    return out.getvalue()
+    return rendered(shown)
 
 
 def test_plain_output_has_a_line_every_five_seconds(clock):
@@ -61,6 +51,15 @@ def test_plain_output_has_a_line_every_five_seconds(clock):
     assert "\x1b" not in out.getvalue()
     assert lines[-1].startswith("step 990/10,000  pong -20.5  breakout 1,234  250 steps/s  1,000 frames/s  12.5 updates/s")
     assert "memory 3.0 GiB" in lines[-1]
+
+
+def test_quiet_display_prints_nothing(clock):
+    out = io.StringIO()
+    with Display(TASKS, 10_000, 4, out=out, quiet=True) as shown:
+        shown.update(500, METRICS)
+        shown.message("evaluating")
+        shown.print("a table")
+    assert out.getvalue() == ""
 
 
 def test_remaining_time_is_estimated_from_the_steps_since_the_start_of_the_process(clock):
@@ -97,7 +96,7 @@ def test_line_for_many_tasks_has_their_mean_score(clock):
 
 
 def test_table_has_a_row_per_task_with_a_dash_for_missing_metrics(clock):
-    text = _rendered(TASKS, 80, 24, METRICS)
+    text = table_of(TASKS, 80, 24, METRICS)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
     assert rows["pong"] == ["-20.5", "0.250", "0.050"]
     assert rows["breakout"] == ["1,234", "-", "-"]
@@ -106,7 +105,7 @@ def test_table_has_a_row_per_task_with_a_dash_for_missing_metrics(clock):
 
 
 def test_table_prefers_the_training_score_to_the_last_evaluation(clock):
-    text = _rendered(["pong"], 80, 24, {"eval/score/pong": 0.25, "train/score/pong": 0.75})
+    text = table_of(["pong"], 80, 24, {"eval/score/pong": 0.25, "train/score/pong": 0.75})
     assert "0.750" in text
     assert "0.250" not in text
 
@@ -115,7 +114,7 @@ def test_table_prefers_the_training_score_to_the_last_evaluation(clock):
 @pytest.mark.parametrize(("width", "height"), [(200, 50), (120, 24), (80, 24), (40, 15), (24, 8)])
 def test_table_fits_the_terminal(clock, count, width, height):
     tasks = [f"task_number_{index}" for index in range(count)]
-    text = _rendered(tasks, width, height, METRICS | {f"train/return/{task}": 1.0 for task in tasks})
+    text = table_of(tasks, width, height, METRICS | {f"train/return/{task}": 1.0 for task in tasks})
     lines = text.splitlines()
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
@@ -211,14 +210,14 @@ RESULT = {
 }
 
 
-def _printed(result: dict, max_steps: int | None = None) -> str:
+def _printed(result: dict) -> str:
     out = io.StringIO()
-    terminal.console(out).print(evaluation_table(result, max_steps))
+    terminal.console(out).print(evaluation_table(result, 27_000))
     return out.getvalue()
 
 
 def test_evaluation_table_has_intervals_scores_and_a_footnote_for_cut_episodes():
-    text = _printed(RESULT, max_steps=27_000)
+    text = _printed(RESULT)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
     assert rows["pong"] == ["pong", "-20.2", "1.20", "0.012", "-21", "to", "-19.5", "4"]
     assert rows["breakout"] == ["breakout", "*", "1,234", "0", "40.000", "-", "1"], "a single episode has no interval"

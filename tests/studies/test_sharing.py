@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 from mtrl_cli.errors import UserError
@@ -82,7 +81,7 @@ def test_structure_with_a_larger_minimum_size_is_left_out_with_the_reason(here: 
         (["seeds=0"], "one integer from 1"),
         (["seeds=2", "seed=1,2"], "both choose the seeds"),
         (["network.parameters=null"], "of full width are always trained"),
-        (["optimizer.lr=interval(0.001,0.01)"], "Give values, or use mtrl sweep"),
+        (["optimizer.lr=interval(0.001,0.01)"], "give values, or use mtrl sweep"),
         (["env.tasks=[CartPole-v1]"], "at least two tasks"),
         (["early_stopping.metric=eval/score/mean"], "of the same budget"),
         (["network/sharing=care", "network.parameters=1k"], "no structure can be trained at that size"),

@@ -20,8 +20,8 @@ from mtrl_cli.reports.transfer import HEADINGS
 from mtrl_cli.studies import transfer
 from mtrl_cli.sweeps import plan as sweep_plan
 from tests.helpers.command import Mtrl, MtrlHere
+from tests.helpers.tiny_runs import rows
 
-pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 SMALL = [
@@ -64,8 +64,7 @@ def trials(listing: str) -> list[dict[str, str]]:
 
 def evaluations(run: Path, name: str) -> list[tuple[int, float]]:
     """Return a metric of a run's evaluations, by step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row[name]) for row in rows if name in row]
+    return [(int(row["step"]), row[name]) for row in rows(run) if name in row]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def test_another_source_for_an_existing_study_is_refused(study: tuple[Path, str]
         (["SOURCE", "env=classic_pack", "eval.test_episodes=0"], "eval.test_episodes=0"),
         (["SOURCE", "env=classic_pack", "eval.at_start=false"], "eval.at_start"),
         (["SOURCE", "env=classic_pack", "early_stopping.metric=eval/score/mean"], "early_stopping"),
-        (["SOURCE", "env=classic_pack", "optimizer.lr=interval(0.001,0.1)"], "Give values, or use mtrl sweep"),
+        (["SOURCE", "env=classic_pack", "optimizer.lr=interval(0.001,0.1)"], "give values, or use mtrl sweep"),
         (["SOURCE", "env=classic_pack", "sweep.trials=3"], "a study chooses its own trials"),
         (["SOURCE/checkpoints/5", "env=classic_pack"], "no checkpoint 5"),
         (["SOURCE", "env=classic_pack", "transfer.freez=torso"], "transfer.freeze"),

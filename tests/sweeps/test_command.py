@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from mtrl_cli.config.compose import load
 from mtrl_cli.files import file_lock
 from tests.helpers.command import Mtrl

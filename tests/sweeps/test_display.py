@@ -7,18 +7,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
-from mtrl_cli.runs import terminal
 from mtrl_cli.sweeps.display import SweepDisplay, TrialRow, seconds_left
-
-
-class Clock:
-    """A clock that is advanced by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.now = 100.0
-        monkeypatch.setattr(terminal.time, "monotonic", lambda: self.now)
+from tests.helpers.displays import Clock, rendered, set_size
 
 
 @pytest.fixture
@@ -79,13 +70,11 @@ def test_remaining_time_is_remaining_steps_at_the_mean_speed() -> None:
     assert seconds_left(rows, jobs=2) == pytest.approx(0.06 * (500 + 11_000) / 4)
 
 
-def rendered(rows: list[TrialRow], width: int, height: int) -> str:
+def table(rows: list[TrialRow], width: int, height: int) -> str:
     shown = SweepDisplay(jobs=2, out=io.StringIO())
-    shown.console = Console(file=io.StringIO(), width=width, height=height)
+    set_size(shown, width, height)
     shown.update(rows)
-    out = io.StringIO()
-    Console(file=out, width=width, height=height).print(shown.table())
-    return out.getvalue()
+    return rendered(shown)
 
 
 @pytest.mark.parametrize("count", [1, 10, 1000])
@@ -93,7 +82,7 @@ def rendered(rows: list[TrialRow], width: int, height: int) -> str:
 def test_table_fits_the_terminal_and_shows_all_running_trials(count: int, width: int, height: int) -> None:
     states = ["completed"] * (count // 2) + ["running"] * min(2, count) + ["waiting"] * count
     rows = sweep(*states[:count])
-    lines = rendered(rows, width, height).splitlines()
+    lines = table(rows, width, height).splitlines()
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
     running = [each.number for each in rows if each.state == "running"]
@@ -104,7 +93,7 @@ def test_table_fits_the_terminal_and_shows_all_running_trials(count: int, width:
 
 
 def test_table_has_a_row_per_trial() -> None:
-    text = rendered([*sweep("completed", "running"), row(2, "failed", note="[red] no memory")], 120, 24)
+    text = table([*sweep("completed", "running"), row(2, "failed", note="[red] no memory")], 120, 24)
     cells = {line.split()[0]: line.split() for line in text.splitlines()[:-1]}
     assert cells["0"] == ["0", "network/sharing=film", "seed=0", "completed", "0.000", "100%", "1:00"]
     assert cells["1"] == ["1", "network/sharing=film", "seed=1", "running", "-", "50%", "0:30"]
@@ -115,12 +104,10 @@ def test_table_has_a_row_per_trial() -> None:
 
 def test_most_recently_ended_trials_are_shown() -> None:
     shown = SweepDisplay(jobs=1, out=io.StringIO())
-    shown.console = Console(file=io.StringIO(), width=80, height=9)
+    set_size(shown, 80, 9)
     rows = sweep(*["running"] * 9)
     shown.update(rows)
     for number in (8, 3, 5, 0, 1, 2, 4, 6, 7):
         rows[number] = row(number, "completed")
         shown.update(rows)
-    out = io.StringIO()
-    Console(file=out, width=80, height=9).print(shown.table())
-    assert [line.split()[0] for line in out.getvalue().splitlines()[1:6]] == ["1", "2", "4", "6", "7"]
+    assert [line.split()[0] for line in rendered(shown).splitlines()[1:6]] == ["1", "2", "4", "6", "7"]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.runs.run_dir import RunFolder
 from mtrl_cli.sweeps import command as sweep

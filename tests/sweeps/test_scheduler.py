@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from mtrl_cli.errors import UserError
 from mtrl_cli.launchers.base import OUTPUT, End, Job, Launcher
 from mtrl_cli.runs.run_dir import RunFolder

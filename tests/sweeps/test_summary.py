@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,17 @@ from mtrl_cli.sweeps import plan as sweep_plan
 from mtrl_cli.sweeps.display import TrialRow
 from mtrl_cli.sweeps.plan import Choices, NumberRange, Plan
 from mtrl_cli.sweeps.search_space import overrides_of
+from tests.helpers import trials
 
-SEARCH = {"sampler": "grid", "trials": None, "pruner": "none", "storage": None, "metric": None, "retries": 2, "seed": 0}
 WORDS = ("env=classic_pack", "env.tasks=[CartPole-v1]")
 
 
-def grid(run_dir: Path | None = None, trusted: tuple[str, ...] = (), **axes: str) -> Plan:
+def grid(run_dir: Path | None = None, **axes: str) -> Plan:
     """A grid over axes, each given as its choices separated by spaces."""
     choices = {key.replace("__", "/"): Choices(tuple(words.split())) for key, words in axes.items()}
-    return Plan(
-        shared=WORDS,
-        axes=choices,
-        points=sweep_plan.points_of(choices, None),
-        search=SEARCH,
-        launcher={"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 2},
-        trusted_packages=trusted,
-        env="classic_pack",
-        steps_per_task=1000,
-        run_dir=run_dir,
-    )
+    made = trials.plan(choices, sweep_plan.points_of(choices, None), sampler="grid", trials=None)
+    launcher = {"_target_": "mtrl_cli.launchers.local.LocalLauncher", "jobs": 2}
+    return replace(made, shared=WORDS, launcher=launcher, steps_per_task=1000, run_dir=run_dir)
 
 
 def rows_of(plan: Plan, scores: list[float | None], states: list[str] | None = None) -> list[TrialRow]:
@@ -63,7 +56,7 @@ def test_configuration_with_fewer_completed_seeds_ranks_lower() -> None:
 
 def test_printed_command_of_the_best_composes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    plan = sweep_plan.replace(grid(seed="1"), shared=("env=classic_pack",))
+    plan = replace(grid(seed="1"), shared=("env=classic_pack",))
     values = {"env.tasks": "[Acrobot-v1,CartPole-v1]", "optimizer.lr": "1.25e-05"}
     words = shlex.split(summary.best_as_command(plan, [TrialRow(0, values, "completed", 1.0)]).splitlines()[1])
     assert words[:2] == ["mtrl", "train"]
@@ -113,10 +106,10 @@ def test_consecutive_numbers_are_abbreviated() -> None:
 # -- the listing ----------------------------------------------------------------------------------------------------------------
 
 
-def write_trials(plan: Plan, folder: Path, *trials: dict[str, Any]) -> None:
+def write_trials(plan: Plan, folder: Path, *records: dict[str, Any]) -> None:
     """Create trials in a sweep's folder, each with the given entries of its trial.json."""
     sweep_plan.save(plan, folder, ["mtrl", "sweep"])
-    for trial in trials:
+    for trial in records:
         number, run = trial["number"], folder / "trials" / f"{trial['number']:04d}"
         run.mkdir(parents=True)
         overrides = overrides_of(plan.points[number]) if plan.points is not None else trial["overrides"]
@@ -171,7 +164,7 @@ def test_search_lists_its_axes(tmp_path: Path) -> None:
         "agent.n_step": NumberRange(1, 8, is_integer=True),
         "agent": Choices(("dqn", "pqn")),
     }
-    plan = sweep_plan.replace(grid(tmp_path, seed="0"), axes=axes, points=None, search={**SEARCH, "sampler": "tpe", "trials": 3})
+    plan = replace(grid(tmp_path, seed="0"), axes=axes, points=None, search={**trials.SEARCH, "trials": 3})
     listed = dry_run.list_sweep(plan)
     assert "3 trials, sampled by tpe, seed 0" in listed
     assert "  optimizer.lr: from 1e-05 to 0.001 (logarithmic)\n" in listed

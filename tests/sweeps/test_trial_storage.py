@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from mtrl_cli.errors import RunError, UserError
 from mtrl_cli.sweeps import trial_storage
 from mtrl_cli.sweeps.optuna_storage import JOURNAL, cut_torn_line, open_storage
