@@ -70,7 +70,7 @@ class CheckpointStore:
         assert keep >= 1, keep
         for link in (folder, folder / "replay", *(folder / "replay").glob(f"{RANK}*")):
             if not atomic.is_inside(link, link.parent):
-                raise UserError(f"{link} is a link out of the run folder; refusing to follow it")
+                raise UserError(f"{link} is a link out of the run folder. Remove the link")
         self.folder = folder
         self.keep = keep
         self.with_replay = with_replay
@@ -292,7 +292,7 @@ class CheckpointStore:
             return self._load_latest(device, warn)
         step = self.best() if which == "best" else int(which)
         if step is None:
-            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved; use checkpoint=latest or a step")
+            raise UserError(f"{self.folder.parent} has no best checkpoint: no score was saved. Use checkpoint=latest or a step")
         if step not in steps:
             raise UserError(f"{self.folder.parent} has no checkpoint {step}; available: {', '.join(map(str, steps)) or 'none'}")
         try:

@@ -76,7 +76,7 @@ def list_sizes(group: str, folders: Sequence[Path], overrides: Sequence[str]) ->
     """
     for override in overrides:
         if override.partition("=")[0] == group:
-            raise UserError(f"mtrl ls {group} lists all options of {group}; remove {override}")
+            raise UserError(f"mtrl ls {group} lists all options of {group}. Remove {override}")
     packs: dict[str, Any] = {}
     reasons: list[str] = []
     header = ("  ", "parameters", "shared", "per task", "multiply-adds", "counted with", "")

@@ -43,7 +43,7 @@ def run(config: dict[str, Any], *, seconds: float, as_json: bool) -> None:
         Stopped: stopped by a signal.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl bench measures a single process; start mtrl bench without torchrun")
+        raise UserError("mtrl bench measures a single process. Start mtrl bench without torchrun")
     with StopRequest() as stop, stop.interruptible():
         if config["init_from"] is not None:
             _note("init_from, transfer.freeze and transfer.replay are ignored: the benchmark trains all parameters")

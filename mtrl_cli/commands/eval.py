@@ -34,7 +34,7 @@ def run(run_path: Path, options: dict[str, Any]) -> None:
         Stopped: stopped by a signal; nothing was written.
     """
     if torchrun.place().size > 1:
-        raise UserError("mtrl eval runs in a single process; start mtrl eval without torchrun")
+        raise UserError("mtrl eval runs in a single process. Start mtrl eval without torchrun")
     folder, named = RunFolder.open(run_path)
     config = compose.load(folder.config, trusted=options["trusted_packages"])
     validation_seed = config["eval"]["seed"]
@@ -79,7 +79,7 @@ def _previous(folder: RunFolder, step: int) -> dict[str, Any] | None:
 def _write_videos(folder: RunFolder, pack: Pack, episodes: evaluator.Episodes) -> None:
     """Render the first episode of every task, replayed from its seed and actions."""
     if not atomic.is_inside(folder.videos, folder.path):
-        raise UserError(f"{folder.videos} is a link out of the run folder; refusing to write there")
+        raise UserError(f"{folder.videos} is a link out of the run folder. Remove the link")
     folder.videos.mkdir(exist_ok=True)
     for index, task in enumerate(pack.tasks):
         seed, actions = episodes.first[task.name]

@@ -108,11 +108,11 @@ def resume(run_path: Path, overrides: list[str], *, command: list[str]) -> None:
 def _resume(run_path: Path, overrides: list[str], command: list[str], ranks: Ranks) -> None:
     folder, which = RunFolder.open(run_path)
     if which is not None:
-        raise UserError(f"{run_path} is a checkpoint, not a run; use mtrl resume {shlex.quote(str(folder.path))}")
+        raise UserError(f"{run_path} is a checkpoint, not a run. Use mtrl resume {shlex.quote(str(folder.path))}")
     config = compose.load_run(folder.path, overrides) | {"run_dir": str(folder.path)}
     if config["ranks"] != ranks.size:
         correct = resume_command(folder, config["ranks"])
-        raise UserError(f"{folder.path} was started with {config['ranks']} ranks, got {ranks.size}; use {correct}")
+        raise UserError(f"{folder.path} was started with {config['ranks']} ranks, got {ranks.size}. Use {correct}")
     if not ranks.is_first:
         folder = ReadOnlyRunFolder(folder.path)
     with ranks.together():

@@ -146,7 +146,7 @@ class Trainer:
             raise
         except RanksLost as lost:
             failure = RanksLost(
-                f"{lost}\nThe run failed at step {self.loop.step:,}; resume from its last checkpoint with: "
+                f"{lost}\nThe run failed at step {self.loop.step:,}. Resume from its last checkpoint with: "
                 f"{resume_command(self.folder, self.ranks.size)}"
             )
             # Printed here, while signals are only recorded: torchrun ends this process by SIGTERM as soon as a rank is lost.

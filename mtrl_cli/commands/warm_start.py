@@ -75,7 +75,7 @@ def read_source(config: Config, ranks: Ranks) -> Checkpoint:
         replay = config["transfer"]["replay"]
         if replay and source["ranks"] != ranks.size:
             raise UserError(
-                f"transfer.replay=true: the source has ranks={source['ranks']}, this run has ranks={ranks.size}; use the same value"
+                f"transfer.replay=true: the source has ranks={source['ranks']}, this run has ranks={ranks.size}. Use the same value"
             )
         store = CheckpointStore(folder.checkpoints, keep=1, with_replay=replay, ranks=ranks)
         step, state = store.load(parse_which("latest" if which is None else which), warn=print_line)
@@ -112,7 +112,7 @@ def initialise(config: Config, run: build_run.Run, source: Checkpoint, ranks: Ra
     if not taken.loads("torso"):
         raise UserError(
             f"{what}: no layer of the torso can be loaded from {class_name(source.config['network']['sharing'])} into "
-            f"{class_name(config['network']['sharing'])}; use the same network/sharing, or one with the layers of the torso (hard, film)"
+            f"{class_name(config['network']['sharing'])}. Use the same network/sharing, or one with the layers of the torso (hard, film)"
         )
     if not converted:
         run.agent.value_scale.copy_from(scale, [(mine.index(task), theirs.index(task)) for task in taken.heads])
@@ -135,9 +135,9 @@ def check_torso(config: Config, source: Config, what: str) -> None:
     different = [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
     name = class_name(source["network"])
     if "_target_" in different:
-        raise UserError(f"{what}: the torso of the source is {name}, got {class_name(config['network'])}; use the same network")
+        raise UserError(f"{what}: the torso of the source is {name}, got {class_name(config['network'])}. Use the same network")
     there, here = (", ".join(f"network.{key}={show(each.get(key))}" for key in different) for each in (theirs, mine))
-    raise UserError(f"{what}: the torso of the source ({name}) has {there}, got {here}; use the same values")
+    raise UserError(f"{what}: the torso of the source ({name}) has {there}, got {here}. Use the same values")
 
 
 def _same_heads(config: Config, source: Config, mine: Pack, theirs: Pack, known: list[str]) -> list[str]:
@@ -228,7 +228,7 @@ def load_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: R
     """
     what = f"transfer.replay=true with init_from={source.path}"
     if run.replay.from_rollouts or class_of(source.config, "replay")[0].from_rollouts:
-        raise UserError(f"{what}: rollouts are not saved; omit transfer.replay=true")
+        raise UserError(f"{what}: rollouts are not saved. Omit transfer.replay=true")
     theirs, pack, replay = build_run.make_pack(source.config), run.pack, run.replay
     pairs = {
         "env": (source.config["env"]["_target_"], config["env"]["_target_"]),
@@ -239,11 +239,11 @@ def load_replay(config: Config, run: build_run.Run, source: Checkpoint, ranks: R
     }
     for key, (there, here) in pairs.items():
         if there != here:
-            raise UserError(f"{what}: {key} of the source is {there}, got {here}; use the same value, or omit transfer.replay=true")
+            raise UserError(f"{what}: {key} of the source is {there}, got {here}. Use the same value, or omit transfer.replay=true")
     with build_network.must_fit(what):
         kept = (source.state if ranks.is_first else source.state["others"][str(ranks.rank)])["loop"]["replay"]
         if not source.store.load_replay(source.step, _Rows(replay, int(kept["capacity_rows"]))):
-            raise UserError(f"{what}: the checkpoint was saved without its replay; omit transfer.replay=true")
+            raise UserError(f"{what}: the checkpoint was saved without its replay. Omit transfer.replay=true")
         replay.continue_from(kept)
     run.learner.start_at(0)
     print_line(f"replay       {replay.transitions * ranks.size:,} transitions per task of the source; learning starts at once")

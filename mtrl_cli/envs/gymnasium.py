@@ -133,7 +133,7 @@ def _refuse_prefix(name: str) -> None:
     package, colon, rest = name.partition(":")
     if colon:
         raise UserError(
-            f"env.tasks: ids with a package prefix are not supported, got {name}; use {rest}\n"
+            f"env.tasks: ids with a package prefix are not supported, got {name}. Use {rest}\n"
             f"If you trust the package {package} to run code, add trusted_packages=[{package}] to the command line"
         )
 

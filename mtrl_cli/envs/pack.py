@@ -45,8 +45,8 @@ class VectorTask(Protocol):
     def reset(self, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Start new episodes in the environments of `mask`, bool `[N]`. The first call must reset all environments.
 
-        After a reset with a seed, everything must depend only on the seed and the actions, over any number of later `UNSEEDED` resets,
-        which continue the random state of the last episode. An environment that was never seeded may use any random state.
+        After a reset with a seed, all results depend only on the seed and the actions. An `UNSEEDED` reset continues the random state of
+        the last episode, so this also holds for the episodes after it. An environment that was never seeded may use any random state.
 
         Args:
             seeds: int64, a 31-bit seed or `UNSEEDED` for each environment of the mask.

@@ -234,7 +234,7 @@ class SlurmLauncher(Launcher):
         extras.require("launcher=slurm", "submitit", "slurm")
         if missing := [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]:
             raise UserError(
-                f"launcher=slurm needs Slurm's commands, but {missing[0]} is not on PATH; start the sweep on a machine of the cluster"
+                f"launcher=slurm needs Slurm's commands, but {missing[0]} is not on PATH. Start the sweep on a machine of the cluster"
                 " (Debian package: slurm-client), or use launcher=local"
             )
         # None selects the cluster's default. Without a value, submitit would set a time limit of five minutes.
@@ -287,7 +287,7 @@ class SlurmLauncher(Launcher):
         """
         found = _fetch_states([handle]) if handle.isdecimal() else {}
         if found is None:
-            raise RunError(f"{run}: the Slurm controller does not report the state of job {handle}; try again later")
+            raise RunError(f"{run}: the Slurm controller does not report the state of job {handle}. Try again later")
         state = found.get(handle)
         # Compare the script, too: a reinstalled cluster reuses job ids.
         if state is None or state.name not in WAITING | RUNNING or not Path(state.script).is_relative_to(run / FOLDER):

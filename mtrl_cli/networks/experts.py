@@ -295,6 +295,6 @@ class CARE(Sharing):
         return {"experts": self._attend()[1]}
 
     def _attend(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contexts of the tasks `[K, C]` and their attention to the encoders `[K, E]`."""
+        """Return task contexts `[K, C]` and attention weights over the encoders `[K, E]`."""
         context_KC = self.context(self.embedding())
         return context_KC, self.attention(context_KC).float().softmax(-1)

@@ -39,14 +39,14 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
-        """Features `[K, B, F]` to outputs `[K, B, A]` or `[K, B, A, Z]` (float32). Outputs of a task's missing actions are undefined."""
+        """Features `[K, B, F]` to outputs `[K, B, A]` or `[K, B, A, Z]` (float32). Outputs of a task's invalid actions are undefined."""
 
     def expectation(self, outputs: Tensor) -> Tensor:
         """Expected values of outputs: `[K, B, ...]` or `[K, B, ..., Z]` to `[K, B, ...]`."""
         return outputs
 
     def values(self, outputs: Tensor) -> Tensor:
-        """Action values `[K, B, A]` (float32) of the outputs of `forward`; minus infinity for a task's missing actions."""
+        """Action values `[K, B, A]` (float32) of the outputs of `forward`; minus infinity for a task's invalid actions."""
         return self.expectation(outputs).masked_fill(self.invalid_KA[:, None], -torch.inf)
 
     def mixture(self, outputs: Tensor) -> Tensor:

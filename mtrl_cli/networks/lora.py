@@ -48,7 +48,7 @@ class LowRank(TaskOwned):
             self._geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Layer inputs `[K * B, ...]`, task after task, to the addition to the layer's outputs, `[K * B, ...]`."""
+        """Return the low-rank term to add to the layer's outputs, for task-major inputs `[K * B, ...]`, `[K * B, ...]`."""
         K = len(self.sizes)
         x_KB = x.unflatten(0, (K, -1))
         if not self._geometry:

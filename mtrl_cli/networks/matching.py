@@ -27,7 +27,7 @@ class Piece:
         tensor: name of the tensor in the network's state.
         index: position of the piece in the tensor; () for the whole tensor. The first element is the row.
         kind, layer: part of the network (`parts.py`); "adapters" for the parameters of low-rank adaptation.
-        unit: pieces of one task and one unit are loaded together or not at all.
+        unit: name of the group that is loaded as a whole: if one piece of a task's unit does not match, none is loaded.
     """
 
     tensor: str

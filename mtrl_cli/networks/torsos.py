@@ -21,11 +21,11 @@ from mtrl_cli.types import Dropped, PositiveFloat, PositiveInt
 class Torso(ABC):
     """Factory for the stem and the body of a torso.
 
-    The keyword-only parameters are keys of every torso whose constructor passes further keywords (`**layers`) to this one.
+    A subclass that forwards `**layers` to this constructor accepts the parameters below as configuration keys.
 
     Args:
         layer_norm: normalise after each layer, before the activation (Gallici et al. 2024).
-        dropout: share of the outputs of fully connected layers that training updates drop.
+        dropout: dropout probability of fully connected layers, applied in training updates only.
         spectral_norm: give the last layer a spectral norm of one (Gogianu et al. 2021, "Spectral Normalisation for Deep Reinforcement
             Learning").
 

@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
     if len(outs) > 1 or "" in outs:
         raise UserError("out must be one folder")
     if not paths:
-        raise UserError("no runs given; give folders of runs or sweeps, such as mtrl report runs/sweeps/mine")
+        raise UserError("no runs given. Give folders of runs or sweeps, such as mtrl report runs/sweeps/mine")
     return paths, Path(outs[0]) if outs else None
 
 
@@ -69,7 +69,7 @@ def run(paths: Sequence[Path], out: Path | None, command: Sequence[str]) -> None
     earlier = _check(folder, is_default=out is None)
     runs = run_data.read(paths)
     if not runs:
-        raise UserError(f"no run in {', '.join(map(str, paths[:3]))}; give folders that mtrl train, sweep or study created")
+        raise UserError(f"no run in {', '.join(map(str, paths[:3]))}. Give folders that mtrl train, sweep or study created")
     groups = grouped(runs)
     benchmarks = comparison.benchmarks(groups)
     shown_command = without_password(shlex.join(command))
@@ -178,19 +178,19 @@ def _check(folder: Path, *, is_default: bool) -> list[str]:
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"out={folder} is not a folder")
     if is_default and folder.is_symlink():
-        raise UserError(f"{folder} is a link, and reports are not written through links; give its target, out=PATH")
+        raise UserError(f"{folder} is a link, and reports are not written through links. Give its target, out=PATH")
     made: list[str] = []
     if folder.is_dir() and os.listdir(folder):
         if not os.path.lexists(folder / RECORD):
-            raise UserError(f"{folder} contains other files than a report; give another folder, out=PATH")
+            raise UserError(f"{folder} contains files that are not a report. Give another folder, out=PATH")
         made = atomic.read_json(folder / RECORD, folder).get("files", [None])
         if not isinstance(made, list) or not all(isinstance(name, str) for name in made):
-            raise UserError(f"{folder / RECORD} is damaged; give another folder, out=PATH, or remove {show(str(folder))}")
+            raise UserError(f"{folder / RECORD} is damaged. Give another folder, out=PATH, or remove {show(str(folder))}")
     existing = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=atomic.TEMPORARY, dir=existing))
     except OSError as error:
-        raise UserError(f"{existing} is not writable ({error.strerror}); give another folder, out=PATH") from None
+        raise UserError(f"{existing} is not writable ({error.strerror}). Give another folder, out=PATH") from None
     return made
 
 

@@ -55,10 +55,10 @@ def compare(paths: Sequence[Path]) -> str:
 def _read(path: Path) -> RunData:
     path = Path(path).expanduser()
     if run_data.is_sweep(path):
-        raise UserError(f"{path} is a sweep; give two of its runs, such as {trial_folder(path, 0)}, or use mtrl report")
+        raise UserError(f"{path} is a sweep. Give two of its runs, such as {trial_folder(path, 0)}, or use mtrl report")
     runs = run_data.read([path])
     if len(runs) != 1 or runs[0].path != path:
-        raise UserError(f"{path} is not a run; give the folders of two runs, or use mtrl report for any number of runs")
+        raise UserError(f"{path} is not a run. Give the folders of two runs, or use mtrl report for any number of runs")
     if runs[0].status == "unreadable":
         raise UserError(f"{path} cannot be read: {runs[0].error}")
     return runs[0]

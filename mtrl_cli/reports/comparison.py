@@ -255,7 +255,7 @@ def efficiency(benchmark: Benchmark, variant: Variant, baseline: Variant) -> Est
 
 
 def curves(runs: Sequence[RunData], tasks: Sequence[str], *, is_scored: bool) -> tuple[Floats, Floats] | None:
-    """Return learning curves of validation: steps `[P]` and the means over tasks `[S, P]`, at the evaluations that all runs have.
+    """Return validation curves: steps `[P]` and task means `[S, P]` of S runs, at the evaluations that all runs share.
 
     Returns None where the runs have no evaluation in common, or there is no task.
     """

@@ -151,13 +151,13 @@ def first_completed(runs: Sequence[RunData]) -> RunData:
 
 
 def read(paths: Sequence[Path]) -> list[RunData]:
-    """Read the runs at or below some paths: each once, in the order of paths; in a folder by name, in a sweep by number.
+    """Read each run at or below the paths once, in the order of the paths. Runs of a folder are ordered by name, runs of a sweep by number.
 
     Args:
         paths: folders of runs, sweeps or studies, or folders that contain them.
 
     Raises:
-        UserError: a path is not a folder, or contains too much.
+        UserError: a path is not a folder, or contains more than MOST_RUNS runs or MOST_FOLDERS folders.
     """
     check_folders(paths)
     found: dict[str, RunData] = {}
@@ -165,7 +165,7 @@ def read(paths: Sequence[Path]) -> list[RunData]:
         for run in _read_below(path):
             found.setdefault(os.path.realpath(run.path), run)
             if len(found) > MOST_RUNS:
-                raise UserError(f"more than {MOST_RUNS:,} runs in {', '.join(map(str, paths))}; give fewer folders")
+                raise UserError(f"{', '.join(map(str, paths))}: more than {MOST_RUNS:,} runs. Give fewer folders")
     runs = list(found.values())
     return [replace(run, name=name) for run, name in zip(runs, short_names([run.path for run in runs]), strict=True)]
 
@@ -174,7 +174,7 @@ def check_folders(paths: Sequence[Path]) -> None:
     """Raise UserError unless all paths are folders."""
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder; give folders of runs or sweeps, or a folder that contains them")
+            raise UserError(f"{path} is not a folder. Give folders of runs or sweeps, or a folder that contains them")
 
 
 def is_sweep(path: Path) -> bool:
@@ -185,7 +185,7 @@ def is_sweep(path: Path) -> bool:
 def _read_below(path: Path) -> Iterator[RunData]:
     for visited, (place, names, _) in enumerate(os.walk(path), 1):
         if visited > MOST_FOLDERS:
-            raise UserError(f"more than {MOST_FOLDERS:,} folders to search for runs; give the folders of the runs themselves")
+            raise UserError(f"{path}: more than {MOST_FOLDERS:,} folders to search for runs. Give the run folders directly")
         folder, inner = Path(place), []
         if is_sweep(folder):
             yield from _read_sweep(folder)

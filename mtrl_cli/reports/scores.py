@@ -199,7 +199,7 @@ def _curves(benchmark: Benchmark) -> Section:
     scored = benchmark.scored
     if scored:
         over_steps, over_time = (
-            {each.name: _over(each, scored, kind, index < plots.MOST_LINES) for index, each in enumerate(variants)}
+            {each.name: _learning_curve(each, scored, kind, index < plots.MOST_LINES) for index, each in enumerate(variants)}
             for kind in ("step", "seconds")
         )
         unit, over_units = _in_units(over_time)
@@ -228,7 +228,7 @@ def _curve_picture(benchmark: Benchmark, curves: Mapping[str, Curve], name: str,
 def _curves_per_task(benchmark: Benchmark, variants: Sequence[Variant]) -> Picture:
     tasks = benchmark.tasks[:MAX_PANELS]
     units = {task: "score" if task in benchmark.scored else "return" for task in tasks}
-    panels = {task: {each.name: _over(each, (task,), "step", True) for each in variants} for task in tasks}
+    panels = {task: {each.name: _learning_curve(each, (task,), "step", True) for each in variants} for task in tasks}
     notes = _note_above(benchmark, plots.MOST_LINES)
     return Picture(
         f"curves_per_task{benchmark.suffix}",
@@ -239,8 +239,8 @@ def _curves_per_task(benchmark: Benchmark, variants: Sequence[Variant]) -> Pictu
     )
 
 
-def _over(variant: Variant, tasks: Sequence[str], kind: str, has_band: bool) -> Curve:
-    """Return the interquartile mean over a variant's runs and some tasks, over `step` or `seconds`; the mean for few runs and one task."""
+def _learning_curve(variant: Variant, tasks: Sequence[str], kind: str, has_band: bool) -> Curve:
+    """Return a learning curve: the interquartile mean over runs and tasks (the mean for few runs of one task) against `step` or `seconds`."""
     results = "scores" if all(task in run.final_scores for run in variant.runs for task in tasks) else "returns"
     xs = [np.array([getattr(each, kind) for each in run.evaluations], float) for run in variant.runs]
     x_P = xs[0] if kind == "step" and all(np.array_equal(x, xs[0]) for x in xs) else _grid(xs)

@@ -198,7 +198,7 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
 
 
 def _diagnostics(ablation: Benchmark) -> list[Table | Picture]:
-    """Return gradient conflict, routing of tasks and similarity of features."""
+    """Return the tables and plots of gradient conflict, task routing and feature similarity."""
     variants, suffix = ablation.compared, ablation.suffix
     if len(ablation.tasks) == 1 or not variants:
         return []

@@ -28,7 +28,7 @@ def clipped(text: str, most: int) -> str:
 
 
 def word(value: Any) -> str:
-    """Format a configuration value as after `KEY=`."""
+    """Format a configuration value for an override: the text after `KEY=`."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

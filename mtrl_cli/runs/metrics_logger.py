@@ -81,7 +81,7 @@ class Logger(NullLogger):
         self.path = run / "metrics.jsonl"
         events = run / "tensorboard"
         if not atomic.is_inside(events, run):
-            raise UserError(f"{events} is a link out of the run folder; remove the link")
+            raise UserError(f"{events} is a link out of the run folder. Remove the link")
         with self._disk_errors():
             cut_metrics(self.path, resume_at)
             cut_events(events, resume_at)

@@ -57,7 +57,7 @@ class RunFolder:
                 raise UserError(f"run_dir={path} cannot be read: {error.strerror}") from None
             if found:
                 resume = f", or mtrl resume {shlex.quote(str(path))}" if cls.is_run(path) else ""
-                raise UserError(f"run_dir={path} is not empty (it contains {found[0]}); use a new or empty folder{resume}")
+                raise UserError(f"run_dir={path} is not empty (it contains {found[0]}). Use a new or empty folder{resume}")
         ancestor = next(each for each in (path, *path.parents) if os.path.lexists(each))
         if not os.path.isdir(ancestor):
             raise UserError(f"run_dir={path} cannot be created: {ancestor} is not a folder")
@@ -70,7 +70,7 @@ class RunFolder:
 
         Raises:
             UserError: the folder cannot be created. No other folder is left behind.
-            FileExistsError: the folder exists and not `exist_ok`.
+            FileExistsError: the folder exists and `exist_ok` is false.
         """
         cls.check_new(path)
         folder = cls(Path(path).expanduser())
@@ -101,7 +101,7 @@ class RunFolder:
             if not os.path.lexists(path):
                 with contextlib.suppress(FileExistsError):
                     return cls.create(path, exist_ok=False)
-        raise UserError(f"{parent / name} and 998 numbered alternatives exist; use run_dir=PATH")
+        raise UserError(f"{parent / name} and 998 numbered alternatives exist. Use run_dir=PATH")
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, int | str | None]:
@@ -123,7 +123,7 @@ class RunFolder:
                 which, path = int(absolute.name), absolute.parent.parent
         if not os.path.isdir(path):
             problem = "is not a folder" if os.path.lexists(path) else "does not exist"
-            raise UserError(f"{path} {problem}; expected the folder of a run")
+            raise UserError(f"{path} {problem}. Expected the folder of a run")
         folder = cls(path)
         if not os.path.lexists(folder.config):
             raise UserError(f"{path} is not a run: it has no config.yaml")
@@ -141,7 +141,7 @@ class RunFolder:
         lock = FileLock(self.path / ".lock")
         try:
             if not lock.try_acquire():
-                raise UserError(f"{self.path} {IN_USE} {lock.owner()}; wait until the process ends, or stop the process")
+                raise UserError(f"{self.path} {IN_USE} {lock.owner()}. Wait until the process ends, or stop the process")
         except RunError as error:
             raise UserError(f"{self.path} cannot be locked: {error}") from None
         self._lock = lock
@@ -162,7 +162,7 @@ class RunFolder:
         """Write a text file at `name` in the run atomically. Raises OSError, and UserError if the path leads out of the run."""
         path = self.path / name
         if not atomic.is_inside(path.parent, self.path):
-            raise UserError(f"{path.parent} is a link out of the run folder; refusing to write there")
+            raise UserError(f"{path.parent} is a link out of the run folder. Remove the link")
         path.parent.mkdir(exist_ok=True)
         atomic.replace(path, text.encode())
 

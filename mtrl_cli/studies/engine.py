@@ -65,8 +65,8 @@ def plan(overrides: Sequence[str], points: Points, folder: str) -> Plan:
     """Plan the sweep of a study.
 
     Args:
-        overrides: of the sweep, with several values for each key that trials differ in.
-        points: chooses the trials from the axes.
+        overrides: overrides of the sweep, with several values for each key that trials differ in.
+        points: function that selects the trials from the axes.
         folder: name of the default folder under runs/studies; `{env}` is the environment's name.
     """
     made = sweep_plan.make(overrides, points)
@@ -90,7 +90,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[str], SplitOverrides, list[str
     split = split_overrides(others)
     for key, axis in split.axes.items():
         if not isinstance(axis, Choices):
-            raise UserError(f"{key}: a study needs a list of values, got an interval; give values, or use mtrl sweep")
+            raise UserError(f"{key}: a study needs a list of values, got an interval. Give values, or use mtrl sweep")
     return others, split, seeds
 
 
@@ -105,7 +105,7 @@ def split_seeds(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         raise UserError(f"seeds must be one integer from 1 to {MAX_SEEDS}, got {show(','.join(counts))}")
     if not re.fullmatch(r"\d{1,15}", first):
         if counts:
-            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds; give only one of them")
+            raise UserError(f"seed={show(first)} and seeds={counts[0]} both choose the seeds. Give only one of them")
         return others, []
     number = int(counts[0]) if counts else DEFAULT_SEEDS
     values = ",".join(str(int(first) + index) for index in range(number))
@@ -133,7 +133,7 @@ def values_of(split: SplitOverrides, key: str) -> list[str]:
 def refuse_early_stopping(config: Mapping[str, Any]) -> None:
     """Raise UserError where runs may end before their budget."""
     if config["early_stopping"]["metric"] is not None:
-        raise UserError("early_stopping.metric: a study compares runs of the same budget; omit early_stopping.metric")
+        raise UserError("early_stopping.metric: a study compares runs of the same budget. Omit early_stopping.metric")
 
 
 def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Sequence[str]) -> list[str]:

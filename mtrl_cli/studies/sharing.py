@@ -30,7 +30,7 @@ def make(overrides: Sequence[str]) -> Study:
     structures = _structures(split)
     parameters = engine.values_of(split, SIZE)
     if "null" in parameters:
-        raise UserError(f"{SIZE}=null: independent networks of full width are always trained; give a number, or omit {SIZE}")
+        raise UserError(f"{SIZE}=null: independent networks of full width are always trained. Give a number, or omit {SIZE}")
     base = engine.first_trial(split, without=(SHARING, SIZE))
     config = compose.compose_training(base)
     _check(config)
@@ -54,7 +54,7 @@ def _structures(split: SplitOverrides) -> list[str]:
         if name not in known:
             raise UserError(unknown("option", name, known, prefix=f"{SHARING}="))
     if set(given) == {BASELINE}:
-        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison; give other structures, or omit {SHARING} for all")
+        raise UserError(f"{SHARING}={BASELINE} is the baseline of the comparison. Give other structures, or omit {SHARING} for all")
     return list(dict.fromkeys([BASELINE, *(given or known)]))
 
 

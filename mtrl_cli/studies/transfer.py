@@ -75,16 +75,16 @@ def _check_given(given: set[str]) -> None:
     if "env" not in given:
         raise UserError("env is missing; name the tasks to transfer to, such as env=minatar_pack (mtrl ls env)")
     if SOURCE in given:
-        raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN; omit {SOURCE}")
+        raise UserError(f"{SOURCE}: mtrl transfer starts from the network of RUN. Omit {SOURCE}")
 
 
 def _check(config: Mapping[str, Any], trained: dict[str, Any], given: set[str]) -> None:
     """Raise UserError for runs that cannot be compared, and for a source whose torso cannot read the new tasks' observations."""
     engine.refuse_early_stopping(config)
     if config["eval"]["test_episodes"] == 0:
-        raise UserError("eval.test_episodes=0: final scores need test episodes; give another number, or omit eval.test_episodes")
+        raise UserError("eval.test_episodes=0: final scores need test episodes. Give another number, or omit eval.test_episodes")
     if "eval.at_start" in given and not config["eval"]["at_start"]:
-        raise UserError("eval.at_start=false: zero-shot scores need an evaluation before the first step; omit eval.at_start")
+        raise UserError("eval.at_start=false: zero-shot scores need an evaluation before the first step. Omit eval.at_start")
     torso, pack = class_of(trained, "network")[0], build_run.make_pack(dict(config))
     reads, shown = getattr(torso, "observation_kind", None), pack.observation_kind
     if reads != shown and "network" not in given:
@@ -121,7 +121,7 @@ def _network_of(trained: dict[str, Any], base: Sequence[str], given: set[str], s
     if None in names.values():
         group = next(group for group, name in names.items() if name is None)
         target = config[grouping.target_key(group)]
-        raise UserError(f"{group}: no option has the source's class {show(target)}; give hydra.searchpath as for the source")
+        raise UserError(f"{group}: no option has the source's class {show(target)}. Give hydra.searchpath as for the source")
     overrides = [f"{group}={name}" for group, name in names.items()]
     composed = dict(compose.flat(compose.compose_training([*base, *overrides])))
     config["network.parameters"] = None  # the widths are those of the source's parameters

@@ -77,7 +77,7 @@ def storage_url(storage: str | None) -> str | None:
     if "://" not in os.environ.get(name, ""):
         state = "is not a URL" if os.environ.get(name) else "is not set"
         raise UserError(
-            f"sweep.storage={show(storage)}: the environment variable {show(name)} {state}; set it to the URL of an Optuna storage"
+            f"sweep.storage={show(storage)}: the environment variable {show(name)} {state}. Set it to the URL of an Optuna storage"
         )
     return os.environ[name]
 
@@ -125,7 +125,7 @@ def reached(url: str | None) -> Iterator[None]:
             raise
         if url is None:
             raise RunError(f"the sweep's {JOURNAL} cannot be used: {_line(error, '')}") from None
-        text = f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}; resume with the same command"
+        text = f"sweep.storage={without_password(url)} cannot be reached: {_line(error, url)}. Resume with the same command"
         raise RunError(text) from None
 
 

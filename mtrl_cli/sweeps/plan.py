@@ -103,11 +103,11 @@ def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
     section = configuration.compose_sweep(split.sweep)
     if not split.axes:
         configuration.compose_training(split.shared)  # an error of the run has priority
-        raise UserError("no key has several values; give several, such as 'seed=range(5)' or network/sharing=hard,film")
+        raise UserError("no key has several values. Give several values, such as 'seed=range(5)' or network/sharing=hard,film")
     trusted = section["trusted_packages"]
     search = resolve_search(section["sweep"], split.axes)
     if choose is not None and (search["sampler"] != "grid" or section["sweep"]["trials"] is not None):
-        raise UserError("sweep.sampler, sweep.trials: a study chooses its own trials; omit them")
+        raise UserError("sweep.sampler, sweep.trials: a study chooses the trials. Omit sweep.sampler and sweep.trials")
     chosen = None if choose is None else tuple({key: point[key] for key in split.axes} for point in choose(split.axes))
     axes, configs = check_runs(split.shared, split.axes, trusted, search, chosen)
     points = chosen or (points_of(axes, search["trials"]) if search["sampler"] == "grid" else None)
@@ -126,7 +126,7 @@ def make(overrides: Sequence[str], choose: Points | None = None) -> Plan:
 
 def _refuse_ranks() -> None:
     if torchrun.place().size > 1:
-        raise UserError("mtrl sweep starts a process for each run; start it without torchrun")
+        raise UserError("mtrl sweep starts a process for each run. Start mtrl sweep without torchrun")
 
 
 # -- in the sweep's folder ------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def _with_trials(plan: Plan, folder: Path, before: int, trials: int) -> Plan:
         raise UserError(f"sweep.trials={trials} is less than the {before} trials of {folder}; the number can only be raised")
     if _is_chosen(plan) and plan.points is not None:
         if trials != len(plan.points):
-            raise UserError(f"sweep.trials={trials}: {folder} contains a study, whose number of trials is fixed; omit sweep.trials")
+            raise UserError(f"sweep.trials={trials}: {folder} contains a study, whose number of trials is fixed. Omit sweep.trials")
         return replace(plan, search={**plan.search, "trials": trials})
     search = resolve_search({**plan.search, "trials": trials}, plan.axes)
     return replace(plan, search=search, points=None if plan.points is None else points_of(plan.axes, trials))
@@ -258,7 +258,7 @@ def _launcher_overrides(folder: Path, launcher: Mapping[str, Any], given: set[st
     ours = f"mtrl_cli.launchers.{name}.{str(launcher['_target_']).rpartition('.')[2]}"
     if name != SAFE_LAUNCHER or launcher["_target_"] != ours:
         raise UserError(
-            f"{folder} was started with launcher={show(name)}; give launcher={SAFE_LAUNCHER} to resume on this machine, "
+            f"{folder} was started with launcher={show(name)}. Give launcher={SAFE_LAUNCHER} to resume on this machine, "
             f"or launcher={show(name)} with its settings from {folder / RECORD}"
         )
     plain = {f"launcher.{key}": value for key, value in launcher.items() if isinstance(value, str | int | float) and key != "_target_"}
@@ -272,7 +272,7 @@ def _check_named(folder: Path, kept: Plan, given: Sequence[str], storage: str | 
     if without_password(storage) != kept.search["storage"] and kept.search["storage"] is not None:
         needed.append(f"sweep.storage={kept.search['storage']}")
     if storage is not None and kept.search["storage"] is None:
-        raise UserError(f"sweep.storage: {folder} stores its trials in a journal in the folder; omit sweep.storage")
+        raise UserError(f"sweep.storage: {folder} stores its trials in a journal in the folder. Omit sweep.storage")
     if needed:
         raise UserError(
             f"{folder} was started with {show(needed[0])}, which is not read from a folder; if you trust it, resume with\n"
@@ -284,7 +284,7 @@ def read(folder: Path) -> Plan:
     """Read and validate sweep.json, except its launcher, which `load` validates. Raises UserError."""
     path = folder / RECORD
     if not os.path.lexists(path):
-        raise UserError(f"{folder} is not a sweep: it has no {RECORD}; give a folder that mtrl sweep created")
+        raise UserError(f"{folder} is not a sweep: it has no {RECORD}. Give a folder that mtrl sweep created")
     record = atomic.read_json(path, folder)
     if record.get("format") != FORMAT:
         raise UserError(f"{path} has format {show(record.get('format'))}; this version of mtrl reads only format {FORMAT}")

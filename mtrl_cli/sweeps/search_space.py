@@ -105,7 +105,7 @@ def split_overrides(overrides: Sequence[str]) -> SplitOverrides:
         if "${" in override:
             raise UserError(f"{show(override)}: interpolations ('${{') are not resolved in a sweep; write the value")
         if key in seen:
-            raise UserError(f"{key} is given twice, as {show(seen[key])} and {show(override)}; give it once")
+            raise UserError(f"{key} is given twice, as {show(seen[key])} and {show(override)}. Give the key once")
         seen[key] = override
         axis = axis_of(override)
         if axis is not None:
@@ -127,9 +127,9 @@ def is_of_the_sweep(key: str) -> bool:
 
 def _check_may_vary(key: str, override: str) -> None:
     if key in NEVER_VARIED:
-        raise UserError(f"{show(override)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}; give one value")
+        raise UserError(f"{show(override)}: {key} cannot differ between runs, because {NEVER_VARIED[key]}. Give one value")
     if is_of_the_sweep(key) or key.split(".")[0] == "hydra":
-        raise UserError(f"{show(override)}: the key belongs to the sweep, not to its runs; give one value")
+        raise UserError(f"{show(override)}: the key belongs to the sweep, not to its runs. Give one value")
 
 
 def axis_of(override: str) -> Choices | NumberRange | None:
@@ -188,13 +188,13 @@ def _axis(override: str, value: str, sweep: Any) -> Choices | NumberRange:
         elements = list(itertools.islice(_steps(override, sweep), MOST_CHOICES + 1))
         texts = [as_text(each) for each in elements]
     if not texts:
-        raise UserError(f"{show(override)} has no values; give values such as range(5) or range(0,1,0.1)")
+        raise UserError(f"{show(override)} has no values. Give values such as range(5) or range(0,1,0.1)")
     if len(texts) > MOST_CHOICES:
-        raise UserError(f"{show(override)} has more than {MOST_CHOICES:,} values; give fewer, or an interval")
+        raise UserError(f"{show(override)} has more than {MOST_CHOICES:,} values. Give fewer values, or an interval")
     count = Counter(map(_comparable, elements))
     repeated = next((text for text, each in zip(texts, elements, strict=True) if count[_comparable(each)] > 1), None)
     if repeated is not None:
-        raise UserError(f"{show(override)} has {show(repeated)} twice; give each value once")
+        raise UserError(f"{show(override)} has {show(repeated)} twice. Give each value once")
     if sweep.shuffle:  # the same order each time: the same command must be the same sweep
         random.Random(hashlib.sha256(override.encode()).digest()).shuffle(texts)
     return Choices(tuple(texts))

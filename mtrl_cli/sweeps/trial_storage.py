@@ -343,7 +343,7 @@ def _digest(plan: Plan) -> str:
 
 def _check_digest(name: str, attributes: Mapping[str, Any], plan: Plan) -> None:
     if attributes.get(PLAN, _digest(plan)) != _digest(plan):
-        raise UserError(f"sweep.storage contains a study {show(name)} of another sweep, named after its folder; give another run_dir")
+        raise UserError(f"sweep.storage contains a study {show(name)} of another sweep, named after its folder. Give another run_dir")
 
 
 def _distribution(axis: Choices | NumberRange) -> BaseDistribution:

@@ -81,7 +81,7 @@ def _typed(key: str, axis: Choices | NumberRange, annotation: Any) -> Choices | 
     if not isinstance(axis, NumberRange) or annotation is None or axis.is_integer or not validation.takes_int(annotation):
         return axis
     if axis.low != int(axis.low) or axis.high != int(axis.high):
-        raise UserError(f"{key}=interval({axis.low:g},{axis.high:g}): {key} must be an integer; give integers at both ends")
+        raise UserError(f"{key}=interval({axis.low:g},{axis.high:g}): {key} must be an integer. Give integers at both ends")
     return replace(axis, low=int(axis.low), high=int(axis.high), is_integer=True)
 
 
@@ -108,13 +108,13 @@ def check_metric(config: Mapping[str, Any], search: Mapping[str, Any]) -> None:
     if search["pruner"] != "none" and not 0 < every < steps:
         raise UserError(
             f"sweep.pruner={search['pruner']} needs evaluations before a run's end, and eval.every={every} with steps_per_task={steps} has "
-            f"none; set eval.every={max(1, steps // _EVALUATIONS)}, for example"
+            f"none. Set eval.every={max(1, steps // _EVALUATIONS)}, for example"
         )
     names, is_scored = _metrics(config["env"])
     metric = search["metric"]
     if metric is None and not is_scored and len(config["env"].get("tasks") or [None]) > 1:
         raise UserError(
-            f"sweep.metric is missing: env={config['env']['name']} has several tasks and no reference scores; give one, such as "
+            f"sweep.metric is missing: env={config['env']['name']} has several tasks and no reference scores. Set sweep.metric, such as "
             f"sweep.metric={names[0]}"
         )
     if metric is not None and names and metric not in names:
@@ -150,22 +150,22 @@ def resolve_search(search: Mapping[str, Any], axes: Axes) -> dict[str, Any]:
     sampler = search["sampler"] if search["sampler"] != "auto" else "tpe" if intervals else "grid"
     if sampler == "grid":
         if intervals:
-            raise UserError(f"sweep.sampler=grid does not support the interval of {intervals[0]}; give values, or sweep.sampler=tpe")
+            raise UserError(f"sweep.sampler=grid does not support the interval of {intervals[0]}. Give values, or sweep.sampler=tpe")
         size = math.prod(len(axis.values) for axis in axes.values() if isinstance(axis, Choices))
         trials = search["trials"] or size
         if trials > size:
             raise UserError(f"sweep.trials must be at most the {size} points of the grid, got {trials}")
         if trials > MOST_TRIALS:
             raise UserError(
-                f"the grid has {size:,} points, at most {MOST_TRIALS:,} are allowed; give sweep.trials=N for the first N points"
+                f"the grid has {size:,} points, at most {MOST_TRIALS:,} are allowed. Give sweep.trials=N for the first N points"
             )
     elif search["trials"] is None:
         why = f"{intervals[0]} is an interval" if intervals else f"sweep.sampler={sampler} needs it"
-        raise UserError(f"sweep.trials is missing: {why}; give sweep.trials=50, for example")
+        raise UserError(f"sweep.trials is missing: {why}. Give sweep.trials=50, for example")
     elif search["trials"] > MOST_TRIALS:
         raise UserError(f"sweep.trials must be at most {MOST_TRIALS:,}, got {search['trials']}")
     if sampler == "cmaes" and len(intervals) < 2:
-        raise UserError("sweep.sampler=cmaes needs intervals of at least two keys; give more intervals, or sweep.sampler=tpe")
+        raise UserError("sweep.sampler=cmaes needs intervals of at least two keys. Give more intervals, or sweep.sampler=tpe")
     if sampler in NEEDED:
         extras.require(f"sweep.sampler={sampler}", NEEDED[sampler], "search")
     storage = search["storage"]

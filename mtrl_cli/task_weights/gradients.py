@@ -1,4 +1,4 @@
-"""Gradients of tasks by plain autograd, for any network. Faster ways are tested against it."""
+"""Task gradients by plain autograd, for any network: the reference in the tests of faster implementations."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class Optimizer:
                     value.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the parameters by position: `{"0": {"exp_avg": ...}, ...}`. Options are in the configuration."""
+        """Return the state of the parameters by position: `{"0": {"exp_avg": ...}, ...}`. Hyperparameters are not part of the state."""
         states = ((index, self._optimizer.state.get(parameter)) for index, parameter in enumerate(self.parameters))
         return {str(index): dict(values) for index, values in states if values}
 

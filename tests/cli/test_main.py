@@ -149,7 +149,7 @@ def test_version_option(mtrl: Callable[..., Outcome]) -> None:
         (["ls", "env", "network"], "mtrl ls accepts one group, got env network"),
         (["ls", "env=atari_pack"], "expected a group"),
         (["ls", "agent", "env=atari_pack"], "expected a group or hydra.searchpath=[file:///home/me/conf], got env=atari_pack"),
-        (["ls", "network", "network=mlp"], "mtrl ls network lists all options of network; remove network=mlp"),
+        (["ls", "network", "network=mlp"], "mtrl ls network lists all options of network. Remove network=mlp"),
         (["ls", "network/head", "env=atari_pak"], "Did you mean 'env=atari_pack'?"),
         (["ls", "network/head", "network.parameters=lots"], "network.parameters must be a number of parameters"),
         (["ls", "network/head", "agent.n_stp=3"], "Did you mean 'agent.n_step'?"),

@@ -171,7 +171,7 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_id_with_a_package_prefix_is_refused_without_importing_the_package(stranger: Path) -> None:
-    with pytest.raises(UserError, match=r"got stranger:Stranger-v0; use Stranger-v0\n.* trusted_packages=\[stranger\]"):
+    with pytest.raises(UserError, match=r"got stranger:Stranger-v0. Use Stranger-v0\n.* trusted_packages=\[stranger\]"):
         make("stranger:Stranger-v0")
     assert not stranger.exists()
 

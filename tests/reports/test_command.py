@@ -125,7 +125,7 @@ def test_new_report_replaces_an_earlier_one_and_keeps_other_files(tmp_path: Path
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", **QUICK)
     before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(UserError, match="contains other files than a report"):
+    with pytest.raises(UserError, match="contains files that are not a report"):
         report(run, f"out={run}")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):

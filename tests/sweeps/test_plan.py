@@ -119,7 +119,7 @@ def test_source_of_init_from_becomes_an_absolute_path(tmp_path: Path, monkeypatc
         (["optimizer.lr=interval(-1,1)", "sweep.trials=3"], "optimizer.lr must be a positive number, got -1"),
         (["agent.gamma=interval(0.5,1.5)", "sweep.trials=3"], "agent.gamma must be a number from 0 to 1, got 1.5"),
         (["agent.n_step=interval(0.5,3)", "sweep.trials=3"], "agent.n_step must be a positive integer, got 0.5"),
-        (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step must be an integer; give integers at both ends"),
+        (["agent.n_step=interval(1,3.5)", "sweep.trials=3"], "agent.n_step must be an integer. Give integers at both ends"),
         (["network=interval(1,3)", "sweep.trials=3"], "unknown option 'network=1'"),
         ([LR], "sweep.trials is missing: optimizer.lr is an interval"),
         (["seed=1,2", "sweep.sampler=random"], "sweep.trials is missing: sweep.sampler=random needs it"),
@@ -172,8 +172,8 @@ def test_number_of_composed_configurations_is_the_sum_of_options_not_the_product
 def test_sweep_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert "start it without torchrun" in refusal("seed=1,2")
-    with pytest.raises(UserError, match="start it without torchrun"):
+    assert "Start mtrl sweep without torchrun" in refusal("seed=1,2")
+    with pytest.raises(UserError, match="Start mtrl sweep without torchrun"):
         sweep_plan.load(tmp_path)
 
 
