@@ -240,7 +240,7 @@ def _curves_per_task(benchmark: Benchmark, variants: Sequence[Variant]) -> Pictu
 
 
 def _learning_curve(variant: Variant, tasks: Sequence[str], kind: str, has_band: bool) -> Curve:
-    """Return a learning curve: the interquartile mean over runs and tasks (the mean for few runs of one task) against `step` or `seconds`."""
+    """Return a learning curve: interquartile mean over runs and tasks (the mean for few runs of one task) against `step` or `seconds`."""
     results = "scores" if all(task in run.final_scores for run in variant.runs for task in tasks) else "returns"
     xs = [np.array([getattr(each, kind) for each in run.evaluations], float) for run in variant.runs]
     x_P = xs[0] if kind == "step" and all(np.array_equal(x, xs[0]) for x in xs) else _grid(xs)

@@ -58,11 +58,11 @@ class TaskGradients(ABC):
 
     @abstractmethod
     def combine(self, weight_K: torch.Tensor) -> None:
-        """Add the weighted sum of the task gradients to the shared parameters' gradients, and 1 / K of the gradients of task-specific ones."""
+        """Add the weighted sum of the task gradients to the gradients of shared parameters, and 1 / K of the task-specific gradients."""
 
     @abstractmethod
     def replace(self, gradient_P: torch.Tensor) -> None:
-        """Add a gradient (float32 `[P]`) to the shared parameters' gradients, and 1 / K of the gradients of task-specific ones."""
+        """Add a gradient (float32 `[P]`) to the gradients of shared parameters, and 1 / K of the task-specific gradients."""
 
     def agreed(self, weight_K: torch.Tensor) -> torch.Tensor:
         """Weights, or another result of a solver, that are equal on all ranks."""
