@@ -1,3 +1,5 @@
+"""Bootstrap intervals and aggregates over tasks: known answers, and properties of the resamples."""
+
 from __future__ import annotations
 
 import itertools
