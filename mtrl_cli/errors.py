@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 MOST_LISTED = 30
-"""Candidates that the message for an unknown name lists, at most."""
+"""Maximum number of candidates in the message for an unknown name."""
 
 
 class UserError(ValueError):
@@ -89,8 +89,8 @@ def unknown(kind: str, name: Any, candidates: Iterable[str], *, prefix: str = ""
         kind: `key`, `option`, `group`, `task`.
         name: the unknown name.
         candidates: the known names.
-        prefix: put before the name and the suggestion (`env=`).
-        where: added to the first sentence (` in DQN`).
+        prefix: text before the name and the suggestion (`env=`).
+        where: end of the first sentence (` in DQN`).
         otherwise: advice where no candidate is similar; default: the candidates, if there are few.
     """
     known = list(candidates)

@@ -12,12 +12,12 @@ from mtrl_cli.networks.network import MultiTaskNetwork
 
 
 class EpsilonSchedule:
-    """Share of random actions of each task: linear from `start` to the final value of the task over `steps`, then constant.
+    """Probability of a random action in each task: linear from `start` to the final value of the task over `steps`, then constant.
 
     Args:
         start: epsilon at step 0.
         ends: final epsilon of each task, `[K]`.
-        steps: steps per task of the linear part; 0: the final values from the start.
+        steps: length of the linear part, in steps per task; 0: the final values from the start.
     """
 
     def __init__(self, start: float, ends: Sequence[float], steps: int):
@@ -26,7 +26,7 @@ class EpsilonSchedule:
         self._steps = steps
 
     def __call__(self, step: int) -> np.ndarray:
-        """Epsilon of each task at a step, float32 `[K]`."""
+        """Return epsilon of each task at a step, float32 `[K]`."""
         progress = min(1.0, step / self._steps) if self._steps else 1.0
         return ((1 - progress) * self._start + progress * self._ends).astype(np.float32)
 
@@ -35,10 +35,10 @@ class EpsilonGreedy(Saved):
     """Epsilon-greedy actions for K x N environments. Invalid actions are never chosen.
 
     Args:
-        network: action values, minus infinity for invalid actions.
+        network: network that returns action values, minus infinity for invalid actions.
         num_actions: number of actions of each task.
-        device: of the network.
-        seed: of the exploration.
+        device: device of the network.
+        seed: seed of the exploration.
     """
 
     saved = ("_generator",)
@@ -58,7 +58,7 @@ class EpsilonGreedy(Saved):
 
         Args:
             observation: `[K, N, S, *frame]`.
-            epsilon_K: float32 `[K]`, share of random actions.
+            epsilon_K: float32 `[K]`, probability of a random action.
 
         Returns:
             int64 `[K, N]` and float32 `[K, N]`, in units of the network.

@@ -39,23 +39,23 @@ class Agent(Saved, ABC):
     """A learning algorithm over a multi-task network.
 
     The loop calls `observe` after each environment step. The learner calls `losses` and, after the optimizer step, `after_step`.
-    The keyword-only parameters are keys of every agent whose constructor passes further keywords (`**common`) to this one.
+    The keyword-only parameters are keys of every agent whose constructor passes further keywords (`**common`) to this constructor.
 
     Args:
-        network: action values of all tasks.
+        network: network of the action values of all tasks.
         value_scale: scale of rewards and values.
-        task_names: for settings by task.
-        compile_with: torch.compile, or the identity.
+        task_names: names of the tasks, for task-specific settings.
+        compile_with: function that compiles functions: torch.compile, or the identity.
         gamma: discount per step.
         huber: error beyond which the loss is linear; 0: squared error everywhere, or the plain quantile loss. Not used by heads that
             predict a distribution over fixed returns.
-        epsilon_start, epsilon_end, epsilon_steps: share of random actions, and the steps per task over which it falls.
+        epsilon_start, epsilon_end, epsilon_steps: first and final probability of a random action, and steps per task from first to final.
         epsilon_tasks: final epsilon of single tasks, by name.
         reward_factors: factors of the rewards of single tasks, by name, applied before the value scale.
 
     Attributes:
         network: the network that acts and is trained.
-        epsilon: share of random actions of each task at a step (per task).
+        epsilon: probability of a random action in each task, by step (per task).
         value_scale: scale of rewards and values.
         batch_size: samples per task and update.
         samples_per_step: replayed samples per environment step.
@@ -65,9 +65,9 @@ class Agent(Saved, ABC):
         from_rollouts: whether the agent learns from rollouts instead of a replay.
         capturable: whether a CUDA graph can record `losses` and `after_step` (`machine/cuda_graphs.py`).
         updates_per_rollout: updates from each rollout; 0: the agent does not learn from rollouts.
-        loss_draws, target_draws: augmented draws of each observation and of each next observation; their losses and targets are averaged.
+        loss_draws, target_draws: augmented draws of each observation and of each next observation; losses and targets are their means.
         period: steps per task between bursts of updates; 1: updates are made as soon as they are due.
-        target_period: updates between copies to the target network (`sync_target`); 0: none.
+        target_period: updates between copies to the target network (`sync_target`); 0: no copies.
     """
 
     saved: ClassVar[tuple[str, ...]] = ("value_scale",)
@@ -145,13 +145,13 @@ class Agent(Saved, ABC):
         """Update value statistics, and a target network that is a moving average, after an optimizer step.
 
         Args:
-            batch, losses: of the update.
+            batch, losses: batch and losses of the update.
         """
         if self.value_scale.uses_targets:
             self.value_scale.update(losses.target_KB, batch.weight > 0, self.heads)
 
     def initialise_value_scale(self, batch: Samples) -> None:
-        """Initialise value statistics with the targets of the first batch of a run."""
+        """Initialize value statistics with the targets of the first batch of a run."""
         if self.value_scale.uses_targets:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # not compiled: a single call without gradients
                 losses = self.losses(batch)

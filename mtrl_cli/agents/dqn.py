@@ -29,9 +29,9 @@ class DQN(Agent):
         n_step: rewards per target (Sutton 1988; Hessel et al. 2018).
         double: select the next action with the online network and evaluate it with the target network (van Hasselt et al. 2016).
         target_period: updates between copies to the target network; 0: the target network is a moving average.
-        target_tau: share of the online network in each step of the moving average (Lillicrap et al. 2016).
+        target_tau: weight of the online network in each step of the moving average (Lillicrap et al. 2016).
         loss_draws, target_draws: augmented draws of each observation and of each next observation (M and K of Kostrikov et al. 2021, "DrQ",
-            equations 1 to 3). Losses are averaged over the former, targets over the latter.
+            equations 1 to 3). Losses are averaged over loss_draws, targets over target_draws.
         common: see `Agent`.
     """
 
@@ -80,7 +80,7 @@ class DQN(Agent):
                 next_outputs = head.mixture(next_outputs.unflatten(1, (-1, B)))
             discount_KB = targets.discount(batch.steps, batch.terminated, self._gamma)
             return_KB = targets.n_step_return(self.scaled_rewards(batch.rewards), self._gamma)
-            # The bootstrap value is normalised: its share of the mean is already subtracted.
+            # The bootstrap value is normalized: its part of the mean is already subtracted.
             return_KB = (return_KB - (1 - discount_KB) * scale.mean_K[:, None]) / scale.scale_K[:, None]
             target_KB = value_losses.td_target(return_KB, discount_KB, head.expectation(next_outputs))
 

@@ -1,4 +1,4 @@
-"""Parallelised Q-learning (Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning"), for all tasks at once."""
+"""Parallelized Q-learning (Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning"), for all tasks at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mtrl_cli.types import Auto, Fraction, PositiveInt
 
 
 class PQN(Agent):
-    """Parallelised Q-learning: many environments, lambda-returns of rollouts and a normalised network; no replay, no target network.
+    """Parallelized Q-learning: many environments, lambda-returns of rollouts and a normalized network; no replay, no target network.
 
     The lambda-returns of a rollout of `rollout_length` steps of each environment are computed once, from the values of the network at the
-    time of acting. Each rollout is learned from in `epochs` of `minibatches` updates. LayerNorm (`network.layer_norm=true`) keeps the
+    time of acting. Each rollout is used in `epochs` passes of `minibatches` updates. LayerNorm (`network.layer_norm=true`) keeps the
     updates from diverging (section 3 of the paper).
 
     Args:
@@ -27,8 +27,8 @@ class PQN(Agent):
         epochs: passes over each rollout.
         minibatches: updates per epoch. The number divides the samples of a rollout.
         trace_decay: lambda of the returns; 0: one-step returns, 1: returns up to the end of the rollout.
-        overlap: spread the updates from a rollout over the collection of the next one, so that the emulators never wait and samples are up
-            to a rollout older; false: make all updates when a rollout is complete, as in the paper.
+        overlap: whether updates from a rollout are spread over the collection of the next rollout: emulators never wait, but samples are up
+            to a rollout older. False: all updates are made when a rollout is complete, as in the paper.
         common: see `Agent`. The paper uses the squared error, `huber=0`.
     """
 
@@ -53,7 +53,7 @@ class PQN(Agent):
         self.n_step = 1
         self.updates_per_rollout = epochs * minibatches
         # The first rollout is complete after rollout_length + 1 steps. Updates that are spread over the next rollout start at once, so that
-        # the last of them is made no later than in the step that completes that rollout.
+        # the last update is made no later than in the step that completes the next rollout.
         self.period = 1 if overlap else samples
         self.learning_starts = num_envs + (samples - math.ceil(self.batch_size / epochs) if overlap else 0)
         self._epochs = epochs
@@ -63,7 +63,7 @@ class PQN(Agent):
         return value_KN * self.value_scale.scale_K[:, None] + self.value_scale.mean_K[:, None]
 
     def before_update(self, replay: Replay) -> None:
-        """Compute the returns of the next rollout once all epochs over the open one are drawn."""
+        """Compute the returns of the next rollout once all epochs over the open rollout are drawn."""
         assert isinstance(replay, Rollouts)
         if not replay.is_open or replay.epochs_drawn == self._epochs:
             rollout = replay.next_rollout()

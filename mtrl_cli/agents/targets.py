@@ -54,7 +54,7 @@ def bootstrap_value(next_outputs: torch.Tensor, selection_q_KBA: torch.Tensor) -
 
 
 def mean_of_draws(tensor: torch.Tensor, draws: int) -> torch.Tensor:
-    """Average the draws of each sample: `[K, draws * B]`, draw after draw, to `[K, B]`."""
+    """Average the draws of each sample: draw-major `[K, draws * B]` to `[K, B]`."""
     return tensor.unflatten(1, (draws, -1)).mean(1)
 
 

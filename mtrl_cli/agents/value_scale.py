@@ -32,7 +32,7 @@ class RewardStream:
     Attributes:
         num_tasks, num_envs: K and N; N counts the environments of all ranks.
         gamma: discount per step.
-        device: of the learner.
+        device: device of the learner.
         ranks: processes whose environments share statistics.
     """
 
@@ -48,7 +48,7 @@ class ValueScale(Saved):
 
     Attributes:
         bounds_returns: whether scaled returns have a range that is known in advance.
-        uses_targets: whether `update` does anything.
+        uses_targets: whether `update` changes the scale.
         capturable: whether a CUDA graph can record `rewards` and `update` (`machine/cuda_graphs.py`).
         num_envs: N.
         mean_K, scale_K: float32 `[K]`; outputs of the network are (value - mean) / scale.
@@ -80,13 +80,13 @@ class ValueScale(Saved):
         """Update target statistics and rescale the heads so that their values stay the same.
 
         Args:
-            target_KB: float32 `[K, B]`, normalised targets of an update: (target - mean) / scale.
+            target_KB: float32 `[K, B]`, normalized targets of an update: (target - mean) / scale.
             valid_KB: bool `[K, B]`, valid samples.
-            heads: of the online and of the target network.
+            heads: heads of the online and of the target network.
         """
 
     def is_compatible(self, other: ValueScale) -> bool:
-        """Whether values have the same meaning after `copy_from(other)`."""
+        """Return whether values have the same meaning after `copy_from(other)`."""
         return type(self) is type(other) and self._limit == other._limit
 
     def copy_from(self, other: ValueScale, tasks: Sequence[tuple[int, int]]) -> None:
@@ -94,7 +94,7 @@ class ValueScale(Saved):
 
         Args:
             other: scale of the other run.
-            tasks: pairs of task numbers, in this run and in the other.
+            tasks: pairs of task numbers, in this run and in the other run.
         """
 
     def in_rewards(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,20 +131,20 @@ class ClipRewards(ValueScale):
 
 
 class PopArt(ValueScale):
-    """Targets of each task normalised by their running mean and spread (van Hasselt et al. 2016; per task: Hessel et al. 2019).
+    """Targets of each task normalized by their running mean and spread (van Hasselt et al. 2016; per task: Hessel et al. 2019).
 
     Each update moves the first and second moments of the targets of a task, and rescales the last layers of both networks so that no value
-    changes (proposition 1). The moments change after the update: the targets of an update are normalised by the moments before it, whereas
-    the paper includes them. With a small step the difference is negligible. Only the first targets of a run are included before they are
-    learned from (`Agent.initialise_value_scale`).
+    changes (proposition 1). The moments change after the update: targets are normalized by the moments before the update, whereas the paper
+    includes the targets of the update. With a small step the difference is negligible. Only the first targets of a run are included in the
+    moments before the first update (`Agent.initialise_value_scale`).
 
     The spread starts as the root mean square of the first targets and becomes their standard deviation as more targets arrive. The first
-    targets may be almost equal: normalised by their own spread, they would be very far from the outputs of the network.
+    targets may be almost equal: normalized by their own spread, the targets would be very far from the outputs of the network.
 
     Args:
-        step_size: share by which the moments move towards those of an update. The first steps are larger, so that the initial moments have
-            no weight. The published value is 3e-4, for runs that are hundreds of times longer. Where values grow faster than the moments
-            follow, the growth is counted as spread.
+        step_size: fraction by which the moments move towards the moments of an update. The first steps are larger, so that the initial
+            moments have no weight. The published value is 3e-4, for runs that are hundreds of times longer. Where values grow faster than
+            the moments follow, the growth is counted as spread.
         min_scale: lower bound of the spread.
     """
 
@@ -208,7 +208,7 @@ class ReturnNorm(ValueScale):
     """Rewards of each task divided by the size of its returns (Lee et al. 2025, "SimbaV2"; Nauman et al. 2025, "BRC").
 
     Every environment has a running discounted return of past rewards, G <- gamma G + reward, which is reset at the start of an episode.
-    The rewards of a task are divided by the standard deviation of all its G so far, or by the largest |G| / limit if that is larger, so
+    The rewards of a task are divided by the standard deviation of all its G so far or by the largest |G| / limit, whichever is larger, so
     that no return so far exceeds the limit. Rewards are divided when they are sampled: the replay stores unscaled rewards.
 
     Args:

@@ -64,13 +64,14 @@ class Augmentation(Saved):
 
     def __init__(self, spec: ObservationSpec):
         if spec.kind not in self.kinds:
-            others = "use noise or scale" if spec.kind == "vector" else "see `mtrl ls augmentation`"
-            raise ValueError(f"augmentation: {type(self).__name__} supports {self.kinds[0]}s, but observations are {spec.kind}s: {others}")
+            advice = "Use noise or scale" if spec.kind == "vector" else "See `mtrl ls augmentation`"
+            name, kind = type(self).__name__, self.kinds[0]
+            raise ValueError(f"augmentation: {name} requires {kind} observations, got {spec.kind} observations. {advice}")
         self.spec = spec
         self._generator = torch.Generator(spec.device).manual_seed(spec.seed)
 
     def __call__(self, batch: SamplesT) -> SamplesT:
-        """Augment the observations of a batch. Shapes stay; bytes become float32 if their levels are too coarse."""
+        """Augment the observations of a batch. Shapes are kept. Images of bytes with two levels may become float32."""
         augmented = replace(batch, observation=self.augment(batch.observation))
         if isinstance(augmented, Batch):
             augmented.next_observation = self.augment(augmented.next_observation)
@@ -86,18 +87,18 @@ class Augmentation(Saved):
         raise NotImplementedError
 
     def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """Uniform draws from low to high, float32."""
+        """Draw uniformly from low to high, float32."""
         return torch.rand(shape, generator=self._generator, device=self.spec.device) * (high - low) + low
 
     def integers(self, shape: tuple[int, ...], count: int) -> torch.Tensor:
-        """Uniform draws from 0 to count - 1, int64."""
+        """Draw uniformly from 0 to count - 1, int64."""
         return torch.randint(count, shape, generator=self._generator, device=self.spec.device)
 
 
 class Pipeline:
-    """Augmentations in order. Without any, a batch does not change.
+    """Augmentations that are applied in order. Without augmentations, a batch does not change.
 
-    With several draws, a batch holds every sample several times, draw after draw: sample b is at b, B + b, 2 B + b, ...
+    With several draws, a batch holds every sample several times, in draw-major order: sample b is at b, B + b, 2 B + b, ...
 
     Args:
         parts: augmentations by name, in order.
@@ -135,7 +136,7 @@ class Pipeline:
 
 
 def repeated(tensor: torch.Tensor, draws: int) -> torch.Tensor:
-    """Repeat samples draw after draw: `[K, B, ...]` to `[K, draws * B, ...]`."""
+    """Repeat samples: `[K, B, ...]` to draw-major `[K, draws * B, ...]`."""
     return tensor.repeat(1, draws, *(1,) * (tensor.dim() - 2))
 
 
@@ -148,7 +149,7 @@ def check_range(section: str, **ends: float) -> None:
     """Check that the two ends of a range are in order.
 
     Raises:
-        ValueError: the first is above the second.
+        ValueError: the first end is above the second.
     """
     (low, first), (high, second) = ends.items()
     if first > second:

@@ -18,7 +18,7 @@ NARROW = 32
 
 
 def auto_pad(frame_shape: tuple[int, ...]) -> int:
-    """Number of pixels of `augmentation.shift.pad=auto` for images of a shape."""
+    """Return the number of pixels of `augmentation.shift.pad=auto` for images of a shape."""
     return max(1, round(min(frame_shape[-2:]) / PIXELS_PER_PAD))
 
 
@@ -47,7 +47,7 @@ def padded_windows(images: torch.Tensor, top_M: torch.Tensor, left_M: torch.Tens
 
 
 def shifted(up_M: torch.Tensor, left_M: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Source index of each pixel for an image moved up and left by int64 `[M]` pixels each: int64 `[M, H * W]`."""
+    """Return the source index of each pixel for an image moved up and left by int64 `[M]` pixels each: int64 `[M, H * W]`."""
     row_MH = (torch.arange(height, device=up_M.device) + up_M[:, None]).clamp_(0, height - 1)
     column_MW = (torch.arange(width, device=up_M.device) + left_M[:, None]).clamp_(0, width - 1)
     return (row_MH[:, :, None] * width + column_MW[:, None]).flatten(1)
@@ -77,7 +77,7 @@ def looked_up(images: torch.Tensor, index_MP: torch.Tensor) -> torch.Tensor:
 
 
 def turned(cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Source index of each pixel for an image rotated counter-clockwise around its centre, then enlarged.
+    """Return the source index of each pixel for an image rotated counter-clockwise around its center, then enlarged.
 
     Args:
         cosine_M, sine_M: float32 `[M]`, of the angle.
@@ -96,7 +96,7 @@ def turned(cosine_M: torch.Tensor, sine_M: torch.Tensor, zoom_M: torch.Tensor, h
 
 
 def enlarged(top_M: torch.Tensor, left_M: torch.Tensor, rows: int, columns: int, height: int, width: int) -> torch.Tensor:
-    """Source index of each pixel for a window of `rows` by `columns` pixels enlarged to the image size: int64 `[M, H * W]`."""
+    """Return the source index of each pixel for a window of `rows` by `columns` pixels enlarged to the image size: int64 `[M, H * W]`."""
     row_H = ((2 * torch.arange(height, device=top_M.device) + 1) * rows) // (2 * height)
     column_W = ((2 * torch.arange(width, device=top_M.device) + 1) * columns) // (2 * width)
     return ((top_M[:, None, None] + row_H[:, None]) * width + left_M[:, None, None] + column_W).flatten(1)
@@ -106,7 +106,7 @@ class Shift(Augmentation):
     """Shift by up to `pad` pixels in each direction, with repeated edges (Kostrikov et al. 2021, "DrQ"; Yarats et al. 2022, "DrQ-v2").
 
     Args:
-        pad: number of pixels; "auto" gives 4 of 84.
+        pad: number of pixels; "auto": 4 for images of 84 pixels.
 
     Raises:
         ValueError: `pad` is not below the image size.
@@ -131,7 +131,7 @@ class Crop(Augmentation):
     """Random window, enlarged to the image size (Laskin et al. 2020, "RAD": 84 of 100 pixels).
 
     Args:
-        share: size of the window as a share of each side; 1 gives the image itself.
+        share: size of the window as a fraction of each side; 1 gives the image itself.
 
     Raises:
         ValueError: `share` is 0.
@@ -153,7 +153,7 @@ class Crop(Augmentation):
 
 
 class Rotate(Augmentation):
-    """Rotation around the centre, to the nearest pixels, with repeated edges (Kostrikov et al. 2021: 5 degrees).
+    """Rotation around the center, to the nearest pixels, with repeated edges (Kostrikov et al. 2021: 5 degrees).
 
     Args:
         degrees: largest angle in both directions.
@@ -171,7 +171,7 @@ class Rotate(Augmentation):
 
 
 class Scale(Augmentation):
-    """Random factor per sample. Images are zoomed around the centre, to the nearest pixels, with repeated edges. Vectors are multiplied.
+    """Random factor per sample. Images are zoomed around the center, to the nearest pixels, with repeated edges. Vectors are multiplied.
 
     Images follow Schwarzer et al. 2021 ("SPR"), whose affine changes zoom from 0.9 to 1.1. Vectors follow the random amplitude scaling of
     Laskin et al. 2020 ("RAD").

@@ -16,21 +16,21 @@ _OTHER = {"LEFT": "RIGHT", "RIGHT": "LEFT"}
 
 
 def mirrored_name(action: str) -> str:
-    """Name of the mirrored action: UPLEFTFIRE gives UPRIGHTFIRE, FIRE gives FIRE."""
+    """Return the name of the mirrored action: UPLEFTFIRE gives UPRIGHTFIRE, FIRE gives FIRE."""
     return re.sub("LEFT|RIGHT", lambda found: _OTHER[found.group()], action)
 
 
 def mirrored_actions(actions: Sequence[str]) -> list[int]:
-    """Index of the mirrored action for each action of a task."""
+    """Return the index of the mirrored action for each action of a task."""
     return [list(actions).index(mirrored_name(action)) for action in actions]
 
 
 class Flip(Augmentation):
     """Mirror a whole transition: the state, the next state and the action.
 
-    State and next state share a draw, because half a mirrored transition would be wrong. With several draws per sample, the first draw of
-    the next observations belongs to the first of the observations, and so on. Only the first action of an n-step window is trained, so only
-    this action changes. Rewards and returns do not depend on the side. (Kostrikov et al. 2021 flip only images.)
+    State and next state share a draw, because half a mirrored transition would be wrong. With several draws per sample, draw i of the next
+    observations belongs to draw i of the observations. Only the first action of an n-step window is trained, so only this action changes.
+    Rewards and returns do not depend on the side. (Kostrikov et al. 2021 flip only images.)
 
     Args:
         probability: probability of mirroring a sample.
@@ -62,7 +62,7 @@ class Flip(Augmentation):
 
 
 def _flipped(observation: torch.Tensor, flip_KB: torch.Tensor) -> torch.Tensor:
-    # Each sample is copied from one of two places, which is three times as fast as choosing pixel by pixel.
+    # Each sample is copied from the original or the mirrored samples, three times as fast as choosing pixel by pixel.
     samples = observation.flatten(0, 1)
     place_M = torch.arange(len(samples), device=samples.device) + len(samples) * flip_KB.flatten()
     return torch.cat([samples, samples.flip(-1)]).index_select(0, place_M).view_as(observation)
@@ -79,12 +79,12 @@ def _check(spec: ObservationSpec) -> None:
     first = next((name for name, reason in reasons.items() if reason), None)
     if first is not None:
         able = ",".join(name for name, reason in reasons.items() if not reason)
-        advice = f"use env.tasks=[{able}]" if able else "none of the tasks can be mirrored"
-        raise ValueError(f"augmentation=flip: {first} {reasons[first]}; {advice}")
+        advice = f"Use env.tasks=[{able}]" if able else "Use another augmentation"
+        raise ValueError(f"augmentation=flip requires tasks that can be mirrored, but {first} {reasons[first]}. {advice}")
 
 
 def _reason(symmetric: bool, actions: Sequence[str]) -> str | None:
     if not symmetric:
-        return "changes in a mirror (it is not in env.symmetric)"
+        return "is not in env.symmetric"
     missing = next((action for action in actions if mirrored_name(action) not in actions), None)
     return missing and f"has the action {missing} but no {mirrored_name(missing)}"

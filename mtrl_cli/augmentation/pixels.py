@@ -17,7 +17,7 @@ BLUR_RADIUS = 2
 
 
 def has_levels(observation: torch.Tensor, largest: float) -> bool:
-    """Whether an observation is an image of bytes with more than two levels."""
+    """Return whether an observation is an image of bytes with more than two levels."""
     return observation.dtype == torch.uint8 and largest > 1
 
 
@@ -61,7 +61,7 @@ class Cutout(Augmentation):
     """Black box at a random position (Laskin et al. 2020, "RAD": 10 to 30 of 84 pixels per side).
 
     Args:
-        least, most: range of the side lengths, as shares of the image's. The two sides have separate draws.
+        least, most: range of the side lengths, as fractions of the image's sides. The two sides have separate draws.
 
     Raises:
         ValueError: least is above most.
@@ -79,7 +79,7 @@ class Cutout(Augmentation):
         return cut_out(images, top_M, left_M, rows_M, columns_M)
 
     def _sides(self, number: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Starts and lengths of the boxes along one side."""
+        """Draw starts and lengths of the boxes along one side."""
         least, most = (round(share * length) for share in self._range)
         side_M = least + self.integers((number,), most - least + 1)
         room_M = length - side_M
@@ -93,7 +93,7 @@ class Noise(Augmentation):
     strategies"). Drawing for each pixel would take more than a quarter of an update.
 
     Args:
-        std: standard deviation, as a share of the largest value of an image, or in units of a vector's components.
+        std: standard deviation, as a fraction of the largest value of an image, or in units of a vector's components.
     """
 
     kinds = ("image", "vector")

@@ -22,7 +22,7 @@ def resolve(config: Config, pack: Pack) -> Config:
 
 
 def make_augmentation(config: Config, pack: Pack, agent: Agent, device: torch.device, ranks: Ranks) -> Pipeline:
-    """Build the pipeline of all augmentations. Each has its own random stream, different on every rank.
+    """Build the pipeline of all augmentations. Each augmentation has a separate random stream on every rank.
 
     Raises:
         UserError: an augmentation does not support the observations of the pack, or refuses its values.

@@ -51,7 +51,7 @@ def make(config: Config, group: str, *args: Any) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn the ValueError of a constructor that refuses its values into a UserError."""
+    """Convert the ValueError of a constructor that refuses its values into a UserError."""
     try:
         yield
     except ValueError as error:

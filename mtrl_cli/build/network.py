@@ -22,7 +22,7 @@ from mtrl_cli.task_weights.tape import Tape, tape_for
 
 
 def make_network(config: Config, pack: Pack, device: torch.device) -> MultiTaskNetwork:
-    """Build the network, initialised from the seed of the run.
+    """Build the network, initialized from the seed of the run.
 
     Raises:
         UserError: the torso requires other observations than those of the pack.
@@ -59,7 +59,7 @@ def measure(config: Config, pack: Pack) -> tuple[ParameterCounts, int]:
 def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> MultiTaskNetwork:
     torso = make(config, "network")
     check_observations(config, torso.observation_kind, pack.observation_kind)
-    # Stacked frames are stacked channels. With a stack, all tasks use the padded shape, because their own channels would not be contiguous.
+    # Stacked frames are stacked channels. With a stack, all tasks use the padded shape, because unpadded channels would not be contiguous.
     shapes = [task.observation_shape if pack.stack == 1 else _stacked(pack) for task in pack.tasks]
     num_actions = [task.num_actions for task in pack.tasks]
     try:
@@ -71,7 +71,7 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
     rank = config["transfer"]["rank"]
     try:
         head = make(config, "network/head", sharing.num_features, num_actions)
-        if config["transfer"]["adapters"] == "lora":  # last, so that all other parameters are initialised as without adapters
+        if config["transfer"]["adapters"] == "lora":  # last, so that all other parameters are initialized as without adapters
             with refusals():
                 add_adapters(sharing, rank)
     except RuntimeError as error:  # torch: out of memory
@@ -80,7 +80,7 @@ def _assemble(config: Config, pack: Pack, autocast: torch.dtype | None) -> Multi
 
 
 def make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: torch.device) -> Tape | None:
-    """Return the tape for fast per-task gradients, None where the network does not support one."""
+    """Return the tape for fast per-task gradients, or None if the network does not support tapes."""
     random = torch.Generator().manual_seed(0)
     sample = torch.zeros((len(pack.tasks), 2, pack.stack, *pack.observation_shape))
     for own, task in zip(sample, pack.tasks, strict=True):
@@ -89,7 +89,7 @@ def make_tape(config: Config, network: MultiTaskNetwork, pack: Pack, device: tor
     observation = sample.flatten(2, 3).to(device, torch.uint8 if pack.observation_kind == "image" else torch.float32)
     tape = tape_for(network, network.shared_parameters(), network.own_parameters(), observation)
     if tape is None and config["compile"]:
-        # Per-task backward passes reuse the graph, whose buffers compiled code would otherwise free in the first pass.
+        # Per-task backward passes reuse the graph. Compiled code would otherwise free the buffers of the graph in the first pass.
         compiled: Any = importlib.import_module("torch._functorch.config")
         compiled.donated_buffer = False
     return tape
@@ -101,7 +101,7 @@ def _stacked(pack: Pack) -> tuple[int, ...]:
 
 @contextmanager
 def must_fit(what: str) -> Iterator[None]:
-    """Turn errors while the state of a checkpoint is loaded into a UserError.
+    """Convert errors of loading the state of a checkpoint into a UserError.
 
     Raises:
         UserError: the state does not fit its configuration; the message begins with `what`.
@@ -124,4 +124,5 @@ def load_weights(network: MultiTaskNetwork, state: dict[str, Any], what: str) ->
         network.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{what} does not fit its configuration: {(lines or ['no model'])[-1][:200]}") from error
+        reason = (lines or ["no model"])[-1][:200].rstrip(".")
+        raise UserError(f"{what} does not fit its configuration: {reason}. Use another checkpoint") from error

@@ -1,7 +1,7 @@
 """Find the width that gives a network the number of parameters in `network.parameters`.
 
-A torso names the keys that set its width (`Torso.scaled_keys`). All are scaled by one common factor, found by bisection. Where rounding
-leaves a gap at the budget, one key is scaled separately.
+A torso names the keys that set its width (`Torso.scaled_keys`). All these keys are scaled by one common factor, found by bisection. Where
+rounding leaves a gap at the budget, one key is scaled separately.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ UNITS = {"k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
 Values = dict[str, Any]
 Count = Callable[[Values], int]
 
-# Range of factors, and where a bisection stops: at a size within _NEAR of the budget, or at a ratio of neighbouring factors of _FINEST.
+# Range of factors, and where a bisection stops: at a size within _NEAR of the budget, or at a ratio of neighboring factors of _FINEST.
 _LOWEST, _HIGHEST, _NEAR, _FINEST = 2.0**-20, 2.0**16, TOLERANCE / 4, 1 + 1e-6
-# Where one key is scaled separately, the others have the common factor times 2^(i/8), nearest first.
+# Where one key is scaled separately, the other keys have the common factor times 2^(i/8), nearest first.
 _STEPS_PER_OCTAVE, _OCTAVES = 8, 6
 
 
@@ -48,7 +48,8 @@ def check_memory(parameters: int | str, room: float) -> None:
     needed = TRAINED_BYTES * parse(parameters)
     if needed > room:
         raise UserError(
-            f"network.parameters={parameters} requires {needed / 2**30:.1f} GiB in training, and {room / 2**30:.1f} GiB are free"
+            f"network.parameters={parameters} requires {needed / 2**30:.1f} GiB in training, but {room / 2**30:.1f} GiB are free. "
+            "Use a smaller network"
         )
 
 
@@ -59,7 +60,7 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
         values: the configured values: units or channels (int, or lists of int) and factors on them (float). Their ratios are kept as far
             as rounding allows. Values that already meet the budget are unchanged.
         parameters: the total number, as in `network.parameters`.
-        count: returns the number of parameters for such values, 0 where no network can be built.
+        count: function that returns the number of parameters for given values; 0 where no network can be built.
 
     Raises:
         UserError: no width meets the budget; the message names the nearest sizes.
@@ -83,11 +84,13 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
         near = [(abs(math.log(own / common)), widths) for own, widths in moved if meets(sizes.of(widths), budget)]
         if near:
             return min(near, key=lambda each: each[0])[1]
-    raise UserError(f"network.parameters={parameters}: no width is within {TOLERANCE:.0%} of it. The nearest sizes are {sizes.around()}")
+    raise UserError(
+        f"network.parameters={parameters} is not within {TOLERANCE:.0%} of any size of this network. Use a nearby size: {sizes.around()}"
+    )
 
 
 def _moved(sizes: _Sizes, start: Values, place: int, factor: float) -> tuple[float, Values]:
-    """Scale one number separately and the others by a factor; return its factor and the values nearest to the budget."""
+    """Scale one number separately and all other numbers by `factor`. Return the separate factor and the values nearest to the budget."""
     own = _nearest(sizes, lambda candidate: _scaled(start, factor, place, candidate), factor)
     return own, _scaled(start, factor, place, own)
 
@@ -110,7 +113,7 @@ class _Sizes:
         """Format the nearest sizes below and above the budget among those counted."""
         below = [size for size in self._known.values() if 0 < size <= self.budget]
         above = [size for size in self._known.values() if size > self.budget]
-        return " and ".join(f"{size:,}" for size in ([max(below)] if below else []) + ([min(above)] if above else []))
+        return " or ".join(f"{size:,}" for size in ([max(below)] if below else []) + ([min(above)] if above else []))
 
 
 def _nearest(sizes: _Sizes, along: Callable[[float], Values], start: float) -> float:
@@ -137,7 +140,7 @@ def _numbers(values: Values) -> list[float]:
 
 
 def _scaled(values: Values, factor: float, place: int = -1, own: float = 1.0) -> Values:
-    """Scale all numbers of the values by a factor, except the number at a place, which is scaled by its own factor."""
+    """Scale all numbers of the values by `factor`, except the number at index `place`, which is scaled by `own`."""
     scaled = (_times(number, own if index == place else factor) for index, number in enumerate(_numbers(values)))
     return {key: [next(scaled) for _ in value] if isinstance(value, list) else next(scaled) for key, value in values.items()}
 

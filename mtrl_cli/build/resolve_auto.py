@@ -18,23 +18,23 @@ from mtrl_cli.machine import hardware
 from mtrl_cli.networks.network import ParameterCounts
 from mtrl_cli.parallel.distributed import ALONE, Ranks
 
-# Limits of `replay.capacity=auto`: transitions per task (Mnih et al. 2015), share of the free memory, and, where checkpoints contain the
-# replay, share of the free disk.
+# Limits of `replay.capacity=auto`: transitions per task (Mnih et al. 2015), fraction of the free memory, and, where checkpoints contain
+# the replay, fraction of the free disk.
 _LARGEST_CAPACITY, _MEMORY_SHARE, _DISK_SHARE = 1_000_000, 0.5, 0.5
 # `agent.batch_size=auto`: minimum number of samples per update over all tasks, because small operations are dominated by overhead. Networks
-# of whole images are large; a GPU needs more samples.
+# for whole images are large. A GPU requires more samples.
 _SAMPLES_OF_LARGE, _SAMPLES_OF_SMALL, _SAMPLES_ON_GPU = 128, 640, 256
 _LARGE_NETWORK = 1_000_000  # multiply-adds of a forward pass
 _SMALLEST_BATCH = 32  # per task (Mnih et al. 2015)
 _SAMPLES_PER_TARGET = 64_000  # `agent.target_period=auto`: samples per task between copies: 2,000 updates of 32
-# A capacity chosen by the user leaves the rest for the network and the emulators.
+# Largest fraction of the free memory for a capacity set by the user. The network and the emulators use the rest.
 _LARGEST_MEMORY_SHARE = 0.9
 
 
 def resolve(config: Config, pack: Pack, log: Callable[[str], None], ranks: Ranks = ALONE) -> Config:
     """Return the configuration with every `auto` resolved for this machine. A resolved configuration is only checked.
 
-    The first rank resolves it for all ranks.
+    The first rank resolves the configuration for all ranks.
 
     Raises:
         UserError: a device or a compiler is missing, the replay does not fit into memory, no width gives the number of parameters, or the
@@ -81,7 +81,7 @@ def resolve(config: Config, pack: Pack, log: Callable[[str], None], ranks: Ranks
 
 
 def _resolve_groups(groups: int | str, num_envs: int, device: torch.device) -> int:
-    """Resolve the number of environment groups: two on a GPU, which acts for one while the cores step the other; else one."""
+    """Resolve the number of environment groups: two on a GPU, which acts for one group while the CPU steps the other; else one."""
     if groups == "auto":
         return 2 if device.type == "cuda" and num_envs % 2 == 0 else 1
     if num_envs % int(groups):
@@ -110,7 +110,7 @@ def _check_ranks(config: Config, device: torch.device, ranks: Ranks) -> None:
 
 
 def fit_network(config: Config, pack: Pack) -> Config:
-    """Return the configuration with the network width that gives `network.parameters`; unchanged where that is null or already met.
+    """Return the configuration with the network width that gives `network.parameters`; unchanged if `network.parameters` is null or met.
 
     Raises:
         UserError: no width gives the number of parameters.
@@ -120,7 +120,7 @@ def fit_network(config: Config, pack: Pack) -> Config:
         return config
     if not given:
         raise UserError(f"network.parameters must be null for {network['_target_']}, which has one width, got {network['parameters']}")
-    build_network.empty_network(config, pack)  # raises its own error where no width can be built
+    build_network.empty_network(config, pack)  # raises UserError where no width can be built
 
     def count(widths: Config) -> int:
         try:
@@ -132,7 +132,7 @@ def fit_network(config: Config, pack: Pack) -> Config:
 
 
 def scaled_keys(config: Config) -> list[str]:
-    """Return the keys that `network.parameters` sets, such as network.features; none where it is null."""
+    """Return the keys that `network.parameters` sets, such as network.features; none if `network.parameters` is null."""
     return list(_widths(config)) if config["network"]["parameters"] is not None else []
 
 
@@ -157,17 +157,17 @@ def _with(config: Config, widths: Config) -> Config:
 def _resolve_capacity(config: Config, pack: Pack, device: torch.device, log: Callable[[str], None], ranks: Ranks) -> int:
     spec = build_run.replay_spec(config, pack, device)
     each = class_of(config, "replay")[0].bytes_per_transition(spec) * spec.num_tasks
-    # Each rank stores its share in the memory of its GPU, or in the memory of its machine together with the other ranks there.
+    # The replay is divided among ranks. Each rank stores its part in the memory of its GPU; without GPUs, ranks share the machine's memory.
     free = _free_memory(device) * ranks.size // (ranks.place.local_size if device.type == "cpu" else 1)
     capacity = config["replay"]["capacity"]
     if capacity == "auto":
         room, resource = free * _MEMORY_SHARE, "memory"
         disk = _free_disk(config["run_dir"]) * _DISK_SHARE
         if config["checkpoint"]["replay"] and disk < room:
-            room, resource = disk, "disk, because checkpoints contain the replay (to change that: checkpoint.replay=false)"
+            room, resource = disk, "disk, because checkpoints contain the replay (to use the memory: checkpoint.replay=false)"
         wanted, fits = min(_LARGEST_CAPACITY, config["steps_per_task"]), int(room // each)
         if fits < wanted:
-            log(f"replay: {fits:,} transitions per task instead of {wanted:,}: half of the free {resource}")
+            log(f"replay: {fits:,} transitions per task instead of {wanted:,}, limited to half of the free {resource}")
         return max(min(wanted, fits), (spec.n_step + spec.stack + 1) * spec.num_envs)
     if capacity * each > free * _LARGEST_MEMORY_SHARE:
         raise UserError(

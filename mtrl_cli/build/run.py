@@ -67,7 +67,7 @@ def make_store(config: Config, folder: Path, ranks: Ranks = ALONE) -> Checkpoint
 
 
 def make_pack(config: Config) -> Pack:
-    """Make the tasks. Trusted packages are imported first, because they may register environments.
+    """Make the tasks. Trusted packages are imported first, because packages may register environments.
 
     Raises:
         UserError: a trusted package is not installed, or the tasks do not form a pack.
@@ -76,7 +76,9 @@ def make_pack(config: Config) -> Pack:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise UserError(f"trusted_packages: {package} cannot be imported: {error}") from error
+            raise UserError(
+                f"trusted_packages: {package} cannot be imported ({error}). Install {package}, or remove {package} from trusted_packages"
+            ) from error
     return make(config, "env")
 
 
@@ -103,7 +105,7 @@ def make_evaluator(config: Config, pack: Pack, device: torch.device) -> Evaluato
 
 
 def make_tester(config: Config, pack: Pack, device: torch.device) -> Evaluator | None:
-    """Make the evaluator of the final test, with other seeds than validation; None: there is no test."""
+    """Make the evaluator of the final test, with other seeds than validation; None if there is no test."""
     keys = config["eval"]
     episodes = keys["episodes"] if keys["test_episodes"] is None else keys["test_episodes"]
     return make_evaluator({"eval": keys | {"episodes": episodes, "seed": keys["test_seed"]}}, pack, device) if episodes else None
@@ -113,7 +115,7 @@ def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
     """Make the early stopping of a run.
 
     Raises:
-        UserError: evaluations of these tasks do not have its metric.
+        UserError: evaluations of these tasks do not have the metric.
     """
     section, names = config["early_stopping"], metric_names(pack)
     if section["metric"] not in (None, *names):
@@ -122,7 +124,7 @@ def make_early_stopping(config: Config, pack: Pack) -> EarlyStopping:
 
 
 def make_task_weights(config: Config, tasks: Tasks, network: MultiTaskNetwork, log: Callable[[str], None]) -> TaskWeights:
-    """Make the task weights, uniform if they require gradients and the tasks share no parameters.
+    """Make the task weights: uniform weights if gradients are required and the tasks share no parameters.
 
     Raises:
         UserError: invalid values, or a solver that is not installed.
@@ -140,7 +142,7 @@ def make_run(config: Config, pack: Pack, log: Callable[[str], None], ranks: Rank
     """Make all objects of a training run on this rank, without writing files or starting emulators.
 
     Args:
-        log: prints a line.
+        log: function that prints a line.
 
     Raises:
         UserError: incompatible parts.
@@ -231,7 +233,7 @@ def _make_learner(
 def _make_callbacks(
     config: Config, pack: Pack, network: MultiTaskNetwork, freezing: Freezing, device: torch.device, ranks: Ranks
 ) -> list[Callback]:
-    """Make the callbacks of the learner. Freezing follows spectral normalisation, whose changes to frozen rows it reverts."""
+    """Make the callbacks of the learner. Freezing is last, to revert the changes of spectral normalization to frozen rows."""
     callbacks: list[Callback] = []
     if layers := spectral_layers(network):
         callbacks.append(SpectralNorm(layers))
@@ -280,22 +282,22 @@ def check_tasks(saved: Any, pack: Pack, run: Path) -> None:
     """Check that a checkpoint was trained on the tasks of a configuration.
 
     Raises:
-        UserError: with the differing tasks.
+        UserError: the tasks differ; the message names the added or omitted tasks.
     """
     names = [task.name for task in pack.tasks]
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise UserError(f"the checkpoint of {run} has no list of tasks")
     if saved != names:
         added, missing = [name for name in names if name not in saved], [name for name in saved if name not in names]
-        change = f"adds {', '.join(added)}" if added else f"omits {', '.join(missing)}" if missing else "has them in another order"
-        raise UserError(f"{run} was trained on {', '.join(saved)}, and its config.yaml {change}: the tasks of a run cannot be changed")
+        change = f"adds {', '.join(added)}" if added else f"omits {', '.join(missing)}" if missing else "lists the tasks in another order"
+        raise UserError(f"{run} was trained on {', '.join(saved)}, but its config.yaml {change}. Restore the tasks of the run")
 
 
 def for_evaluation(config: Config, device: str | None) -> Config:
     """Adapt the configuration of a run to its evaluation on this machine.
 
     Args:
-        device: None: the device of the run, if this machine has it.
+        device: device to use; None: the device of the run if this machine has that device, else any device.
     """
     try:
         resolved = hardware.resolve_device(device or config["device"])

@@ -1,4 +1,4 @@
-"""Compose, write and load configurations. All functions except `compose_unchecked` return validated, plain dictionaries.
+"""Compose, write and load configurations: plain dictionaries, validated except by `compose_unchecked`.
 
 Overrides and configuration folders come from the user: Hydra's grammar, interpolations resolved. Run folders may come from untrusted
 sources: plain YAML of bounded size, no aliases, no interpolations, and no influence on which packages are trusted.
@@ -23,7 +23,7 @@ RESUMABLE = ("steps_per_task", "device", "trusted_packages")
 
 
 def compose_training(overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose the configuration of `mtrl train`. Values of `auto` stay; `ranks` is set by torchrun.
+    """Compose the configuration of `mtrl train`. `auto` values are kept; torchrun sets `ranks`.
 
     Raises:
         UserError: an override is malformed, or names an unknown group, option, key, value, task or class.
@@ -52,15 +52,15 @@ def compose_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
         top = re.split(r"[./=@]", text.lstrip("+~"), maxsplit=1)[0]
         if top in fixed:
             raise UserError(
-                f"{text}: mtrl eval uses the {top} of the run\n"
-                "It accepts eval.episodes, eval.max_steps, eval.epsilon, eval.seed, checkpoint, video, device and trusted_packages"
+                f"{text}: mtrl eval uses the {top} of the run. Set only eval.episodes, eval.max_steps, eval.epsilon, eval.seed, "
+                "checkpoint, video, device or trusted_packages"
             )
     config, _, trusted = _compose("eval", overrides)
     return validation.validate(config, command="eval", trusted=trusted)
 
 
 def compose_sweep(overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose the configuration of `mtrl sweep` itself, without the overrides of its runs.
+    """Compose the configuration of `mtrl sweep` itself, without the overrides of the runs.
 
     Raises:
         UserError: an override is malformed, or names an unknown launcher, key or value.
@@ -92,9 +92,7 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     given = [parse(text) for text in overrides]
     for each, text in zip(given, overrides, strict=True):
         if each.key not in RESUMABLE or text.startswith("~"):
-            raise UserError(
-                f"{text}: a resumed run keeps its configuration. Only {', '.join(RESUMABLE[:-1])} and {RESUMABLE[-1]} can change"
-            )
+            raise UserError(f"{text}: a resumed run keeps its configuration. Change only {', '.join(RESUMABLE[:-1])} or {RESUMABLE[-1]}")
     config = load(run / "config.yaml", trusted=trusted_packages(overrides))
     changes = {each.key: each.value for each in given if each.key != "trusted_packages"}
     if not changes:
@@ -111,8 +109,8 @@ def load(path: Path, *, trusted: Sequence[str] | None = None) -> dict[str, Any]:
     """Read and validate config.yaml of a run folder. Named classes are imported only from packages that the user trusts.
 
     Args:
-        path: the file.
-        trusted: packages that the user trusts, instead of the list in the file; None: those of the user's settings.
+        path: path of config.yaml.
+        trusted: packages that the user trusts, instead of the packages listed in the file; None: the packages in the user's settings.
 
     Raises:
         UserError: the file is missing, too large, not plain YAML, or not a valid configuration.
@@ -204,13 +202,13 @@ def _compose(name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[
         content = _composed_by_hydra(name, folders, for_hydra)
     content = {str(key): value for key, value in content.items()} | {"trusted_packages": trusted}
     if "${" in str(content):
-        raise UserError("the configuration contains '${' after interpolations were resolved. Write the value")
+        raise UserError("the configuration contains '${' after interpolations were resolved. Replace each interpolation by a value")
     _drop_inapplicable_keys(content, [each.key for each in given], trusted)
     return content, folders, trusted
 
 
 def _merged(name: str, folders: Sequence[Path], given: Sequence[Override], for_hydra: Sequence[str]) -> dict[str, Any]:
-    """Compose without Hydra; overrides that start with `++` set values, the others choose options."""
+    """Compose without Hydra. Overrides that start with `++` set values, all other overrides choose options."""
     if len(folders) > 1 or any(text.startswith("~") for text in for_hydra):
         raise merge.NeedsHydra
     pairs = list(zip(given, for_hydra, strict=True))
@@ -238,7 +236,7 @@ def _composed_by_hydra(name: str, folders: Sequence[Path], overrides: Sequence[s
 def _drop_inapplicable_keys(content: dict[str, Any], given: Sequence[str], trusted: Sequence[str]) -> None:
     """Remove `network.layer_norm` (set by pqn) and `optimizer.eps` (set by packs) if the chosen class has no such key.
 
-    Keys that the user gave stay, and the validation refuses them.
+    Keys given by the user are kept, so that validation refuses them.
     """
     for group, name in (("network", "layer_norm"), ("optimizer", "eps")):
         node = content.get(group)
@@ -254,19 +252,19 @@ def _refuse_sweep_keys(given: Sequence[Override]) -> None:
     for each in given:
         top = re.split(r"[./]", each.key, maxsplit=1)[0]
         if top in ("launcher", "sweep"):
-            raise UserError(f"{each.key} is a key of mtrl sweep, which starts several runs. Remove it, or use mtrl sweep")
+            raise UserError(f"{each.key} is a key of mtrl sweep, which starts several runs. Remove {each.key}, or use mtrl sweep")
 
 
 def _checked(override: Override, known: Sequence[str], folders: Sequence[Path]) -> str:
     """Check the group or option of an override and return its text for Hydra.
 
-    Keys are added (`++`) whether or not they exist, because the error of the validation is better than Hydra's.
+    Keys are added (`++`) whether or not they exist, because the error message of validation is better than Hydra's.
     """
     key, for_hydra = override.key, override.for_hydra
     if key == "hydra" or key.startswith("hydra."):
-        raise UserError(f"{key} is not supported. Remove it: mtrl accepts only hydra.searchpath=[file:///home/me/conf] of Hydra's settings")
+        raise UserError(f"{key} is not supported. Use only hydra.searchpath=[file:///home/me/conf] of Hydra's settings")
     if key in options.NOT_CHOSEN:
-        raise UserError(f"{key} cannot be chosen: it follows from env and agent. Set single values instead, such as agent.gamma=0.9")
+        raise UserError(f"{key} cannot be chosen, because env and agent determine {key}. Set single values, such as agent.gamma=0.9")
     if for_hydra.startswith("~"):
         return for_hydra
     if key in known:
@@ -277,21 +275,21 @@ def _checked(override: Override, known: Sequence[str], folders: Sequence[Path]) 
     if "/" in key:
         raise UserError(unknown("group", key, known))
     if key.replace(".", "/") in known and not isinstance(override.value, dict):
-        raise UserError(f"{key} is a group. To choose an option: {key.replace('.', '/')}={show(override.value)}")
+        raise UserError(f"{key} is a group. Choose an option with {key.replace('.', '/')}={show(override.value)}")
     return f"++{for_hydra}"
 
 
 def _check_chosen(override: Override, choices: Mapping[str, Path]) -> None:
-    """Refuse unknown options; in a group of several also duplicates, and `none` together with others."""
+    """Refuse unknown options. In a group that takes several options, also refuse duplicates, and `none` together with another option."""
     key, several = override.key, override.key in introspection.SEVERAL and isinstance(override.value, list)
     chosen = override.value if several else [override.value]
     for each in chosen:
         if each not in list(choices):
             raise UserError(unknown("option", show(each), choices, prefix=f"{key}="))
         if chosen.count(each) > 1:
-            raise UserError(f"{key} contains {show(each)} twice. Give each option once")
+            raise UserError(f"{key} contains {show(each)} twice. List each option once")
         if each == "none" and len(chosen) > 1:
-            raise UserError(f"{key} contains none and other options. Give either none or the others")
+            raise UserError(f"{key} contains none and other options. Remove either none or the other options")
 
 
 def _check_known_tasks(env: dict[str, Any], folders: Sequence[Path]) -> None:
@@ -300,5 +298,5 @@ def _check_known_tasks(env: dict[str, Any], folders: Sequence[Path]) -> None:
         if known is not None and name not in known:
             where = f" of {env['name']} in env.tasks"
             raise UserError(
-                unknown("task", name, sorted(known), where=where, otherwise=f"Known tasks are in {options.conf_folder() / 'env'}")
+                unknown("task", name, sorted(known), where=where, otherwise=f"See {options.conf_folder() / 'env'} for known tasks")
             )

@@ -1,4 +1,4 @@
-"""Checks of values that are valid one by one but contradict each other. Nothing is imported (see `introspection.py`)."""
+"""Checks of values that are valid individually but contradict each other. Nothing is imported (see `introspection.py`)."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def _check_tasks(tasks: Sequence[str]) -> None:
         raise UserError("env.tasks must name at least one task, such as env.tasks=[pong,breakout], got []")
     repeated = next((name for name in tasks if tasks.count(name) > 1), None)
     if repeated is not None:
-        raise UserError(f"env.tasks contains {show(repeated)} twice. Give each task once")
+        raise UserError(f"env.tasks contains {show(repeated)} twice. List each task once")
 
 
 def _check_bounded_head(head: Mapping[str, Any], scale: Mapping[str, Any], bounds_returns: bool) -> None:
     """Heads with a fixed range of values require a value scale that bounds returns."""
     if not bounds_returns:
         raise UserError(
-            f"network/head={class_name(head)} requires bounded returns, and agent/value_scale={class_name(scale)} does not bound them. "
+            f"network/head={class_name(head)} requires bounded returns, and agent/value_scale={class_name(scale)} does not bound returns. "
             "Choose agent/value_scale=return_norm or clip, or network/head=plain, dueling or quantile"
         )
     limit, largest = scale.get("limit"), head.get("v_max")
@@ -83,7 +83,7 @@ def _check_bounded_head(head: Mapping[str, Any], scale: Mapping[str, Any], bound
 def _check_replay(config: Mapping[str, Any], needs_rollouts: bool, keeps_rollouts: bool) -> None:
     agent, replay, steps = config["agent"], config["replay"], config["steps_per_task"]
     if needs_rollouts and not keeps_rollouts:
-        raise UserError(f"agent={class_name(agent)} requires replay=rollouts, got {class_name(replay)}. Omit replay=")
+        raise UserError(f"agent={class_name(agent)} requires replay=rollouts, got {class_name(replay)}. Remove the override of replay")
     if keeps_rollouts and not needs_rollouts:
         raise UserError(
             f"replay={class_name(replay)} requires an agent that learns from rollouts, got agent={class_name(agent)}. "
@@ -114,7 +114,7 @@ def _check_evaluations(evaluation: Mapping[str, Any], metric: str | None) -> Non
         )
     if metric is not None and evaluation["every"] == 0:
         raise UserError(
-            f"early_stopping.metric={show(metric)} requires evaluations during the run: set eval.every above 0 (steps per task)"
+            f"early_stopping.metric={show(metric)} requires evaluations during the run. Set eval.every above 0 (steps per task)"
         )
 
 
@@ -127,14 +127,16 @@ def _check_resets(resets: Mapping[str, Any], steps: int) -> None:
     if resets["every"] > resets["until"] * steps:
         raise UserError(
             f"resets.every={resets['every']} is beyond resets.until={resets['until']:g} of steps_per_task={steps}, so nothing is reset. "
-            "Lower resets.every or raise the others"
+            "Lower resets.every, or raise resets.until or steps_per_task"
         )
 
 
 def _check_augmentation(agent: Mapping[str, Any], augmentation: Mapping[str, Any]) -> None:
     for key in ("loss_draws", "target_draws"):
         if agent.get(key, 1) > 1 and not augmentation:
-            raise UserError(f"agent.{key}={agent[key]} requires an augmentation. Choose one (augmentation=shift), or set agent.{key}=1")
+            raise UserError(
+                f"agent.{key}={agent[key]} requires an augmentation. Choose an augmentation (augmentation=shift), or set agent.{key}=1"
+            )
 
 
 def _check_agent(agent: Mapping[str, Any], tasks: Sequence[str]) -> None:
@@ -162,12 +164,10 @@ def _check_transfer(init_from: str | None, transfer: Mapping[str, Any]) -> None:
     if init_from == "":
         raise UserError("init_from must be a run folder or null, got an empty text")
     if init_from is None and freeze != "none":
-        raise UserError(f"transfer.freeze={freeze} freezes loaded parameters only, and init_from is null. Give init_from=RUN")
+        raise UserError(f"transfer.freeze={freeze} freezes loaded parameters only, but init_from is null. Set init_from=RUN")
     if init_from is None and transfer["replay"]:
-        raise UserError("transfer.replay=true loads the replay of a source run, and init_from is null. Give init_from=RUN")
+        raise UserError("transfer.replay=true loads the replay of a source run, but init_from is null. Set init_from=RUN")
     if transfer["adapters"] == "lora" and freeze != "torso":
-        raise UserError(f"transfer.adapters=lora requires a frozen torso: set transfer.freeze=torso, got {freeze}")
+        raise UserError(f"transfer.adapters=lora requires transfer.freeze=torso, got transfer.freeze={freeze}")
     if unfreeze_at is not None and freeze == "none":
-        raise UserError(
-            f"transfer.unfreeze_at={unfreeze_at} has no effect with transfer.freeze=none. Set transfer.freeze=torso, for example"
-        )
+        raise UserError(f"transfer.unfreeze_at={unfreeze_at} has no effect with transfer.freeze=none. Set transfer.freeze=torso")

@@ -49,7 +49,7 @@ SEVERAL = {"augmentation"}
 
 
 def kind_of(path: str) -> str | None:
-    """Return the base class of a section (`network/head`, or `augmentation/shift` in a group of several), or None."""
+    """Return the base class of a section (`network/head`, or `augmentation/shift` in a group that takes several options), or None."""
     group, _, name = path.rpartition("/")
     return KINDS.get(group) if name and group in SEVERAL else None if path in SEVERAL else {**KINDS, **SWEEP_KINDS}.get(path)
 
@@ -96,7 +96,7 @@ def read(key: str, target: Any, kind: str, trusted: Sequence[str] = (), root: Pa
     if is_trusted(target, trusted):
         return _read_trusted(key, target, kind, trusted)
     package = target.split(".")[0]
-    advice = f"\nIf you trust the package {package} to run code, add trusted_packages=[{package}] to the command line"
+    advice = f". Add trusted_packages=[{package}] to the command line if you trust the package {package} to run code"
     raise UserError(f"{key} must be a class of {PACKAGE}, got {target}" + ("" if package in sys.stdlib_module_names else advice))
 
 
@@ -105,7 +105,7 @@ def _read_ours(key: str, target: str, kind: str, root: Path) -> Signature:
     home, _, base = kind.rpartition(".")
     of_kind = {node.name: node for node in _classes(root, module) if base in map(_last_name, node.bases)}
     if name not in of_kind:
-        known = f". {module} defines {', '.join(of_kind)}" if of_kind else ""
+        known = f". Choose from {module}: {', '.join(of_kind)}" if of_kind else ""
         raise UserError(f"{key} must be a {base} defined in {PACKAGE}, got {target}{known}")
     parameters = _init_parameters(of_kind[name])
     keys = _keys(parameters)
@@ -138,7 +138,7 @@ def _keys(parameters: ast.arguments) -> dict[str, Key]:
     """Return the keyword-only parameters, with annotations and literal defaults."""
     keys = {}
     for argument, default in zip(parameters.kwonlyargs, parameters.kw_defaults, strict=True):
-        # Source code of mtrl_cli, never of a configuration.
+        # The evaluated text is source code of mtrl_cli, never part of a configuration.
         annotation = eval(ast.unparse(argument.annotation), dict(ANNOTATIONS)) if argument.annotation else Any
         keys[argument.arg] = Key(annotation, MISSING if default is None else _literal(default))
     return keys
@@ -185,7 +185,7 @@ def _parameters(found: type) -> Sequence[inspect.Parameter]:
 
 
 def _keyword_only(parameters: Sequence[inspect.Parameter]) -> dict[str, Key]:
-    """Return the keyword-only parameters; those with an unknown annotation accept any value."""
+    """Return the keyword-only parameters. A parameter with an unknown annotation accepts any value."""
     keys = {}
     for each in parameters:
         if each.kind is each.KEYWORD_ONLY:

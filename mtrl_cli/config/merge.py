@@ -33,9 +33,9 @@ def compose(name: str, choices: Mapping[str, Any], values: Sequence[Override]) -
     """Compose `conf/<name>.yaml` with its defaults list, then set values by dotted key.
 
     Args:
-        name: the primary configuration: train, eval or sweep. Its own keys precede those of its defaults list.
-        choices: group to option, or to a list of options.
-        values: in order; a dictionary is merged into an existing one.
+        name: the primary configuration: train, eval or sweep. The keys of its file precede the keys of its defaults list.
+        choices: option, or list of options, of each chosen group.
+        values: overrides that set values, in order; a dictionary is merged into an existing dictionary.
 
     Raises:
         NeedsHydra: a value contains an interpolation, or would replace a list by a dictionary or the reverse.
@@ -44,8 +44,8 @@ def compose(name: str, choices: Mapping[str, Any], values: Sequence[Override]) -
     groups = {group.removeprefix("optional "): option for entry in defaults if entry != SELF for group, option in entry.items()}
     chosen = dict(choices)
     parts: dict[str, list[Part]] = {}
-    # Like Hydra, expand the last group first: its `override` entries precede those of the groups above. An interpolated option depends on
-    # all other choices.
+    # Like Hydra, expand the last group first: its `override` entries take precedence over the entries of the groups above. An interpolated
+    # option depends on all other choices.
     last_first = list(reversed(groups))
     for group in sorted(last_first, key=lambda group: "${" in str(groups[group])):
         option = chosen.setdefault(group, groups[group])
@@ -80,7 +80,7 @@ def _expand(group: str, option: str, chosen: dict[str, Any]) -> list[Part]:
 
 @cache
 def _read(group: str, option: str) -> tuple[list[Any], Part]:
-    """Return the defaults list and the keys of a built-in file. The keys must not be changed."""
+    """Return the defaults list and the keys of a built-in file. Callers must not change the keys."""
     file = _file(group, option)
     content = options.read_yaml(file)
     header = PACKAGE.match(file.read_text(encoding="utf-8"))

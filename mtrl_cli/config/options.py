@@ -14,7 +14,7 @@ from mtrl_cli.errors import UserError
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML without libyaml has only the slow loader
 
 ATARI = "mtrl_cli.envs.atari.AtariPack"
-"""Pack whose tasks are the ROM files of ale_py, which are listed without importing it."""
+"""Pack whose tasks are the ROM files of ale_py, which are listed without importing ale_py."""
 
 NOT_CHOSEN = {"tuned"}
 """Groups whose option is determined by the pack and the agent."""
@@ -33,7 +33,7 @@ def conf_folder() -> Path:
 
 
 def groups(folders: Sequence[Path], command: str | None = "train") -> list[str]:
-    """List the groups of `train` or `sweep` (None: of both) in the order of train.yaml, then those of user folders.
+    """List the groups of `train` or `sweep` (None: of both) in the order of train.yaml, then the groups of user folders.
 
     Nested groups have names such as `network/sharing`.
     """
@@ -55,7 +55,7 @@ def options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         for file in sorted((folder / group).glob("*.yaml")):
             if file.stem in found:
-                raise UserError(f"{group}={file.stem} is defined by both {found[file.stem]} and {file}. Rename your own")
+                raise UserError(f"{group}={file.stem} is defined by both {found[file.stem]} and {file}. Rename your file")
             found[file.stem] = file
     return found
 
@@ -67,13 +67,16 @@ def default_choices() -> dict[str, str | None]:
 
 
 def chosen_by(group: str, option: str, other: str, folders: Sequence[Path]) -> str | None:
-    """Return the option that an option's own defaults list chooses for another group (`override /network: mlp`), or None."""
+    """Return the option of group `other` that the defaults list of an option chooses (`override /network: mlp`), or None."""
     entries = read_yaml(options(group, folders)[option]).get("defaults") or []
     return next((entry[f"override /{other}"] for entry in entries if isinstance(entry, Mapping) and f"override /{other}" in entry), None)
 
 
 def description(file: Path) -> str:
-    """Return the first comment line of an option, without `#`. Headers (`# @package _global_`) are skipped; empty without a comment."""
+    """Return the first comment line of an option, without `#`; empty if there is no comment.
+
+    Headers (`# @package _global_`) are skipped.
+    """
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
@@ -95,9 +98,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def known_tasks(target: str, folders: Sequence[Path]) -> set[str] | None:
-    """Return all task names that options of group `env` give to the pack class `target`, and for Atari those of all ROM files.
+    """Return all task names in the options of the pack class `target`, and for Atari also the names of all ROM files.
 
-    Returns None where an option names no tasks: such a pack accepts any name and checks names when it is built.
+    Returns None if an option names no tasks: such a pack accepts any name and checks the names when the pack is built.
     """
     files = options("env", folders)
     known: set[str] = set()

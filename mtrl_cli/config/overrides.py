@@ -12,7 +12,7 @@ from mtrl_cli.config import options
 from mtrl_cli.errors import UserError, did_you_mean, quoted
 
 PATHS = ("run_dir", "init_from")
-"""Keys whose value is text as written: a folder may be named 2025, 1e5 or a,b."""
+"""Keys whose values are plain text: a folder may be named 2025, 1e5 or a,b."""
 
 _WORD = r"(?:-?(?:0|[1-9]\d*)(?:\.\d+)?(?:e-?[1-9]\d*)?|(?!(?i:true|false|null|inf|nan)\b)[A-Za-z][\w-]*|true|false|null)"
 SIMPLE = re.compile(rf"([A-Za-z]\w*(?:\.[A-Za-z]\w*)+|[A-Za-z]\w*(?:/[A-Za-z]\w*)*)=({_WORD}|\[{_WORD}(?:,{_WORD})*\])", re.ASCII)
@@ -33,10 +33,10 @@ def parse(text: str, command: str = "") -> Override:
 
     Args:
         text: the command-line argument.
-        command: its command; with `train`, the error for several values refers to `mtrl sweep`.
+        command: name of the command; with `train`, the error for several values refers to `mtrl sweep`.
 
     Raises:
-        UserError: the text is no override, or has several values.
+        UserError: the text is not an override, or has several values.
     """
     simple = _parse_simple(text)
     if simple is not None:
@@ -60,16 +60,16 @@ def parse(text: str, command: str = "") -> Override:
     if parsed is None or parsed.key_or_group == "":
         raise UserError(f"{quoted(text)} is not an override. {how_to_write(text)}")
     if parsed.is_sweep_override():
-        a_list = f" For a list: {key}=[{value}]." if "," in value and "(" not in value else ""
-        runs = f" For one run per value: mtrl sweep {shlex.quote(text)}" if command == "train" else ""
-        raise UserError(f"{key} must be a single value, got {value}.{a_list}{runs}")
+        remedies = [f"{key}=[{value}] for a list"] if "," in value and "(" not in value else []
+        remedies += [f"mtrl sweep {shlex.quote(text)} for one run per value"] if command == "train" else []
+        raise UserError(f"{key} must be a single value, got {value}" + (f". Use {', or '.join(remedies)}" if remedies else ""))
     if parsed.package is not None:
         raise UserError(f"{text}: packages (@) are not supported. Use {parsed.key_or_group}={value}")
     return Override(parsed.key_or_group, parsed.value(), str(parsed.input_line).lstrip("+"))
 
 
 def _parse_simple(text: str) -> Override | None:
-    """Read an override whose value is a name, a number or a list of both; the import of Hydra's parser takes a quarter of a second."""
+    """Read a simple override without Hydra's parser, whose import takes a quarter of a second. Returns None for any other override."""
     match = SIMPLE.fullmatch(text)
     if match is None:
         return None
@@ -86,7 +86,7 @@ def _plain(word: str) -> Any:
 
 
 def how_to_write(text: str) -> str:
-    """Return the advice for an argument that is no override."""
+    """Return the advice for an argument that is not an override."""
     if "=" not in text:
         folders = [options.conf_folder()]
         for group in options.groups(folders, None):

@@ -46,7 +46,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _each in (_Loader, _QuickLoader, _Dumper):  # YAML 1.1 reads 1e-4 as text; this makes it a number, as in an override
+for _each in (_Loader, _QuickLoader, _Dumper):  # YAML 1.1 reads 1e-4 as text; read 1e-4 as a number, as in an override
     _each.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -54,8 +54,8 @@ def read(path: Path, *, quickly: bool = False) -> dict[Any, Any]:
     """Read keys and values of a file in a run folder, unvalidated.
 
     Args:
-        path: the file; a link out of its folder is not followed.
-        quickly: use the fast loader, for reports on thousands of runs.
+        path: path of the file; a link out of its folder is not followed.
+        quickly: whether to use the fast loader, for reports on thousands of runs.
 
     Raises:
         UserError: the file is missing, too large, or not plain YAML.
@@ -64,11 +64,13 @@ def read(path: Path, *, quickly: bool = False) -> dict[Any, Any]:
 
 
 def read_alike(path: Path, lines: re.Pattern[bytes], known: dict[bytes, dict[Any, Any]]) -> dict[Any, Any]:
-    """Read one of many files that differ in a few lines, as `read(path, quickly=True)`; the common lines are parsed once.
+    """Read one of many files that differ in a few lines. The common lines are parsed only once.
+
+    The result is that of `read(path, quickly=True)`.
 
     Args:
-        path: the file.
-        lines: matches the lines that differ, with one key and value each.
+        path: path of the file.
+        lines: pattern of the lines that differ, each with one key and one value.
         known: cache of parsed common lines.
     """
     content = _content(path)
@@ -81,7 +83,7 @@ def read_alike(path: Path, lines: re.Pattern[bytes], known: dict[bytes, dict[Any
 
 def _content(path: Path) -> bytes:
     if not os.path.lexists(path):
-        raise UserError(f"{path.parent} is not a run folder: it has no {path.name}")
+        raise UserError(f"{path.parent} is not a run folder: {path.name} is missing")
     return atomic.read_bytes(path, path.parent, LARGEST_FILE)
 
 
@@ -92,12 +94,12 @@ def _mapping(path: Path, content: bytes, loader: Any) -> dict[Any, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     if "${" in text:
-        raise UserError(f"{path} contains an interpolation ('${{'), which is not resolved in a run folder. Write the value")
+        raise UserError(f"{path} contains an interpolation ('${{'), which is not resolved in a run folder. Replace it by its value")
     depth = 0
     try:
         for event in yaml.parse(text, Loader=loader):
             if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
-                raise UserError(f"{path} contains an anchor or alias ({show(event.anchor)}). Write the value")
+                raise UserError(f"{path} contains an anchor or alias ({show(event.anchor)}). Replace the alias by its value")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise UserError(f"{path} is nested deeper than {DEEPEST} levels")

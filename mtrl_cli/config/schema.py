@@ -1,4 +1,4 @@
-"""Sections of a configuration without a class: their keys and types. Values are set in conf/. Counts of steps are per task."""
+"""Keys and types of configuration sections without a class. The files in conf/ set the values. Numbers of steps are per task."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Transfer:
 
 
 class TrainingEvaluation:
-    """Evaluations of a run. `every` 0: only at the end. `test_episodes` None: as `episodes`; 0: no test."""
+    """Evaluations of a run. `every` 0: only at the end. `test_episodes` None: same as `episodes`; 0: no test."""
 
     every: NonNegativeInt
     episodes: PositiveInt
@@ -117,11 +117,11 @@ class Search:
     """Trials of a sweep and their objective.
 
     Attributes:
-        sampler: auto: grid, or tpe where a value is an interval.
+        sampler: name of the sampler; auto: grid, or tpe where a value is an interval.
         trials: number of trials; None: the whole grid.
-        pruner: ends unpromising trials early.
+        pruner: name of the rule that ends unpromising trials early.
         storage: URL of an Optuna storage, or env:NAME for a URL in an environment variable; None: a journal in the sweep's folder.
-        metric: evaluation metric, maximised; None: the metric that selects the best checkpoint.
+        metric: evaluation metric to maximize; None: the metric that selects the best checkpoint.
         retries: number of times that a trial is resumed after its process died.
         seed: seed of the sampler.
     """

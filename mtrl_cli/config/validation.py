@@ -1,7 +1,7 @@
 """Validation of configurations: unknown and missing keys, and the type of every value. `cross_checks.py` checks combinations of values.
 
-A section with a class (`_target_`) takes the keyword-only parameters of the class, the others the keys in `schema.py`. Nothing is
-imported (see `introspection.py`).
+The keys of a section with a class (`_target_`) are the keyword-only parameters of the class. The keys of all other sections are in
+`schema.py`. Nothing is imported (see `introspection.py`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _Checker:
         if path == "":
             self.whole = node
         if not isinstance(node, Mapping):
-            hint = f". To choose one: {path}=NAME, see `mtrl ls {path}`" if path in {**KINDS, **SWEEP_KINDS} else ""
+            hint = f". Choose an option with {path}=NAME (see `mtrl ls {path}`)" if path in {**KINDS, **SWEEP_KINDS} else ""
             raise UserError(f"{_dotted(path) or 'the configuration'} must be a section of keys and values, got {show(node)}{hint}")
         if path in SEVERAL:
             return {name: self.section(f"{path}/{name}", inner) for name, inner in self.several(path, node).items()}
@@ -77,12 +77,12 @@ class _Checker:
         for name, key in keys.items():
             value = node.get(name, key.default)
             if value is MISSING:
-                raise UserError(f"{_join(path, name)} is missing. It must be {describe(key.annotation)}")
+                raise UserError(f"{_join(path, name)} is missing. Set {_join(path, name)} to {describe(key.annotation)}")
             if value is not UNKNOWN:
                 checked[name] = check_value(_join(path, name), value, key.annotation)
         for child in children:
             if child not in node:
-                raise UserError(f"{_join(path, child)} is missing. It must be a section of keys and values")
+                raise UserError(f"{_join(path, child)} is missing. Add a section of keys and values")
             checked[child] = self.section(f"{path}/{child}".lstrip("/"), node[child])
         return checked
 
@@ -97,7 +97,7 @@ class _Checker:
             if name != "NAME" and name not in known:
                 raise UserError(unknown("option", name, known, prefix=f"{group}="))
             chosen = "" if name == "NAME" else f": {show(name)} is not chosen"
-            raise UserError(f"{_dotted(path)} has no _target_{chosen}. Choose one of `mtrl ls {group}` with {group}={show(name)}")
+            raise UserError(f"{_dotted(path)} has no _target_{chosen}. Choose an option with {group}={show(name)} (see `mtrl ls {group}`)")
         found = read(_join(path, "_target_"), node["_target_"], kind, self.trusted)
         return {**found.keys, **OWN_KEYS.get(path, {})}
 
@@ -106,13 +106,11 @@ class _Checker:
         for name, inner in node.items():
             if name == "_target_":
                 raise UserError(
-                    f"{path}._target_={show(inner)} must be in a separate section: an option's file begins with `# @package {path}.NAME`"
+                    f"{path}._target_={show(inner)} must be in a separate section. Begin the option's file with `# @package {path}.NAME`"
                 )
             if not isinstance(name, str) or not name.isidentifier() or not isinstance(inner, Mapping):
                 owner = next((each for each in node if isinstance(node[each], Mapping) and name in node[each]), "NAME")
-                raise UserError(
-                    f"unknown key {quoted(f'{path}.{name}')}. Keys of an option have the form {path}.{show(owner)}.{show(name)}"
-                )
+                raise UserError(f"unknown key {quoted(f'{path}.{name}')}. Use {path}.{show(owner)}.{show(name)}")
         return node
 
     def children(self, path: str) -> list[str]:
@@ -140,11 +138,11 @@ class _Checker:
         has_class = kind_of(path) is not None
         start = f"unknown key {quoted(_join(path, show(name)))}{f' in {class_name(node)}' if has_class else ''}. "
         if path == "" and (group := next((group for group in self.kinds if group.rpartition("/")[2] == name), None)):
-            return f"{start}To choose an option: {group}={show(node[name])}"
+            return f"{start}Choose an option with {group}={show(node[name])}"
         group = path if path in self.kinds else path.rpartition("/")[0]
         owner = next((option for option in _options_with(group, str(name)) if has_class), None)
         if owner is not None:
-            return f"{start}It is a key of {group}={owner}"
+            return f"{start}Remove the key, or choose {group}={owner}, which has the key"
         here = [*self.keys(path, node), *self.children(path)]
         elsewhere = {each.rpartition(".")[2]: each for each in dict(self.walk("", self.whole))}
         near = nearest(str(name), here)
@@ -162,7 +160,7 @@ def _options_with(group: str, key: str) -> Iterator[str]:
 
 
 def check_value(key: str, value: Any, annotation: Any) -> Any:
-    """Return a value as its annotation requires. Strict: text is never a number, a bool never an int; an int may become a float.
+    """Validate a value against an annotation. Strict: text is never a number, a bool never an int; an int may become a float.
 
     Raises:
         UserError: the value has another type or is out of range.

@@ -91,8 +91,8 @@ def refuse_link(path: Path) -> None:
     except OSError:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
-        raise UserError(f"{path} is {kind}; refusing to write there")
+        kind = "a link" if stat.S_ISLNK(mode) else "a special file"
+        raise UserError(f"{path} must be a regular file or a folder, got {kind}. Remove {path}")
 
 
 def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
@@ -109,12 +109,12 @@ def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
 def read_bytes(path: Path, folder: Path, max_bytes: int | None = None) -> bytes:
     """Read a regular file inside `folder`. Raises UserError for anything else, and if the file is larger than `max_bytes`."""
     if not is_inside(path, folder):
-        raise UserError(f"{path} is a link out of {folder}; refusing to read it")
+        raise UserError(f"{path} must be a file inside {folder}, got a link out of the folder")
     try:
         with open_regular(path, follow_links=True) as file:
             size = os.fstat(file.fileno()).st_size
             if max_bytes is not None and size > max_bytes:
-                raise UserError(f"{path} has {size:,} bytes; expected at most {max_bytes:,}")
+                raise UserError(f"{path} must have at most {max_bytes:,} bytes, got {size:,}")
             return file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None

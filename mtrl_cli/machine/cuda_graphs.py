@@ -1,7 +1,7 @@
 """Record functions as CUDA graphs once and then replay them.
 
 A recorded function reads and writes tensors with fixed addresses. All values that change between calls are in such tensors, never in
-Python numbers. Computations on the host (`on_host`) split a recording into several graphs, with one synchronisation each.
+Python numbers. Computations on the host (`on_host`) split a recording into several graphs, with one synchronization each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 HostFunction = Callable[[torch.Tensor], torch.Tensor]
 
 WARM_UP = 3
-"""Eager calls before a function is recorded, because libraries are initialised in the first calls."""
+"""Eager calls before a function is recorded, because libraries are initialized in the first calls."""
 
 
 class Recorder(Protocol):
@@ -43,8 +43,8 @@ def on_host(tensor: torch.Tensor, function: HostFunction, like: torch.Tensor) ->
     """Compute a function of a tensor on the host, and copy the result to the device of the tensor.
 
     Args:
-        tensor: on any device; the function receives a copy on the CPU.
-        function: called again in every replay of a recording.
+        tensor: tensor on any device; the function receives a copy on the CPU.
+        function: function on the CPU, called again in every replay of a recording.
         like: tensor with the shape and dtype of the result.
     """
     if _recording:
@@ -56,8 +56,8 @@ class Captured(Generic[Result]):
     """A function without arguments that is recorded after some eager calls, and replayed in every later call.
 
     Args:
-        function: reads and writes tensors with fixed addresses; returns a tensor, a tuple of tensors, or None.
-        recorder: makes the recorder, at the first call.
+        function: function that reads and writes tensors with fixed addresses, and returns a tensor, a tuple of tensors, or None.
+        recorder: function that makes the recorder, called once.
         warm_up: number of eager calls.
     """
 
@@ -91,7 +91,7 @@ def generators_of(*parts: Any) -> list[torch.Generator]:
 
 
 class CudaGraphs:
-    """A `Recorder` of one CUDA graph, or of several graphs with computations on the host between them. All share one memory pool.
+    """A `Recorder` of one CUDA graph, or of several graphs with computations on the host between them. All graphs share one memory pool.
 
     Args:
         device: a GPU.

@@ -27,7 +27,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def cores(root: Path = ROOT) -> int:
-    """Return the number of usable cores: the minimum of affinity, cgroup quota (1.5 cores count as 1) and share."""
+    """Return the number of usable cores: the minimum of affinity, cgroup quota (1.5 cores count as 1) and this process's share."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     quotas = [float(allowed)]
     for folder in _cgroup_folders("cpu", root):
@@ -43,7 +43,7 @@ def memory_available(root: Path = ROOT) -> int:
 
 
 def memory_total(root: Path = ROOT) -> int:
-    """Return the bytes of memory of the machine, or the cgroup's limit or this process's share if lower."""
+    """Return the total memory in bytes: the lowest of the machine's memory, the cgroup's limit and this process's share."""
     return _memory(root)[1]
 
 
@@ -88,7 +88,7 @@ def _machine_memory(root: Path) -> tuple[int, int]:
 
 
 def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the process's cgroup and its ancestors (v1 or v2). The limits of all of them apply.
+    """Yield the folders of the process's cgroup and its ancestors (v1 or v2). The limits of all these folders apply.
 
     In a container /proc/self/cgroup may contain the host's path, which is not visible. The root of the mount is then the process's cgroup.
     """
@@ -176,10 +176,10 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device must be auto, cpu, cuda or cuda:<index>, got {name}")
     if count == 0:
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise UserError(f"device={name}: {reason}; use device=cpu or device=auto")
+        raise UserError(f"device={name}: {reason}. Use device=cpu or device=auto")
     index = int(match[1]) if match[1] else torch.cuda.current_device()
     if index >= count:
-        raise UserError(f"device={name} does not exist: the CUDA devices are cuda:0 to cuda:{count - 1}")
+        raise UserError(f"device={name} does not exist. Use a device from cuda:0 to cuda:{count - 1}")
     return torch.device("cuda", index)
 
 
@@ -190,7 +190,7 @@ def cpu_has_bf16() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # oneDNN also accepts other AVX-512 processors, where it emulates bfloat16, more slowly than float32.
+        # oneDNN also accepts other AVX-512 processors, on which emulated bfloat16 is slower than float32.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return True
 
@@ -198,7 +198,7 @@ def cpu_has_bf16() -> bool:
 def gpus() -> list[str]:
     """Return the visible GPUs by their names for CUDA_VISIBLE_DEVICES, without importing torch.
 
-    The names are the value of the variable if it is set, else the GPUs or MIG devices that nvidia-smi lists.
+    The names are read from CUDA_VISIBLE_DEVICES, or, if the variable is not set, from the list of GPUs or MIG devices of nvidia-smi.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -214,7 +214,7 @@ def gpus() -> list[str]:
 def compiler() -> str | None:
     """Return a C++ compiler that runs: $CXX if set, else g++ or clang++; None if there is none.
 
-    torch.compile tries only $CXX or g++. If this function returns clang++, set CXX to it before compiling.
+    torch.compile tries only $CXX or g++. If this function returns clang++, set CXX to clang++ before compiling.
     """
     named = os.environ.get("CXX")
     for name in [named] if named else ["g++", "clang++"]:

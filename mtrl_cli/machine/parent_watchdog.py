@@ -1,4 +1,4 @@
-"""Stop this process when its parent dies. A pipe connects the two; the system closes the parent's end with the parent."""
+"""Stop this process when its parent dies. A pipe connects parent and child; the system closes the parent's end when the parent dies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _is_stopping = False
 
 
 def note_stop() -> None:
-    """Record that this process is stopping, so that `_follow` sends no second signal, which would end the process before it has saved."""
+    """Record that this process is stopping, so that `_follow` sends no second signal, which would end the process before saving."""
     global _is_stopping
     _is_stopping = True
 
 
 def watch() -> None:
-    """Send this process SIGTERM, on which it saves, when its parent dies. Does nothing unless the environment names a pipe.
+    """Send SIGTERM to this process when its parent dies, so that the process saves. Does nothing unless the environment names a pipe.
 
     Call this in the main thread before starting other threads. Children of this process inherit neither the variable nor the pipe.
     """

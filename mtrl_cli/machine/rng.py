@@ -16,7 +16,7 @@ def kept(device: torch.device) -> AbstractContextManager[None]:
 def restore(generator: torch.Generator, state: torch.Tensor) -> None:
     """Restore a generator from a state (uint8 `[bytes]`, on any device).
 
-    CPU and GPU states are incompatible. The state of the other kind is hashed to a seed, so that the result is still deterministic.
+    CPU and GPU states are incompatible. A state of the other kind is hashed to a seed, so that the result is still deterministic.
 
     Raises:
         TypeError, RuntimeError: not the state of a generator.

@@ -1,10 +1,10 @@
-"""Data-parallel ranks: several processes that train one network, and what they exchange.
+"""Data-parallel ranks: several processes that train one network, and the exchanges between them.
 
 All ranks call each exchanging method in the same order. Sums of floating-point numbers are bit-identical on all ranks, so networks with
 equal parameters stay equal.
 
-Objects and signals go over gloo on the CPU, where an exchange fails at once if a rank is lost. Tensors on a GPU go over NCCL, where it
-waits for a lost rank forever. Therefore the processes of one machine also watch each other.
+Objects and signals go over gloo on the CPU, where an exchange fails at once if a rank is lost. Tensors on a GPU go over NCCL, where
+an exchange waits for a lost rank forever. Therefore the processes of one machine also watch each other.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Ranks:
     """The ranks of a run, seen from this process. This class is a single rank, for which every exchange is the identity.
 
     Attributes:
-        place: position of this process among the ranks.
-        rank, size: of `place`.
+        place: rank and world size of this process.
+        rank, size: rank and world size, as in `place`.
         is_first: whether this rank prints output and writes files.
         at_loss: called with the error line before the process is ended because of a lost rank; returns whether this rank prints the line.
     """
@@ -59,7 +59,7 @@ class Ranks:
         """Leave the process group."""
 
     def share(self, key: str, number: int) -> int:
-        """Return this rank's share of the value of a configuration key.
+        """Return the value of a configuration key, divided by the number of ranks.
 
         Raises:
             UserError: the number of ranks does not divide the value.
@@ -85,7 +85,7 @@ class Ranks:
         return tensor
 
     def agreed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's tensor, where ranks may compute different ones of the same shape and dtype."""
+        """Return the first rank's tensor, where ranks may compute different values of the same shape and dtype."""
         return tensor
 
     # -- objects --------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class TorchRanks(Ranks):
         return [rank for rank, fd in self._peers.items() if fd in ended]
 
     def _watch(self) -> None:
-        """End this process where a peer is gone and no exchange fails, as on a device that waits for the peer."""
+        """End this process if a peer is gone and no exchange fails, as on a GPU, where an exchange waits for the peer."""
         while not self._left.wait(1.0):
             if self._gone():
                 if self._left.wait(GRACE_SECONDS):

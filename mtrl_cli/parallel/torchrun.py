@@ -13,11 +13,11 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a process among the ranks of a run.
+    """Rank and world size of a process.
 
     Attributes:
-        rank, size: among all ranks, counted from 0.
-        local_rank, local_size: among the ranks on this machine.
+        rank, size: rank, counted from 0, and world size.
+        local_rank, local_size: rank among, and number of, the ranks on this machine.
     """
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Return the place of this process; a process that torchrun did not start is a single rank.
+    """Return the rank and world size of this process: rank 0 of 1 without torchrun.
 
     Raises:
         UserError: a variable has an impossible value.
@@ -46,7 +46,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         rank, size, local_rank, local_size = -1, 0, 0, 0
     if not (0 <= local_rank < local_size <= size and 0 <= rank < size):
         given = ", ".join(f"{name}={environment.get(name)}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        raise UserError(f"{given} is no valid rank. Start the ranks with torchrun --nproc-per-node=2 -m mtrl_cli train …")
+        raise UserError(f"{given} is not a valid rank. Start the ranks with torchrun --nproc-per-node=2 -m mtrl_cli train …")
     return Place(rank, size, local_rank, local_size)
 
 

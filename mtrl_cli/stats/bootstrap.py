@@ -22,7 +22,7 @@ CHUNK = 100  # resamples at a time, which bounds memory at 57 tasks of 100 episo
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic and its bootstrap interval; `low` and `high` are None where the samples do not allow one."""
+    """A statistic and its bootstrap interval; `low` and `high` are None where the samples do not allow an interval."""
 
     value: float
     low: float | None = None
@@ -110,7 +110,7 @@ def trimmed_means(values_RV: Floats) -> Floats:
 def bootstrap_mean_ci(returns: Sequence[float]) -> tuple[float, float]:
     """Compute the interval (low, high) of the mean of `returns`, episodes drawn with replacement.
 
-    One episode gives an interval without width: show the interval only for several episodes.
+    One episode gives an interval of zero width: show the interval only for several episodes.
     """
     values = np.asarray(returns, dtype=np.float64)
     low, high = interval(lambda rows: values[rows].mean(axis=1), draw(values.shape))
@@ -118,13 +118,14 @@ def bootstrap_mean_ci(returns: Sequence[float]) -> tuple[float, float]:
 
 
 def over_tasks(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Aggregate one network's normalised scores over its tasks, from the scores of each task's evaluation episodes.
+    """Aggregate one network's normalized scores over its tasks, from the scores of each task's evaluation episodes.
 
     Mean, median and min are over the tasks' means. The interquartile mean is over all episodes of all tasks together, like that of
-    Agarwal et al. 2021 over all runs and tasks, so a task with more episodes has more weight in it.
+    Agarwal et al. 2021 over all runs and tasks, so a task with more episodes has more weight.
 
     The bootstrap is stratified: each resample draws episodes separately for every task, as many as the task has. Tasks and
-    network are fixed: the interval reflects the randomness of episodes, not of training. For that, compare runs of several seeds.
+    network are fixed: the interval reflects the randomness of episodes, not of training. To estimate
+    the randomness of training, compare runs of several seeds.
 
     Returns:
         {"mean", "median", "iqm", "min", "ci": {each aggregate: [low, high]}}; {} where no task has a score.

@@ -3,7 +3,7 @@
 Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice": aggregates (section 4.3), stratified bootstrap
 intervals (4.1), performance profiles (4.2), probability of improvement (4.3). The metrics are those of its authors' package, rliable.
 
-A single run has no interval: it does not show the spread over seeds. B is the number of resamples.
+A single run has no interval, because one run does not show the spread over seeds. B is the number of resamples.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def aggregates(scores_RK: Floats, draws: Draws | None = None) -> dict[str, Estim
     """Aggregate over all runs and tasks: `AGGREGATES` (section 4.3), with stratified bootstrap intervals (4.1).
 
     Mean and median are over the tasks' means, the interquartile mean is over all scores. The optimality gap is the mean distance of scores
-    below 1 (scores above 1 count as 1; less is better).
+    from 1 (scores above 1 count as 1; less is better).
 
     Args:
         scores_RK: final scores.
-        draws: resamples, None: `draw`.
+        draws: resamples; None: resamples of `draw`.
     """
 
     def statistic(rows_BRK: Indices) -> Floats:
@@ -71,7 +71,7 @@ def _counts(rows_BRK: Indices, runs: int) -> Floats:
 
 
 def profile(scores_RK: Floats, taus_T: Floats) -> Floats:
-    """Compute the run-score distribution (section 4.2): the share of all scores above each threshold, [T]."""
+    """Compute the run-score distribution (section 4.2): the fraction of all scores above each threshold, [T]."""
     return _profiles(scores_RK[None], taus_T)[0]
 
 

@@ -45,9 +45,9 @@ def gain(ours_SK: Floats, baseline_TK: Floats) -> Gain:
 
 
 def data_efficiency(ours: tuple[Floats, Floats], baseline: tuple[Floats, Floats]) -> Estimate:
-    """Compute the ratio of steps to the baseline's final score: steps of the baseline over steps of `ours`; 0 if `ours` never reaches it.
+    """Compute the ratio of steps to the baseline's final score: steps of the baseline over steps of `ours`; 0 if `ours` never does.
 
-    The curves are means over runs. The baseline's steps are those until its own curve first reaches its final score.
+    The curves are means over runs. The steps of the baseline are counted until its curve first reaches its final score.
 
     Args:
         ours, baseline: steps `[P]`, and the runs' curves `[S, P]`.
@@ -69,7 +69,7 @@ def _estimates(statistic: Callable[..., Floats], ours: int, baseline: int) -> li
 
 
 def nearest_size(total: int, others: Sequence[float], within: float = 0.05) -> int | None:
-    """Return the index of the parameter count nearest to `total`; None if its difference is more than the share `within` of `total`."""
+    """Return the index of the parameter count nearest to `total`; None if the difference is more than `within` times `total`."""
     distances = [abs(other - total) / total for other in others]
     best = min(range(len(others)), key=distances.__getitem__, default=None)
     return best if best is not None and distances[best] <= within else None

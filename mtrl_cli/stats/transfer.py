@@ -2,7 +2,7 @@
 
 The metrics are those of Taylor and Stone 2009, "Transfer Learning for Reinforcement Learning Domains: A Survey", section 2.1: jump-start,
 time to threshold (here: the final score of training from scratch), transfer ratio (of the areas under the curves), asymptotic performance
-(here: the score at the end of the budget). S seeds, P evaluations. The fine-tuned run and the run from scratch of one seed are a pair.
+(here: the score at the end of the budget). S seeds, P evaluations. The fine-tuned run and the run from scratch of one seed form a pair.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ METRICS = ("zero_shot", "jump_start", "steps_to_scratch", "area_ratio", "final_f
 
 
 def steps_to_threshold(steps_P: Floats, values_BP: Floats, thresholds_B: Floats) -> Floats:
-    """Find the step at which each of B curves first reaches its threshold, `[B]`; linear between evaluations, infinity if it never does."""
+    """Find the step at which each of B curves first reaches its threshold, `[B]`; linear between evaluations, infinity if never."""
     reached_BP = values_BP >= thresholds_B[:, None]
     first_B = reached_BP.argmax(axis=1)
     before_B, rows_B = np.maximum(first_B - 1, 0), np.arange(len(values_BP))
@@ -27,7 +27,7 @@ def steps_to_threshold(steps_P: Floats, values_BP: Floats, thresholds_B: Floats)
 
 
 def area(steps_P: Floats, values_BP: Floats) -> Floats:
-    """Compute the mean height of curves, `[...]`: the area under them, linear between evaluations, over the steps they span."""
+    """Compute the mean height of curves, `[...]`: the area under a curve, linear between evaluations, over its range of steps."""
     return np.asarray(np.trapezoid(values_BP, steps_P, axis=-1) / (steps_P[-1] - steps_P[0]))
 
 
@@ -51,7 +51,7 @@ def compare(
         steps_P: steps of the evaluations, the first before any training.
         fine_tuned_SP, scratch_SP: the curves.
         fine_tuned_final_S, scratch_final_S: final test results.
-        random: random play's result; areas are measured above it.
+        random: result of random play; areas are measured above this result.
     """
 
     def statistic(rows_BS: Indices) -> Floats:

@@ -23,23 +23,23 @@ class Callback(Saved):
 
     Attributes:
         name: key of the state.
-        learner: set by the learner.
+        learner: learner that calls the methods; set by its constructor.
     """
 
     name: ClassVar[str]
     learner: Learner | None = None
 
     def before_update(self, step: int) -> None:
-        """Called before an update at a step (per task)."""
+        """Run before an update at a step (per task)."""
 
     def before_losses(self) -> None:
-        """Called before the losses of an update are computed."""
+        """Run before the losses of an update are computed."""
 
     def before_step(self) -> None:
-        """Called between the backward pass and gradient clipping."""
+        """Run between the backward pass and gradient clipping."""
 
     def after_step(self) -> None:
-        """Called after parameters changed: after an optimizer step or a reset."""
+        """Run after parameters changed: after an optimizer step or a reset."""
 
     def row_masks(self, parameters: Sequence[torch.nn.Parameter]) -> dict[int, torch.Tensor]:
         """Return factors of the gradients of partly frozen parameters, by position: 1 for trained rows, 0 for frozen rows."""
@@ -51,10 +51,10 @@ class Callback(Saved):
 
 
 class SpectralNorm(Callback):
-    """Power iteration of layers with spectral normalisation, one step per update.
+    """Power iteration of layers with spectral normalization, one step per update.
 
     Args:
-        layers: of `per_task.spectral_layers`.
+        layers: result of `per_task.spectral_layers`.
     """
 
     name = "spectral_norm"

@@ -12,8 +12,8 @@ from mtrl_cli.machine.saved import Saved
 class EarlyStopping(Saved):
     """Stops a run whose evaluations no longer improve; higher metrics are better.
 
-    A value is an improvement if it exceeds the best value by more than `min_delta`; the first value is one. Small gains add up, because the
-    best value changes only with an improvement.
+    A value is an improvement if it exceeds the best value by more than `min_delta`. The first value is an improvement. Small
+    gains add up, because the best value changes only with an improvement.
 
     Args:
         metric: name of the metric; None: never stop.
@@ -48,7 +48,7 @@ class EarlyStopping(Saved):
         return f"{self.metric} has not risen above {self.best:.4g}{margin}, its value at step {self.best_at:,}, in {times}"
 
     def update(self, step: int, value: float | None) -> None:
-        """Record the metric of an evaluation. A missing value or NaN is no improvement."""
+        """Record the metric of an evaluation. A missing value or NaN is not an improvement."""
         if self.metric is None:
             return
         if value is not None and not math.isnan(value) and (self.best is None or value > self.best + self.min_delta):

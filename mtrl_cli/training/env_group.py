@@ -24,7 +24,7 @@ from mtrl_cli.training.host_transfer import Pinned, SharedMemory
 def make_group(
     pack: Pack, actor: EpsilonGreedy, agent: Agent, first_env: int, num_envs: int, seed: int, num_threads: int, device: torch.device
 ) -> EnvGroup:
-    """Make a group of `num_envs` training environments of each task, the first of which has the number `first_env`."""
+    """Make a group of `num_envs` training environments of each task, numbered from `first_env`."""
     K, on_gpu = len(pack.tasks), device.type == "cuda"
     transfer = Pinned(K, num_envs, pack.observation_shape, pack.observation_dtype, device) if on_gpu else SharedMemory()
     envs = VectorTasks(pack, num_envs, seed, num_threads, training=True, stream="train", first_env=first_env, buffers=transfer.buffers)
@@ -47,11 +47,11 @@ class EnvGroup:
 
     Args:
         envs: the environments.
-        actor: chooses actions.
+        actor: policy that chooses actions.
         frames: newest frames of the environments.
-        value_to_store: of the agent.
-        transfer: between the environments and the device.
-        recorder: makes a recorder of CUDA graphs; None: the choice of actions is not recorded.
+        value_to_store: `Agent.value_to_store`.
+        transfer: transfers between the environments and the device.
+        recorder: function that makes a recorder of CUDA graphs; None: the choice of actions is not recorded.
     """
 
     envs: VectorTasks
@@ -103,8 +103,8 @@ class EnvGroup:
         """Return the transition that ended with a step, and set the next observation.
 
         Args:
-            step: of `VectorTasks.recv`.
-            epsilon_K: for the next actions.
+            step: result of `VectorTasks.recv`.
+            epsilon_K: epsilon of the next actions.
         """
         after, epsilon = self.transfer.to_device(step, epsilon_K)
         transition = Transition(
@@ -133,7 +133,7 @@ class EnvGroup:
         """Restore a state of `state_dict`, by replaying the actions of the current episodes.
 
         Args:
-            epsilon_K: for the next actions.
+            epsilon_K: epsilon of the next actions.
 
         Raises:
             RunError: the replayed environments return other frames than before.
@@ -142,7 +142,7 @@ class EnvGroup:
         self._start_from(observation, epsilon_K)
         self.frames.load_state_dict(state["frames"])
         if not np.array_equal(observation, self.frames.newest.cpu().numpy()):
-            raise RunError("the environments are not reproducible: resume with the package versions in run.json")
+            raise RunError("the environments are not reproducible. Resume with the package versions in run.json")
         self._action.copy_(state["action"])
         self._value.copy_(state["value"])
         self.transfer.start_fetch(self._action)

@@ -18,7 +18,7 @@ class EpisodeStatistics(Saved):
     """Returns and lengths of training episodes of K tasks with N environments each.
 
     `row()` returns means over the episodes that ended since the last call, `recent()` means over the last `window` episodes of each task.
-    With several processes, `total` sums an array over the processes, and the means are over the episodes of all.
+    With several processes, `total` sums an array over the processes, and the means are over the episodes of all processes.
     """
 
     saved = ("_returns", "_lengths", "_ended_return", "_ended_length", "_ended", "_recent", "_recent_count")

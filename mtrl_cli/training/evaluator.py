@@ -28,8 +28,8 @@ class Episodes:
 
     Attributes:
         returns: unscaled returns of the episodes, by task.
-        cut: number of episodes that reached the limit on steps, by task.
-        first: seed and actions of the first episode, by task, to repeat it.
+        cut: number of episodes truncated at `max_steps`, by task.
+        first: seed and actions of each task's first episode, to replay the episode.
     """
 
     returns: dict[str, list[float]]
@@ -42,12 +42,12 @@ class Evaluator:
 
     Args:
         pack: the tasks.
-        episodes: per task.
+        episodes: number of episodes per task.
         max_steps: limit on the steps of an episode. The return of a longer episode is the return up to the limit.
-        epsilon: share of random actions.
-        seed: of the episodes and of the random actions.
-        num_threads: of the emulators.
-        device: of the network.
+        epsilon: probability of a random action.
+        seed: seed of the episodes and of the random actions.
+        num_threads: number of threads of the emulators.
+        device: device of the network.
     """
 
     def __init__(self, pack: Pack, *, episodes: int, max_steps: int, epsilon: float, seed: int, num_threads: int, device: torch.device):
@@ -69,7 +69,7 @@ class Evaluator:
 
     def _play_wave(self, network: MultiTaskNetwork, check: Callable[[], None], episodes: Episodes, wave: int, num_envs: int) -> None:
         pack, K = self.pack, len(self.pack.tasks)
-        # One episode per environment, so that the episodes do not depend on their lengths.
+        # One episode per environment, so that no episode depends on the lengths of other episodes.
         envs = VectorTasks(pack, num_envs=num_envs, seed=self.seed, num_threads=self._num_threads, training=False, stream=f"eval{wave}")
         frame_dtype = torch.from_numpy(np.empty(0, pack.observation_dtype)).dtype
         frames = FrameStack(K, num_envs, pack.stack, pack.observation_shape, frame_dtype, self._device)
@@ -107,12 +107,12 @@ def summarise(
     """Compute the content of `eval/<step>.json`: scores by task and over tasks, with 95% bootstrap intervals.
 
     Args:
-        episodes: of the evaluation.
+        episodes: episodes of the evaluation.
         pack: the tasks.
-        step: of the checkpoint, per task.
+        step: step of the checkpoint, per task.
         checkpoint: name of the checkpoint.
         split: "validation" for episodes that select checkpoints, "test" for others.
-        seed: of the episodes.
+        seed: seed of the episodes.
     """
     tasks: dict[str, Any] = {}
     scores: dict[str, list[float]] = {}
@@ -158,7 +158,7 @@ def metric_names(pack: Pack) -> list[str]:
 
 
 def ranking(summary: dict[str, Any]) -> float | None:
-    """Return the score that selects the best checkpoint: the mean normalised score, or the mean return of a single task without one."""
+    """Return the score that selects the best checkpoint: the mean normalized score, or the mean return of a single task without one."""
     if summary["over_tasks"]:
         return summary["over_tasks"]["mean"]
     tasks = list(summary["tasks"].values())

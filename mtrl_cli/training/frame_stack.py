@@ -13,8 +13,8 @@ class FrameStack(Saved):
     Args:
         num_tasks, num_envs: K and N.
         stack: S.
-        frame_shape, dtype: of one frame.
-        device: of the frames.
+        frame_shape, dtype: shape and dtype of one frame.
+        device: device of the frames.
 
     Attributes:
         observation: `[K, N, S, *frame]`, newest frame last. Changed in place.

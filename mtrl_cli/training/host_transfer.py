@@ -38,8 +38,8 @@ class Pinned:
 
     Args:
         num_tasks, num_envs: K and N.
-        frame_shape, dtype: of one frame; numpy dtype.
-        device: of the learner.
+        frame_shape, dtype: shape and numpy dtype of one frame.
+        device: device of the learner.
 
     Attributes:
         buffers: two arrays `[K, N, *frame]`, zeros, that the emulators write to.
@@ -68,7 +68,7 @@ class Pinned:
         """Start to copy a step to the device. Later operations on the device wait for the copy; the next call overwrites the result.
 
         Args:
-            step: its observation is one of `buffers`.
+            step: step whose observation is one of `buffers`.
             epsilon_K: `[K]`, epsilon of the next actions.
         """
         block = next(index for index, buffer in enumerate(self.buffers) if buffer is step.observation)

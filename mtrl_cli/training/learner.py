@@ -31,16 +31,16 @@ class Learner(Saved):
 
     Args:
         agent, replay, augmentation, task_weights, optimizer: parts of an update.
-        task_names: for messages and metrics.
-        callbacks: called in this order (see `Callback`).
-        make_tape: makes the tape that computes all task gradients in one backward pass (`tape_for`); called again when the set of trained
-            parameters changes.
-        recorder: makes a recorder of CUDA graphs; None: updates are not recorded.
-        ranks: processes that train together. Each draws its share of a batch; losses and gradients are averaged.
+        task_names: names of the tasks, for messages and metrics.
+        callbacks: callbacks, in the order of calls (see `Callback`).
+        make_tape: function that makes the tape, which computes all task gradients in one backward pass (`tape_for`); called again when the
+            set of trained parameters changes.
+        recorder: function that makes a recorder of CUDA graphs; None: updates are not recorded.
+        ranks: processes that train together. Each rank draws its part of a batch; losses and gradients are averaged.
 
     Attributes:
         updates: number of updates so far.
-        metrics: of the updates.
+        metrics: metrics of the updates.
     """
 
     saved = ("updates", "_learns_from", "_updates_before", "_learning_starts", "metrics", "task_weights", "augmentation")
@@ -72,7 +72,7 @@ class Learner(Saved):
         self.rebuild()
 
     def rebuild(self) -> None:
-        """Recompute everything that depends on which parameters are trained. Call it after parameters were frozen or unfrozen."""
+        """Recompute everything that depends on which parameters are trained. Call this method after parameters were frozen or unfrozen."""
         if self._tape is not None:
             self._tape.close()
         self._tape = self.make_tape()
@@ -158,15 +158,15 @@ class Learner(Saved):
         """Refuse a user's task weights that compute no weights or no gradients.
 
         Raises:
-            RunError: with the missing part.
+            RunError: the weights or the gradients are missing.
         """
         if self._are_weights_checked:
             return
         name, K = type(self.task_weights).__name__, len(self.task_names)
         if not isinstance(weight_K, torch.Tensor) or weight_K.shape != (K,):
-            raise RunError(f"task_weights: {name}.backward returned no weights: expected a tensor of shape [{K}]")
+            raise RunError(f"task_weights: {name}.backward returned no weights. Return a tensor of shape [{K}]")
         if all(parameter.grad is None for parameter in self.optimizer.parameters):
-            raise RunError(f"task_weights: {name}.backward computed no gradient: expected a call of weigh, combine or replace")
+            raise RunError(f"task_weights: {name}.backward computed no gradient. Call weigh, combine or replace")
         self._are_weights_checked = True
 
     @torch.no_grad()

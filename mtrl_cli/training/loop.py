@@ -46,10 +46,10 @@ class Loop:
     one group are chosen while the emulators of the others run.
 
     Args:
-        groups: of environments, of equal size.
-        actor: chooses actions for all groups.
-        replay, learner, statistics: of the run.
-        overlapped: update the network while the emulators run (on a GPU) instead of afterwards (on a CPU, whose cores both would use).
+        groups: groups of environments, of equal size.
+        actor: policy that chooses actions for all groups.
+        replay, learner, statistics: parts of the run.
+        overlapped: whether updates run while the emulators run (on a GPU) instead of afterwards (on a CPU, whose cores both would use).
         ranks: processes that train together.
 
     Attributes:
@@ -95,7 +95,7 @@ class Loop:
             yield self.step
 
     def _send(self) -> None:
-        """Send actions to all groups. Those of the first group were chosen at the end of the previous tick."""
+        """Send actions to all groups. Actions of the first group were chosen at the end of the previous tick."""
         for group in self.groups:
             if group is not self.groups[0]:
                 with self.clock.time("act"):
@@ -108,7 +108,7 @@ class Loop:
             self.learner.run_due_updates(self.step)
 
     def _receive(self) -> tuple[list[Step[np.ndarray]], list[Transition]]:
-        """Wait for each group; choose actions for the first one while the others run."""
+        """Wait for each group; choose actions for the first group while the other groups run."""
         steps, transitions = [], []
         epsilon_K = self.learner.agent.epsilon(self.step + self.num_envs * self.ranks.size)
         for group in self.groups:
@@ -166,7 +166,7 @@ class Loop:
         self.replay.load_state_dict(state["replay"], rows_restored)
         groups = state["groups"]
         if len(groups) != len(self.groups):
-            raise ValueError(f"the saved run has {len(groups)} groups of environments, this one {len(self.groups)}")
+            raise ValueError(f"groups must be {len(groups)}, as in the saved run, got {len(self.groups)}")
         for index, group in enumerate(self.groups):
             group.load_state_dict(groups[str(index)], self.learner.agent.epsilon(self.step))
         if not rows_restored:

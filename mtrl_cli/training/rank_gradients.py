@@ -14,11 +14,11 @@ class RankGradients(TaskGradients):
     """Gradients that one process would compute from the samples of all ranks, with equal batches on each rank.
 
     The mean over ranks of a weighted sum is one exchange of the size of the network. For inner products of task gradients, the gradients
-    are exchanged first: K times as much.
+    are exchanged first, which is K times as much.
 
     Args:
         mine: gradients of this rank's batch.
-        shared, own: parameters of several tasks, and parameters of single tasks, as in `mine`.
+        shared, own: shared parameters and task-specific parameters, as in `mine`.
         ranks: processes whose gradients are averaged.
     """
 

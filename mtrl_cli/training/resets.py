@@ -18,16 +18,16 @@ from mtrl_cli.training.every import Every
 class Resets(Callback):
     """Shrink and perturb (Ash and Adams 2020, "On Warm-Starting Neural Network Training", section 4) at an interval.
 
-    Each parameter keeps a share of its value; the rest is the value of a freshly initialised network. A share of 0 is a complete reset, as
-    in Nikishin et al. 2022 and D'Oro et al. 2023; Schwarzer et al. 2023 ("BBF") use 0.5 for the encoder. The optimizer state of a reset
-    parameter is cleared, and the target network takes the new value. Frozen parameters are not reset.
+    The new value of a parameter is `shrink` times the old value plus 1 - `shrink` times the value of a freshly initialized network. 0 is a
+    complete reset, as in Nikishin et al. 2022 and D'Oro et al. 2023; Schwarzer et al. 2023 ("BBF") use 0.5 for the encoder. The optimizer
+    state of a reset parameter is cleared, and the target network takes the new value. Frozen parameters are not reset.
 
     Args:
         every: steps per task between resets, counted from the start of the run; there is no reset before the first update.
-        shrink: share of the old value.
+        shrink: weight of the old value.
         parts: parts of the network to reset: "torso", "sharing" (low-rank adapters included), "heads".
-        last_step: no reset happens later.
-        fresh: makes the freshly initialised network of the n-th reset, reproducibly.
+        last_step: last step at which a reset may happen.
+        fresh: function that returns the freshly initialized network of the n-th reset; each call with n gives equal parameters.
 
     Attributes:
         made: number of resets so far.

@@ -23,9 +23,9 @@ class SpeedMeter:
     of bursts between them, so the speed is measured over whole rollouts: from the end of one burst to the end of another.
 
     Args:
-        step, updates: of the run at the start of the measurement.
+        step, updates: step and number of updates at the start of the measurement.
         in_bursts: whether updates are made in bursts.
-        now: clock, in seconds.
+        now: function that returns the time in seconds.
     """
 
     def __init__(self, step: int, updates: int, in_bursts: bool, now: Callable[[], float] = time.perf_counter):

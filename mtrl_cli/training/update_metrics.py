@@ -20,9 +20,9 @@ class UpdateMetrics:
     `add` is part of an update's CUDA graph and never waits for the device. `read` and `check_finite` wait.
 
     Args:
-        task_names: of the K tasks.
-        device: of the losses.
-        ranks: whose metrics are averaged.
+        task_names: names of the K tasks.
+        device: device of the losses.
+        ranks: ranks whose metrics are averaged.
     """
 
     def __init__(self, task_names: Sequence[str], device: torch.device, ranks: Ranks):
@@ -54,17 +54,17 @@ class UpdateMetrics:
         """Check that all losses and gradients so far were finite.
 
         Raises:
-            RunError: with the task and the step of the first that was not.
+            RunError: a loss or gradient was not finite; the message names the first task and step.
         """
         first, task = self._bad_step_K.min(0)
         if first.item() != _NEVER:
             raise RunError(
-                f"the loss of task {self._task_names[int(task)]} or its gradient is not finite at step {int(first)}; "
-                "a lower optimizer.lr or optimizer.max_grad_norm may help"
+                f"the loss of task {self._task_names[int(task)]} or its gradient is not finite at step {int(first)}. "
+                "Lower optimizer.lr or optimizer.max_grad_norm"
             )
 
     def read(self) -> dict[str, float]:
-        """Return means since the last call by name; none if there was no update."""
+        """Return means since the last call, by metric; empty if there was no update."""
         count, self._count = self._count, 0
         self._ranks.mean_([*self._totals.values()])  # only the values of actions differ between ranks
         metrics: dict[str, float] = {}

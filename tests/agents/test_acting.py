@@ -52,13 +52,13 @@ def test_random_actions_are_uniform_over_each_tasks_actions() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.5, 0.9])
-def test_epsilon_is_the_share_of_random_actions(epsilon: float) -> None:
+def test_random_actions_have_probability_epsilon(epsilon: float) -> None:
     """One of five random actions is the greedy one."""
     other = (act(actor(), [0.0, 1.0, epsilon], envs=20_000)[2] != 4).float().mean()
     assert float(other) == pytest.approx(epsilon * 0.8, abs=0.02)
 
 
-def test_every_task_has_its_own_epsilon() -> None:
+def test_epsilon_is_task_specific() -> None:
     action = act(actor(), [0.0, 0.0, 1.0])
     assert (action[0] == 2).all()
     assert len(action[2].unique()) == 5

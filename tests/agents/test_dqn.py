@@ -1,4 +1,4 @@
-"""DQN: losses by hand on tables of action values, the target network, and settings."""
+"""DQN: losses against hand-computed values, the target network, and settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batch() -> Batch:
 # -- losses -------------------------------------------------------------------------------------------------------------------
 
 
-def test_losses_by_hand() -> None:
+def test_losses_equal_hand_computed_values() -> None:
     """gamma 0.5; the target network's best values are 8 in state 1 and 6 in state 2.
 
     1 + 2/2 + 4/4 + 8/8 = 4 against 2: error 2, Huber 1.5
@@ -72,7 +72,7 @@ def test_double_selects_actions_with_the_online_network() -> None:
     assert losses.loss_KB.tolist() == [[0.75, 0.25, 5.0]]
 
 
-def test_without_huber_errors_are_squared() -> None:
+def test_errors_are_squared_for_huber_zero() -> None:
     assert agent(ONLINE, TARGET, huber=0.0).losses(batch()).loss_KB.tolist() == [[2.0, 0.25, 15.125]]
 
 
@@ -84,7 +84,7 @@ def test_rewards_are_clipped_one_by_one_in_the_learner_only() -> None:
     assert given.rewards.max() == 6.0
 
 
-def test_losses_with_each_value_scale() -> None:
+def test_clip_limits_rewards_and_none_keeps_rewards() -> None:
     rewards = torch.tensor([-200.0, -0.5, 0.0, 2.0])
     assert ClipRewards(stream_of(["pong"])).rewards(rewards).tolist() == [-1.0, -0.5, 0.0, 1.0]
     assert ClipRewards(stream_of(["pong"]), limit=10.0).rewards(rewards).tolist() == [-10.0, -0.5, 0.0, 2.0]
@@ -188,7 +188,7 @@ def agent_of(head: type[Head], scale: ValueScale, **changes: Any) -> DQN:
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead])
 def test_popart_losses_use_normalised_targets(head: type[Head]) -> None:
-    """After the statistics change, errors are divided by the scale, and unnormalised targets and values stay the same."""
+    """After the statistics change, errors are divided by the scale, and unnormalized targets and values stay the same."""
     plain, scale = agent_of(head, NoValueScale(stream_of(["a", "b"]))), PopArt(stream_of(["a", "b"]), step_size=0.5)
     normalised, given = agent_of(head, scale), tasks_batch()
     expected = plain.losses(given)
@@ -210,7 +210,7 @@ def test_popart_moments_are_those_of_the_targets_of_the_update() -> None:
     scale, given = PopArt(stream_of(["pong"])), batch()
     made = agent(ONLINE, TARGET, scale, target_period=1000)
     made.network.head.rescale = made.target_network.head.rescale = lambda factor_K, offset_K: None  # type: ignore[assignment]
-    given.weight[0, 1] = 0.0  # of test_losses_by_hand: targets 4, 2 and 4.5, of which the second is masked
+    given.weight[0, 1] = 0.0  # as in test_losses_equal_hand_computed_values: targets 4, 2 and 4.5; 2 is masked
     made.after_step(given, made.losses(given))
     assert scale.mean_K.tolist() == [4.25]
     assert scale.scale_K.tolist() == pytest.approx([(18.125 - 0.01 * 4.25**2) ** 0.5])  # one step of 0.01 has been taken
@@ -231,7 +231,7 @@ def test_reward_factors_apply_before_the_value_scale() -> None:
 
 @pytest.mark.parametrize("head", [PlainHead, DuelingHead, QuantileHead, C51Head, HLGaussHead])
 def test_losses_compile_to_one_graph_without_recompilation(head: type[Head]) -> None:
-    """No graph break, no synchronisation with the device, and no recompilation when statistics change."""
+    """No graph break, no synchronization with the device, and no recompilation when statistics change."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -262,7 +262,7 @@ def values(network: nn.Module) -> list:
 
 
 def test_sync_copies_the_network_to_the_target_network() -> None:
-    """The learner calls it every `target_period` updates. A step between does not change the target network."""
+    """The learner calls `sync_target` every `target_period` updates. Other updates do not change the target network."""
     made = agent(ONLINE, TARGET, target_period=3)
     assert made.target_period == 3
     made.after_step(batch(), made.losses(batch()))
@@ -307,7 +307,7 @@ def test_epsilon_of_single_tasks_is_set_by_name() -> None:
 
 
 def test_popart_is_initialised_with_the_first_targets() -> None:
-    """The first losses then have unit scale for targets of any size; other scales need no initialisation."""
+    """The first losses then have unit scale for targets of any size; other scales need no initialization."""
     scale, given = PopArt(stream_of(["a", "b"])), tasks_batch()
     normalised, plain = agent_of(PlainHead, scale), agent_of(PlainHead, NoValueScale(stream_of(["a", "b"])))
     values = normalised.losses(given).q_K
@@ -332,7 +332,7 @@ def drawn(batch: Batch, observations: list[list[list[int]]], next_observations: 
     return batch
 
 
-def test_targets_and_losses_are_means_over_draws_by_hand() -> None:
+def test_targets_and_losses_are_means_over_draws() -> None:
     """Sample 0's next state is drawn as 1 and as 2, with best values 8 and 6: its target is 1 + 1 + 1 + 7/8 = 3.875.
 
     The state of sample 0 is drawn as 0 and as 2, where action 1 has values 2 and -1: errors 1.875 and 4.875, Huber 1.375 and 4.375.

@@ -1,4 +1,4 @@
-"""PQN: losses by hand, timing of updates, every head and scale, and whole runs with exact resume."""
+"""PQN: losses against hand-computed values, timing of updates, every head and scale, and whole runs with exact resume."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def batch(returns: list[float], weight: float = 1.0) -> RolloutBatch:
 # -- losses -------------------------------------------------------------------------------------------------------------------
 
 
-def test_losses_by_hand() -> None:
+def test_losses_equal_hand_computed_values() -> None:
     """Half the squares of 4 - 2, 2 - 3 (with weight 0.5) and 3 - -1."""
     losses = agent().losses(batch([4.0, 2.0, 3.0], weight=0.5))
     assert losses.error_KB.tolist() == [[2.0, 1.0, 4.0]]
@@ -68,7 +68,7 @@ def test_gradient_flows_only_through_the_values_of_chosen_actions() -> None:
 
 
 def test_popart_normalises_returns_and_keeps_values() -> None:
-    """After the moments change, losses use (return - mean) / scale, and stored values are unnormalised."""
+    """After the moments change, losses use (return - mean) / scale, and stored values are unnormalized."""
     torch.manual_seed(0)
     scale = PopArt(stream_of(("pong",)), step_size=0.5)
     network = MultiTaskNetwork(HardSharing(MLP(hidden=[8]), [(3,)]), PlainHead(8, [2]), 1.0)
@@ -100,7 +100,7 @@ def run(loop: Loop, ticks: int) -> list[int]:
     return [loop.learner.updates for _ in islice(loop.ticks(), ticks)]
 
 
-def test_rollout_is_learned_from_at_once_after_the_next_step_is_stored() -> None:
+def test_all_updates_from_a_rollout_follow_the_next_stored_step() -> None:
     """5 steps are stored when the sixth tick starts: 2 epochs of 2 updates, then again every 4 ticks."""
     assert run(loop_of(), 15) == [0] * 5 + [4] * 4 + [8] * 4 + [12] * 2
 
@@ -191,7 +191,7 @@ def test_values_converge_to_the_returns_with_every_head(head: type[Head]) -> Non
 
 
 def test_values_converge_to_the_optimal_values() -> None:
-    """On two small MDPs with observed states and random actions, against value iteration.
+    """Compare with value iteration on two small MDPs with observed states and random actions.
 
     Each MDP has 3 states and 2 actions, of which one terminates the episode. Episodes are also truncated at random.
     """

@@ -1,4 +1,4 @@
-"""Targets of action values: n-step returns, bootstrapping and lambda-returns, by hand."""
+"""Targets of action values: n-step returns, bootstrapping and lambda-returns against hand-computed values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mtrl_cli.agents.targets import bootstrap_value, discount, lambda_returns, n
 from mtrl_cli.networks.value_losses import td_target
 
 
-def test_n_step_return_by_hand() -> None:
+def test_n_step_return_is_the_discounted_sum_of_rewards() -> None:
     # 1 + 0.5 * 2 + 0.25 * 4 = 3;  -8 + 0.5 * 0 + 0.25 * 6 = -6.5;  windows that end early are padded with zeros: 10 + 0.5 * 4 = 12
     rewards = torch.tensor([[[1.0, 2.0, 4.0], [-8.0, 0.0, 6.0]], [[10.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
     assert n_step_return(rewards, 0.5).tolist() == [[3.0, -6.5], [12.0, 0.0]]
@@ -21,8 +21,8 @@ def test_n_step_return_for_discounts_one_and_zero() -> None:
     assert n_step_return(rewards, 0.0).item() == 1
 
 
-def test_bootstrap_value_by_hand() -> None:
-    # Action 1 is greedy for the target network (5), action 2 for the online network; the target network values it at 3.
+def test_double_q_learning_evaluates_the_online_action_with_the_target_network() -> None:
+    # Action 1 is greedy for the target network (5), action 2 for the online network. The target network values action 2 at 3.
     target = torch.tensor([[[1.0, 5.0, 3.0]]])
     online = torch.tensor([[[0.0, 2.0, 9.0]]])
     assert bootstrap_value(target, target).item() == 5
@@ -37,7 +37,7 @@ def test_invalid_action_is_never_bootstrapped_from() -> None:
     assert bootstrap_value(values, online).tolist() == [[-9.0], [-3.0]]
 
 
-def test_td_target_by_hand() -> None:
+def test_td_target_bootstraps_unless_terminated() -> None:
     # gamma 0.5: after three steps, 2 + 0.125 * 8 = 3; truncated after one step, 2 + 0.5 * 8 = 6; terminated, 2; zero steps, 0 + 1 * 8
     discount_KB = discount(torch.tensor([[3, 1, 3, 0]]), torch.tensor([[False, False, True, False]]), 0.5)
     assert discount_KB.tolist() == [[0.125, 0.5, 0.0, 1.0]]
@@ -79,7 +79,7 @@ def returns_of(
     return lambda_returns(column(rewards), column(values), *ends, 0.5, trace_decay).flatten().tolist()
 
 
-def test_lambda_returns_by_hand() -> None:
+def test_lambda_returns_equal_hand_computed_values() -> None:
     """G_2 = 4 + 0.5 * 16 = 12; G_1 = 2 + 0.5 * (0.5 * 6 + 0.5 * 12) = 6.5; G_0 = 1 + 0.5 * (0.5 * 10 + 0.5 * 6.5) = 5.125."""
     assert returns_of([1.0, 2.0, 4.0], [99.0, 10.0, 6.0, 16.0], 0.5) == [5.125, 6.5, 12.0]
 
@@ -100,7 +100,7 @@ def test_return_includes_nothing_of_the_next_episode() -> None:
 
 
 def reference_return(rewards: list, values: list, terminated: list, truncated: list, t: int, gamma: float, trace_decay: float) -> float:
-    """The weighted sum of all n-step returns from a step, each summed separately (Sutton and Barto 2018, equation 12.3)."""
+    """Return the weighted sum of all n-step returns from a step, each summed separately (Sutton and Barto 2018, equation 12.3)."""
     if truncated[t]:
         return values[t]
 

@@ -26,7 +26,7 @@ ALL_SAMPLES = torch.ones(3, 16, dtype=torch.bool)
 
 @pytest.mark.parametrize("kind", [PlainHead, DuelingHead, QuantileHead])
 def test_popart_preserves_the_values_of_both_networks(kind: type[Head]) -> None:
-    """Targets jump over eight orders of magnitude, with means far from 0: unnormalised values of both heads stay the same."""
+    """Targets jump over eight orders of magnitude, with means far from 0: unnormalized values of both heads stay the same."""
     torch.manual_seed(0)
     scale, online, target = PopArt(stream_of(NAMES), step_size=0.2), kind(7, ACTIONS), kind(7, ACTIONS)
     features = torch.randn(3, 16, 7)
@@ -63,7 +63,7 @@ def test_popart_normalises_a_stationary_stream_of_each_task() -> None:
 
 
 def test_popart_moments_are_bias_corrected_moving_averages() -> None:
-    """Against the definition: weights (1 - step_size) ^ age over their sum; the squared mean is scaled by the bias correction."""
+    """Compare with the definition: weights (1 - step_size) ^ age over their sum; the squared mean is scaled by the bias correction."""
     torch.manual_seed(0)
     scale, heads = PopArt(stream_of(NAMES), step_size=0.1), (PlainHead(7, ACTIONS),)
     history = []

@@ -1,4 +1,4 @@
-"""Augmentations: cases by hand, comparisons with torch and kornia, and random draws."""
+"""Augmentations: hand-computed results, comparisons with torch and kornia, and random draws."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_recorded_calls_draw_the_same_as_eager_calls(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name not in ("noise", "scale")])
 def test_image_augmentation_refuses_vectors_and_names_alternatives(name: str) -> None:
-    with pytest.raises(ValueError, match="supports images, but observations are vectors: use noise or scale"):
+    with pytest.raises(ValueError, match=r"requires image observations, got vector observations\. Use noise or scale"):
         MAKE[name](spec(VECTOR))
 
 
@@ -179,7 +179,7 @@ def image(*rows: list[int]) -> torch.Tensor:
     return torch.tensor([[rows]], dtype=torch.uint8)
 
 
-def test_shift_by_hand() -> None:
+def test_shift_moves_pixels_and_repeats_edges() -> None:
     """One pixel down and one to the left, with repeated edges."""
     start = image([1, 2, 3], [4, 5, 6], [7, 8, 9])
     moved = padded_windows(start, torch.tensor([0]), torch.tensor([2]), pad=1)
@@ -238,7 +238,7 @@ def test_zoom_by_two_repeats_central_pixels() -> None:
     assert looked_up(images, index)[0, 0].tolist() == [[6, 7, 7, 7, 8], middle, middle, middle, [16, 17, 17, 17, 18]]
 
 
-def test_cut_out_by_hand() -> None:
+def test_cut_out_sets_the_box_to_zero() -> None:
     ones = torch.ones(1, 2, 3, 4, dtype=torch.uint8)
     cut = cut_out(ones, *(torch.tensor([each]) for each in (1, 0, 2, 3)))
     assert cut[0, 1].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
@@ -282,7 +282,7 @@ def test_vector_scale_is_one_factor_per_sample() -> None:
     assert 1.95 < factors.max() <= 2.0
 
 
-def test_brightness_by_hand() -> None:
+def test_brightened_image_equals_hand_computed_values() -> None:
     bytes_ = torch.tensor([[0, 10, 101, 255]], dtype=torch.uint8)
     assert brightened(bytes_, torch.tensor([[1.05]]), 255.0).tolist() == [[0, 10, 106, 255]]
     assert brightened(bytes_ // 10, torch.tensor([[0.5]]), 1.0).tolist() == [[0.0, 0.5, 5.0, 12.5]]
@@ -313,7 +313,7 @@ def test_blur_spreads_a_point_and_keeps_a_constant_image() -> None:
 
 def test_rotation_and_zoom_agree_with_kornia() -> None:
     """Except for pixels so close to the middle of two others that rounding decides."""
-    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
+    kornia = pytest.importorskip("kornia", reason="kornia, in the extra `test`, is the reference")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     angle, zoom = torch.linspace(-40, 40, len(images)), torch.linspace(0.6, 1.7, len(images))
     radians = angle * torch.pi / 180
@@ -327,7 +327,7 @@ def test_rotation_and_zoom_agree_with_kornia() -> None:
 
 
 def test_blur_agrees_with_kornia() -> None:
-    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
+    kornia = pytest.importorskip("kornia", reason="kornia, in the extra `test`, is the reference")
     images = observations(stack=3)[:, :, :, 0].flatten(0, 1)
     sigma = torch.linspace(0.2, 2.0, len(images))
     other = kornia.filters.gaussian_blur2d(images.float(), (5, 5), torch.stack([sigma, sigma], 1), border_type="replicate")
@@ -336,7 +336,7 @@ def test_blur_agrees_with_kornia() -> None:
 
 
 def test_flip_agrees_with_kornia() -> None:
-    kornia = pytest.importorskip("kornia", reason="kornia, of the extra test, is the oracle")
+    kornia = pytest.importorskip("kornia", reason="kornia, in the extra `test`, is the reference")
     given = batch(samples=3)
     flipped = Flip(spec(), probability=1.0)(given)
     assert torch.equal(flipped.observation, kornia.geometry.transform.hflip(given.observation))
@@ -370,7 +370,7 @@ def test_empty_pipeline_changes_nothing() -> None:
     assert all(after is before for after, before in zip(vars(Pipeline()(given)).values(), vars(given).values(), strict=True))
 
 
-def test_several_draws_are_stored_draw_after_draw() -> None:
+def test_several_draws_are_stored_in_draw_major_order() -> None:
     given = batch()
     made = Pipeline({"shift": Shift(spec(), pad=0)}, loss_draws=3, target_draws=2)(given)
     assert torch.equal(made.observation.unflatten(1, (3, 16)), given.observation[:, None].expand(-1, 3, *(-1,) * 5))

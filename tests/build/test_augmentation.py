@@ -98,13 +98,13 @@ def test_experiment_may_choose_several_augmentations(tmp_path: Path) -> None:
     [
         (["augmentation=shfit"], "unknown option 'augmentation=shfit'. Did you mean 'augmentation=shift'?"),
         (["augmentation=[shift,intensty]"], "unknown option 'augmentation=intensty'. Did you mean 'augmentation=intensity'?"),
-        (["augmentation=[shift,blur,shift]"], "augmentation contains shift twice. Give each option once"),
+        (["augmentation=[shift,blur,shift]"], "augmentation contains shift twice. List each option once"),
         (["augmentation=[none,shift]"], "augmentation contains none and other options"),
         (["augmentation=shift", "augmentation.shift.pda=2"],
          "unknown key 'augmentation.shift.pda' in Shift. Did you mean 'augmentation.shift.pad'?"),
         (["augmentation=shift", "augmentation.shift.degrees=2"],
-         "unknown key 'augmentation.shift.degrees' in Shift. It is a key of augmentation=rotate"),
-        (["augmentation=shift", "augmentation.pad=2"], "Keys of an option have the form augmentation.shift.pad"),
+         "unknown key 'augmentation.shift.degrees' in Shift. Remove the key, or choose augmentation=rotate"),
+        (["augmentation=shift", "augmentation.pad=2"], "unknown key 'augmentation.pad'. Use augmentation.shift.pad"),
         (["augmentation=shift", "augmentation.shift.pad=-1"], "augmentation.shift.pad must be a non-negative integer or auto, got -1"),
         (["augmentation=shift", "augmentation.shift.pad=much"], "shift.pad must be a non-negative integer or auto, got 'much'"),
         (["augmentation=shift", "augmentation.blur.low=1"], "blur is not chosen"),
@@ -205,11 +205,11 @@ def test_symmetric_games_are_tasks_of_the_pack(env: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["env=atari_pack"], "augmentation=flip: pong changes in a mirror (it is not in env.symmetric); "
-                             "use env.tasks=[breakout,space_invaders,seaquest]"),
-        (["env=minatar_pack"], "freeway changes in a mirror"),
-        (["env=atari_pack", "env.tasks=[pong,freeway]"], "none of the tasks can be mirrored"),
-        (["env=classic_pack"], "Flip supports images, but observations are vectors: use noise or scale"),
+        (["env=atari_pack"], "augmentation=flip requires tasks that can be mirrored, but pong is not in env.symmetric. "
+                             "Use env.tasks=[breakout,space_invaders,seaquest]"),
+        (["env=minatar_pack"], "freeway is not in env.symmetric"),
+        (["env=atari_pack", "env.tasks=[pong,freeway]"], "Use another augmentation"),
+        (["env=classic_pack"], "Flip requires image observations, got vector observations. Use noise or scale"),
     ],
 )  # fmt: skip
 def test_flip_of_an_asymmetric_task_is_refused_before_the_run_starts(words: list[str], message: str, here: MtrlHere) -> None:

@@ -139,7 +139,7 @@ def test_parameters_of_every_head_are_counted(head: str) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_small_network_meets_its_budget_where_integer_widths_allow(seed: int) -> None:
-    """Against all widths of a small torso: a budget that no width meets is refused, and the error names possible sizes."""
+    """Compare with all widths of a small torso: a budget is refused only if no width meets it, and the error names possible sizes."""
     draw = random.Random(seed)
     tasks, weight = draw.randint(1, 8), draw.randint(1, 9)
 
@@ -178,7 +178,7 @@ def test_width_that_a_structure_refuses_is_skipped() -> None:
         return 10 * values["units"] if values["units"] >= 8 else 0
 
     assert parameter_budget.fit({"units": 64}, 80, count) == {"units": 8}
-    with pytest.raises(UserError, match="The nearest sizes are 80"):
+    with pytest.raises(UserError, match="Use a nearby size: 80"):
         parameter_budget.fit({"units": 64}, 50, count)
 
 
@@ -193,7 +193,7 @@ def test_width_that_a_structure_refuses_is_skipped() -> None:
         (["network.parameters=90000000000000"], ["GiB"]),
         (
             ["network.parameters=60", "network.hidden=[64]", "network.layer_norm=false"],
-            ["no width", "nearest sizes are 5"],
+            ["is not within 2% of any size", "nearby size: 5"],
         ),
     ],
 )

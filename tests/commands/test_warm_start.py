@@ -218,7 +218,7 @@ def test_unreadable_source_is_refused_in_two_lines(here: MtrlHere, sources: Path
             ["transfer.unfreeze_at must be at most steps_per_task", "got 100000000"],
         ),
         (["init_from=SOURCE", "transfer.freeze=torso", "transfer.adapters=lora", "transfer.rank=1000000000000"], ["transfer.rank"]),
-        (["init_from=SOURCE", "transfer.adapters=lora"], ["lora", "set transfer.freeze=torso, got none"]),
+        (["init_from=SOURCE", "transfer.adapters=lora"], ["lora", "requires transfer.freeze=torso, got transfer.freeze=none"]),
         (["init_from=SOURCE", "transfer.adapters=lora", "transfer.freeze=torso", "network/sharing=mmoe"], ["lora", "MMoE"]),
         (["init_from=SOURCE", "transfer.adapters=lora", "transfer.freeze=torso", "network/sharing=independent"], ["lora", "Independent"]),
         (["init_from=SOURCE", "transfer.replay=true"], ["env.tasks", "MountainCar-v0"]),

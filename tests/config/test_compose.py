@@ -28,7 +28,7 @@ def own(tmp_path: Path) -> Path:
     (folder / "env").mkdir(parents=True)
     (folder / "optimizer").mkdir()
     (folder / "env" / "two.yaml").write_text(
-        "# @package _global_\n# Two games of mine\ndefaults: [atari_pack, _self_]\nenv: {name: two, tasks: [pong, tetris]}\nseed: 7\n"
+        "# @package _global_\n# Two games\ndefaults: [atari_pack, _self_]\nenv: {name: two, tasks: [pong, tetris]}\nseed: 7\n"
     )
     (folder / "optimizer" / "slow.yaml").write_text("# Slow\ndefaults: [adam, _self_]\nlr: 1e-6\n")
     return folder
@@ -118,9 +118,8 @@ def test_run_dir_may_be_any_path() -> None:
         ("optimizer.lr=-1", "optimizer.lr must be a positive number, got -1"),
         ("steps_per_task=0", "steps_per_task must be a positive integer, got 0"),
         ("steps_per_task=1.5", "steps_per_task must be a positive integer, got 1.5"),
-        ("seed=1,2", "seed must be a single value, got 1,2. For a list: seed=[1,2]"),
-        ("seed=1,2", "For one run per value: mtrl sweep seed=1,2"),
-        ("seed=range(3)", "seed must be a single value, got range(3). For one run per value: mtrl sweep 'seed=range(3)'"),
+        ("seed=1,2", "seed must be a single value, got 1,2. Use seed=[1,2] for a list, or mtrl sweep seed=1,2 for one run per value"),
+        ("seed=range(3)", "seed must be a single value, got range(3). Use mtrl sweep 'seed=range(3)' for one run per value"),
         ("launcher=local", "launcher is a key of mtrl sweep"),
         ("launcher.jobs=2", "launcher.jobs is a key of mtrl sweep"),
         ("sweep.trials=3", "sweep.trials is a key of mtrl sweep"),
@@ -130,9 +129,9 @@ def test_run_dir_may_be_any_path() -> None:
         ("env.tasks=[]", "env.tasks must be a non-empty list of names, got []"),
         ("env.tasks=[pong,pong]", "env.tasks contains pong twice"),
         ("env.tasks=pong", "env.tasks must be a non-empty list of names, got 'pong'"),
-        ("network.sharing=hard", "network.sharing is a group. To choose an option: network/sharing=hard"),
+        ("network.sharing=hard", "network.sharing is a group. Choose an option with network/sharing=hard"),
         ("env@pack=atari_pack", "packages (@) are not supported. Use env=atari_pack"),
-        ("hydra.run.dir=x", "hydra.run.dir is not supported. Remove it: mtrl accepts only hydra.searchpath="),
+        ("hydra.run.dir=x", "hydra.run.dir is not supported. Use only hydra.searchpath="),
         ("hydra.searchpath=[/nowhere/at/all]", "hydra.searchpath must list folders, such as [file:///home/me/conf], got /nowhere/at/all"),
         ("hydra.searchpath=[pkg://os]", "hydra.searchpath must list folders"),
         ("atari_pack", "'atari_pack' is not an override. Did you mean 'env=atari_pack'?"),
@@ -169,7 +168,7 @@ def test_search_path_adds_options_packs_and_tasks(own: Path) -> None:
 
 def test_option_in_a_user_folder_must_not_shadow_a_built_in_option(own: Path) -> None:
     (own / "optimizer" / "adam.yaml").write_text("# Mine\nlr: 1\n")
-    with pytest.raises(UserError, match="Rename your own"):
+    with pytest.raises(UserError, match="Rename your file"):
         compose.compose_training(["optimizer=adam", f"hydra.searchpath=[{own}]"])
 
 
@@ -253,7 +252,7 @@ def test_resume_may_change_budget_and_device(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=3", "seed=3: a resumed run keeps its configuration. Only steps_per_task, device and trusted_packages can change"),
+        ("seed=3", "seed=3: a resumed run keeps its configuration. Change only steps_per_task, device or trusted_packages"),
         ("env.tasks=[pong,qbert]", "a resumed run keeps its configuration"),
         ("network=impala", "a resumed run keeps its configuration"),
         ("steps_per_task=1000", "agent.learning_starts must be at most steps_per_task=1000, got 10000"),
@@ -359,13 +358,13 @@ def test_user_pack_may_set_keys_of_one_agent(own: Path) -> None:
     )
     composed = compose.compose_training(["env=hasty", SEARCHED.format(own)])
     assert (composed["agent"]["n_step"], composed["agent"]["target_period"]) == (7, 9)
-    with pytest.raises(UserError, match=r"unknown key 'agent\.n_step' in PQN. It is a key of agent=dqn"):
+    with pytest.raises(UserError, match=r"unknown key 'agent\.n_step' in PQN. Remove the key, or choose agent=dqn"):
         compose.compose_training(["env=hasty", "agent=pqn", SEARCHED.format(own)])
 
 
 def test_tuned_is_not_a_group_to_choose_from() -> None:
     assert "tuned" not in options.groups([CONF])
-    with pytest.raises(UserError, match="tuned cannot be chosen: it follows from env and agent"):
+    with pytest.raises(UserError, match="tuned cannot be chosen, because env and agent determine tuned"):
         compose.compose_training(["tuned=dqn_minatar_pack"])
     for file in (CONF / "tuned").glob("*.yaml"):
         agent, _, pack = file.stem.partition("_")

@@ -42,6 +42,6 @@ def test_simple_overrides_equal_those_of_hydras_parser(monkeypatch: pytest.Monke
         ("+env={a", "'+env={a' is not an override"),
     ],
 )
-def test_text_that_is_no_single_override_is_refused(text: str, message: str) -> None:
+def test_text_that_is_not_a_single_override_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         overrides.parse(text)

@@ -122,7 +122,7 @@ def test_class_without_init_has_no_keys_and_may_be_defined_in_a_package(root: Pa
         ["mtrl_cli.toys.torsos.Small"],
     ],
 )
-def test_target_that_is_no_class_of_the_package_is_refused(target: Any, root: Path) -> None:
+def test_target_that_is_not_a_class_of_the_package_is_refused(target: Any, root: Path) -> None:
     with pytest.raises(UserError) as caught:
         read(target, root)
     assert "network._target_" in str(caught.value)
@@ -265,14 +265,14 @@ def test_omitted_defaults_are_filled_in() -> None:
         ("learning_rate", 3, "unknown key 'learning_rate'"),
         ("checkpoint.evry", 3, "unknown key 'checkpoint.evry'. Did you mean 'checkpoint.every'?"),
         ("network.sharing.x", 3, "unknown key 'network.sharing.x' in HardSharing. Keys of network.sharing: none"),
-        ("agent.n_step", ..., "agent.n_step is missing. It must be a positive integer"),
+        ("agent.n_step", ..., "agent.n_step is missing. Set agent.n_step to a positive integer"),
         ("eval", ..., "eval is missing"),
         ("resets", ..., "resets is missing"),
         ("eval.test_seed", ..., "eval.test_seed is missing"),
         ("ranks", ..., "ranks is missing"),
         ("seed", ..., "seed is missing"),
-        ("network._target_", ..., "network has no _target_. Choose one of `mtrl ls network` with network=NAME"),
-        ("network.head", "plain", "network.head must be a section of keys and values, got plain. To choose one: network/head=NAME"),
+        ("network._target_", ..., "network has no _target_. Choose an option with network=NAME (see `mtrl ls network`)"),
+        ("network.head", "plain", "network.head must be a section of keys and values, got plain. Choose an option with network/head=NAME"),
         ("eval", 5, "eval must be a section of keys and values, got 5"),
         ("agent", None, "agent must be a section of keys and values, got null"),
         ("env.name", "../up", "env.name must be letters, digits"),

@@ -1,4 +1,7 @@
-"""Fifty hostile run folders: each is refused in at most two lines with exit code 2; none runs or imports code, or is changed."""
+"""Fifty hostile run folders: each is refused in at most two lines with exit code 2.
+
+No code of a folder is run or imported, and no folder is changed.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +180,7 @@ print(json.dumps(report))
 """
 
 HARMLESS = ("exec", "compile", "import")
-"""Events that evaluating an annotation, or a late import of a library, also raises. Their arguments are checked."""
+"""Events that evaluating an annotation or a late import of a library also raises. The arguments of these events are checked."""
 
 
 def test_commands_end_with_exit_code_2_and_change_nothing(tmp_path: Path) -> None:

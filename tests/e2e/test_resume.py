@@ -66,7 +66,7 @@ def check_same(mtrl: Mtrl) -> None:
 
 
 @pytest.mark.parametrize(("overrides", "kills"), [(CLASSIC, 4), (ATARI, 3)], ids=["classic", "atari"])
-def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int) -> None:
+def test_run_killed_at_random_moments_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], kills: int) -> None:
     begun = time.monotonic()
     mtrl("train", *overrides, "run_dir=uninterrupted")
     longest = (time.monotonic() - begun) / 2
@@ -93,7 +93,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, ove
     ],
     ids=["pqn", "pqn-overlap", "prioritized", "atari-nature"],
 )
-def test_killed_at_chosen_moments_a_run_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], crashes: list[Crash]) -> None:
+def test_run_killed_at_chosen_moments_ends_with_the_same_bytes(mtrl: Mtrl, overrides: list[str], crashes: list[Crash]) -> None:
     MtrlHere(mtrl.folder)("train", *overrides, "run_dir=uninterrupted")
     for crash in crashes:
         process = start(mtrl, overrides, crash)

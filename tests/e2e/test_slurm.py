@@ -103,7 +103,7 @@ def test_worker_gets_the_resources_of_its_job(cluster: None, run: Path, worker: 
     assert "TimeLimit=UNLIMITED" in described, "the partition's, not submitit's five minutes"
 
 
-def test_jobs_wait_stop_and_can_be_attached_to(cluster: None, run: Path, worker: Callable[[str], None]) -> None:
+def test_second_job_waits_and_later_launcher_attaches_to_and_stops_both(cluster: None, run: Path, worker: Callable[[str], None]) -> None:
     worker(SAVES)
     whole = launcher(cpus_per_task=2)
     other = run.with_name("0002")

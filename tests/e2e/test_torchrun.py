@@ -74,7 +74,7 @@ def test_returns_are_normalised_over_the_environments_of_all_ranks(found: list[d
     assert [rank["return_norm"] for rank in found] == [0.0, 0.0]
 
 
-def test_exchanges_agree_with_values_computed_by_hand(found: list[dict[str, Any]]) -> None:
+def test_exchanges_equal_hand_computed_values(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert rank["mean"] == [[[0.5] * 3] * 2, 0.5, [[0.0, 1.5], [0.5, 2.0], [1.0, 2.5]]]
         assert rank["joined"] == [[0, 1], [10, 11]]
@@ -105,7 +105,7 @@ def test_busy_rank_is_ended_by_its_watchdog_when_a_peer_is_lost(tmp_path: Path) 
 # -- a run ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_networks_are_identical_and_environments_are_not(uninterrupted: Path) -> None:
+def test_ranks_train_identical_networks_in_different_environments(uninterrupted: Path) -> None:
     digests = [json.loads((uninterrupted.parent / f"{rank}.json").read_text()) for rank in range(2)]
     assert digests[0]["digest"] == digests[1]["digest"]
     assert digests[0]["frames"] != digests[1]["frames"]
@@ -113,13 +113,13 @@ def test_networks_are_identical_and_environments_are_not(uninterrupted: Path) ->
     assert len({*digests[0]["seeds"], *digests[1]["seeds"]}) == pack["num_envs"]
 
 
-def test_run_is_one_and_counts_all_ranks(uninterrupted: Path) -> None:
+def test_two_ranks_write_one_run_folder_and_count_the_steps_of_both(uninterrupted: Path) -> None:
     assert load(uninterrupted / "config.yaml")["ranks"] == 2
     assert json.loads((uninterrupted / "run.json").read_text())["status"] == "completed"
     rows = learning_rows(uninterrupted)
     logged = [row for row in rows if "q/mean/CartPole-v1" in row]
     assert [row["step"] for row in logged] == list(range(200, 1601, 200))
-    # Over all ranks, one update per batch_size / samples_per_step = 8 steps per task, made before the steps of its tick are counted.
+    # One update per batch_size / samples_per_step = 8 steps per task of both ranks, made before the steps of the tick are counted.
     assert [row["updates"] for row in logged] == [(step - 4 - 100) // 8 for step in range(200, 1601, 200)]
     whole = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     speeds = [(row["step"], row["seconds"], row["perf/steps_per_second"]) for row in whole if "perf/steps_per_second" in row]

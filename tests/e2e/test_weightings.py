@@ -29,7 +29,7 @@ def test_every_weighting_trains_and_resumes_exactly(name: str, here: MtrlHere) -
     assert last["updates"] == (240 - 4 - 40) * 2 // 16
     assert all(math.isfinite(value) for row in rows for value in row.values())
     weights = [last[f"weight/{task}"] for task in TASKS]
-    if name in ("uniform", "score_gap"):  # after so few steps every task scores like random play: every gap is 1
+    if name in ("uniform", "score_gap"):  # after so few steps every task scores like random play, so every gap is 1
         assert weights == pytest.approx([1 / 3] * 3, abs=0.01)
     else:
         assert max(weights) - min(weights) > 1e-4

@@ -54,7 +54,7 @@ def install(wheel: Path, folder: Path) -> None:
     (Path(packages) / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)))
 
 
-def test_wheel_holds_every_configuration_and_data_file(wheel: Path, root: Path) -> None:
+def test_wheel_contains_every_configuration_and_data_file(wheel: Path, root: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configuration = {f"mtrl_cli/{path.relative_to(root)}" for path in (root / "conf").rglob("*.yaml")}
     data = {str(path.relative_to(root)) for path in [*(root / "mtrl_cli").rglob("*.csv"), *(root / "mtrl_cli").rglob("*.jinja")]}
@@ -64,7 +64,7 @@ def test_wheel_holds_every_configuration_and_data_file(wheel: Path, root: Path) 
     assert configuration | data | code <= names
 
 
-def test_wheel_holds_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_no_other_file(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     strange = [name for name in names if not (name.startswith("mtrl_cli/") or ".dist-info/" in name)]
     assert strange == []

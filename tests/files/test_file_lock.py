@@ -1,4 +1,4 @@
-"""Tests of file locks: one holder at a time, no leaks into children, and refusal of files that are not locks."""
+"""File locks: one holder at a time, no leaks into children, and refusal of files that are not locks."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def refuse_warning(line: str) -> None:
 
 
 def go_on_saving(run: Path) -> None:
-    """Save checkpoints until killed, as a training process does; every second step is saved twice."""
+    """Save checkpoints until killed, like a training process. Every second step is saved twice."""
     ring, store = Ring(30), store_in(run, keep=2, with_replay=True)
     store.recover()
     try:

@@ -101,7 +101,7 @@ def learner_of(weighting: str, ranks: Ranks, taped: bool) -> tuple[Learner, Reco
 
 
 def relative_difference(mine: torch.Tensor, other: torch.Tensor) -> float:
-    """Maximum difference of two tensors, relative to the largest entry of the second."""
+    """Return the maximum difference of two tensors, relative to the largest entry of the second."""
     return float((mine - other).abs().max() / other.abs().max().clamp_min(1e-12))
 
 

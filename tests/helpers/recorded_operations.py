@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 class RecordedOperations:
     """A `mtrl_cli.machine.cuda_graphs.Recorder`.
 
-    As with a graph, Python numbers keep their recorded values, and synchronising with the device is refused.
+    As with a graph, Python numbers keep their recorded values, and synchronizing with the device is refused.
     Unlike a graph, recording already executes the first replay.
     """
 
@@ -50,7 +50,7 @@ class RecordedOperations:
     def note(self, operation: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Record an executed operation."""
         if operation is torch.ops.aten._local_scalar_dense.default or operation is torch.ops.aten.nonzero.default:
-            raise AssertionError(f"{operation} would synchronise with the device")
+            raise AssertionError(f"{operation} would synchronize with the device")
         self._kept.append((args, kwargs, out))
 
         def replay_operation(made: dict[int, Any]) -> None:

@@ -14,12 +14,12 @@ Row = dict[str, torch.Tensor]
 
 
 def transition(row: Row) -> Transition:
-    """The transition of a row of `random_rows`. Values are zero where the row has none."""
+    """Return the transition of a row of `random_rows`; its value is zero if the row has no value."""
     return Transition(**({"done": row["terminated"] | row["truncated"], "value": torch.zeros_like(row["reward"])} | row))
 
 
 def spec(**changes: object) -> ReplaySpec:
-    """A small replay's spec."""
+    """Return the spec of a small replay."""
     settings: dict = {
         "num_tasks": 2,
         "num_envs": 3,
@@ -112,13 +112,13 @@ class SlowReplay:
         self.rows += 1
 
     def truncated(self, task: int, env: int, row: int) -> bool:
-        """Whether the observation after a row was never stored."""
+        """Return whether the episode was truncated after a row, so that the next observation was never stored."""
         episode, place = self.where[task, env][row]
         moment = self.episodes[task, env][episode][place]
         return moment.truncated and not moment.terminated
 
     def sample(self, task: int, env: int, row: int) -> Sample:
-        """The sample that starts at a row."""
+        """Return the sample that starts at a row."""
         number, place = self.where[task, env][row]
         episode = self.episodes[task, env][number]
         rewards: list[float] = []

@@ -1,4 +1,4 @@
-"""Tests that require programs other than Python packages: skipped if one is missing, failed if it was required."""
+"""Tests that require programs other than Python packages: skipped if a program is missing, failed if the missing program is required."""
 
 from __future__ import annotations
 

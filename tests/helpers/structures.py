@@ -43,7 +43,7 @@ STRUCTURES = [path.stem for path in YAMLS]
 
 
 def observations(shapes: Shapes, batch: int = 4, seed: int = 0) -> torch.Tensor:
-    """`[K, B, *padded]`, zero where a task's own observation ends."""
+    """Return noise `[K, B, *padded]`, zero in the padding of each task."""
     padded = (max(shape[0] for shape in shapes), *shapes[0][1:])
     observation = torch.zeros(len(shapes), batch, *padded)
     random = torch.Generator().manual_seed(seed)
@@ -88,12 +88,12 @@ def unstacked(module: nn.Module, stacked: Stacked, row: int) -> nn.Module:
 
 
 def counts(sharing: Sharing) -> tuple[int, list[int]]:
-    """Number of shared parameters and number of each task's own parameters."""
+    """Return the numbers of shared parameters and of task-specific parameters of each task."""
     return parameter_counts(sharing, sharing.num_tasks)
 
 
 def stem_of_task(sharing: Sharing, torso: Torso, shapes: Shapes, task: int) -> nn.Module:
-    """Return a task's own stem, or the shared stem."""
+    """Return the task-specific stem, or the shared stem."""
     stem = sharing.get_submodule("stem")
     return unstacked(torso.stem(shapes[task]), stem, task) if isinstance(stem, PerTask) else stem
 

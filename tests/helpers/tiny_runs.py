@@ -1,4 +1,4 @@
-"""Overrides of runs that take a second or a few, and their results on disk."""
+"""Overrides of runs that take a few seconds, and the results of such runs on disk."""
 
 from __future__ import annotations
 

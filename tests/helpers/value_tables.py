@@ -1,4 +1,4 @@
-"""Action values as a table, for losses computed by hand."""
+"""Action values as a table, for hand-computed losses."""
 
 from __future__ import annotations
 

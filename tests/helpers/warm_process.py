@@ -89,7 +89,7 @@ class WarmProcess:
             return None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code; that of a process killed by signal n is -n."""
+        """Wait for the end and return the exit code: -n for a process killed by signal n."""
         if self.returncode is None:
             self._connection.settimeout(timeout)
             try:
@@ -176,7 +176,7 @@ def serve(connection: socket.socket) -> list[str]:
 
 
 def _become(request: dict[str, Any], report: int, stdout: int, stderr: int) -> list[str]:
-    """Fork the command's own process; the process between it and the server reports its number and its exit code."""
+    """Fork the process of the command. The process in between reports the number and exit code of the command to the server."""
     child = os.fork()
     if child:
         os.close(stdout)

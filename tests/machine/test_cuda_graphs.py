@@ -73,10 +73,10 @@ def test_host_function_is_called_in_every_replay() -> None:
     assert found == [[2.0, 2.0], [13.0, 13.0], [24.0, 24.0]]
 
 
-def test_function_that_synchronises_with_its_device_is_refused_by_the_test_recorder() -> None:
+def test_recorder_for_tests_refuses_to_synchronize_with_the_device() -> None:
     """`RecordedOperations` is as strict as CUDA graphs."""
     x = torch.ones(2)
-    with pytest.raises(AssertionError, match="would synchronise"):
+    with pytest.raises(AssertionError, match="would synchronize"):
         cuda_graphs.Captured(lambda: x * float(x.sum()), RecordedOperations, warm_up=0)()
 
 

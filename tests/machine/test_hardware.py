@@ -186,7 +186,7 @@ def test_unknown_device_names_are_refused(name):
 def test_cuda_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
-        with pytest.raises(UserError, match="use device=cpu or device=auto"):
+        with pytest.raises(UserError, match="Use device=cpu or device=auto"):
             hardware.resolve_device(name)
 
 
@@ -196,7 +196,7 @@ def test_cuda_index_out_of_range_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert hardware.resolve_device("cuda:1") == torch.device("cuda", 1)
     assert hardware.resolve_device("cuda") == hardware.resolve_device("auto") == torch.device("cuda", 0)
-    with pytest.raises(UserError, match="the CUDA devices are cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match="Use a device from cuda:0 to cuda:1"):
         hardware.resolve_device("cuda:2")
 
 

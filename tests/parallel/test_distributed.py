@@ -16,7 +16,7 @@ from mtrl_cli.parallel.torchrun import Place
 from mtrl_cli.runs.run_dir import ReadOnlyRunFolder, RunFolder
 
 
-def test_place_is_read_from_the_variables_of_torchrun() -> None:
+def test_rank_and_world_size_are_read_from_the_variables_of_torchrun() -> None:
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     assert torchrun.place(given) == Place(3, 4, 1, 2)
     assert torchrun.place({"RANK": "3", "WORLD_SIZE": "4"}) == Place()

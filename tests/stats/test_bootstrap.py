@@ -1,3 +1,5 @@
+"""Bootstrap intervals and aggregates over tasks: known answers, and properties of the resamples."""
+
 from __future__ import annotations
 
 import itertools
@@ -27,7 +29,7 @@ def test_interval_of_a_mean_agrees_with_the_normal_approximation():
     assert bootstrap_mean_ci([5.0]) == (5.0, 5.0)
 
 
-def test_aggregates_over_tasks_known_answer():
+def test_aggregates_over_tasks_equal_hand_computed_values():
     scores = {"a": [0.0, 2.0], "b": [4.0, 4.0], "c": [-1.0, 1.0]}
     result = over_tasks(scores)
     assert result["mean"] == pytest.approx((1 + 4 + 0) / 3)
@@ -38,7 +40,7 @@ def test_aggregates_over_tasks_known_answer():
 
 
 def test_bootstrap_resamples_within_tasks_only():
-    """Equal episodes within every task give an interval without width, although the tasks differ."""
+    """Equal episodes within every task give an interval of zero width, although the tasks differ."""
     result = over_tasks({"a": [0.0] * 5, "b": [10.0] * 3})
     assert result["ci"]["mean"] == [5.0, 5.0]
     assert result["ci"]["min"] == [0.0, 0.0]

@@ -25,7 +25,7 @@ def rows_of_rliable(shapes: list[tuple[int, int]], seed: int) -> list[np.ndarray
     return [np.stack(of_matrix) for of_matrix in zip(*drawn, strict=True)]
 
 
-def test_known_answers() -> None:
+def test_aggregates_equal_hand_computed_values() -> None:
     scores = np.array([[0.0, 1.0], [0.5, 2.0], [1.0, 0.0], [0.5, 3.0]])  # tasks' means 0.5 and 1.5
     found = score_stats.aggregates(scores)
     assert found["mean"].value == 1.0
@@ -34,7 +34,7 @@ def test_known_answers() -> None:
     assert found["optimality_gap"].value == pytest.approx(1 - (0 + 1 + 0.5 + 1 + 1 + 0 + 0.5 + 1) / 8)
 
 
-def test_known_probabilities_of_improvement() -> None:
+def test_probability_of_improvement_counts_ties_as_half() -> None:
     low, high = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0], [4.0]])
     assert score_stats.probability_of_improvement(high, low).value == 1
     assert score_stats.probability_of_improvement(low, high).value == 0
@@ -44,7 +44,7 @@ def test_known_probabilities_of_improvement() -> None:
     assert score_stats.probability_of_improvement(x, y).value == 0.75
 
 
-def test_known_profile() -> None:
+def test_profile_is_the_fraction_of_scores_above_each_threshold() -> None:
     scores = np.array([[0.0, 0.5], [1.0, 1.0]])
     assert score_stats.profile(scores, np.array([-1.0, 0.0, 0.5, 0.75, 1.0])).tolist() == [1, 0.75, 0.5, 0.5, 0]
 

@@ -1,4 +1,4 @@
-"""Differences between configurations: answers calculated by hand, and properties for any scores."""
+"""Differences between configurations: hand-computed results, and properties for any scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mtrl_cli.stats.bootstrap import Estimate
 from mtrl_cli.stats.sharing import data_efficiency, gain, nearest_size
 
 
-def test_gain_of_hand_made_scores() -> None:
+def test_gain_equals_hand_computed_differences() -> None:
     ours_SK, theirs_TK = np.array([[0.5, 0.9], [0.7, 0.9]]), np.array([[0.2, 1.0], [0.2, 1.0], [0.2, 0.7]])
     found = gain(ours_SK, theirs_TK)
     # Tasks: 0.6 - 0.2 and 0.9 - 0.9. Interquartile means: the middle two of .5 .7 .9 .9; all of .2 .2 .2 .7 1 1 except one at each end.

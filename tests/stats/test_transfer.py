@@ -42,7 +42,7 @@ def test_steps_to_a_threshold_agree_with_a_fine_interpolation() -> None:
         assert (step == float("inf")) if not above.size else step == pytest.approx(above[0], abs=0.02)
 
 
-def test_area_calculated_by_hand() -> None:
+def test_area_is_the_mean_of_trapezoids() -> None:
     """Trapezoids: 25 + 75 + 200 over 400 steps."""
     curve = np.array([0.0, 0.5, 1.0, 1.0])
     assert area(STEPS, curve) == pytest.approx(0.75)
@@ -61,7 +61,7 @@ def test_equal_runs_gain_nothing() -> None:
     assert found["steps_to_scratch"].value == pytest.approx(400.0)
 
 
-def test_metrics_of_two_seeds_calculated_by_hand() -> None:
+def test_metrics_of_two_seeds_equal_hand_computed_values() -> None:
     """Mean curves: 0.3, 0.5, 0.7, 0.9 and 0, 0.1, 0.3, 0.6. The first reaches 0.6 halfway between the evaluations at 100 and 200."""
     fine_tuned = np.array([[0.2, 0.4, 0.6, 0.8], [0.4, 0.6, 0.8, 1.0]])
     scratch = np.array([[0.0, 0.1, 0.2, 0.5], [0.0, 0.1, 0.4, 0.7]])

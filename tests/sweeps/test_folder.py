@@ -76,7 +76,7 @@ def test_trial_is_not_created_in_a_linked_folder(plan: Plan, tmp_path: Path) -> 
     mine.mkdir()
     (tmp_path / "S/trials").mkdir(parents=True)
     (tmp_path / "S/trials/0000").symlink_to(mine)
-    with pytest.raises(UserError, match="is a link"):
+    with pytest.raises(UserError, match="got a link"):
         TrialRun(tmp_path / "S", plan, 0, {"seed": "0"}).make()
     assert list(mine.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Sharing diagnostics: metrics against values computed by hand, output of a run, and no effect on training."""
+"""Sharing diagnostics: metrics against hand-computed values, output of a run, and no effect on training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_cosines_agree_with_torch_for_random_gradients() -> None:
     np.testing.assert_allclose(cosines, torch.cosine_similarity(rows_KP[:, None], rows_KP[None], dim=2), atol=1e-12)
 
 
-def test_similarity_of_four_samples_by_hand() -> None:
+def test_similarity_of_four_samples_equals_the_hand_computed_value() -> None:
     # Inner products of different samples are 1 for samples 0 and 1 of the first task and 0 and 2 of the second, else 0. Centred, they are
     # 1/3 for that pair and the pair of the two other samples, -1/6 for the four other pairs: squares sum to 1/3, products to -1/6.
     features_KMF = torch.tensor([[[1.0], [1], [0], [0]], [[1], [0], [1], [0]]])
@@ -122,7 +122,7 @@ def test_effective_rank_covers_99_percent_of_the_singular_values() -> None:
     assert math.isnan(effective_rank(torch.tensor([[1.0, math.inf], [0.0, 1.0]])))
 
 
-def test_dormant_share_of_a_layer_by_hand() -> None:
+def test_dormant_neurons_are_below_tau_times_the_mean_activation() -> None:
     layer = nn.Sequential(nn.Linear(1, 4), nn.ReLU())
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor([[1.0], [-1.0], [0.02], [0.03]]))
@@ -165,7 +165,7 @@ def test_neurons_of_stacked_modules_are_counted_per_task() -> None:
 
 
 class Quadratic(Agent):
-    """Agent whose loss for task k is half the squared distance of the task's features from its own goal `goal_KF[k]`."""
+    """Agent whose loss for task k is half the squared distance of the task's features from the task-specific goal `goal_KF[k]`."""
 
     def __init__(self, network: MultiTaskNetwork, goal_KF: torch.Tensor):
         self.network, self.goal_KF = network, goal_KF
@@ -287,7 +287,7 @@ def test_similarity_of_tasks_in_every_structure(name: str) -> None:
     if name == "hard":  # all tasks share one path
         assert pairs == pytest.approx([1, 1, 1])
     elif name in {"independent", "input_adapters", "task_embedding", "cross_stitch", "mtan", "ple"}:
-        assert min(pairs) < 0.999  # paths of other structures are almost equal at initialisation
+        assert min(pairs) < 0.999  # paths of other structures are almost equal at initialization
     assert "features/cka" in report.pictures
 
 
@@ -310,7 +310,7 @@ def test_paths_of_tasks_are_compared_on_the_pooled_observations_of_all_tasks() -
 
 
 @pytest.mark.parametrize("sharing", [HardSharing, IndependentSharing])
-def test_dormant_share_covers_the_neurons_of_all_tasks(sharing: type[Sharing]) -> None:
+def test_dormant_fraction_covers_the_neurons_of_all_tasks(sharing: type[Sharing]) -> None:
     learner = fill(learner_of(sharing=sharing))
     network = learner.agent.network
     report = Diagnostics(learner.agent, learner.replay, ["pong", "qbert"], seed=0).report(10)

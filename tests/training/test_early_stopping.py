@@ -1,4 +1,4 @@
-"""Early stopping: on curves by hand, across a resume, and through the command line."""
+"""Early stopping: on given curves, across a resume, and through the command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stops_at(curve: list[float | None], patience: int, min_delta: float = 0.0) -
     ("curve", "patience", "min_delta", "index"),
     [
         ([0.1, 0.2, 0.3, 0.4], 1, 0.0, None),
-        ([0.1, 0.2, 0.2, 0.4], 1, 0.0, 2),  # an equal value is no improvement
+        ([0.1, 0.2, 0.2, 0.4], 1, 0.0, 2),  # an equal value is not an improvement
         ([0.1, 0.0, 0.2, 0.1, 0.1, 0.3], 2, 0.0, 4),
         ([-5.0, -6.0, -4.0, -4.5, -4.2, -4.1], 3, 0.0, 5),
         ([0.0, 0.25, 0.5, 0.75], 1, 0.5, 1),

@@ -37,7 +37,7 @@ def test_episode_statistics_agree_with_a_plain_loop():
     assert statistics.row() == {}, "each episode is in one row"
 
 
-def test_task_without_ended_episodes_is_left_out():
+def test_task_without_ended_episodes_is_omitted():
     statistics = EpisodeStatistics(["a", "b"], num_envs=2)
     statistics.add(np.ones((2, 2), np.float32), np.array([[False, True], [False, False]]))
     assert statistics.row() == {"train/return/a": 1.0, "train/length/a": 1.0}

@@ -1,4 +1,4 @@
-"""Evaluation: whole episodes with their own seeds, independent of tasks and waves."""
+"""Evaluation: whole episodes with separate seeds, independent of tasks and waves."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_more_than_32_episodes_are_played_in_waves(episodes: int, waves: list[in
     assert all(env.closed for env in pack.envs)
 
 
-def test_episode_that_is_too_long_is_cut_and_counts_with_its_return_so_far() -> None:
+def test_episode_beyond_the_step_limit_is_cut_and_counts_with_its_return_so_far() -> None:
     whole, cut = play(FakePack(), episodes=30), play(FakePack(), episodes=30, max_steps=5)
     for name, best in (("short", 1), ("middle", 3), ("long", 2)):
         assert 0 < cut.cut[name] < 30
@@ -124,7 +124,7 @@ def test_stopped_evaluation_closes_its_environments() -> None:
     assert all(env.closed for env in pack.envs)
 
 
-def test_epsilon_is_the_share_of_random_actions() -> None:
+def test_random_actions_have_probability_epsilon() -> None:
     """In the task `long`, the best of three actions gives 2 per step, random actions 1 on average."""
     one = play(FakePack(["long"]), episodes=64, epsilon=0.0)
     half = play(FakePack(["long"]), episodes=64, epsilon=0.5)
@@ -136,7 +136,7 @@ def test_epsilon_is_the_share_of_random_actions() -> None:
 PLAYED = Episodes({"short": [0.0, 10.0], "long": [5.0, 15.0]}, {"short": 0, "long": 1})
 
 
-def test_summary_by_hand() -> None:
+def test_summary_equals_hand_computed_scores() -> None:
     """Random play returns 0 and the reference 10: scores are 0 and 1 for short, 0.5 and 1.5 for long."""
     summary = summarise(PLAYED, FakePack(["short", "long"]), step=1000, checkpoint="best")
     assert (summary["step"], summary["checkpoint"], summary["episodes"]) == (1000, "best", 2)

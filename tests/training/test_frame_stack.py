@@ -1,4 +1,4 @@
-"""Frame stacks: the observations on which the network acts."""
+"""Frame stacks: order, starts of episodes, and saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heatmaps: colours of values and positions of cells."""
+"""Heatmaps: colors of values and positions of cells."""
 
 from __future__ import annotations
 

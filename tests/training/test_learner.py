@@ -38,7 +38,7 @@ from tests.helpers.replay_reference import transition
         (32, 0.1, {419: 0, 420: 1, 740: 2}),
     ],
 )
-def test_number_of_due_updates_by_hand(batch_size: int, samples_per_step: float, due: dict[int, int]) -> None:
+def test_number_of_due_updates_equals_hand_computed_numbers(batch_size: int, samples_per_step: float, due: dict[int, int]) -> None:
     learner = fill(learner_of(batch_size=batch_size, samples_per_step=samples_per_step, learning_starts=100))
     assert {step: learner.updates_due(step) for step in due} == due
 
@@ -352,7 +352,7 @@ def test_warm_up_does_not_affect_training(replay_kind: type[Replay], filled: boo
 
 @pytest.mark.parametrize("name", ["mgda", "pcgrad", "graddrop", "gradnorm"])
 def test_updates_with_and_without_a_tape_agree(name: str) -> None:
-    """One backward pass in all and one per task give the same parameters up to rounding."""
+    """One backward pass for all tasks and one per task give the same parameters up to rounding."""
     networks, gradients = [], set()
     for taped in (True, False):
         learner = fill(learner_of(optimizer_lr=0.001))

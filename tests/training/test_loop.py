@@ -237,5 +237,5 @@ def test_pinned_block_transfer_does_not_change_training(groups: int) -> None:
 def test_state_with_another_number_of_groups_is_refused() -> None:
     loop = loop_of()
     loop.reset()
-    with pytest.raises(ValueError, match="1 groups of environments, this one 2"):
+    with pytest.raises(ValueError, match="groups must be 1, as in the saved run, got 2"):
         resumed_from(loop, loop_of(groups=2))

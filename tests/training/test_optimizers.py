@@ -38,7 +38,7 @@ def step(optimizer: Optimizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("max_grad_norm", "factor"), [(0.0, 1.0), (10.0, 1.0), (1.0, 0.2)])
-def test_first_step_by_hand(max_grad_norm: float, factor: float) -> None:
+def test_first_step_equals_the_bias_corrected_formula(max_grad_norm: float, factor: float) -> None:
     """Adam's bias-corrected first step is lr * g / (|g| + eps), g being the clipped gradient."""
     own = parameters()
     optimizer = adam(own, max_grad_norm)
@@ -112,7 +112,7 @@ def test_learning_rate_falls_linearly_over_the_run() -> None:
         assert before - parameter.item() == pytest.approx(lr, rel=1e-4)
 
 
-def test_radam_by_its_formulas() -> None:
+def test_radam_equals_its_published_formulas() -> None:
     """Liu et al. 2020, algorithm 2: while the variance is not tractable (rho_t <= 5), steps of the corrected mean; then rectified steps."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = RAdam([parameter], lr=0.1, eps=1e-12, weight_decay=0.0, max_grad_norm=2.5)
@@ -174,7 +174,7 @@ def test_loaded_moments_take_the_memory_layout_of_their_parameter(kind: type[Opt
         ("cosine", [1.0, 0.882843, 0.6, 0.2, 0.2]),
     ],
 )
-def test_schedules_by_hand(schedule: str, shares: list[float]) -> None:
+def test_schedules_equal_hand_computed_fractions_of_lr(schedule: str, shares: list[float]) -> None:
     found = [lr_factor(schedule, 0.2, progress) for progress in (0.0, 0.25, 0.5, 1.0, 1.5)]
     assert found == pytest.approx(shares, abs=1e-6)
 
@@ -226,7 +226,7 @@ def four(seed: int = 0) -> list[torch.nn.Parameter]:
 
 
 def set_gradients(parameters: list[torch.nn.Parameter], turn: int, frozen: tuple[int, ...] = ()) -> None:
-    """Set the gradients of a turn; those of frozen parameters are None."""
+    """Set random gradients, seeded by `turn`. Frozen parameters get the gradient None."""
     random = torch.Generator().manual_seed(100 + turn)
     for index, parameter in enumerate(parameters):
         gradient = torch.randn(parameter.shape, generator=random)

@@ -56,7 +56,7 @@ def learned(**settings: Any) -> Any:
     return learner
 
 
-def test_reset_keeps_a_share_of_each_parameter_and_syncs_the_target() -> None:
+def test_reset_interpolates_each_parameter_and_syncs_the_target() -> None:
     learner = learned()
     resets = attached(resets_of(), learner)
     resets.before_update(9)  # no update was made before
@@ -116,7 +116,7 @@ def test_restored_resets_continue_their_interval() -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_complete_reset_replaces_all_parameters_of_every_structure(name: str) -> None:
-    """Includes padding, which stays zero, and the singular vectors of spectrally normalised layers."""
+    """Includes padding, which stays zero, and the singular vectors of spectrally normalized layers."""
 
     def make(number: int) -> MultiTaskNetwork:
         torso = tagged(MLP(hidden=[8, 6, 5], layer_norm=True, spectral_norm=name != "paco"))
@@ -177,7 +177,7 @@ def test_run_resumed_from_the_previous_checkpoint_ends_with_the_same_bytes(case:
     assert learning_rows(run) == rows
     if "resets.every=350" in words:
         assert max(row.get("resets", 0) for row in rows) == (2 if "resets.until=1" in words else 1)
-    if case == "rmsprop":  # the model contains the singular vectors of its normalised layers
+    if case == "rmsprop":  # the model contains the singular vectors of its normalized layers
         here("eval", "run", "eval.max_steps=10")
 
 

@@ -1,4 +1,4 @@
-"""Throughput: the limit by hand, and rates of parts with known delays."""
+"""Throughput: the limit against hand-computed values, and rates of parts with known delays."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_slower_side_limits_the_rate_with_a_separate_device() -> None:
     assert limit(30.0, 200.0, 50.0, shared_cores=False) == pytest.approx(30.0)
 
 
-def test_row_has_rates_limit_and_share() -> None:
+def test_row_has_rates_limit_and_fraction_of_the_limit() -> None:
     # 600 steps in 10 s: 2 s emulators, 1 s acting, 6 s learning, 1 s other.
     seconds = {"act": 1.0, "env": 2.0, "learn": 6.0, "log": 0.5}
     metrics = between_rows(seconds, steps=600, learned=600, per_update=60, rate=60.0)
