@@ -297,16 +297,14 @@ def bench(
     overrides: Overrides = None,
     seconds: Annotated[
         float,
-        typer.Option(
-            "--seconds", min=0.1, help="Approximate measuring time, without startup and compilation. Every part is measured at least once."
-        ),
+        typer.Option("--seconds", min=0.1, help="Approximate measuring time, without startup and compilation."),
     ] = 15.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the training speed on this machine.
 
     \b
-    Measure emulators, acting and learning separately, then the complete loop. Overrides: those of mtrl train.
+    Measure emulators, acting and learning separately, then the complete loop, each at least once. Overrides: those of mtrl train.
     The limit of the loop follows from the parts: on a CPU, their times add up; with a GPU, the slower of the two
     sets the limit.
     Nothing is written. run_dir, eval.*, checkpoint.*, log.* and agent.learning_starts have no effect.
@@ -334,9 +332,7 @@ def ls(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE", help="hydra.searchpath, and for network groups any override of mtrl train.", show_default=False
-        ),
+        typer.Argument(metavar="KEY=VALUE", help="hydra.searchpath; for network groups, any override of mtrl train.", show_default=False),
     ] = None,
 ) -> None:
     """List the configuration groups, or the options of one group.

@@ -92,7 +92,7 @@ def test_missing_folder_is_an_error_and_an_empty_one_has_no_runs(tmp_path: Path)
 
 
 DAMAGES = {
-    "no_config": ("config.yaml", None, "has no config.yaml"),
+    "no_config": ("config.yaml", None, "config.yaml is missing"),
     "an_interpolation": ("config.yaml", b"seed: ${oc.env:HOME}", "interpolation"),
     "anchors": ("config.yaml", b"a: &a [1]\nb: *a\n", "anchor"),
     "deep": ("config.yaml", b"a: " + b"[" * 5000, "nested deeper"),

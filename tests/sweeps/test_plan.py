@@ -128,7 +128,7 @@ def test_source_of_init_from_becomes_an_absolute_path(tmp_path: Path, monkeypatc
         (["seed=range(1000)", "agent.n_step=range(1,1000)"], "the grid has 999,000 points"),
         ([LR, "sweep.trials=1000000"], "sweep.trials must be at most 100,000, got 1000000"),
         (["seed=1,2", "sweep.sampler=cmaes", "sweep.trials=2"], "needs intervals of at least two keys"),
-        (["seed=1,2", "sweep.pruner=median", "eval.every=0"], "set eval.every=100, for example"),
+        (["seed=1,2", "sweep.pruner=median", "eval.every=0"], "Set eval.every=100, for example"),
         (["seed=1,2", "sweep.pruner=halving", "eval.every=1000"], "eval.every=1000 with steps_per_task=1000 has none"),
         (["eval.every=100,1000", "sweep.pruner=median"], "eval.every=1000 with steps_per_task=1000 has none"),
         (["seed=1,2", "sweep.metric=eval/score/men"], "unknown sweep.metric=eval/score/men; env=classic_pack has"),
@@ -143,7 +143,7 @@ def test_invalid_overrides_are_refused_before_a_folder_is_created(words: list[st
 
 def test_pack_without_reference_scores_requires_a_metric() -> None:
     words = ["env=gymnasium", "env.tasks=[Blackjack-v1,Taxi-v3]", "seed=1,2"]
-    with pytest.raises(UserError, match=r"give one, such as sweep.metric=eval/return/Blackjack-v1"):
+    with pytest.raises(UserError, match=r"Set sweep.metric, such as sweep.metric=eval/return/Blackjack-v1"):
         sweep_plan.make(words)
     assert sweep_plan.make([*words, "sweep.metric=eval/return/Taxi-v3"]).trials == 2
     assert sweep_plan.make(["env=gymnasium", "env.tasks=[Blackjack-v1]", "seed=1,2"]).trials == 2, (
