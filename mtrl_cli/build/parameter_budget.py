@@ -90,7 +90,7 @@ def fit(values: Mapping[str, Any], parameters: int | str, count: Count) -> Value
 
 
 def _moved(sizes: _Sizes, start: Values, place: int, factor: float) -> tuple[float, Values]:
-    """Scale one number separately and all other numbers by `factor`. Return the separate factor and the values nearest to the budget."""
+    """Scale all widths by `factor`, but fit the width at `place` to the budget. Return the factor of that width, and all widths."""
     own = _nearest(sizes, lambda candidate: _scaled(start, factor, place, candidate), factor)
     return own, _scaled(start, factor, place, own)
 

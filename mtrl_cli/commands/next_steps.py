@@ -35,7 +35,7 @@ def resume_command(folder: RunFolder, ranks: int, more: str = "") -> str:
 
 
 def _full_run(command: list[str]) -> str | None:
-    """Return the command without the overrides that shorten the run, or None if it has none."""
+    """Return the command without the overrides that shorten the run, or None if the command has no such override."""
     small = ("experiment=", "steps_per_task=", "run_dir=", "agent.learning_starts=", "eval.", "checkpoint.", "log.", "--")
     kept = [word for word in command if not word.startswith(small)]
     shortened = any(word.startswith(("experiment=", "steps_per_task=")) for word in command)

@@ -123,7 +123,7 @@ def _check_resets(resets: Mapping[str, Any], steps: int) -> None:
         return
     if resets["shrink"] == 1 or not resets["parts"]:
         key = "shrink=1" if resets["parts"] else "parts=[]"
-        raise UserError(f"resets.{key} resets nothing. Set resets.shrink below 1 and at least one of resets.parts, or resets.every=0")
+        raise UserError(f"resets.{key} resets nothing. Set resets.shrink below 1 and name a part in resets.parts, or set resets.every=0")
     if resets["every"] > resets["until"] * steps:
         raise UserError(
             f"resets.every={resets['every']} is beyond resets.until={resets['until']:g} of steps_per_task={steps}, so nothing is reset. "

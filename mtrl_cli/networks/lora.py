@@ -77,8 +77,8 @@ def add_adapters(sharing: Sharing, rank: int) -> None:
     stacked = [name for name, module in sharing.named_modules() if isinstance(module, Stacked) and _holds_torso(module) and name != "stem"]
     if stacked:
         raise ValueError(
-            f"transfer.adapters=lora needs a torso that all tasks share, and {type(sharing).__name__} has several ({stacked[0]}): "
-            "use network/sharing=hard, input_adapters or film"
+            f"transfer.adapters=lora needs one torso that all tasks share, got several torsos in {type(sharing).__name__} ({stacked[0]}). "
+            "Use network/sharing=hard, input_adapters or film"
         )
     in_torso = [module for module in sharing.modules() if getattr(module, TORSO_LAYER, None) is not None]
     layers: Sequence[Any] = [module for module in in_torso if isinstance(module, nn.Linear | nn.Conv2d)]

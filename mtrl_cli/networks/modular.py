@@ -85,8 +85,8 @@ class SoftModularization(HardSharing, Sharing):
         return self.by_task(torch.einsum("bij,jbf->bf", last, outputs).relu())
 
     def routing(self, observation: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Weights of each module over the modules of the layer before (`layer2/module1`), and of the features over the last layer
-        (`output`)."""
+        """Return routing weights: of each module over the modules of the previous layer (`layer2/module1`), and of the features over the
+        modules of the last layer (`output`)."""
         *between, last = [self.by_task(weight.float()).mean(1) for weight in self._weights(super().forward(observation))]
         named = {
             f"layer{layer}/module{module}": weight_KMM[:, module - 1]

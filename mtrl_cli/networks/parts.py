@@ -36,7 +36,7 @@ class Part:
 
 
 def tagged(torso: Torso) -> Torso:
-    """Copy of a torso that tags each module that it makes with its layer number."""
+    """Copy of a torso whose `stem` and `body` tag every module with the layer number."""
 
     def stem(shape: tuple[int, ...]) -> nn.Module:
         return tag(torso.stem(shape), 0)

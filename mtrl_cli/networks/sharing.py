@@ -53,7 +53,7 @@ class Sharing(nn.Module, ABC):
         return {}
 
     def by_task(self, x: torch.Tensor) -> torch.Tensor:
-        """Samples `[K * B, ...]`, task after task, to `[K, B, ...]`."""
+        """Reshape task-major samples `[K * B, ...]` to `[K, B, ...]`."""
         return x.unflatten(0, (self.num_tasks, -1))
 
 

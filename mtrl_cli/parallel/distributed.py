@@ -85,7 +85,7 @@ class Ranks:
         return tensor
 
     def agreed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the first rank's tensor, where ranks may compute different values of the same shape and dtype."""
+        """Broadcast the first rank's tensor. Values may differ between ranks; shape and dtype must be equal."""
         return tensor
 
     # -- objects --------------------------------------------------------------------------------------------------------------

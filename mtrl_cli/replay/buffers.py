@@ -198,7 +198,7 @@ class Replay(ABC):
             ValueError: the state has another capacity.
         """
         if state["capacity_rows"] != self.capacity_rows:
-            raise ValueError(f"the saved replay has {state['capacity_rows']} rows, this one {self.capacity_rows}")
+            raise ValueError(f"the saved replay has a capacity of {state['capacity_rows']} rows, this replay {self.capacity_rows}")
         self.rows = int(state["rows"])
         self._first_kept = int(state["first_row"]) if rows_restored else self.rows
         rng.restore(self._generator, state["generator"])

@@ -118,7 +118,7 @@ def _change(values: Sequence[float | None], digits: int) -> str:
 
 
 def _cell(run: RunData, task: str, value: float, digits: int) -> str:
-    """Format a score (three digits) or a return (one digit) with its interval over test episodes."""
+    """Format a score (three decimals) or a return (one decimal) with its interval over test episodes."""
     text = f"{value:.{digits}f}"
     result = run.test.tasks.get(task) if run.test is not None and run.test.episodes > 1 else None  # one episode has no spread
     if result is None or result.ci is None:

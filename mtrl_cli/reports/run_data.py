@@ -51,7 +51,9 @@ Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER)]
 
 
 class TaskResult(BaseModel):
-    """The test of one task: mean return and score, the 95% bootstrap interval of the mean return, and the number of cut episodes."""
+    """The test of one task: mean return and score, the 95% bootstrap interval of the mean return, and the number of episodes cut at
+    eval.max_steps.
+    """
 
     mean: Number
     score: Number | None = None

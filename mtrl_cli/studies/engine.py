@@ -147,7 +147,7 @@ def evaluation_overrides(config: Mapping[str, Any], given: set[str], keys: Seque
 
 
 def combinations(axes: Axes, without: Sequence[str]) -> Sequence[Mapping[str, Value]]:
-    """Return the combinations of all axes except some; seeds change last."""
+    """Return the combinations of all axes except those in `without`; the seed varies slowest."""
     keys = sorted(axes, key=lambda key: key != "seed")
     return points_of({key: axes[key] for key in keys if key not in without}, None)
 

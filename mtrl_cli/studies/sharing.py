@@ -87,7 +87,7 @@ def _feasible(structures: Sequence[str], sizes: Mapping[str, Any]) -> tuple[list
 def _points(feasible: Sequence[tuple[str, str]], axes: Axes) -> list[dict[str, Value]]:
     """Return the trials: each structure at its sizes and the full independent networks, for each combination of the other values.
 
-    Seeds change last, so that a study that is stopped early has a full comparison with the first seeds.
+    The seed varies slowest, so that a study that is stopped early has a full comparison with the first seeds.
     """
     points: list[dict[str, Value]] = []
     for rest in engine.combinations(axes, without=(SHARING, SIZE)):

@@ -203,8 +203,8 @@ def check_same(plan: Plan, folder: Path) -> Plan:
     kept = read(folder)
     difference = _difference(plan, kept)
     if difference is not None:
-        advice = "give the same values, or another run_dir (mtrl report accepts several sweeps)"
-        raise UserError(f"run_dir={folder} contains a sweep {difference}; {advice}")
+        advice = "Repeat the original command, or use another run_dir (mtrl report accepts several sweeps)"
+        raise UserError(f"run_dir={folder} contains a sweep {difference}. {advice}")
     return _with_trials(plan, folder, min(kept.trials, plan.trials), max(kept.trials, plan.trials))
 
 

@@ -70,7 +70,7 @@ class TaskGradients(ABC):
 
 
 class TaskWeights(Saved, ABC):
-    """Losses of all tasks to gradients of all parameters.
+    """Base class of task weightings: convert the losses of all tasks to gradients of all parameters.
 
     Weights are on the scale of the mean: if all tasks have the same gradient, that gradient is the result.
 

@@ -53,11 +53,11 @@ class GradNorm(TaskWeights):
 
 
 class GradDrop(TaskWeights):
-    """GradDrop (Chen et al. 2020, "Just Pick a Sign", Algorithm 1 without leaks), by TorchJD, as a mean, not a sum.
+    """GradDrop (Chen et al. 2020, "Just Pick a Sign", Algorithm 1 without leaks), computed by TorchJD and divided by K (a mean, not a sum).
 
-    For each entry of the gradient one sign is drawn. Its probability grows with its share of the tasks' absolute values. Entries of the
-    other sign are dropped. The reported weight of a task is its share of squared norm in kept entries, divided by K: 1 / K if nothing is
-    dropped, 0 if everything is.
+    For each entry of the gradient one sign is drawn. The probability of a sign grows with the fraction of the tasks' absolute values that
+    has this sign. Entries of the other sign are dropped. The reported weight of a task is the fraction of the task's squared gradient norm
+    in kept entries, divided by K: 1 / K if nothing is dropped, 0 if everything is dropped.
     """
 
     needs = "rows"

@@ -160,13 +160,13 @@ def norms_and_cosines(gram_KK: NDArray[np.float64]) -> tuple[NDArray[np.float64]
 
 
 def similarity(features_KMF: torch.Tensor) -> NDArray[np.float64]:
-    """Linear CKA `[K, K]` of features `[K, M, F]` of K networks for the same M > 3 samples: Kornblith et al. 2019, "Similarity of Neural
-    Network Representations Revisited", section 3, without its bias, which is large for few samples of many features.
+    """Debiased linear CKA `[K, K]` of features `[K, M, F]` of K networks for the same M > 3 samples (Kornblith et al. 2019, "Similarity of
+    Neural Network Representations Revisited", section 3). Biased CKA is too large for few samples of many features.
 
-    The similarity is 1 for features that are equal up to rotation and scale. Its mean is 0 for independent features, so single values may
-    be negative. Inner products over samples are centred so that their product is the unbiased estimate of HSIC (Song et al. 2012, "Feature
-    Selection via Dependence Maximization", equation 5; Szekely and Rizzo 2014, equation 2.5), as in Nguyen et al. 2021, "Do Wide and Deep
-    Networks Learn the Same Things?", equation 3.
+    The similarity is 1 for features that are equal up to rotation and scale. The mean similarity of independent features is 0, so single
+    values may be negative. Inner products over samples are centred so that their product is the unbiased estimate of HSIC (Song et al.
+    2012, "Feature Selection via Dependence Maximization", equation 5; Szekely and Rizzo 2014, equation 2.5), as in Nguyen et al. 2021, "Do
+    Wide and Deep Networks Learn the Same Things?", equation 3.
 
     NaN for features that are constant or not finite.
     """

@@ -173,7 +173,7 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2): each step subtracts lr * weight_decay of a parameter.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2): each step subtracts lr * weight_decay * parameter.
 
     Args:
         eps: added to the denominator.

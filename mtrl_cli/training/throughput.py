@@ -194,7 +194,7 @@ class Meter:
             next(ticks)
 
     def _discard_due_updates(self) -> None:
-        """Start counting due updates at the current step."""
+        """Discard the updates that are due: count due updates from the current step on."""
         if isinstance(self._loop.replay, Rollouts):
             self._loop.replay.restart()
         self._loop.learner.refill_from(self._loop.step)

@@ -23,7 +23,7 @@ def test_adapters_start_as_identity_or_are_refused(name: str) -> None:
     sharing = structure(name, tagged(MLP(hidden=[8, 7, 5])), VECTORS)
     before, plain = sharing(observations(VECTORS)), copy.deepcopy(sharing.state_dict())
     if name not in ONCE:
-        with pytest.raises(ValueError, match="needs a torso that all tasks share"):
+        with pytest.raises(ValueError, match="needs one torso that all tasks share"):
             add_adapters(sharing, 2)
         return
     shared, own = counts(sharing)
