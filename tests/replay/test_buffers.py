@@ -297,5 +297,5 @@ def test_exported_rows_equal_the_added_rows() -> None:
 
 def test_state_of_another_capacity_is_refused() -> None:
     replay, _ = filled(spec(), 10, 3)
-    with pytest.raises(ValueError, match="10 rows, this one 11"):
+    with pytest.raises(ValueError, match="10 rows, this replay 11"):
         UniformReplay(spec(), capacity=33).load_state_dict(replay.state_dict(), rows_restored=True)
