@@ -126,7 +126,7 @@ class RunFolder:
             raise UserError(f"{path} {problem}. Expected the folder of a run")
         folder = cls(path)
         if not os.path.lexists(folder.config):
-            raise UserError(f"{path} is not a run: it has no config.yaml")
+            raise UserError(f"{path} is not a run: config.yaml is missing")
         if not os.path.isfile(folder.config) or not atomic.is_inside(folder.config, path):
             raise UserError(f"{path} is not a run: its config.yaml is not a regular file in the folder")
         return folder, which

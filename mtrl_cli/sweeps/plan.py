@@ -284,7 +284,7 @@ def read(folder: Path) -> Plan:
     """Read and validate sweep.json, except its launcher, which `load` validates. Raises UserError."""
     path = folder / RECORD
     if not os.path.lexists(path):
-        raise UserError(f"{folder} is not a sweep: it has no {RECORD}. Give a folder that mtrl sweep created")
+        raise UserError(f"{folder} is not a sweep: {RECORD} is missing. Give a folder that mtrl sweep created")
     record = atomic.read_json(path, folder)
     if record.get("format") != FORMAT:
         raise UserError(f"{path} has format {show(record.get('format'))}; this version of mtrl reads only format {FORMAT}")

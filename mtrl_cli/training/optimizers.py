@@ -52,7 +52,7 @@ class Optimizer:
         capturable: whether a CUDA graph can record a step (`machine/cuda_graphs.py`).
 
     Raises:
-        ValueError: a schedule without effect.
+        ValueError: a schedule without effect, or factors without `kinds`.
     """
 
     capturable: ClassVar[bool] = True
@@ -153,6 +153,8 @@ def _by_factor(
 ) -> dict[float, list[torch.nn.Parameter]]:
     """Group parameters by factor, in the order of first occurrence."""
     groups: dict[float, list[torch.nn.Parameter]] = {}
+    if factors and not kinds:
+        raise ValueError(f"optimizer.factors={dict(factors)} requires the part of the network of each parameter, got none")
     for parameter, kind in zip(parameters, kinds or [""] * len(parameters), strict=True):
         groups.setdefault(factors.get(kind, 1.0), []).append(parameter)
     return groups

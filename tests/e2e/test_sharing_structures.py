@@ -59,8 +59,10 @@ def test_every_structure_trains_with_every_kind_of_weighting(structure: str, wei
 def test_structure_trains_and_evaluates_in_separate_processes(structure: str, weights: str, more: list[str], mtrl: Mtrl) -> None:
     """The saved run is evaluated by another process."""
     mtrl("train", *SMALL, *LITTLE, f"network/sharing={structure}", f"task_weights={weights}", *more, "run_dir=run")
-    last_row(mtrl.folder / "run")
-    mtrl("eval", "run", "eval.episodes=1", "eval.max_steps=10")
+    step = int(last_row(mtrl.folder / "run")["step"])
+    printed = mtrl("eval", "run", "eval.episodes=1", "eval.max_steps=10").stdout
+    assert "CartPole-v1" in printed
+    assert (mtrl.folder / "run" / "eval" / f"{step}.json").exists()
 
 
 @pytest.mark.skipif(missing_for_compile() is not None, reason=f"torch.compile cannot work here: {missing_for_compile()}")

@@ -335,7 +335,7 @@ def test_untrusted_plan_is_validated(tmp_path: Path, record: dict[str, Any], mes
 
 
 def test_folder_without_a_regular_sweep_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a sweep: it has no sweep.json"):
+    with pytest.raises(UserError, match=r"is not a sweep: sweep.json is missing"):
         sweep_plan.load(tmp_path)
     (tmp_path / "sweep.json").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match="link out of"):

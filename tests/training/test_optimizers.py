@@ -312,3 +312,8 @@ def test_parameters_with_reset_state_are_updated_as_by_a_new_optimizer(kind: typ
 def test_nesterov_without_momentum_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer\.momentum"):
         SGD(four(), momentum=0.0, nesterov=True, weight_decay=0.0, **COMMON)
+
+
+def test_factors_without_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="requires the part of the network"):
+        Adam(four(), factors={"torso": 0.1}, eps=1e-3, weight_decay=0.0, **COMMON)
